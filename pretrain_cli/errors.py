@@ -1,0 +1,35 @@
+"""People's mistakes. Each message says what is wrong, the value, and what to do.
+
+PretrainError
+├── ConfigError       a setting, an option, a device
+├── DataError         text, a tokenizer, a tokenized dataset
+└── CheckpointError   a checkpoint, a run folder, a model folder
+
+The command line prints them as one line and exits with code 2; any other exception is a bug and
+keeps its traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class PretrainError(Exception):
+    """What is wrong, the value, what to do: in one line."""
+
+
+class ConfigError(PretrainError):
+    """A setting, an option or a device that can't be honoured."""
+
+
+class DataError(PretrainError):
+    """Text, a tokenizer or a tokenized dataset that can't be used as it is."""
+
+
+class CheckpointError(PretrainError):
+    """A checkpoint, a run folder or a model folder that can't be used as it is."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` for the nearest known name, or nothing where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -1,0 +1,194 @@
+"""ModelConfig: the numbers that make one architecture, in config.json's own words."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from pretrain_cli.errors import ConfigError, did_you_mean
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+ModelType = Literal["gemma3_text", "qwen3", "qwen3_moe"]
+Activation = Literal["gelu_pytorch_tanh", "silu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One architecture. No field has a default, so no size can inherit another's number."""
+
+    model_type: ModelType
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    """Width of the dense MLP."""
+    layer_types: tuple[str, ...]
+    """One word a layer, `full_attention` or `sliding_attention`; its length is the depth."""
+    sliding_window: int | None
+    """Keys a sliding layer sees, the query's own included."""
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    query_pre_attn_scalar: float
+    """Attention scores are multiplied by this to the power of -1/2."""
+    max_position_embeddings: int
+    rope_theta: float
+    """RoPE base of the full layers."""
+    rope_local_base_freq: float | None
+    """RoPE base of the sliding layers."""
+    rope_scaling_factor: float
+    """Positions of the full layers are divided by this; 1.0 leaves them alone."""
+    rms_norm_eps: float
+    norm_is_zero_centered: bool
+    """Norm weights are stored minus one (Gemma 3)."""
+    has_post_norms: bool
+    """A norm behind each sublayer too, before it is added to the residual stream (Gemma 3)."""
+    hidden_activation: Activation
+    embedding_is_scaled: bool
+    """Embeddings are multiplied by the square root of hidden_size (Gemma 3)."""
+    tie_word_embeddings: bool
+    """The output head is the embedding matrix."""
+    initializer_range: float
+    pad_token_id: int | None
+    """A token whose embedding row starts at zero and gets no gradient from being looked up, as in
+    transformers; None where no row is special."""
+    num_experts: int
+    """0 in a dense model, which leaves the six fields below without meaning."""
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    norm_topk_prob: bool
+    router_aux_loss_coef: float
+    decoder_sparse_step: int
+    mlp_only_layers: tuple[int, ...]
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.layer_types)
+
+    @property
+    def attention_scale(self) -> float:
+        return self.query_pre_attn_scalar**-0.5
+
+    def window(self, layer_type: str) -> int | None:
+        """Keys that a layer of this type sees, itself included; None for all before it."""
+        return self.sliding_window if layer_type == SLIDING else None
+
+    def rope_base(self, layer_type: str) -> tuple[float, float]:
+        """RoPE's base and the factor that positions are divided by, for a layer of this type."""
+        if layer_type == SLIDING and self.rope_local_base_freq is not None:
+            return self.rope_local_base_freq, 1.0
+        return self.rope_theta, self.rope_scaling_factor
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether this layer's MLP is a mixture of experts."""
+        return (
+            self.num_experts > 0
+            and layer not in self.mlp_only_layers
+            and (layer + 1) % self.decoder_sparse_step == 0
+        )
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
+                     "num_key_value_heads", "head_dim", "max_position_embeddings",
+                     "decoder_sparse_step", "query_pre_attn_scalar", "rope_theta",
+                     "rope_scaling_factor", "rms_norm_eps"):  # fmt: skip
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"model.{name}: {getattr(self, name)} is not above zero")
+        for name, known in (("model_type", ModelType), ("hidden_activation", Activation)):
+            if getattr(self, name) not in get_args(known):
+                raise ConfigError(
+                    f"model.{name}: '{getattr(self, name)}' is not one of {', '.join(get_args(known))}"
+                )
+        if not self.layer_types:
+            raise ConfigError("model.layer_types: empty; a model needs at least one layer")
+        for kind in set(self.layer_types) - {FULL, SLIDING}:
+            raise ConfigError(f"model.layer_types: '{kind}' is not one of {FULL}, {SLIDING}")
+        if SLIDING in self.layer_types and (self.sliding_window is None or self.sliding_window < 1):
+            raise ConfigError(
+                f"model.sliding_window: {self.sliding_window} with sliding layers; "
+                "give a window of at least 1, or make every layer full_attention"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"model.num_key_value_heads: {self.num_key_value_heads} does not divide "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ConfigError(
+                f"model.pad_token_id: {self.pad_token_id} is not in a vocabulary of "
+                f"{self.vocab_size}; give one of its ids, or null"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"model.head_dim: {self.head_dim} is odd; RoPE turns pairs")
+        if self.model_type == "gemma3_text" and self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"model.hidden_size: {self.hidden_size} is not a multiple of num_attention_heads "
+                f"{self.num_attention_heads}; transformers refuses to open such a Gemma 3"
+            )
+        if (self.num_experts > 0) != (self.model_type == "qwen3_moe"):
+            raise ConfigError(
+                f"model.num_experts: {self.num_experts} does not go with {self.model_type}"
+            )
+        if self.num_experts and not 0 < self.num_experts_per_tok <= self.num_experts:
+            raise ConfigError(
+                f"model.num_experts_per_tok: {self.num_experts_per_tok} is not between 1 and "
+                f"num_experts {self.num_experts}"
+            )
+        if self.num_experts and self.moe_intermediate_size <= 0:
+            raise ConfigError(
+                f"model.moe_intermediate_size: {self.moe_intermediate_size} is not above zero"
+            )
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(ModelConfig)}
+FLOATS = frozenset(name for name, field in FIELDS.items() if "float" in str(field.type))
+
+
+def variant(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
+    """This config with some numbers changed, by name and checked.
+
+    `num_hidden_layers` is understood too: the config's own layer pattern is repeated to that depth.
+    """
+    changes = dict(changes)
+    known = [*FIELDS, "num_hidden_layers"]
+    for name, value in changes.items():
+        if name not in known:
+            raise ConfigError(f"model.{name}: no such setting{did_you_mean(name, known)}")
+        changes[name] = _checked(name, value)
+    depth = changes.pop("num_hidden_layers", None)
+    if depth is not None and "layer_types" not in changes:
+        changes["layer_types"] = _repeated(config.layer_types, depth)
+    if depth is not None and depth != len(changes["layer_types"]):
+        raise ConfigError(
+            f"model.num_hidden_layers: {depth}, but layer_types has {len(changes['layer_types'])}"
+        )
+    return dataclasses.replace(config, **changes)
+
+
+def _checked(name: str, value: Any) -> Any:
+    """The value as the field's type, or a ConfigError that says what the field takes."""
+    from pydantic import TypeAdapter, ValidationError
+
+    wanted: Any = int if name == "num_hidden_layers" else FIELDS[name].type
+    if isinstance(value, bool) and wanted is not bool:
+        raise ConfigError(f"model.{name}: {value!r} is not {_said(wanted)}")
+    try:
+        return TypeAdapter(wanted).validate_python(value)
+    except ValidationError:
+        raise ConfigError(f"model.{name}: {value!r} is not {_said(wanted)}") from None
+
+
+def _said(wanted: Any) -> str:
+    return {int: "a whole number", float: "a number", bool: "true or false"}.get(
+        wanted, str(wanted).replace("typing.", "")
+    )
+
+
+def _repeated(pattern: tuple[str, ...], depth: int) -> tuple[str, ...]:
+    """The pattern's smallest period, repeated to this depth: Gemma's 5 sliding and 1 full."""
+    if depth < 1:
+        raise ConfigError(f"model.num_hidden_layers: {depth} is not above zero")
+    period = next(
+        p
+        for p in range(1, len(pattern) + 1)
+        if all(kind == pattern[i % p] for i, kind in enumerate(pattern))
+    )
+    return tuple(pattern[i % period] for i in range(depth))

@@ -1,0 +1,103 @@
+"""Parameters, FLOPs and memory of a model, from its ModelConfig alone: nothing is allocated.
+
+FLOPs are matrix multiplications only, a multiply-add counting as two. Per trained token:
+
+    exact         3 × (2 · matrix parameters that a token meets + 4 · H · Dh · keys it sees), per layer
+    conventional  6 N + 12 · L · H · Dh · T      every token is taken to see all T (PaLM, nanoGPT)
+
+The keys a token sees, on average over T, are (T + 1) / 2 in a causal layer and fewer in a sliding
+one. The head is counted, the embedding lookup is not, tied or not.
+"""
+
+from dataclasses import dataclass
+
+from pretrain_cli.model.config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterCount:
+    """Parameters by part; `head` is zero where it is the embedding matrix."""
+
+    embeddings: int
+    attention: int
+    mlp: int
+    norms: int
+    head: int
+    inactive: int
+    """Those of `mlp` that a token does not meet: the experts not chosen for it."""
+
+    @property
+    def total(self) -> int:
+        return self.embeddings + self.attention + self.mlp + self.norms + self.head
+
+    @property
+    def active(self) -> int:
+        return self.total - self.inactive
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Parameters of this model, by part."""
+    D, Dh = config.hidden_size, config.head_dim
+    H, Hkv = config.num_attention_heads, config.num_key_value_heads
+    L = config.num_hidden_layers
+    sparse = sum(config.is_sparse(layer) for layer in range(L))
+    expert = 3 * D * config.moe_intermediate_size
+    block_norms = (4 if config.has_post_norms else 2) * D + 2 * Dh
+    return ParameterCount(
+        embeddings=config.vocab_size * D,
+        attention=L * D * Dh * (2 * H + 2 * Hkv),
+        mlp=(L - sparse) * 3 * D * config.intermediate_size
+        + sparse * config.num_experts * (expert + D),
+        norms=L * block_norms + D,
+        head=0 if config.tie_word_embeddings else config.vocab_size * D,
+        inactive=sparse * (config.num_experts - config.num_experts_per_tok) * expert,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flops:
+    """Training FLOPs per token, forward and backward."""
+
+    exact: float
+    conventional: float
+
+
+def keys_seen(seq_len: int, window: int | None) -> float:
+    """Keys that a token of a causal sequence sees, itself included, on average."""
+    if window is None or window >= seq_len:
+        return (seq_len + 1) / 2
+    return (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
+
+
+def training_flops(config: ModelConfig, seq_len: int) -> Flops:
+    """FLOPs to train on one token in sequences of this length."""
+    count = count_parameters(config)
+    head = config.vocab_size * config.hidden_size
+    matrices = count.attention + count.mlp - count.inactive + head
+    width = config.num_attention_heads * config.head_dim
+    seen = sum(keys_seen(seq_len, config.window(kind)) for kind in config.layer_types)
+    return Flops(
+        exact=6 * matrices + 12 * width * seen,
+        conventional=6 * matrices + 12 * width * seq_len * config.num_hidden_layers,
+    )
+
+
+def state_bytes(config: ModelConfig) -> int:
+    """Bytes held for the whole of training: float32 weights, gradients and AdamW's two moments."""
+    return 16 * count_parameters(config).total
+
+
+def activation_bytes_per_token(config: ModelConfig, compute_bytes: int) -> int:
+    """Roughly what one token keeps for the backward pass; a guide for choosing a micro-batch.
+
+    Per block the inputs of its matrix products and the float32 copies that unfused norms and
+    RoPE keep; the loss keeps nothing but its gradient, being formed in chunks.
+    """
+    D, Dh = config.hidden_size, config.head_dim
+    H, Hkv = config.num_attention_heads, config.num_key_value_heads
+    width = config.intermediate_size
+    if config.num_experts:
+        width = config.moe_intermediate_size * config.num_experts_per_tok
+    per_block = compute_bytes * (6 * D + 4 * (H + Hkv) * Dh + 4 * width)
+    per_block += 4 * ((4 if config.has_post_norms else 2) * 2 * D + 2 * (H + Hkv) * Dh)
+    return config.num_hidden_layers * per_block + 12 * D

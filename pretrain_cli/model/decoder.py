@@ -1,0 +1,181 @@
+"""The decoder that both families share; what differs between them is a field of ModelConfig.
+
+Shapes, here and everywhere: B batch, T queries, S keys, D hidden_size, H heads, Hkv key/value
+heads, Dh head_dim, F intermediate_size, V vocab_size.
+
+    tokens (B, T) ── embedding ── Block × L ── norm ── head ── logits (B, T, V), or the loss
+
+Sublayers compute in `dtype` and the parameters stay as they are stored (float32 when training).
+"""
+
+import hashlib
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pretrain_cli.model.attention import Attention
+from pretrain_cli.model.attention_backends import BACKENDS, Mask
+from pretrain_cli.model.config import ModelConfig
+from pretrain_cli.model.kv_cache import KVCache, LayerCache
+from pretrain_cli.model.layers import GatedMLP, Linear, RMSNorm
+from pretrain_cli.model.layout import layout
+from pretrain_cli.model.loss import cross_entropy
+from pretrain_cli.model.moe import MixtureOfExperts
+from pretrain_cli.model.rope import rope_table
+
+
+class Block(nn.Module):
+    """x + post_norm(sublayer(pre_norm(x))), for attention and then for the MLP.
+
+    (B, T, D) -> (B, T, D). Without post-norms (Qwen 3) that step is the identity.
+    """
+
+    def __init__(
+        self, config: ModelConfig, layer: int, attention: str, *, merged_projections: bool
+    ) -> None:
+        super().__init__()
+        D = config.hidden_size
+        self.layer_type = config.layer_types[layer]
+        self.attention_norm = RMSNorm(D, config)
+        self.attention = Attention(
+            config, BACKENDS[attention], merged_projections=merged_projections
+        )
+        self.mlp_norm = RMSNorm(D, config)
+        if config.is_sparse(layer):
+            self.mlp = MixtureOfExperts(config)
+        else:
+            self.mlp = GatedMLP(config, merged_projections=merged_projections)
+        self.post_attention_norm = RMSNorm(D, config) if config.has_post_norms else nn.Identity()
+        self.post_mlp_norm = RMSNorm(D, config) if config.has_post_norms else nn.Identity()
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Any, cache: LayerCache | None = None
+    ) -> Tensor:
+        attended = self.attention(self.attention_norm(x), rope, mask, cache)
+        x = x + self.post_attention_norm(attended)
+        return x + self.post_mlp_norm(self.mlp(self.mlp_norm(x)))
+
+
+class Decoder(nn.Module):
+    """A Gemma 3 or Qwen 3 language model.
+
+    `attention` names a backend; `dtype` is what activations and matrix products are in. Neither
+    they nor the three switches change what is computed, only its rounding, time and memory.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        attention: str = "sdpa",
+        dtype: torch.dtype = torch.float32,
+        merged_projections: bool = True,
+        chunked_loss: bool = True,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.backend = BACKENDS[attention]
+        self.merged_projections = merged_projections
+        self.chunked_loss = chunked_loss
+        self.activation_checkpointing = activation_checkpointing
+        self.embedding = nn.Embedding(
+            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+        )
+        self.blocks = nn.ModuleList(
+            Block(config, layer, attention, merged_projections=merged_projections)
+            for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config)
+        if not config.tie_word_embeddings:
+            self.head = Linear(config.hidden_size, config.vocab_size)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.embedding.weight if self.config.tie_word_embeddings else self.head.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        normalizer: int | None = None,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """tokens (B, T) -> the loss of `targets` (B, T), a scalar; without targets the logits,
+        (B, T, V) in the compute type, or (B, 1, V) with `last_only`.
+
+        With a cache, tokens continue what it holds. `normalizer`: see `cross_entropy`.
+        """
+        hidden = self.hidden(tokens, cache)
+        if targets is not None:
+            return cross_entropy(
+                hidden, self.head_weight, targets, normalizer=normalizer, chunked=self.chunked_loss
+            )
+        if last_only:
+            hidden = hidden[:, -1:]
+        return F.linear(hidden, self.head_weight.to(hidden.dtype))
+
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Normed hidden states of the last layer. (B, T) -> (B, T, D)."""
+        T, device = tokens.shape[1], tokens.device
+        past = cache.length if cache else 0
+        positions = torch.arange(past, past + T, device=device)
+        ropes, masks = {}, {}
+        for kind in set(self.config.layer_types):
+            base, factor = self.config.rope_base(kind)
+            ropes[kind] = rope_table(
+                positions, self.config.head_dim, base=base, factor=factor, dtype=self.dtype
+            )
+            window = self.config.window(kind)
+            remembered = past if window is None else min(past, window - 1)
+            masks[kind] = self.backend.lower(Mask(T, remembered + T, window), device)
+
+        x = self.embed(tokens)
+        for layer, block in enumerate(self.blocks):
+            kind = self.config.layer_types[layer]
+            inputs = (x, ropes[kind], masks[kind], cache.layers[layer] if cache else None)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x = block(*inputs)
+        if cache:
+            cache.length += T
+        return self.norm(x)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, T, D). The scale is rounded to the type of the weights, as published."""
+        x = self.embedding(tokens)
+        if self.config.embedding_is_scaled:
+            x = x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype).item()
+        return x.to(self.dtype)
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Draw every weight anew.
+
+        | matrices, embedding, router, experts | normal, standard deviation initializer_range |
+        | norms                                | one: stored as 0 where zero-centred          |
+        | the padding token's embedding        | zero                                         |
+
+        Each published tensor has its own generator, seeded by its name, so the draw is the same for
+        merged and separate projections, on any device and number of ranks.
+        """
+        parameters = dict(self.named_parameters())
+        for piece in layout(self.config, merged_projections=self.merged_projections):
+            target = piece.of(parameters[piece.parameter])
+            if piece.is_norm:
+                target.fill_(0.0 if self.config.norm_is_zero_centered else 1.0)
+                continue
+            name_seed = hashlib.sha256(f"{seed} {piece.name}".encode()).digest()[:8]
+            generator = torch.Generator().manual_seed(int.from_bytes(name_seed, "little"))
+            values = torch.randn(piece.shape, generator=generator) * self.config.initializer_range
+            target.copy_(values)
+        if self.config.pad_token_id is not None:
+            self.embedding.weight[self.config.pad_token_id].zero_()

@@ -1,0 +1,88 @@
+"""The parts that both families share: linear maps, the norm, the gated MLP.
+
+Every parameter is stored in one type (float32 when training) and used in the type of the
+activations: a layer casts its weight to what comes in. So bfloat16 compute needs no autocast, and a
+model loaded in bfloat16 runs as it is.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain_cli.model.config import ModelConfig
+
+
+class Linear(nn.Module):
+    """x @ weight^T, the weight cast to x's type. (..., in) -> (..., out)."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Projections(nn.Module):
+    """Several linear maps of the same input, as one matrix product or apart.
+
+    (..., in) -> one (..., rows) for each name. Merged, their rows lie below each other in `weight`,
+    in the order of the names; apart, each is a Linear of its name.
+    """
+
+    def __init__(self, in_features: int, rows: dict[str, int], *, merged: bool) -> None:
+        super().__init__()
+        self.rows = list(rows.values())
+        self.merged = merged
+        if merged:
+            self.weight = nn.Parameter(torch.empty(sum(self.rows), in_features))
+        else:
+            for name, count in rows.items():
+                self.add_module(name, Linear(in_features, count))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.merged:
+            return F.linear(x, self.weight.to(x.dtype)).split(self.rows, dim=-1)
+        return tuple(linear(x) for linear in self.children())
+
+
+class RMSNorm(nn.Module):
+    """Scale each vector to unit root mean square, then by a learned weight. (..., D) -> (..., D).
+
+    Gemma 3 stores the weight minus one and multiplies in float32; Qwen 3 multiplies after casting
+    back. In bfloat16 the two differ. Written out rather than F.rms_norm, which on a CPU is slower
+    than this both eager and compiled, and rounds in another order than either family."""
+
+    def __init__(self, size: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = config.rms_norm_eps
+        self.zero_centered = config.norm_is_zero_centered
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        if self.zero_centered:
+            return (wide * (1.0 + self.weight.float())).to(x.dtype)
+        return self.weight.to(x.dtype) * wide.to(x.dtype)
+
+
+def activate(name: str, gate: Tensor) -> Tensor:
+    """The MLP's activation, by config.json's name for it."""
+    return F.silu(gate) if name == "silu" else F.gelu(gate, approximate="tanh")
+
+
+class GatedMLP(nn.Module):
+    """down(activation(gate(x)) · up(x)). (..., D) -> (..., D)."""
+
+    def __init__(self, config: ModelConfig, *, merged_projections: bool) -> None:
+        super().__init__()
+        D, width = config.hidden_size, config.intermediate_size
+        rows = {"gate_proj": width, "up_proj": width}
+        self.gate_up = Projections(D, rows, merged=merged_projections)
+        self.down = Linear(width, D)
+        self.activation = config.hidden_activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x)
+        return self.down(activate(self.activation, gate) * up)

@@ -1,0 +1,116 @@
+"""Where each published tensor lies in our parameters: one table, from the ModelConfig alone.
+
+The published files hold q, k and v, gate and up, and every expert apart; in memory they may be rows
+of one matrix. A Piece names a published tensor and the part of our parameter that holds it. Weights
+on disk, initial weights, optimizer state on disk and anything that must see the logical matrices go
+through this table, so none of them depends on whether projections are merged.
+
+(A table rather than save and load hooks on the modules: hooks see state_dict() only, and the
+optimizer's moments, initialization and sharded parameters need the same split.)
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pretrain_cli.model.config import ModelConfig
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """One published tensor, and the part of a parameter of ours that is it."""
+
+    name: str
+    """As published: model.layers.0.self_attn.q_proj.weight."""
+    shape: tuple[int, ...]
+    parameter: str
+    """Ours: blocks.0.attention.qkv.weight."""
+    index: tuple[Any, ...] = ()
+    """Expert and rows within the parameter; empty for the whole of it."""
+
+    @property
+    def is_norm(self) -> bool:
+        return len(self.shape) == 1
+
+    def of(self, tensor: Any) -> Any:
+        """The view of a tensor shaped like the parameter that is this piece."""
+        return tensor[self.index] if self.index else tensor
+
+
+def layout(config: ModelConfig, *, merged_projections: bool) -> Iterator[Piece]:
+    """Every published tensor of this model, in the order of the published files' layers."""
+    D, Dh = config.hidden_size, config.head_dim
+    q, kv = config.num_attention_heads * Dh, config.num_key_value_heads * Dh
+
+    def whole(name: str, parameter: str, *shape: int) -> Piece:
+        return Piece(name=name, shape=shape, parameter=parameter)
+
+    def group(prefix: str, module: str, rows: dict[str, int], width: int) -> Iterator[Piece]:
+        start = 0
+        for name, count in rows.items():
+            published = f"{prefix}.{name}.weight"
+            if merged_projections:
+                part = (slice(start, start + count),)
+                yield Piece(name=published, shape=(count, width), parameter=f"{module}.weight", index=part)  # fmt: skip
+            else:
+                yield whole(published, f"{module}.{name}.weight", count, width)
+            start += count
+
+    yield whole(EMBEDDING, "embedding.weight", config.vocab_size, D)
+    for i in range(config.num_hidden_layers):
+        there, here = f"model.layers.{i}", f"blocks.{i}"
+        for published, ours in block_norm_names(config).items():
+            yield whole(f"{there}.{published}.weight", f"{here}.{ours}.weight", D)
+        rows = {"q_proj": q, "k_proj": kv, "v_proj": kv}
+        yield from group(f"{there}.self_attn", f"{here}.attention.qkv", rows, D)
+        yield whole(f"{there}.self_attn.o_proj.weight", f"{here}.attention.output.weight", D, q)
+        for norm in ("q_norm", "k_norm"):
+            yield whole(f"{there}.self_attn.{norm}.weight", f"{here}.attention.{norm}.weight", Dh)
+        if config.is_sparse(i):
+            yield from _experts(config, there, here)
+        else:
+            F = config.intermediate_size
+            rows = {"gate_proj": F, "up_proj": F}
+            yield from group(f"{there}.mlp", f"{here}.mlp.gate_up", rows, D)
+            yield whole(f"{there}.mlp.down_proj.weight", f"{here}.mlp.down.weight", D, F)
+    yield whole("model.norm.weight", "norm.weight", D)
+    if not config.tie_word_embeddings:
+        yield whole(HEAD, "head.weight", config.vocab_size, D)
+
+
+def block_norm_names(config: ModelConfig) -> dict[str, str]:
+    """Published name to ours, of a block's norms over the hidden size.
+
+    `post_attention_layernorm` is the norm of attention's output in Gemma 3 and the norm before the
+    MLP in Qwen 3.
+    """
+    if config.has_post_norms:
+        return {
+            "input_layernorm": "attention_norm",
+            "post_attention_layernorm": "post_attention_norm",
+            "pre_feedforward_layernorm": "mlp_norm",
+            "post_feedforward_layernorm": "post_mlp_norm",
+        }
+    return {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
+
+
+def _experts(config: ModelConfig, there: str, here: str) -> Iterator[Piece]:
+    """The router, and each expert's three matrices out of the two stacked ones."""
+    D, F = config.hidden_size, config.moe_intermediate_size
+    router = f"{here}.mlp.router.weight"
+    yield Piece(name=f"{there}.mlp.gate.weight", shape=(config.num_experts, D), parameter=router)
+    for e in range(config.num_experts):
+        for name, shape, parameter, index in (
+            ("gate_proj", (F, D), "gate_up", (e, slice(0, F))),
+            ("up_proj", (F, D), "gate_up", (e, slice(F, 2 * F))),
+            ("down_proj", (D, F), "down", (e,)),
+        ):
+            yield Piece(
+                name=f"{there}.mlp.experts.{e}.{name}.weight",
+                shape=shape,
+                parameter=f"{here}.mlp.{parameter}",
+                index=index,
+            )

@@ -31,7 +31,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Mask:
-    """Query i of T, at position S - T + i, sees the keys up to its own: all, or the last `window`."""
+    """Query i of T, at position S − T + i, sees the keys up to there: all, or the last `window`."""
 
     queries: int
     keys: int
@@ -72,7 +72,7 @@ def _eager_lower(mask: Mask, device: torch.device) -> Tensor:
 
 
 def _eager_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Softmax in float32 over the keys each query sees; query head h reads key head h // (H/Hkv)."""
+    """Softmax in float32 over the keys seen; query head h reads key head h // (H / Hkv)."""
     group = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
     scores = torch.einsum("bthd,bshd->bhts", q, k).float() * scale
@@ -128,7 +128,7 @@ def _folded(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tenso
     q, k, v = (F.pad(x, (0, 0, 0, padding)) for x in (q, k, v))
 
     def folded(x: Tensor, size: int) -> Tensor:
-        """Overlapping windows of this size, one every `window`. -> (B · blocks, heads, size, Dh)."""
+        """Windows of this size, one every `window`. -> (B · blocks, heads, size, Dh)."""
         windows = x.unfold(2, size, window).permute(0, 2, 1, 4, 3)  # (B, blocks, heads, size, Dh)
         return windows.reshape(B * blocks, x.shape[1], size, Dh)
 

@@ -94,9 +94,8 @@ class ModelConfig:
                 raise ConfigError(f"model.{name}: {getattr(self, name)} is not above zero")
         for name, known in (("model_type", ModelType), ("hidden_activation", Activation)):
             if getattr(self, name) not in get_args(known):
-                raise ConfigError(
-                    f"model.{name}: '{getattr(self, name)}' is not one of {', '.join(get_args(known))}"
-                )
+                value, choices = getattr(self, name), ", ".join(get_args(known))
+                raise ConfigError(f"model.{name}: '{value}' is not one of {choices}")
         if not self.layer_types:
             raise ConfigError("model.layer_types: empty; a model needs at least one layer")
         for kind in set(self.layer_types) - {FULL, SLIDING}:

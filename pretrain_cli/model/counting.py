@@ -2,11 +2,14 @@
 
 FLOPs are matrix multiplications only, a multiply-add counting as two. Per trained token:
 
-    exact         3 × (2 · matrix parameters that a token meets + 4 · H · Dh · keys it sees), per layer
-    conventional  6 N + 12 · L · H · Dh · T      every token is taken to see all T (PaLM, nanoGPT)
+    exact         6 N + 12 · H · Dh · (keys a token sees, summed over the layers)
+    conventional  6 N + 12 · H · Dh · T · L      every token is taken to see all T (PaLM, nanoGPT)
+
+N counts the matrices that a token meets: not the experts it isn't sent to, not the embedding that
+it is looked up in; the head is counted, tied or not.
 
 The keys a token sees, on average over T, are (T + 1) / 2 in a causal layer and fewer in a sliding
-one. The head is counted, the embedding lookup is not, tied or not.
+one.
 """
 
 from dataclasses import dataclass

@@ -111,8 +111,8 @@ def _gemma3_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def from_config_json(raw: dict[str, Any]) -> ModelConfig:
-    """The ModelConfig that a config.json says; ConfigError for what this decoder doesn't compute."""
-    raw = {k: v for k, v in raw.items() if v is not None}
+    """The ModelConfig of a config.json; ConfigError for what this decoder doesn't compute."""
+    raw = {k: v for k, v in raw.items() if v is not None or k == "pad_token_id"}
     if raw.get("model_type") == "gemma3":
         raw = {"model_type": "gemma3_text", **raw.get("text_config", {})}
     model_type = raw.get("model_type")
@@ -167,8 +167,8 @@ def _rope(raw: dict[str, Any], kind: str, spelled: str, default: float) -> tuple
     rope_type = parameters.get("rope_type", parameters.get("type", "default"))
     if rope_type not in ("default", "linear"):
         raise ConfigError(
-            f"config.json: RoPE scaling '{rope_type}' of {kind} layers, which this decoder does not "
-            "compute (it computes default and linear)"
+            f"config.json: RoPE scaling '{rope_type}' of {kind} layers, which this decoder "
+            "does not compute (it computes default and linear)"
         )
     factor = parameters.get("factor", 1.0) if rope_type == "linear" else 1.0
     return float(parameters["rope_theta"]), float(factor)

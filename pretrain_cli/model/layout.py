@@ -53,8 +53,12 @@ def layout(config: ModelConfig, *, merged_projections: bool) -> Iterator[Piece]:
         for name, count in rows.items():
             published = f"{prefix}.{name}.weight"
             if merged_projections:
-                part = (slice(start, start + count),)
-                yield Piece(name=published, shape=(count, width), parameter=f"{module}.weight", index=part)  # fmt: skip
+                yield Piece(
+                    name=published,
+                    shape=(count, width),
+                    parameter=f"{module}.weight",
+                    index=(slice(start, start + count),),
+                )
             else:
                 yield whole(published, f"{module}.{name}.weight", count, width)
             start += count

@@ -2,4 +2,5 @@
 
 from pretrain_cli.cli import app
 
-app(prog_name="pretrain")
+if __name__ == "__main__":  # the benchmark's fresh processes import this file and must not run it
+    app(prog_name="pretrain")

@@ -1,0 +1,54 @@
+"""The `pretrain` command: five commands, and people's mistakes as one red line and exit code 2."""
+
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from typer.core import TyperGroup
+
+from pretrain_cli import __version__
+from pretrain_cli.commands import benchmark, count_params, sample, tokenize, train
+from pretrain_cli.commands.display import error_console
+from pretrain_cli.errors import PretrainError
+
+
+class Commands(TyperGroup):
+    """The group of commands; it turns a PretrainError of any of them into a line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PretrainError as error:
+            error_console.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Pretrain Gemma 3 and Qwen 3 models: from a folder of text to a model that transformers "
+    "opens.",
+)
+app.command("tokenize", rich_help_panel="The main line")(tokenize.tokenize)
+app.command("train", rich_help_panel="The main line")(train.train)
+app.command("sample", rich_help_panel="The main line")(sample.sample)
+app.command("benchmark", rich_help_panel="What it costs")(benchmark.benchmark)
+app.command("count-params", rich_help_panel="What it costs")(count_params.count_params)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"pretrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass

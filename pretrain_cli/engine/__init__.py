@@ -1,0 +1,1 @@
+"""Model and data to a trained run: speed, optimizer, training, checkpoints, sampling, timing."""

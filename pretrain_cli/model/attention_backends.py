@@ -20,6 +20,7 @@ mask:
 """
 
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -122,7 +123,7 @@ def _folded(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tenso
         query 1   · · █ █ █ █ █ █   █ █ · · · ·
     """
     B, H, T, Dh = q.shape
-    first = _sdpa(*(x[:, :, :window] for x in (q, k, v)), scale, is_causal=True)
+    first = _sdpa(q[:, :, :window], k[:, :, :window], v[:, :, :window], scale, is_causal=True)
     blocks = -(-T // window) - 1  # those after the first
     padding = (blocks + 1) * window - T
     q, k, v = (F.pad(x, (0, 0, 0, padding)) for x in (q, k, v))
@@ -173,7 +174,10 @@ def _flex_kernel(device_type: str) -> Callable[..., Any]:
     """flex_attention, compiled where its kernels are: uncompiled it forms every score."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False) if device_type == "cuda" else flex_attention
+    if device_type == "cuda":
+        return torch.compile(flex_attention, dynamic=False)
+    warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
+    return flex_attention
 
 
 def _flex_unavailable(device: torch.device, training: bool) -> str | None:

@@ -122,6 +122,7 @@ class ModelConfig:
                 f"model.hidden_size: {self.hidden_size} is not a multiple of num_attention_heads "
                 f"{self.num_attention_heads}; transformers refuses to open such a Gemma 3"
             )
+        self._check_family()
         if (self.num_experts > 0) != (self.model_type == "qwen3_moe"):
             raise ConfigError(
                 f"model.num_experts: {self.num_experts} does not go with {self.model_type}"
@@ -135,6 +136,36 @@ class ModelConfig:
             raise ConfigError(
                 f"model.moe_intermediate_size: {self.moe_intermediate_size} is not above zero"
             )
+        for name in ("hidden_size", "moe_intermediate_size") if self.num_experts else ():
+            if getattr(self, name) % 8:
+                raise ConfigError(
+                    f"model.{name}: {getattr(self, name)} is not a multiple of 8, which experts "
+                    "need: grouped_mm takes rows of 16 bytes"
+                )
+
+    def _check_family(self) -> None:
+        """What a family's config.json can't say must be as the family has it, or transformers would
+        open the checkpoint as another model."""
+        is_gemma = self.model_type == "gemma3_text"
+        for name in ("norm_is_zero_centered", "has_post_norms", "embedding_is_scaled"):
+            if getattr(self, name) != is_gemma:
+                raise ConfigError(
+                    f"model.{name}: {not is_gemma} does not go with {self.model_type}"
+                )
+        if (self.rope_local_base_freq is not None) != is_gemma:
+            raise ConfigError(
+                f"model.rope_local_base_freq: {self.rope_local_base_freq} does not go with "
+                f"{self.model_type}"
+            )
+        if is_gemma:
+            return
+        if SLIDING in self.layer_types:
+            raise ConfigError(f"model.layer_types: {SLIDING} does not go with {self.model_type}")
+        if self.query_pre_attn_scalar != self.head_dim:
+            raise ConfigError(
+                f"model.query_pre_attn_scalar: {self.query_pre_attn_scalar}, but {self.model_type} "
+                f"scales by its head_dim, {self.head_dim}"
+            )
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(ModelConfig)}
@@ -145,6 +176,7 @@ def variant(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
     """This config with some numbers changed, by name and checked.
 
     `num_hidden_layers` is understood too: the config's own layer pattern is repeated to that depth.
+    Qwen 3's attention scale follows its head_dim.
     """
     changes = dict(changes)
     known = [*FIELDS, "num_hidden_layers"]
@@ -159,6 +191,8 @@ def variant(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
         raise ConfigError(
             f"model.num_hidden_layers: {depth}, but layer_types has {len(changes['layer_types'])}"
         )
+    if config.model_type != "gemma3_text" and "head_dim" in changes:
+        changes.setdefault("query_pre_attn_scalar", changes["head_dim"])
     return dataclasses.replace(config, **changes)
 
 

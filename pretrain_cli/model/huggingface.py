@@ -66,8 +66,11 @@ def to_config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     else:
         out |= {
             "hidden_act": config.hidden_activation,
-            "rope_scaling": None,
-            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+            "rope_scaling": _linear(config),
+            "rope_parameters": {
+                **(_linear(config) or {"rope_type": "default"}),
+                "rope_theta": config.rope_theta,
+            },
             "use_sliding_window": False,
             "sliding_window": None,
             "max_window_layers": config.num_hidden_layers,
@@ -86,9 +89,14 @@ def to_config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     return out
 
 
-def _gemma3_json(config: ModelConfig) -> dict[str, Any]:
+def _linear(config: ModelConfig) -> dict[str, Any] | None:
+    """RoPE's linear scaling, or None where positions stay as they are."""
     factor = config.rope_scaling_factor
-    linear = {"factor": factor, "rope_type": "linear"} if factor != 1.0 else None
+    return {"factor": factor, "rope_type": "linear"} if factor != 1.0 else None
+
+
+def _gemma3_json(config: ModelConfig) -> dict[str, Any]:
+    linear = _linear(config)
     base = {"rope_theta": config.rope_theta}
     full = [i for i, kind in enumerate(config.layer_types) if kind == FULL]
     scalar = config.query_pre_attn_scalar
@@ -112,9 +120,9 @@ def _gemma3_json(config: ModelConfig) -> dict[str, Any]:
 
 def from_config_json(raw: dict[str, Any]) -> ModelConfig:
     """The ModelConfig of a config.json; ConfigError for what this decoder doesn't compute."""
-    raw = {k: v for k, v in raw.items() if v is not None or k == "pad_token_id"}
     if raw.get("model_type") == "gemma3":
         raw = {"model_type": "gemma3_text", **raw.get("text_config", {})}
+    raw = {k: v for k, v in raw.items() if v is not None or k == "pad_token_id"}
     model_type = raw.get("model_type")
     if model_type not in ARCHITECTURES:
         raise ConfigError(
@@ -122,6 +130,7 @@ def from_config_json(raw: dict[str, Any]) -> ModelConfig:
         )
     for name, plain in (
         ("attention_bias", False),
+        ("attention_dropout", 0.0),
         ("attn_logit_softcapping", None),
         ("final_logit_softcapping", None),
         ("use_bidirectional_attention", False),
@@ -158,12 +167,12 @@ def _common(raw: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rope(raw: dict[str, Any], kind: str, spelled: str, default: float) -> tuple[float, float]:
-    """(base, factor) of one kind of layer, from either spelling."""
+    """(base, factor) of one kind of layer, from either spelling or both."""
     parameters = raw.get("rope_parameters", {})
-    parameters = parameters.get(kind, parameters)
-    if "rope_theta" not in parameters:
-        scaling = raw.get("rope_scaling") if kind == FULL else None
-        parameters = {**(scaling or {}), "rope_theta": raw.get(spelled, default)}
+    if FULL in parameters or SLIDING in parameters:
+        parameters = parameters.get(kind, {})
+    scaling = raw.get("rope_scaling", {}) if kind == FULL else {}
+    parameters = {"rope_theta": raw.get(spelled, default), **scaling, **parameters}
     rope_type = parameters.get("rope_type", parameters.get("type", "default"))
     if rope_type not in ("default", "linear"):
         raise ConfigError(
@@ -189,6 +198,11 @@ def _gemma3_config(raw: dict[str, Any]) -> ModelConfig:
     ]
     if len(kinds) != depth:
         raise ConfigError(f"config.json: {len(kinds)} layer_types for {depth} num_hidden_layers")
+    if not {FULL, SLIDING} & (raw.get("rope_parameters") or {FULL: {}}).keys():
+        # transformers would ignore them without a word
+        raise ConfigError(
+            f"config.json: rope_parameters of a Gemma 3 must say {FULL} and {SLIDING}"
+        )
     theta, factor = _rope(raw, FULL, "rope_theta", 1_000_000.0)
     local_theta, local_factor = _rope(raw, SLIDING, "rope_local_base_freq", 10_000.0)
     if local_factor != 1.0:
@@ -225,6 +239,8 @@ def _qwen3_config(raw: dict[str, Any]) -> ModelConfig:
         "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6, "initializer_range": 0.02,
         "tie_word_embeddings": False, "pad_token_id": None,
     }  # fmt: skip
+    if "num_hidden_layers" not in raw:
+        raise ConfigError("config.json: 'num_hidden_layers' is missing")
     if SLIDING in raw.get("layer_types", []):
         raise ConfigError("config.json: sliding_attention layers in a Qwen 3 are not computed here")
     theta, factor = _rope(raw, FULL, "rope_theta", 10_000.0)
@@ -292,7 +308,7 @@ def load_weights(model: Decoder, folder: Path) -> list[str]:
     files = weight_files(folder)
     where = {_text_name(name): (path, name) for path, names in files.items() for name in names}
     config = model.config
-    if config.tie_word_embeddings and HEAD in where:
+    if config.tie_word_embeddings and {HEAD, EMBEDDING} <= where.keys():
         # transformers 5 would use the file's head, transformers 4 the embedding: equal or refused.
         same = torch.equal(_read(*where[HEAD]), _read(*where[EMBEDDING]))
         if not same:
@@ -321,9 +337,11 @@ def weight_files(folder: Path) -> dict[Path, list[str]]:
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if index.is_file():
-        paths = sorted(
-            {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
-        )
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+            raise CheckpointError(f"{index}: damaged ({error!r}); copy it again") from None
+        paths = sorted(folder / name for name in names)
     elif single.is_file():
         paths = [single]
     else:

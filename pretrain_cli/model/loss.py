@@ -70,22 +70,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device)
         for start in range(0, hidden.shape[0], rows):
             h, t = hidden[start : start + rows], targets[start : start + rows]
-            counted = (t != IGNORED).unsqueeze(-1)
+            share = (t != IGNORED).unsqueeze(
+                -1
+            ) * scale  # of the loss, for each token: 0 if ignored
             t = t.clamp(min=0).unsqueeze(-1)
             logits = F.linear(h, w).float()  # (rows, V)
             log_sum = logits.logsumexp(-1, keepdim=True)
-            total += ((log_sum - logits.gather(-1, t)) * counted).sum()
-            # The logits' memory becomes their gradient's.
-            grad = logits.sub_(log_sum).exp_()
-            grad.scatter_add_(-1, t, grad.new_full((), -1.0).expand(t.shape))
-            grad = grad.mul_(counted * scale).to(hidden.dtype)
+            total += ((log_sum - logits.gather(-1, t)) * share).sum()
+            # The logits' memory becomes their gradient's: share · (softmax − onehot), the share
+            # taken into the exponent to save a pass.
+            grad = logits.sub_(log_sum - share.log()).exp_()
+            grad = grad.scatter_add_(-1, t, -share).to(hidden.dtype)
             torch.mm(grad, w, out=d_hidden[start : start + rows])
             if d_weight.dtype == grad.dtype:
                 d_weight.addmm_(grad.t(), h)
             else:
                 d_weight.add_(grad.t() @ h)
         ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
-        return total * scale
+        return total
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor):

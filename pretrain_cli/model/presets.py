@@ -16,7 +16,7 @@ def full_name(name: str) -> str:
     if name not in PRESETS:
         known = [*ALIASES, *PRESETS]
         raise ConfigError(
-            f"model: '{name}' is not a model or a YAML file{did_you_mean(name, known)} "
+            f"model: '{name}' is not a model or a YAML file{did_you_mean(name, known) or '.'} "
             f"Known: {', '.join(known)}"
         )
     return name

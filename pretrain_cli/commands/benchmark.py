@@ -1,0 +1,149 @@
+"""`pretrain benchmark`: what a training step costs here, backend by backend."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from pretrain_cli.commands.display import console, duration, notice, size
+
+CPU_STEP_FLOPS = 1e12
+
+
+def benchmark(
+    attn: Annotated[
+        str, typer.Option(help="eager, sdpa, flex, several with commas, or all.")
+    ] = "all",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A name or a YAML file.", show_default="gemma3-tiny on a CPU, gemma3-270m else"
+        ),
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens a sample.", show_default="512 on a CPU, 1024 else")
+    ] = None,
+    micro_batch_size: Annotated[
+        int | None, typer.Option(help="Samples a step.", show_default="by the device")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps that count.")] = 5,
+    warmup: Annotated[int, typer.Option(help="Steps before, timed apart.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, mps or auto.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto.")] = "auto",
+    compile_: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="torch.compile.", show_default="on a GPU"),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SPEED.NAME=VALUE", help="A speed setting, or model.NAME."),
+    ] = None,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", help="Also write the results to this file.")
+    ] = None,
+) -> None:
+    """Time the real training step on synthetic tokens.
+
+    Each backend runs in a fresh process, warm-up and compiling apart. One that can't train on this
+    device is timed forward only, and says so.
+    """
+    from pretrain_cli.config import build_config, find_model
+    from pretrain_cli.errors import ConfigError
+
+    for name, value, least in (("steps", steps, 1), ("warmup", warmup, 0)):
+        if value < least:
+            raise ConfigError(f"--{name}: {value} is not at least {least}")
+    if as_json is not None and not as_json.parent.is_dir():
+        raise ConfigError(f"--json: no folder {as_json.parent} to write {as_json.name} in")
+    flags = {"speed.dtype": dtype, "speed.compile": compile_, "model.name": model}
+    flags |= {"train.micro_batch_size": micro_batch_size, "data.seq_len": seq_len}
+    settings = build_config({}, flags, set_ or [])
+
+    import torch
+
+    from pretrain_cli.engine import benchmark as engine
+    from pretrain_cli.engine.distributed import find_device
+    from pretrain_cli.engine.run import device_name
+    from pretrain_cli.engine.speed import resolve_speed
+    from pretrain_cli.model.counting import count_parameters, training_flops
+
+    backends = engine.parse_backends(attn)
+    place = find_device(device)
+    on_cpu = place.type == "cpu"
+    if model is None:
+        chosen = {"name": "gemma3-tiny" if on_cpu else "gemma3-270m"}
+        settings = settings.model_copy(update={"model": settings.model.model_copy(update=chosen)})
+    name, config = find_model(settings.model)
+    if seq_len is None:
+        seq_len = min(512 if on_cpu else 1024, config.max_position_embeddings)
+    elif seq_len > config.max_position_embeddings:
+        raise ConfigError(
+            f"--seq-len: {seq_len:,} is beyond the model's {config.max_position_embeddings:,} "
+            "positions"
+        )
+    if micro_batch_size is None:
+        affordable = CPU_STEP_FLOPS / (training_flops(config, seq_len).exact * seq_len)
+        micro_batch_size = max(1, min(4, int(affordable))) if on_cpu else 16
+    workload = engine.Workload(
+        model=config,
+        seq_len=seq_len,
+        micro_batch_size=micro_batch_size,
+        steps=steps,
+        warmup=warmup,
+        device=str(place),
+    )
+    asked = settings.speed
+    resolved = resolve_speed(asked, place, training=False)
+    peak = engine.find_peak(place, resolved.compute_dtype)
+    console.print(
+        f"[bold]{name}[/] {count_parameters(config).total:,} parameters, {micro_batch_size} × "
+        f"{seq_len} tokens a step, {resolved.dtype}, {device_name(place)}, torch "
+        f"{torch.__version__}\nPeak {peak.flops / 1e12:.3g} TFLOP/s ({peak.source})",
+        soft_wrap=True,
+    )
+    results = []
+    for backend in backends:
+        with console.status(f"{backend}: {warmup} + {steps} steps"):
+            results += engine.run_arms(workload, asked, [backend], peak)
+    console.print(_table(results))
+    for result in results:
+        if result.reason:
+            notice(f"{result.attention}: {result.reason}; its forward pass alone was timed")
+    if as_json is not None:
+        as_json.write_text(
+            json.dumps(
+                {
+                    "machine": device_name(place),
+                    "torch": str(torch.__version__),
+                    "peak": asdict(peak),
+                    "workload": {"name": name, **asdict(workload)},
+                    "results": [asdict(result) for result in results],
+                },
+                indent=2,
+            )
+            + "\n"
+        )
+        console.print(f"Written to {as_json}", soft_wrap=True)
+
+
+def _table(results: list[Any]) -> Table:
+    table = Table()
+    table.add_column("attention")
+    table.add_column("timed")
+    for heading in ("median", "from – to", "tokens/s", "MFU", "memory", "warm-up"):
+        table.add_column(heading, justify="right")
+    for result in results:
+        table.add_row(
+            result.attention,
+            result.kind,
+            f"{result.step_median * 1e3:,.0f} ms",
+            f"{result.step_fastest * 1e3:,.0f} – {result.step_slowest * 1e3:,.0f}",
+            f"{result.tokens_per_second:,.0f}",
+            f"{result.mfu:.1%}",
+            size(result.peak_memory),
+            duration(result.warmup),
+        )
+    return table

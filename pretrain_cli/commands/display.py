@@ -1,0 +1,205 @@
+"""What the commands show: on a terminal live and in colour, elsewhere plain lines."""
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+# Where the output is not a terminal, tables get the room they need rather than 80 columns.
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+error_console = Console(stderr=True, highlight=False)
+
+
+def amount(number: float) -> str:
+    """1234567 as 1.23M."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"
+
+
+def size(count: float) -> str:
+    """Bytes as 1.2 GB, decimal."""
+    for unit, letter in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {letter}"
+    return f"{count:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 1h02m, 3m20s or 12s."""
+    seconds = round(seconds)
+    if seconds >= 3600:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
+
+
+def notice(text: str) -> None:
+    """A choice made for the person, or a fallback."""
+    console.print(f"[yellow]·[/] {escape(text)}", soft_wrap=not console.is_terminal)
+
+
+class TokenizeProgress:
+    """A bar with MB/s and tokens/s, by what the tokenizing reports."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            Rate(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.progress.add_task("reading", total=None, tokens=0)
+        self.what = ""
+        self.began = time.perf_counter()
+
+    def __enter__(self) -> "TokenizeProgress":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+
+    def __call__(self, what: str, done: int, total: int, tokens: int) -> None:
+        if what != self.what:
+            self.what, self.began = what, time.perf_counter()
+        seconds = max(time.perf_counter() - self.began, 1e-9)
+        rate = f"{done / seconds / 1e6:.1f} MB/s"
+        if tokens:
+            rate += f"  {amount(tokens / seconds)} tokens/s"
+        self.progress.update(self.task, description=what, completed=done, total=total, rate=rate)
+
+
+class Rate(ProgressColumn):
+    """The rate that the task was last updated with."""
+
+    def render(self, task: Any) -> Text:
+        return Text(task.fields.get("rate", ""))
+
+
+class TrainDisplay:
+    """A training run: a live panel below the lines that stay."""
+
+    def __init__(self) -> None:
+        self.live: Live | None = None
+        self.started: Any = None
+        self.evaluation: Any = None
+
+    def __enter__(self) -> "TrainDisplay":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._end_live()
+
+    def __call__(self, event: Any) -> None:
+        """Show an event of the engine, by its kind."""
+        getattr(self, f"on_{type(event).__name__.lower()}")(event)
+
+    def on_notice(self, event: Any) -> None:
+        notice(event.text)
+
+    def on_started(self, event: Any) -> None:
+        self.started = event
+        console.print(
+            f"[bold]{escape(event.model)}[/] {amount(event.parameters)} parameters on "
+            f"{escape(event.dataset)}, {escape(event.device)}\n"
+            f"{event.tokens_per_step:,} tokens a step, {event.flops_per_token / 1e9:.3g} GFLOP a "
+            f"token, steps {event.first_step:,} to {event.steps:,}  →  {escape(str(event.run))}",
+            soft_wrap=True,
+        )
+        if console.is_terminal:
+            self.live = Live(console=console, refresh_per_second=4, transient=True)
+            self.live.start()
+
+    def on_stepmetrics(self, event: Any) -> None:
+        if self.live:
+            self.live.update(self._panel(event))
+            return
+        parts = [
+            f"step {event.step:,}/{self.started.steps:,}",
+            f"loss {event.loss:.4f}",
+            f"lr {event.learning_rate:.2e}",
+            f"norm {event.gradient_norm:.2f}",
+            f"{event.tokens_per_second:,.0f} tokens/s",
+        ]
+        if event.mfu is not None:
+            parts.append(f"MFU {event.mfu:.1%}")
+        parts += [
+            f"{amount(event.tokens)} tokens",
+            f"ETA {duration(self._remaining(event))}",
+            f"memory {size(event.memory)}",
+        ]
+        console.print("  ".join(parts), soft_wrap=True)
+
+    def on_evaluation(self, event: Any) -> None:
+        self.evaluation = event
+        console.print(
+            f"[cyan]step {event.step:,}: validation loss {event.loss:.4f}, "
+            f"{event.bits_per_byte:.4f} bits per byte[/] ({event.tokens:,} tokens)",
+            soft_wrap=True,
+        )
+
+    def on_saved(self, event: Any) -> None:
+        console.print(f"[dim]saved {escape(str(event.path))}[/]", soft_wrap=True)
+
+    def on_sample(self, event: Any) -> None:
+        self._end_live()
+        console.print(f"\n[dim]{escape(event.prompt)}[/]{escape(event.text)}\n", soft_wrap=True)
+
+    def on_finished(self, event: Any) -> None:
+        self._end_live()
+        run = escape(str(event.run))
+        if event.reason == "stopped":
+            console.print(
+                f"[yellow]Stopped at step {event.step:,} of {event.steps:,}, saved.[/] "
+                f"Go on with: pretrain train --resume {run}",
+                soft_wrap=True,
+            )
+            return
+        console.print(
+            f"[green]Done:[/] {event.step:,} steps. Text from it: pretrain sample {run}  ·  "
+            f"more steps: pretrain train --resume {run} --steps {2 * event.steps}",
+            soft_wrap=True,
+        )
+
+    def _remaining(self, event: Any) -> float:
+        left = (self.started.steps - event.step) * self.started.tokens_per_step
+        return left / max(event.tokens_per_second, 1e-9)
+
+    def _panel(self, event: Any) -> RenderableType:
+        done = Progress(TextColumn("{task.description}"), BarColumn(bar_width=40))
+        done.add_task(
+            f"step {event.step:,}/{self.started.steps:,}",
+            total=self.started.steps,
+            completed=event.step,
+        )
+        table = Table.grid(padding=(0, 3))
+        cells = [
+            ("loss", f"[bold]{event.loss:.4f}[/]"),
+            ("learning rate", f"{event.learning_rate:.2e}"),
+            ("gradient norm", f"{event.gradient_norm:.2f}"),
+            ("tokens/s", f"{event.tokens_per_second:,.0f}"),
+            ("MFU", "no peak known" if event.mfu is None else f"{event.mfu:.1%}"),
+            ("tokens", amount(event.tokens)),
+            ("ETA", duration(self._remaining(event))),
+            ("memory", size(event.memory)),
+        ]
+        if self.evaluation:
+            cells.append(("validation loss", f"{self.evaluation.loss:.4f}"))
+            cells.append(("bits per byte", f"{self.evaluation.bits_per_byte:.4f}"))
+        half = (len(cells) + 1) // 2
+        for row in (cells[:half], cells[half:]):
+            table.add_row(*[f"[dim]{name}[/] {value}" for name, value in row])
+        return Group(done, table)
+
+    def _end_live(self) -> None:
+        if self.live:
+            self.live.stop()
+            self.live = None

@@ -1,0 +1,140 @@
+"""`pretrain train`: a dataset to a run folder."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pretrain_cli.commands.display import TrainDisplay
+
+STOPPED = 130
+"""Exit code of a run that was asked to stop and saved itself: as shells have it for Ctrl-C."""
+
+
+def train(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A name (gemma3, gemma3-1b, qwen3-0.6b, gemma3-tiny, …) or a YAML file.",
+            show_default="gemma3, the 270M",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="A tokenized dataset.", show_default="the one in data/, or a demo dataset"
+        ),
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens a sample.", show_default="512 on a CPU, 1024 else")
+    ] = None,
+    micro_batch_size: Annotated[
+        int | None, typer.Option(help="Samples at once.", show_default="what memory admits")
+    ] = None,
+    tokens_per_step: Annotated[
+        int | None,
+        typer.Option(help="Tokens an optimizer step, accumulated.", show_default="by the device"),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps.", show_default="by the device")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens in all; instead of --steps.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="The highest.", show_default="by the model's size")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of weights and data order.", show_default="0")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:N, mps.", show_default="cuda, else cpu")
+    ] = None,
+    attn: Annotated[
+        str | None, typer.Option(help="Attention: eager, sdpa, flex.", show_default="sdpa")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Compute in float32 or bfloat16.", show_default="by the device"),
+    ] = None,
+    compile_: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="torch.compile.", show_default="on a GPU"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder.", show_default="runs/MODEL-DATASET")
+    ] = None,
+    init_from: Annotated[
+        Path | None, typer.Option(help="Start from the weights of a Hugging Face model folder.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with a run, from its newest intact checkpoint.")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(help="A YAML file of settings, or a built-in one by name.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.NAME=VALUE", help="Any other setting. Repeatable."),
+    ] = None,
+) -> None:
+    """Train a model.
+
+    With no dataset, a small one is made from the Python standard library's sources. Ctrl-C saves
+    and stops. On several GPUs: torchrun --nproc-per-node N -m pretrain_cli train …
+    """
+    flags: dict[str, Any] = {
+        "model.name": model,
+        "model.init_from": init_from,
+        "data.path": data,
+        "data.seq_len": seq_len,
+        "train.micro_batch_size": micro_batch_size,
+        "train.tokens_per_step": tokens_per_step,
+        "train.steps": steps,
+        "train.tokens": tokens,
+        "optimizer.learning_rate": learning_rate,
+        "train.seed": seed,
+        "train.device": device,
+        "speed.attention": attn,
+        "speed.dtype": dtype,
+        "speed.compile": compile_,
+        "train.out": out,
+    }
+    from pretrain_cli.config import build_config, read_config
+    from pretrain_cli.errors import ConfigError
+
+    if resume is not None and config is not None:
+        raise ConfigError(f"--config: {config} does not go with --resume, which has the run's own")
+    if resume is None:
+        settings = build_config(read_config(config) if config else {}, flags, set_ or [])
+        where = {}
+    else:
+        settings, where = _resumed(resume, flags, set_ or [])
+    from pretrain_cli.engine.train import train as run
+
+    with TrainDisplay() as display:
+        finished = run(settings, display, **where)
+    if finished.reason == "stopped":
+        raise typer.Exit(STOPPED)
+
+
+def _resumed(
+    resume: Path, flags: dict[str, Any], assignments: list[str]
+) -> tuple[Any, dict[str, Any]]:
+    """The run's settings with the changes asked for, and where training goes on."""
+    from pretrain_cli.config import build_config
+    from pretrain_cli.engine.checkpoint import damage
+    from pretrain_cli.engine.run import read_record, resumed_settings
+    from pretrain_cli.errors import CheckpointError
+
+    if not resume.is_dir():
+        raise CheckpointError(f"{resume}: no such run folder")
+    checkpoint = None
+    if resume.parent.name == "checkpoints":
+        checkpoint, resume = resume, resume.parent.parent
+        if reason := damage(checkpoint):
+            raise CheckpointError(f"{reason}; resume from the run, {resume}, to take another")
+    record = read_record(resume)
+    base = {name: dict(section) for name, section in record.settings.items()}
+    if flags["train.tokens"] is not None:
+        base["train"].pop("steps")
+    settings = resumed_settings(record, build_config(base, flags, assignments))
+    return settings, {"resume": (resume, record), "resume_from": checkpoint}

@@ -1,0 +1,243 @@
+"""RunConfig: everything that can be set about a run, checked, from YAML, `--set` and flags.
+
+    defaults  <  --config FILE  <  flags and --set section.name=value
+
+`auto` is resolved once, at the start of a run, by `engine/plan.py`; the run says what it became.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from pretrain_cli.errors import ConfigError, did_you_mean
+from pretrain_cli.model.config import FIELDS, ModelConfig, variant
+from pretrain_cli.model.presets import PRESETS, full_name, preset
+
+Auto = Literal["auto"]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(BaseModel):
+    """The model: a name or a YAML file, and any number of ModelConfig to change in it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str = "gemma3"
+    init_from: Path | None = None
+    """A Hugging Face model folder or a checkpoint to take architecture and weights from."""
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class DataSettings(Section):
+    path: Path | None = None
+    """A tokenized dataset; the only one in data/ where none is named."""
+    seq_len: PositiveInt | Auto = "auto"
+
+
+class OptimizerSettings(Section):
+    learning_rate: Positive | Auto = "auto"
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.1
+    """On matrices; norms are not decayed."""
+    clip: NotNegative = 1.0
+    """Largest gradient norm; 0 leaves gradients alone."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After warm-up: down a cosine; constant and then linearly down; or constant."""
+    warmup_steps: Count | Auto = "auto"
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """The share of the steps that `wsd` decays in."""
+    final_fraction: Share = 0.1
+    """The last learning rate, as a share of the highest."""
+
+
+class TrainSettings(Section):
+    steps: PositiveInt | Auto = "auto"
+    tokens: PositiveInt | None = None
+    """Train on this many tokens; instead of steps."""
+    tokens_per_step: PositiveInt | Auto = "auto"
+    """On all ranks; what the micro-batch leaves is accumulated."""
+    micro_batch_size: PositiveInt | Auto = "auto"
+    seed: int = 0
+    device: str = "auto"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several ranks share a model: a copy each, or a part each."""
+    out: Path | None = None
+    log_every: PositiveInt | Auto = "auto"
+    eval_every: PositiveInt | Auto = "auto"
+    checkpoint_every: PositiveInt | Auto = "auto"
+    keep_checkpoints: PositiveInt = 2
+    sample_prompt: str = ""
+    sample_tokens: Count = 100
+    """Length of the text sampled at the end."""
+
+
+class SpeedConfig(Section):
+    """How fast, never what: each may change rounding and memory, none what is learned."""
+
+    attention: Literal["auto", "eager", "sdpa", "flex"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    float32_matmul: Literal["auto", "highest", "high", "medium"] = "auto"
+    compile: bool | Auto = "auto"
+    merged_projections: bool = True
+    fused_optimizer: bool | Auto = "auto"
+    chunked_loss: bool = True
+    activation_checkpointing: bool = False
+    prefetch: bool = True
+    cudnn_benchmark: bool | Auto = "auto"
+    expandable_segments: bool | Auto = "auto"
+
+
+class RunConfig(Section):
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    train: TrainSettings = TrainSettings()
+    speed: SpeedConfig = SpeedConfig()
+
+
+def build_config(
+    base: dict[str, Any], flags: dict[str, Any], assignments: Iterable[str]
+) -> RunConfig:
+    """A RunConfig from a file's tree, flags by dotted name (None where not given) and `a.b=c`."""
+    tree = {name: dict(section) for name, section in base.items()}
+    given = {name: value for name, value in flags.items() if value is not None}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or name.count(".") != 1:
+            raise ConfigError(f"--set {assignment}: not of the form section.name=value")
+        try:
+            given[name.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {assignment}: '{text}' is not a YAML value") from None
+    for name, value in given.items():
+        section, _, key = name.partition(".")
+        tree.setdefault(section, {})[key] = value
+    return check_config(tree)
+
+
+def check_config(tree: dict[str, Any]) -> RunConfig:
+    """The tree as a RunConfig, or one line about the first thing that is wrong with it."""
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as failure:
+        raise ConfigError(_first_fault(failure)) from None
+    if config.train.tokens is not None and config.train.steps != "auto":
+        raise ConfigError(
+            f"train.tokens: {config.train.tokens} and train.steps: {config.train.steps} are both "
+            "given; give one of them"
+        )
+    return config
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """The tree of a run's YAML file: a path, or the name of one that ships with the package."""
+    path = Path(name)
+    if not path.is_file():
+        shipped = {file.stem: file for file in _shipped_configs()}
+        if name not in shipped:
+            raise ConfigError(
+                f"--config: no file '{name}', and none of the built-in ones "
+                f"({', '.join(shipped)}) is called that{did_you_mean(name, shipped)}"
+            )
+        path = shipped[name]
+    tree = read_yaml(path)
+    for section, values in tree.items():
+        if section not in RunConfig.model_fields:
+            known = ", ".join(RunConfig.model_fields)
+            raise ConfigError(f"{path}: {section}: no such section; there are {known}")
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: {section}: {values!r} is not a section of settings")
+    return tree
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        said = " ".join(str(error).split())
+        raise ConfigError(f"{path}: not YAML ({said}); mend it") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: holds no settings; give a mapping of section to settings")
+    return tree
+
+
+def find_model(settings: ModelSettings) -> tuple[str, ModelConfig]:
+    """(a short name, the ModelConfig) that a run's settings ask for, changes applied."""
+    if settings.name.endswith((".yaml", ".yml")):
+        name, config = Path(settings.name).stem, _model_file(Path(settings.name))
+    else:
+        name, config = full_name(settings.name), preset(settings.name)
+    return name, variant(config, settings.changes)
+
+
+def _model_file(path: Path) -> ModelConfig:
+    """A model from a YAML file: `base: NAME` and what differs from it, or every field."""
+    if not path.is_file():
+        raise ConfigError(f"model: no file {path}; give a YAML file or one of {', '.join(PRESETS)}")
+    tree = read_yaml(path)
+    base = tree.pop("base", None)
+    if base is not None:
+        return variant(preset(base), tree)
+    missing = sorted(set(FIELDS) - set(tree))
+    if missing:
+        raise ConfigError(
+            f"{path}: {missing[0]} is missing; state every number of the model, or start from a "
+            "known one with 'base: NAME'"
+        )
+    return variant(preset("gemma3-tiny"), tree)
+
+
+def _shipped_configs() -> list[Path]:
+    """The YAML files in configs/: inside the installed package, or beside it in a checkout."""
+    here = Path(__file__).parent
+    for folder in (here / "configs", here.parent / "configs"):
+        if folder.is_dir():
+            return sorted(folder.glob("*.yaml"))
+    return []
+
+
+def _first_fault(failure: ValidationError) -> str:
+    """`section.name: value is wrong; do this`, from pydantic's report."""
+    fault = failure.errors()[0]
+    path = [str(part) for part in fault["loc"]]
+    fields: dict[str, Any] = RunConfig.model_fields
+    if path[0] not in fields:
+        return f"{path[0]}: no such section; there are {', '.join(fields)}"
+    section = fields[path[0]].annotation
+    if len(path) > 1 and path[1] not in section.model_fields:
+        known = [f"{path[0]}.{name}" for name in section.model_fields]
+        name = ".".join(path[:2])
+        return f"{name}: no such setting{did_you_mean(name, known)}"
+    value = fault["input"]
+    shown = f"'{value}'" if isinstance(value, str) else repr(value)
+    # A union reports each of its branches; together they say what is taken.
+    branches = [e for e in failure.errors() if e["loc"][:2] == fault["loc"][:2]]
+    taken = dict.fromkeys(_taken(branch) for branch in branches)
+    return f"{'.'.join(path[:2])}: {shown} is not {' or '.join(taken)}"
+
+
+def _taken(branch: Any) -> str:
+    """What one branch of a setting's type takes, in words."""
+    if branch["type"] == "literal_error":
+        choices = branch["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
+        return f"one of {choices}" if "," in choices else choices
+    kind, _, how = branch["type"].partition("_")
+    if how in ("parsing", "type", "from_float"):
+        names = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+        return names.get(kind, f"a {kind}")
+    return branch["msg"].removeprefix("Input should be ")

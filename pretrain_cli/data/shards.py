@@ -1,0 +1,314 @@
+"""The tokenized dataset on disk.
+
+    data/NAME/
+    ├── dataset.json            what it is: tokenizer, totals, shards with sizes and checksums
+    ├── tokenizer.json          the tokenizer itself, and tokenizer_config.json
+    ├── train-00000.bin         tokens, little-endian uint16 or uint32 by vocabulary
+    ├── train-00000.idx         where each document begins, little-endian uint64
+    └── val-00000.bin, .idx
+
+Documents are concatenated, each with its marks. A dataset is written aside and renamed when whole:
+a folder with a dataset.json is complete.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pretrain_cli.data.tokenizer import Tokenizer, read_tokenizer
+from pretrain_cli.errors import DataError
+
+FORMAT_VERSION = 1
+MANIFEST = "dataset.json"
+SHARD_TOKENS = 2**27
+VERIFIED_WHEN_OPENED = 4 * 2**30
+"""Checksums of datasets up to this size are verified at every opening: a second a gigabyte."""
+
+Split = Literal["train", "val"]
+
+
+class Shard(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: str
+    split: Split
+    tokens: int
+    documents: int
+    bytes: int
+    """Of the text, in UTF-8, without document marks."""
+    largest_token: int
+    sha256: str
+    index_sha256: str
+
+
+class Manifest(BaseModel):
+    """dataset.json."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: int
+    tokenizer: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    dtype: Literal["uint16", "uint32"]
+    beginning_of_document: int | None
+    end_of_document: int
+    sources: dict[str, Any]
+    """What was asked for: paths, digest of the files, options. The same request needs no work."""
+    shards: list[Shard]
+
+    def total(self, split: Split, of: Literal["tokens", "documents", "bytes"]) -> int:
+        return sum(getattr(shard, of) for shard in self.shards if shard.split == split)
+
+    @property
+    def largest_token(self) -> int:
+        return max(shard.largest_token for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any token, with their order and with the tokenizer. Fixes the data order."""
+        parts = [self.tokenizer_fingerprint, self.dtype]
+        parts += [f"{shard.file} {shard.sha256}" for shard in self.shards]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """dataset.json of a folder."""
+    path = folder / MANIFEST
+    if not folder.exists():
+        raise DataError(f"{folder}: no such dataset; make one with 'pretrain tokenize'")
+    if not path.is_file():
+        raise DataError(f"{folder}: no {MANIFEST} in it; make a dataset with 'pretrain tokenize'")
+    try:
+        raw = json.loads(path.read_text())
+        version = raw.get("format_version")
+        if version != FORMAT_VERSION:
+            raise DataError(
+                f"{path}: format version {version}, and this version of pretrain reads "
+                f"{FORMAT_VERSION}; use the one that wrote it, or tokenize again"
+            )
+        return Manifest.model_validate(raw)
+    except (ValueError, AttributeError, ValidationError):
+        raise DataError(f"{path}: damaged; tokenize again with --force") from None
+
+
+class TokenStream:
+    """One split's tokens as one long row, read from memory-mapped shards."""
+
+    def __init__(self, paths: list[Path], dtype: str) -> None:
+        little_endian = np.dtype(dtype).newbyteorder("<")
+        self.shards = [np.memmap(path, dtype=little_endian, mode="r") for path in paths]
+        self.ends = np.cumsum([len(shard) for shard in self.shards], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if self.shards else 0
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """`count` tokens from `start` on, across shard borders, or those that there are.
+
+        -> (count,) int64.
+        """
+        parts = []
+        count = min(count, len(self) - start)
+        shard = int(np.searchsorted(self.ends, start, side="right"))
+        while count > 0:
+            offset = start - (int(self.ends[shard - 1]) if shard else 0)
+            part = self.shards[shard][offset : offset + count]
+            parts.append(part)
+            start, count, shard = start + len(part), count - len(part), shard + 1
+        return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A tokenized dataset, opened and checked."""
+
+    folder: Path
+    manifest: Manifest
+    tokenizer: Tokenizer
+    unverified_bytes: int
+    """Bytes whose sizes were checked, but not their checksums."""
+
+    def tokens(self, split: Split) -> TokenStream:
+        paths = [self.folder / s.file for s in self.manifest.shards if s.split == split]
+        return TokenStream(paths, self.manifest.dtype)
+
+
+def open_dataset(folder: Path) -> Dataset:
+    """Open a dataset; DataError where a file is missing, cut, altered or swapped."""
+    manifest = read_manifest(folder)
+    tokenizer = read_tokenizer(folder / "tokenizer.json", name=manifest.tokenizer)
+    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+        raise DataError(
+            f"{folder / 'tokenizer.json'}: not the tokenizer that made this dataset "
+            f"({manifest.tokenizer}); put the right one back, or tokenize again with --force"
+        )
+    width = np.dtype(manifest.dtype).itemsize
+    total = 0
+    for shard in manifest.shards:
+        for path, size in (
+            (folder / shard.file, shard.tokens * width),
+            (_index_path(folder, shard.file), shard.documents * 8),
+        ):
+            if not path.is_file():
+                raise DataError(f"{path}: missing; tokenize again with --force")
+            found = path.stat().st_size
+            if found != size:
+                raise DataError(
+                    f"{path}: {found:,} bytes where {MANIFEST} says {size:,}; "
+                    "tokenize again with --force"
+                )
+            total += size
+    if total > VERIFIED_WHEN_OPENED:
+        return Dataset(folder, manifest, tokenizer, unverified_bytes=total)
+    for shard in manifest.shards:
+        for path, expected in (
+            (folder / shard.file, shard.sha256),
+            (_index_path(folder, shard.file), shard.index_sha256),
+        ):
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                    raise DataError(
+                        f"{path}: checksum differs from {MANIFEST}; tokenize again with --force"
+                    )
+    return Dataset(folder, manifest, tokenizer, unverified_bytes=0)
+
+
+def _index_path(folder: Path, file: str) -> Path:
+    return (folder / file).with_suffix(".idx")
+
+
+@dataclass
+class _OpenShard:
+    """A shard being written."""
+
+    split: Split
+    path: Path
+    dtype: str
+    tokens: int = 0
+    largest: int = 0
+    starts: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.file = self.path.open("wb")
+        self.checksum = hashlib.sha256()
+
+    def add(self, ids: Sequence[int] | np.ndarray, size: int) -> None:
+        values = np.asarray(ids, dtype=np.int64)
+        data = values.astype(np.dtype(self.dtype).newbyteorder("<")).tobytes()
+        self.file.write(data)
+        self.checksum.update(data)
+        self.starts.append(self.tokens)
+        self.sizes.append(size)
+        self.tokens += len(ids)
+        self.largest = max(self.largest, int(values.max()))
+
+    def close(self) -> Shard:
+        flush(self.file)
+        self.file.close()
+        index = np.asarray(self.starts, dtype="<u8").tobytes()
+        with self.path.with_suffix(".idx").open("wb") as file:
+            file.write(index)
+            flush(file)
+        return Shard(
+            file=self.path.name,
+            split=self.split,
+            tokens=self.tokens,
+            documents=len(self.starts),
+            bytes=sum(self.sizes),
+            largest_token=self.largest,
+            sha256=self.checksum.hexdigest(),
+            index_sha256=hashlib.sha256(index).hexdigest(),
+        )
+
+
+class DatasetWriter:
+    """Writes a dataset aside, in `NAME.partial`, until `finish` puts it in its place.
+
+    As a context manager it removes what is unfinished when the block fails.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
+        self.folder = folder
+        self.aside = folder.with_name(folder.name + ".partial")
+        self.tokenizer = tokenizer
+        self.dtype: Literal["uint16", "uint32"] = (
+            "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+        )
+        self.open: dict[Split, _OpenShard] = {}
+        self.closed: list[Shard] = []
+
+    def __enter__(self) -> "DatasetWriter":
+        shutil.rmtree(self.aside, ignore_errors=True)
+        self.aside.mkdir(parents=True)
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        for shard in self.open.values():
+            shard.file.close()
+        shutil.rmtree(self.aside, ignore_errors=True)
+
+    def add(self, split: Split, ids: Sequence[int] | np.ndarray, size: int) -> None:
+        """One document: its ids with its marks, and the bytes of its text."""
+        shard = self.open.get(split)
+        if shard is not None and shard.tokens >= SHARD_TOKENS:
+            self.closed.append(self.open.pop(split).close())
+            shard = None
+        if shard is None:
+            number = sum(done.split == split for done in self.closed)
+            path = self.aside / f"{split}-{number:05d}.bin"
+            shard = self.open[split] = _OpenShard(split, path, self.dtype)
+        shard.add(ids, size)
+
+    def tokens(self, split: Split) -> int:
+        """Tokens of this split so far."""
+        return sum(s.tokens for s in (*self.closed, *self.open.values()) if s.split == split)
+
+    def take_back(self, split: Split) -> list[tuple[np.ndarray, int]]:
+        """Take this split's open shard away again: its documents, as they were added."""
+        shard = self.open.pop(split)
+        shard.file.close()
+        ids = np.fromfile(shard.path, dtype=np.dtype(self.dtype).newbyteorder("<"))
+        return list(zip(np.split(ids, shard.starts[1:]), shard.sizes, strict=True))
+
+    def finish(self, sources: dict[str, Any]) -> Manifest:
+        """Close the shards, write the manifest, and move everything into place."""
+        self.closed += [shard.close() for shard in self.open.values()]
+        self.open.clear()
+        self.tokenizer.save(self.aside)
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            tokenizer=self.tokenizer.name,
+            tokenizer_fingerprint=self.tokenizer.fingerprint,
+            vocab_size=self.tokenizer.vocab_size,
+            dtype=self.dtype,
+            beginning_of_document=self.tokenizer.bos,
+            end_of_document=self.tokenizer.eos,
+            sources=sources,
+            shards=sorted(self.closed, key=lambda shard: shard.file),
+        )
+        with (self.aside / MANIFEST).open("w") as file:
+            file.write(manifest.model_dump_json(indent=2) + "\n")
+            flush(file)
+        old = self.folder.with_name(self.folder.name + ".old")
+        if self.folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            self.folder.rename(old)
+        self.aside.rename(self.folder)
+        shutil.rmtree(old, ignore_errors=True)
+        return manifest
+
+
+def flush(file: Any) -> None:
+    """Bring what was written to a file onto the disk."""
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,234 @@
+"""Tokenizers: published by name, local, from the hub, byte-level, or trained on the corpus.
+
+Every one is a `tokenizer.json` of the `tokenizers` library, so that the model it trains opens in
+transformers with the same tokenization. Special tokens typed in a text are text; documents are
+marked by the ids that the tokenizer's own convention puts around them:
+
+    gemma3   <bos> text <eos>         gpt2, qwen3, bytes, bpe   text <|endoftext|>
+    llama2   <s> text </s>
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+
+from pretrain_cli.errors import ConfigError, DataError, did_you_mean
+
+HUB = {
+    "gemma3": "google/gemma-3-270m",
+    "qwen3": "Qwen/Qwen3-0.6B",
+    "gpt2": "openai-community/gpt2",
+    "llama2": "meta-llama/Llama-2-7b-hf",
+}
+"""Published names, and the hub's repository that holds each one's tokenizer.json."""
+
+BUILT_IN = ("bytes", "bpe")
+END_OF_DOCUMENT = "<|endoftext|>"
+KNOWN_ENDS = (END_OF_DOCUMENT, "<eos>", "</s>", "<|end_of_text|>", "<|eot_id|>")
+
+# Words with their leading space, numbers of up to three digits, runs of punctuation, line ends with
+# their indentation: the split that GPT-4 made common.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to ids and back, with the ids that begin and end a document."""
+
+    name: str
+    json: str
+    """The whole tokenizer.json; what is stored beside datasets and checkpoints."""
+    backend: tokenizers.Tokenizer
+    bos: int | None
+    eos: int
+    pad: int | None
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.json.encode()).hexdigest()
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Each text's ids with its document marks, in parallel."""
+        before = [] if self.bos is None else [self.bos]
+        encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [[*before, *encoding.ids, self.eos] for encoding in encoded]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids that a document beginning with this text begins with.
+
+        A tokenizer without a beginning mark has documents begin behind the previous one's end, so
+        an empty prompt is that mark.
+        """
+        ids = list(self.backend.encode(text, add_special_tokens=False).ids)
+        if self.bos is not None:
+            return [self.bos, *ids]
+        return ids or [self.eos]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of these ids, document marks left out."""
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    def save(self, folder: Path) -> None:
+        """tokenizer.json, and the tokenizer_config.json that has transformers take it as it is.
+
+        transformers would choose a class by the model's type and rebuild the tokenizer by that
+        class's rules; PreTrainedTokenizerFast is the one class of versions 4 and 5 that doesn't.
+        """
+        (folder / "tokenizer.json").write_text(self.json, encoding="utf-8")
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+        }
+        for key, token in (("bos", self.bos), ("eos", self.eos), ("pad", self.pad)):
+            if token is not None:
+                config[f"{key}_token"] = self.backend.id_to_token(token)
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """A tokenizer by published name, path to a tokenizer.json or its folder, hub id, or `bytes`."""
+    if name == "bytes":
+        return _byte_level()
+    if name == "bpe":
+        raise ConfigError("tokenizer 'bpe' is trained on a corpus; there is none to load")
+    path = Path(name)
+    if path.is_dir() and name not in HUB:
+        path = path / "tokenizer.json"
+    if path.is_file():
+        return read_tokenizer(path, name=name)
+    if name in HUB:
+        return read_tokenizer(_published(name), name=name)
+    if name.count("/") == 1 and not name.startswith((".", "/")) and not name.endswith(".json"):
+        return read_tokenizer(_from_hub(name), name=name)
+    if "/" in name or name.endswith(".json"):
+        raise DataError(f"{path}: no such tokenizer file; give a tokenizer.json or its folder")
+    known = [*HUB, *BUILT_IN]
+    raise ConfigError(
+        f"tokenizer '{name}' is not one of {', '.join(known)}, a path or a hub id"
+        f"{did_you_mean(name, known)}"
+    )
+
+
+def read_tokenizer(path: Path, *, name: str) -> Tokenizer:
+    """The tokenizer of a tokenizer.json file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; it should hold the tokenizer") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not UTF-8; give a tokenizer.json") from None
+    hint = None
+    beside = path.with_name("tokenizer_config.json")
+    if beside.is_file():
+        try:
+            hint = json.loads(beside.read_text(encoding="utf-8")).get("eos_token")
+        except (ValueError, OSError) as error:
+            raise DataError(f"{beside}: not JSON ({error}); mend or remove it") from None
+    return _tokenizer(name, text, hint["content"] if isinstance(hint, dict) else hint, where=path)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of this size, trained on these texts."""
+    if vocab_size < 257:
+        raise ConfigError(
+            f"--vocab-size: {vocab_size} is too small for a byte-level BPE; give at least 257"
+        )
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return _tokenizer(f"bpe-{vocab_size}", backend.to_str(), None, where=None)
+
+
+def _byte_level() -> Tokenizer:
+    """256 bytes as the ids 0 to 255, and the end of a document as 256: a BPE with no merges."""
+    # The printable stand-ins that byte-level tokenizers write bytes with: a byte that is a visible
+    # Latin-1 character stands for itself, the others for 256, 257, … in order.
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    unseen = [byte for byte in range(256) if byte not in visible]
+    vocab = {chr(byte): byte for byte in visible}
+    vocab |= {chr(256 + i): byte for i, byte in enumerate(unseen)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = byte_level  # pyright: ignore[reportAttributeAccessIssue]
+    backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    backend.add_special_tokens([AddedToken(END_OF_DOCUMENT, special=True)])
+    return _tokenizer("bytes", backend.to_str(), None, where=None)
+
+
+def _tokenizer(name: str, text: str, eos_hint: str | None, *, where: Path | None) -> Tokenizer:
+    try:
+        backend = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing narrower
+        raise DataError(f"{where}: not a tokenizer.json ({error})") from None
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    ends = [token for token in (END_OF_DOCUMENT, eos_hint, *KNOWN_ENDS) if token]
+    eos = next((i for token in ends if (i := backend.token_to_id(token)) is not None), None)
+    if eos is None:
+        raise DataError(
+            f"{where}: no end-of-document token; name one as eos_token in a tokenizer_config.json "
+            "beside it"
+        )
+    # What the tokenizer itself puts before a text is what its models expect there.
+    added = backend.encode("").ids
+    bos = added[0] if added and added[0] != eos else None
+    return Tokenizer(name, text, backend, bos=bos, eos=eos, pad=backend.token_to_id("<pad>"))
+
+
+def _published(name: str) -> Path:
+    folder = os.environ.get("PRETRAIN_TOKENIZERS")
+    if folder and (path := Path(folder, name, "tokenizer.json")).is_file():
+        return path
+    return _from_hub(HUB[name], asked=name)
+
+
+def _from_hub(repository: str, *, asked: str | None = None) -> Path:
+    """tokenizer.json of a hub repository, from the local cache first."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repository, "tokenizer.json")
+    if isinstance(cached, str):
+        return Path(cached)
+    name = asked or repository
+    instead = (
+        f"or put it at $PRETRAIN_TOKENIZERS/{asked}/tokenizer.json, " if asked else "or "
+    ) + "give the path of a tokenizer.json, or use the built-in 'bytes' or 'bpe'"
+    try:
+        return Path(hf_hub_download(repository, "tokenizer.json", etag_timeout=5))
+    except Exception as error:  # the hub's, the network's and the HTTP library's own kinds
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        if "GatedRepoError" in kinds:
+            reason = f"{repository} is gated: accept its licence on the hub and run 'hf auth login'"
+        elif kinds & {"RepositoryNotFoundError", "EntryNotFoundError", "HFValidationError"}:
+            reason = f"the hub has no tokenizer.json in {repository}: check the name"
+        else:
+            reason = f"{repository} can't be reached ({type(error).__name__}): connect once"
+        raise DataError(f"tokenizer '{name}': {reason}, {instead}") from None

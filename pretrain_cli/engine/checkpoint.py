@@ -1,0 +1,234 @@
+"""Checkpoints: a Hugging Face model folder, and beside it what only training needs.
+
+    runs/NAME/checkpoints/step-000400/
+    ├── config.json, model.safetensors, generation_config.json      transformers opens these
+    ├── tokenizer.json, tokenizer_config.json
+    └── training/
+        ├── optimizer.safetensors    AdamW's moments under the published tensor names, and the RNG
+        ├── state.json               step, samples consumed, tokens seen
+        └── checksums.json           of every file above; written last
+
+A checkpoint is written aside, flushed and renamed, so a folder called step-… is whole; its
+checksums show what has happened to it since. Moments are kept under published names, so a run can
+go on with merged projections or separate ones, on one rank or many.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pretrain_cli.data.shards import flush
+from pretrain_cli.data.tokenizer import Tokenizer
+from pretrain_cli.engine.distributed import Ranks, place_like, whole
+from pretrain_cli.errors import CheckpointError
+from pretrain_cli.model.decoder import Decoder
+from pretrain_cli.model.huggingface import published_tensors, to_config_json, write_weights
+from pretrain_cli.model.layout import layout
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+CHECKSUMS = Path("training/checksums.json")
+MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stands."""
+
+    step: int
+    samples: int
+    tokens: int
+
+
+def save_checkpoint(
+    folder: Path,
+    model: Decoder,
+    optimizer: Optimizer,
+    state: State,
+    *,
+    tokenizer: Tokenizer,
+    ranks: Ranks,
+) -> Path:
+    """Write `folder/step-N`. Every rank calls this; the first one writes."""
+    weights = published_tensors(model, whole)
+    moments = _published_moments(model, optimizer)
+    place = folder / f"step-{state.step:06d}"
+    if ranks.is_first:
+        aside = place.with_name(f".{place.name}.partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        (aside / "training").mkdir(parents=True)
+        write_weights(aside, weights)
+        ends = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+        config = to_config_json(model.config, torch.float32) | ends
+        _write_json(aside / "config.json", config)
+        pad = {"pad_token_id": model.config.pad_token_id}
+        _write_json(aside / "generation_config.json", {**ends, **pad, "do_sample": True})
+        tokenizer.save(aside)
+        moments["rng"] = torch.get_rng_state()
+        save_file(moments, aside / "training/optimizer.safetensors")
+        _write_json(aside / "training/state.json", asdict(state))
+        seal(aside)
+        shutil.rmtree(place, ignore_errors=True)
+        aside.rename(place)
+        _flush_folder(folder)
+    ranks.wait()
+    return place
+
+
+def load_training_state(
+    folder: Path, model: Decoder, optimizer: Optimizer, device: torch.device
+) -> State:
+    """Set the optimizer to where it was. Weights are read by `load_weights`, like any model's."""
+    parameters = dict(model.named_parameters())
+    values: dict[str, dict[str, Tensor]] = {}
+    with safe_open(folder / "training/optimizer.safetensors", framework="pt") as file:
+        for piece in layout(model.config, merged_projections=model.merged_projections):
+            parameter = parameters[piece.parameter]
+            slot = values.setdefault(
+                piece.parameter, {m: torch.empty(parameter.shape) for m in MOMENTS}
+            )
+            for moment in MOMENTS:
+                piece.of(slot[moment]).copy_(file.get_tensor(f"{moment}.{piece.name}"))
+        torch.set_rng_state(file.get_tensor("rng"))
+    state = read_state(folder)
+    for name, slot in values.items():
+        parameter = parameters[name]
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(state.step), device=device),
+            **{moment: place_like(value, parameter) for moment, value in slot.items()},
+        }
+    return state
+
+
+def read_state(folder: Path) -> State:
+    return State(**json.loads((folder / "training/state.json").read_text()))
+
+
+def _published_moments(model: Decoder, optimizer: Optimizer) -> dict[str, Tensor]:
+    """AdamW's two moments under `exp_avg.NAME` and `exp_avg_sq.NAME`."""
+    parameters = dict(model.named_parameters())
+    gathered: dict[tuple[str, str], Tensor] = {}
+    out = {}
+    for piece in layout(model.config, merged_projections=model.merged_projections):
+        for moment in MOMENTS:
+            key = (piece.parameter, moment)
+            if key not in gathered:
+                gathered[key] = whole(optimizer.state[parameters[piece.parameter]][moment])
+            out[f"{moment}.{piece.name}"] = piece.of(gathered[key]).contiguous()
+    return out
+
+
+# --- on disk -------------------------------------------------------------------------------------
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def seal(folder: Path) -> None:
+    """Flush every file of a checkpoint, and write their checksums last."""
+    sums = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb+") as file:
+            flush(file)
+            sums[path.relative_to(folder).as_posix()] = _checksum(path)
+    with (folder / CHECKSUMS).open("w") as file:
+        file.write(json.dumps(sums, indent=2) + "\n")
+        flush(file)
+    _flush_folder(folder / "training")
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damage(folder: Path, only: Collection[str] | None = None) -> str | None:
+    """What is wrong with a checkpoint, or None; `only` limits which files are read."""
+    try:
+        sums = json.loads((folder / CHECKSUMS).read_text())
+        if not isinstance(sums, dict):
+            raise ValueError
+    except (OSError, ValueError):
+        return f"{folder / CHECKSUMS}: missing or damaged"
+    for name, expected in sums.items():
+        if only is not None and name not in only:
+            continue
+        path = folder / name
+        if not path.is_file():
+            return f"{path}: missing"
+        if _checksum(path) != expected:
+            return f"{path}: checksum differs, the file was cut short or altered"
+    return None
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """A run's checkpoints, newest first."""
+    return sorted((run / "checkpoints").glob("step-*"), reverse=True)
+
+
+def newest_intact(
+    run: Path, skipped: Callable[[str], None], only: Collection[str] | None = None
+) -> Path | None:
+    """The newest checkpoint whose checksums pass; None where there is none at all.
+
+    Raises CheckpointError where there are some and every one is damaged.
+    """
+    found = checkpoints(run)
+    for folder in found:
+        reason = damage(folder, only)
+        if reason is None:
+            return folder
+        skipped(f"{reason}; skipped")
+    if found:
+        raise CheckpointError(f"{run}: none of its {len(found)} checkpoints passes its checksums")
+    return None
+
+
+def rotate(run: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints."""
+    for folder in checkpoints(run)[keep:]:
+        shutil.rmtree(folder)
+
+
+def find_model_folder(where: Path | None, skipped: Callable[[str], None]) -> Path:
+    """A model folder from a run, a checkpoint or a Hugging Face folder; without any, from the
+    newest run in runs/."""
+    if where is None:
+        runs = [path.parent for path in Path("runs").glob("*/run.yaml") if checkpoints(path.parent)]
+        if not runs:
+            raise CheckpointError(
+                "runs/: no run with a checkpoint; train one with 'pretrain train', or name a folder"
+            )
+        where = max(runs, key=lambda run: checkpoints(run)[0].stat().st_mtime)
+    if not where.exists():
+        raise CheckpointError(f"{where}: no such run, checkpoint or model folder")
+    if (where / "config.json").is_file():
+        if (where / "training").is_dir() and (reason := damage(where, MODEL_FILES)):
+            raise CheckpointError(f"{reason}; use another checkpoint")
+        return where
+    newest = newest_intact(where, skipped, MODEL_FILES)
+    if newest is None:
+        raise CheckpointError(
+            f"{where}: neither a run with checkpoints nor a model folder (no config.json)"
+        )
+    return newest

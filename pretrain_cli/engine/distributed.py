@@ -1,0 +1,138 @@
+"""One process or many: the ranks that train one model together.
+
+torchrun starts the processes (`torchrun --nproc-per-node 8 -m pretrain_cli train …`); the model is
+single-device code, and what follows is applied to it from outside, in this order:
+
+    weights set  →  blocks compiled  →  copied (DDP) or parted (FSDP2) among the ranks
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from pretrain_cli.errors import ConfigError
+from pretrain_cli.model.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Writes files and speaks."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of every rank's values, on every rank."""
+        if self.world > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on any rank."""
+        if self.world == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def open_ranks(device: str) -> Iterator[Ranks]:
+    """The ranks that torchrun started, or this process alone, on the device that is asked for."""
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    place = find_device(device, int(os.environ.get("LOCAL_RANK", "0")) if world > 1 else None)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if world > 1:
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield Ranks(rank, world, place)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def find_device(name: str, local_rank: int | None = None) -> torch.device:
+    """The device of this name, or ConfigError where it isn't there. `auto` is CUDA, then CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"train.device: '{name}' is not a device; give cpu, cuda, cuda:N or mps")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("train.device: 'mps' is not there on this machine; give cpu")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = device.index if device.index is not None else local_rank or 0
+        if index >= count:
+            found = f"has {count} CUDA devices" if count else "has no CUDA device"
+            raise ConfigError(
+                f"train.device: '{name}' is not there, this machine {found}; give cpu"
+                + (f" or cuda:0 to cuda:{count - 1}" if count else "")
+            )
+        return torch.device("cuda", index)
+    return device
+
+
+def share(model: Decoder, ranks: Ranks, how: str) -> nn.Module:
+    """The model as the ranks train it: a copy on each, or a part of every parameter on each."""
+    if ranks.world == 1 and how == "ddp":
+        return model
+    if how == "fsdp":
+        if not dist.is_initialized():
+            raise ConfigError(
+                "train.parallel: 'fsdp' needs ranks; start with 'torchrun -m pretrain_cli train'"
+            )
+        for block in model.blocks:
+            fully_shard(block)
+        fully_shard(model)  # in place
+        return model
+    ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+@contextlib.contextmanager
+def gradients_kept(model: nn.Module, *, last: bool) -> Iterator[None]:
+    """Exchange gradients between the ranks in a step's last micro-step only."""
+    if isinstance(model, DistributedDataParallel) and not last:
+        with model.no_sync():
+            yield
+        return
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be parted among the ranks, on the CPU. Every rank must ask."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    return tensor.detach().cpu()
+
+
+def place_like(value: Tensor, like: Tensor) -> Tensor:
+    """A whole value parted and placed as another tensor is."""
+    if isinstance(like, DTensor):
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    return value.to(like.device)

@@ -1,0 +1,309 @@
+"""What a run will do, decided before its first second of compute: every `auto` becomes a number,
+and whatever can't work is refused.
+
+    data.path               the only dataset in data/, or a demo of Python's own sources
+    model.vocab_size        the published one where the dataset's tokenizer is the model's own,
+                            else the tokenizer's, up to a multiple of 64
+    data.seq_len            512 on a CPU, 1024 on a GPU
+    train.tokens_per_step   on a CPU up to 8 sequences, about a second; on a GPU 262,144 tokens
+    train.steps             on a CPU a few minutes' worth; on a GPU 20 tokens a parameter
+    train.micro_batch_size  what an estimate of the memory admits
+    learning_rate           by the model's size (Kaplan et al. 2020, appendix D.6)
+"""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain_cli.config import RunConfig, find_model
+from pretrain_cli.data.shards import MANIFEST, Dataset, open_dataset
+from pretrain_cli.data.tokenize import demo_request, tokenize
+from pretrain_cli.data.tokenizer import read_tokenizer
+from pretrain_cli.engine.distributed import Ranks
+from pretrain_cli.engine.metrics import Notice, Report
+from pretrain_cli.engine.speed import Speed, resolve_speed
+from pretrain_cli.errors import CheckpointError, ConfigError, DataError
+from pretrain_cli.model import counting
+from pretrain_cli.model.config import ModelConfig, variant
+from pretrain_cli.model.huggingface import read_config
+
+DATASETS = Path("data")
+DEMO = DATASETS / "demo"
+SAME_VOCABULARY = 512
+"""A published vocabulary and its tokenizer's differ by less: spare rows, ids of images."""
+CPU_STEP_FLOPS = 1e12
+CPU_RUN_FLOPS = 5e13
+GPU_TOKENS_PER_STEP = 2**18
+CPU_SEQUENCES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run with nothing left open. `settings` holds no `auto` outside of the speed settings."""
+
+    settings: RunConfig
+    name: str
+    model: ModelConfig
+    dataset: Dataset
+    speed: Speed
+    seq_len: int
+    micro_batch_size: int
+    samples_per_step: int
+    steps: int
+    learning_rate: float
+    warmup_steps: int
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.samples_per_step * self.seq_len
+
+
+def make_plan(
+    settings: RunConfig, ranks: Ranks, report: Report, *, model: ModelConfig | None = None
+) -> Plan:
+    """Decide everything. A resumed run passes the model that it has."""
+    speed = resolve_speed(settings.speed, ranks.device)
+    dataset = _find_dataset(settings, ranks, report)
+    name, config = _find_model(settings, dataset, model, report)
+    train, data, optimizer = settings.train, settings.data, settings.optimizer
+    on_cpu = ranks.device.type == "cpu"
+
+    seq_len = _seq_len(data.seq_len, config, dataset, on_cpu)
+    flops = counting.training_flops(config, seq_len).exact
+    samples = _samples_per_step(settings, ranks, seq_len, flops, on_cpu)
+    micro = _micro_batch_size(settings, ranks, config, seq_len, samples, speed)
+    per_step = samples * seq_len
+
+    parameters = counting.count_parameters(config)
+    steps = train.steps
+    if train.tokens is not None:
+        steps = math.ceil(train.tokens / per_step)
+    elif steps == "auto" and on_cpu:
+        steps = min(2000, max(20, round(CPU_RUN_FLOPS / (flops * per_step))))
+        report(
+            Notice(
+                f"{steps} steps: a few minutes on a CPU; --steps or --tokens sets it, and --resume "
+                "with more steps goes on"
+            )
+        )
+    elif steps == "auto":
+        steps = max(20, math.ceil(20 * parameters.active / per_step))
+        report(Notice(f"{steps:,} steps: 20 tokens a parameter; --steps or --tokens sets it"))
+
+    rate = optimizer.learning_rate
+    if rate == "auto":
+        rate = suggested_learning_rate(parameters.active - parameters.embeddings)
+    warmup = optimizer.warmup_steps
+    warmup = min(1000, max(1, steps // 20)) if warmup == "auto" else warmup
+    return Plan(
+        settings=settings,
+        name=name,
+        model=config,
+        dataset=dataset,
+        speed=speed,
+        seq_len=seq_len,
+        micro_batch_size=micro,
+        samples_per_step=samples,
+        steps=steps,
+        learning_rate=rate,
+        warmup_steps=warmup,
+        log_every=(1 if on_cpu else 10) if train.log_every == "auto" else train.log_every,
+        eval_every=_interval(train.eval_every, steps, at_least=50),
+        checkpoint_every=_interval(train.checkpoint_every, steps, at_least=100),
+    )
+
+
+def resolved(plan: Plan) -> RunConfig:
+    """The settings with the plan's numbers in the place of every `auto`, for run.yaml."""
+    tree: dict[str, Any] = plan.settings.model_dump()
+    tree["data"] |= {"path": plan.dataset.folder, "seq_len": plan.seq_len}
+    tree["optimizer"] |= {
+        "learning_rate": plan.learning_rate,
+        "warmup_steps": plan.warmup_steps,
+    }
+    tree["train"] |= {
+        "steps": plan.steps,
+        "tokens": None,
+        "tokens_per_step": plan.tokens_per_step,
+        "micro_batch_size": plan.micro_batch_size,
+        "log_every": plan.log_every,
+        "eval_every": plan.eval_every,
+        "checkpoint_every": plan.checkpoint_every,
+    }
+    return RunConfig.model_validate(tree)
+
+
+# --- data and model ------------------------------------------------------------------------------
+
+
+def _find_dataset(settings: RunConfig, ranks: Ranks, report: Report) -> Dataset:
+    path = settings.data.path
+    if path is None:
+        found = sorted(p.parent for p in DATASETS.glob(f"*/{MANIFEST}"))
+        if len(found) > 1:
+            listed = ", ".join(map(str, found))
+            raise ConfigError(f"data/: holds several datasets ({listed}); choose one with --data")
+        if not found and ranks.is_first:
+            report(
+                Notice(
+                    f"No dataset in {DATASETS}/: making a small one, {DEMO}, from the Python "
+                    "standard library's sources. For your own text: pretrain tokenize FOLDER"
+                )
+            )
+            tokenize(demo_request(DEMO), lambda *_: None)
+        ranks.wait()
+        path = found[0] if found else DEMO
+    dataset = open_dataset(path)
+    if dataset.unverified_bytes:
+        report(
+            Notice(
+                f"{path}: {dataset.unverified_bytes / 2**30:.0f} GiB; sizes were checked, "
+                "checksums were not"
+            )
+        )
+    return dataset
+
+
+def _find_model(
+    settings: RunConfig, dataset: Dataset, known: ModelConfig | None, report: Report
+) -> tuple[str, ModelConfig]:
+    manifest, folder = dataset.manifest, settings.model.init_from
+    if known is not None:
+        name, config = settings.model.name, known
+    elif folder is not None:
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such folder; --init-from takes a model folder")
+        name, config = folder.resolve().name, variant(read_config(folder), settings.model.changes)
+        _same_tokenizer(folder, dataset, report)
+    else:
+        name, config = find_model(settings.model)
+        if "vocab_size" not in settings.model.changes:
+            config = _with_vocabulary(config, dataset, report)
+    if config.vocab_size <= manifest.largest_token:
+        raise ConfigError(
+            f"model.vocab_size: {config.vocab_size:,} is too small for {dataset.folder}, which "
+            f"holds token {manifest.largest_token:,} of {manifest.tokenizer}'s "
+            f"{manifest.vocab_size:,}; leave vocab_size out, or tokenize for this model"
+        )
+    return name, config
+
+
+def _with_vocabulary(config: ModelConfig, dataset: Dataset, report: Report) -> ModelConfig:
+    """The model with as many rows as the dataset's tokenizer has ids, and its padding id."""
+    size, largest = dataset.manifest.vocab_size, dataset.manifest.largest_token
+    has_pad = config.pad_token_id is not None
+    config = replace(config, pad_token_id=None)
+    if largest >= config.vocab_size or abs(size - config.vocab_size) > SAME_VOCABULARY:
+        rows = math.ceil(size / 64) * 64
+        report(
+            Notice(
+                f"Vocabulary {rows:,} instead of the model's {config.vocab_size:,}: the dataset's "
+                f"tokenizer, {dataset.manifest.tokenizer}, has {size:,} tokens"
+            )
+        )
+        config = replace(config, vocab_size=rows)
+    return replace(config, pad_token_id=dataset.tokenizer.pad if has_pad else None)
+
+
+def _same_tokenizer(folder: Path, dataset: Dataset, report: Report) -> None:
+    """Refuse weights that were trained on another tokenizer's ids."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        report(Notice(f"{folder}: no tokenizer.json; that it is the dataset's can't be checked"))
+        return
+    theirs = read_tokenizer(path, name=str(folder))
+    ours = dataset.tokenizer
+    if theirs.fingerprint != ours.fingerprint and (
+        theirs.backend.get_vocab() != ours.backend.get_vocab()
+    ):
+        raise DataError(
+            f"{dataset.folder}: made with the tokenizer {dataset.manifest.tokenizer}, and {folder} "
+            f"was trained with another; tokenize with --tokenizer {folder}"
+        )
+
+
+# --- numbers -------------------------------------------------------------------------------------
+
+
+def _seq_len(asked: int | str, config: ModelConfig, dataset: Dataset, on_cpu: bool) -> int:
+    available = dataset.manifest.total("train", "tokens") - 1
+    if asked == "auto":
+        return max(1, min(512 if on_cpu else 1024, config.max_position_embeddings, available))
+    assert isinstance(asked, int)
+    if asked > config.max_position_embeddings:
+        raise ConfigError(
+            f"data.seq_len: {asked:,} is beyond the model's {config.max_position_embeddings:,} "
+            "positions; give less, or --set model.max_position_embeddings"
+        )
+    return asked
+
+
+def _samples_per_step(
+    settings: RunConfig, ranks: Ranks, seq_len: int, flops: float, on_cpu: bool
+) -> int:
+    """Sequences a step, on all ranks."""
+    asked, micro = settings.train.tokens_per_step, settings.train.micro_batch_size
+    unit = ranks.world * (1 if micro == "auto" else micro)
+    if asked != "auto":
+        sequences, rest = divmod(asked, seq_len)
+        if rest or sequences % unit or not sequences:
+            parts = f"micro-batch {unit // ranks.world} × seq-len {seq_len}" + (
+                f" × {ranks.world} ranks" if ranks.world > 1 else ""
+            )
+            below = max(asked // (unit * seq_len), 1) * unit * seq_len
+            raise ConfigError(
+                f"train.tokens_per_step: {asked:,} is not a multiple of {unit * seq_len:,} "
+                f"({parts}); give for example {below:,}"
+            )
+        return sequences
+    if on_cpu:
+        # A power of two, so that any smaller micro-batch divides it.
+        affordable = max(1, int(CPU_STEP_FLOPS / (flops * seq_len)))
+        sequences = min(CPU_SEQUENCES, 2 ** int(math.log2(affordable)))
+    else:
+        sequences = max(1, GPU_TOKENS_PER_STEP // seq_len)
+    return math.ceil(sequences / unit) * unit
+
+
+def _micro_batch_size(
+    settings: RunConfig,
+    ranks: Ranks,
+    config: ModelConfig,
+    seq_len: int,
+    samples_per_step: int,
+    speed: Speed,
+) -> int:
+    """Sequences a rank takes at once: as many as the estimate of their memory admits."""
+    share, rest = divmod(samples_per_step, ranks.world)
+    if rest:
+        raise ConfigError(
+            f"train.tokens_per_step: its {samples_per_step} sequences don't divide among "
+            f"{ranks.world} ranks; give a multiple of {ranks.world * seq_len:,}"
+        )
+    asked = settings.train.micro_batch_size
+    if asked != "auto":
+        return asked
+    if ranks.device.type == "cuda":
+        free = torch.cuda.mem_get_info(ranks.device)[0] * 0.8 - counting.state_bytes(config)
+    else:
+        free = 4 * 2**30
+    per_token = counting.activation_bytes_per_token(config, speed.compute_dtype.itemsize)
+    fits = max(1, int(free / (per_token * seq_len)))
+    return max(size for size in range(1, share + 1) if share % size == 0 and size <= fits)
+
+
+def _interval(asked: int | str, steps: int, *, at_least: int) -> int:
+    """Every so many steps: a fifth of the run, but not more often than makes sense."""
+    return max(at_least, steps // 5) if asked == "auto" else int(asked)
+
+
+def suggested_learning_rate(parameters: int) -> float:
+    """For N parameters without embeddings 0.003239 − 0.0001395 ln N, kept above 1e-4."""
+    rate = 0.003239 - 0.0001395 * math.log(max(parameters, 2))
+    return float(f"{max(rate, 1e-4):.2g}")

@@ -1,0 +1,177 @@
+"""The speed settings: what was asked, what is in force here, and why where the two differ.
+
+Each is a field of SpeedConfig. `auto` takes what suits the device. What the device can't do is
+refused where something else would have to stand in, and said where it merely has no effect.
+"""
+
+import os
+import shutil
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pretrain_cli.config import SpeedConfig
+from pretrain_cli.errors import ConfigError
+from pretrain_cli.model.attention_backends import BACKENDS
+from pretrain_cli.model.config import ModelConfig
+from pretrain_cli.model.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One setting as asked and as in force."""
+
+    setting: str
+    asked: Any
+    in_force: Any
+    reason: str
+    """Empty where what was asked is in force."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The settings in force, one decision each."""
+
+    decisions: dict[str, Decision]
+
+    def __getattr__(self, setting: str) -> Any:
+        try:
+            return self.decisions[setting].in_force
+        except KeyError:
+            raise AttributeError(setting) from None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    def record(self) -> dict[str, dict[str, Any]]:
+        """For run.yaml and benchmark files: setting to asked, in_force and reason."""
+        return {
+            name: {"asked": d.asked, "in_force": d.in_force}
+            | ({"reason": d.reason} if d.reason else {})
+            for name, d in self.decisions.items()
+        }
+
+
+def resolve_speed(asked: SpeedConfig, device: torch.device, *, training: bool = True) -> Speed:
+    """Decide every setting for this device. Raises ConfigError for a backend that can't train."""
+    decide = {
+        "attention": _attention,
+        "dtype": _dtype,
+        "float32_matmul": _float32_matmul,
+        "compile": _compile,
+        "fused_optimizer": _fused_optimizer,
+        "cudnn_benchmark": _cudnn_benchmark,
+        "expandable_segments": _expandable_segments,
+    }
+    decisions = {}
+    for setting, value in asked.model_dump().items():
+        if setting == "attention":
+            in_force, reason = _attention(value, device, training)
+        elif setting in decide:
+            in_force, reason = decide[setting](value, device)
+        else:
+            in_force, reason = value, ""
+        decisions[setting] = Decision(setting, value, in_force, reason)
+    return Speed(decisions)
+
+
+def apply_process_settings(speed: Speed) -> None:
+    """Set what holds for the whole process. Before anything is put on a GPU."""
+    torch.set_float32_matmul_precision(speed.float32_matmul)
+    torch.backends.cudnn.benchmark = speed.cudnn_benchmark
+    if speed.expandable_segments:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def build_model(config: ModelConfig, speed: Speed, device: torch.device) -> Decoder:
+    """The decoder with these settings, its weights allocated and not yet set."""
+    with torch.device("meta"):
+        model = Decoder(
+            config,
+            attention=speed.attention,
+            dtype=speed.compute_dtype,
+            merged_projections=speed.merged_projections,
+            chunked_loss=speed.chunked_loss,
+            activation_checkpointing=speed.activation_checkpointing,
+        )
+    return model.to_empty(device=device)
+
+
+def compile_blocks(model: Decoder, speed: Speed) -> None:
+    """Compile each block in place. All blocks of a kind share one compiled graph, so that costs the
+    compile time of one or two blocks and not of the depth; embedding and loss stay as written."""
+    if speed.compile:
+        for block in model.blocks:
+            block.compile(dynamic=False)
+
+
+def _attention(asked: str, device: torch.device, training: bool) -> tuple[str, str]:
+    if asked == "auto":
+        return "sdpa", "PyTorch's fused kernels, sliding windows folded into blocks"
+    reason = BACKENDS[asked].unavailable(device, training)
+    if reason:
+        raise ConfigError(f"speed.attention: '{asked}' can't be used: {reason}; use sdpa or eager")
+    return asked, ""
+
+
+def _dtype(asked: str, device: torch.device) -> tuple[str, str]:
+    if asked != "auto":
+        return asked, ""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return "bfloat16", "this GPU multiplies in bfloat16; weights and optimizer stay float32"
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return "bfloat16", "this CPU multiplies in bfloat16; weights and optimizer stay float32"
+    return "float32", f"this {device.type} device has no fast bfloat16"
+
+
+def _float32_matmul(asked: str, device: torch.device) -> tuple[str, str]:
+    if device.type != "cuda":
+        if asked in ("auto", "highest"):
+            return "highest", "" if asked == "highest" else "TF32 is a GPU's"
+        return "highest", f"'{asked}' is TF32 or bfloat16 on a GPU; it has no effect here"
+    return ("high", "TF32 for what stays in float32") if asked == "auto" else (asked, "")
+
+
+def _compile(asked: bool | str, device: torch.device) -> tuple[bool, str]:
+    if asked is False:
+        return False, ""
+    if device.type == "cpu":
+        if asked == "auto":
+            return False, "compiling on a CPU takes 10 to 40 seconds; worth it for long runs"
+        found = next((c for c in (os.environ.get("CXX"), "g++", "clang++", "c++") if c), "g++")
+        if not any(shutil.which(c) for c in (found, "g++", "clang++", "c++")):
+            return False, "no C++ compiler is installed (g++ or clang++)"
+    elif device.type == "cuda":
+        try:
+            import triton  # noqa: F401  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            return False, "Triton is not installed"
+    elif asked == "auto":
+        return False, f"not tried on {device.type}"
+    return True, "" if asked is True else "kernels fused across each block"
+
+
+def _fused_optimizer(asked: bool | str, device: torch.device) -> tuple[bool, str]:
+    if asked is False:
+        return False, ""
+    if device.type in ("cpu", "cuda", "mps"):
+        return True, "" if asked is True else "one pass over the parameters"
+    return False, f"PyTorch has no fused AdamW for {device.type}"
+
+
+def _cudnn_benchmark(asked: bool | str, device: torch.device) -> tuple[bool, str]:
+    if asked is True and device.type == "cuda":
+        return True, ""
+    if asked is False:
+        return False, ""
+    return False, "it tunes convolutions, and these models have none"
+
+
+def _expandable_segments(asked: bool | str, device: torch.device) -> tuple[bool, str]:
+    if asked is False:
+        return False, ""
+    if device.type != "cuda":
+        return False, "a setting of the CUDA allocator"
+    return True, "" if asked is True else "less GPU memory lost to fragments"

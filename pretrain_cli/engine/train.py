@@ -1,0 +1,340 @@
+"""Training: from a dataset to a run folder with checkpoints, metrics and a sample.
+
+open the ranks → plan → build the model → set its weights → prepare it for speed → build the
+optimizer → resume → train_step until done or asked to stop, evaluating and saving when due
+"""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pretrain_cli.config import RunConfig
+from pretrain_cli.data.batches import Batches
+from pretrain_cli.engine import checkpoint
+from pretrain_cli.engine.checkpoint import State
+from pretrain_cli.engine.distributed import Ranks, gradients_kept, open_ranks, share
+from pretrain_cli.engine.evaluate import evaluate
+from pretrain_cli.engine.feed import Feed
+from pretrain_cli.engine.metrics import (
+    Evaluation,
+    Event,
+    Finished,
+    MetricsFile,
+    Notice,
+    Report,
+    Sample,
+    Saved,
+    Started,
+    StepMetrics,
+    peak_memory,
+    stated_peak,
+)
+from pretrain_cli.engine.optimizer import build_optimizer, learning_rate, set_learning_rate
+from pretrain_cli.engine.plan import Plan, make_plan
+from pretrain_cli.engine.run import Record, choose_folder, device_name, write_record
+from pretrain_cli.engine.sample import Controls, sample_text
+from pretrain_cli.engine.speed import apply_process_settings, build_model, compile_blocks
+from pretrain_cli.engine.stop import StopRequest
+from pretrain_cli.errors import DataError
+from pretrain_cli.model import counting
+from pretrain_cli.model.decoder import Decoder
+from pretrain_cli.model.huggingface import load_weights
+
+
+def train(
+    settings: RunConfig,
+    report: Report,
+    *,
+    resume: tuple[Path, Record] | None = None,
+    resume_from: Path | None = None,
+) -> Finished:
+    """Train a new run, or go on with the run at `resume`, from a checkpoint of it where one is
+    named and else from its newest intact one. Returns how it ended."""
+    with open_ranks(settings.train.device) as ranks, StopRequest() as stop:
+        if not ranks.is_first:
+            report = _silent
+        plan = make_plan(settings, ranks, report, model=resume[1].model if resume else None)
+        batches = Batches(
+            plan.dataset.tokens("train"),
+            seq_len=plan.seq_len,
+            samples_per_step=plan.samples_per_step,
+            seed=plan.settings.train.seed,
+            fingerprint=plan.dataset.manifest.fingerprint,
+            rank=ranks.rank,
+            world=ranks.world,
+        )
+        run, start = _open_run(plan, ranks, report, resume, resume_from)
+        apply_process_settings(plan.speed)
+        for decision in plan.speed.decisions.values():
+            if decision.asked not in ("auto", decision.in_force):
+                report(Notice(f"speed.{decision.setting}: {decision.in_force}, {decision.reason}"))
+
+        decoder = build_model(plan.model, plan.speed, ranks.device)
+        _set_weights(decoder, plan, start, report)
+        compile_blocks(decoder, plan.speed)
+        model = share(decoder, ranks, plan.settings.train.parallel)
+        optimizer = build_optimizer(
+            model, plan.settings.optimizer, fused=plan.speed.fused_optimizer
+        )
+        state = State(step=0, samples=0, tokens=0)
+        if start is not None:
+            state = checkpoint.load_training_state(start, decoder, optimizer, ranks.device)
+        trainer = Trainer(plan, run, ranks, report, batches, decoder, model, optimizer)
+        return trainer.run_until(plan.steps, state, stop)
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: Optimizer,
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    micro_batch_size: int,
+    clip: float,
+    world: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step on this rank's share of its samples. -> (loss, gradient norm).
+
+    inputs and targets (B, T) are taken `micro_batch_size` rows at a time. Each part's loss is its
+    sum over the whole step's count of tokens, on all ranks, so the parts add up to the mean that
+    one large batch would give; the loss returned is this rank's part of it.
+    """
+    model.train()
+    total = torch.zeros((), device=inputs.device)
+    parts = list(zip(inputs.split(micro_batch_size), targets.split(micro_batch_size), strict=True))
+    for number, (part, wanted) in enumerate(parts, start=1):
+        with gradients_kept(model, last=number == len(parts)):
+            loss = model(part, wanted, normalizer=targets.numel() * world)
+            (loss * world).backward()  # gradients of several ranks are averaged, not added
+        total += loss.detach()
+    limit = clip if clip > 0 else float("inf")
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total, norm
+
+
+class Trainer:
+    """A run in progress: what is written, reported and saved around its steps."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        run: Path,
+        ranks: Ranks,
+        report: Report,
+        batches: Batches,
+        decoder: Decoder,
+        model: nn.Module,
+        optimizer: Optimizer,
+    ) -> None:
+        self.plan, self.run, self.ranks, self.batches = plan, run, ranks, batches
+        self.decoder, self.model, self.optimizer = decoder, model, optimizer
+        self.tell = report
+        self.saved_step = -1
+        self.evaluated_step = -1
+        self.metrics: MetricsFile | None = None
+
+    def report(self, event: Event) -> None:
+        if self.metrics and isinstance(event, StepMetrics | Evaluation):
+            self.metrics.write(event)
+        self.tell(event)
+
+    def run_until(self, steps: int, state: State, stop: StopRequest) -> Finished:
+        """Steps until there have been so many, or a stop is asked for; saved either way."""
+        plan, ranks = self.plan, self.ranks
+        if ranks.is_first:
+            self.metrics = MetricsFile(self.run / "metrics.jsonl", upto=state.step)
+        flops = counting.training_flops(plan.model, plan.seq_len).exact
+        peak = stated_peak(ranks.device)
+        self.saved_step = state.step if state.step else -1
+        self.report(
+            Started(
+                run=self.run,
+                model=plan.name,
+                parameters=counting.count_parameters(plan.model).total,
+                dataset=str(plan.dataset.folder),
+                device=device_name(ranks.device),
+                first_step=state.step,
+                steps=steps,
+                tokens_per_step=plan.tokens_per_step,
+                flops_per_token=flops,
+                peak_flops=peak,
+            )
+        )
+        feed = Feed(
+            self.batches,
+            first_sample=state.samples,
+            device=ranks.device,
+            prefetch=plan.speed.prefetch,
+        )
+        began = logged = time.perf_counter()
+        waited, since = 0.0, 0
+        stopped = False
+        try:
+            while state.step < steps and not stopped:
+                rate = learning_rate(
+                    state.step,
+                    peak=plan.learning_rate,
+                    steps=steps,
+                    warmup_steps=plan.warmup_steps,
+                    settings=plan.settings.optimizer,
+                )
+                set_learning_rate(self.optimizer, rate)
+                inputs, targets = feed.next()
+                waited, since = waited + feed.wait, since + 1
+                loss, norm = train_step(
+                    self.model,
+                    self.optimizer,
+                    inputs,
+                    targets,
+                    micro_batch_size=plan.micro_batch_size,
+                    clip=plan.settings.optimizer.clip,
+                    world=ranks.world,
+                )
+                state = State(
+                    step=state.step + 1,
+                    samples=state.samples + plan.samples_per_step,
+                    tokens=state.tokens + plan.tokens_per_step,
+                )
+                if state.step % plan.log_every == 0 or state.step == steps:
+                    mean = ranks.sum(loss).item()  # waits for the device
+                    now = time.perf_counter()
+                    speed = since * plan.tokens_per_step / (now - logged)
+                    self.report(
+                        StepMetrics(
+                            step=state.step,
+                            loss=mean,
+                            learning_rate=rate,
+                            gradient_norm=float(norm),
+                            tokens=state.tokens,
+                            tokens_per_second=speed,
+                            mfu=speed * flops / (peak * ranks.world) if peak else None,
+                            data_wait=waited / since,
+                            memory=peak_memory(ranks.device),
+                            seconds=now - began,
+                        )
+                    )
+                    waited, since = 0.0, 0
+                stopped = ranks.any(bool(stop))
+                if state.step % plan.eval_every == 0 and not stopped:
+                    self.evaluate(state)
+                if state.step % plan.checkpoint_every == 0:
+                    self.save(state)
+                if since == 0:
+                    logged = time.perf_counter()
+            if not stopped:
+                self.evaluate(state)
+            self.save(state)
+            if not stopped:
+                self.sample(state)
+        finally:
+            feed.close()
+            if self.metrics:
+                self.metrics.close()
+        finished = Finished(self.run, state.step, steps, "stopped" if stopped else "done")
+        self.report(finished)
+        return finished
+
+    def evaluate(self, state: State) -> None:
+        """Measure and report the validation loss, once for a step."""
+        dataset = self.plan.dataset
+        if self.evaluated_step == state.step or dataset.manifest.total("val", "tokens") < 2:
+            return
+        self.model.eval()
+        self.evaluated_step = state.step
+        self.report(
+            evaluate(
+                self.model,
+                dataset,
+                step=state.step,
+                seq_len=self.plan.seq_len,
+                batch_size=self.plan.micro_batch_size,
+                ranks=self.ranks,
+            )
+        )
+
+    def save(self, state: State) -> None:
+        """Write a checkpoint, once for a step."""
+        if self.saved_step == state.step:
+            return
+        if self.metrics:
+            self.metrics.sync()
+        folder = self.run / "checkpoints"
+        path = checkpoint.save_checkpoint(
+            folder,
+            self.decoder,
+            self.optimizer,
+            state,
+            tokenizer=self.plan.dataset.tokenizer,
+            ranks=self.ranks,
+        )
+        self.saved_step = state.step
+        if self.ranks.is_first:
+            checkpoint.rotate(self.run, self.plan.settings.train.keep_checkpoints)
+        self.report(Saved(state.step, path))
+
+    def sample(self, state: State) -> None:
+        """A text from the model as it is now, shown and kept in samples.jsonl."""
+        train = self.plan.settings.train
+        if not train.sample_tokens or train.parallel == "fsdp":
+            return  # a parted model can't be sampled on one rank
+        if self.ranks.is_first:
+            self.decoder.eval()
+            controls = Controls(max_tokens=train.sample_tokens, seed=train.seed)
+            pieces = sample_text(
+                self.decoder, self.plan.dataset.tokenizer, train.sample_prompt, controls
+            )
+            sample = Sample(state.step, train.sample_prompt, "".join(pieces))
+            with (self.run / "samples.jsonl").open("a") as file:
+                file.write(json.dumps(asdict(sample)) + "\n")
+            self.report(sample)
+        self.ranks.wait()
+
+
+def _open_run(
+    plan: Plan,
+    ranks: Ranks,
+    report: Report,
+    resume: tuple[Path, Record] | None,
+    resume_from: Path | None,
+) -> tuple[Path, Path | None]:
+    """(run folder, checkpoint to start from or None), the folder made and its record written."""
+    if resume is None:
+        run, start = choose_folder(plan), None
+    else:
+        run, record = resume
+        if plan.dataset.manifest.fingerprint != record.dataset_fingerprint:
+            raise DataError(
+                f"{plan.dataset.folder}: not the dataset that {run} was trained on; give that one "
+                "with --data, or start a new run"
+            )
+        start = resume_from or checkpoint.newest_intact(run, lambda text: report(Notice(text)))
+        if start is None:
+            report(Notice(f"{run}: no checkpoint yet; starting again from step 0"))
+    ranks.wait()
+    if ranks.is_first:
+        write_record(run, plan, ranks.device)
+    return run, start
+
+
+def _set_weights(decoder: Decoder, plan: Plan, start: Path | None, report: Report) -> None:
+    """From the checkpoint, from the folder of --init-from, or drawn from the seed."""
+    folder = start or plan.settings.model.init_from
+    if folder is None:
+        decoder.initialize(plan.settings.train.seed)
+        return
+    left_out = load_weights(decoder, folder)
+    if left_out:
+        report(
+            Notice(f"{folder}: {len(left_out)} tensors are not the text model's: {left_out[0]}, …")
+        )
+
+
+def _silent(event: Event) -> None:
+    """What ranks but the first report."""

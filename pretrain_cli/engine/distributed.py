@@ -124,6 +124,12 @@ def gradients_kept(model: nn.Module, *, last: bool) -> Iterator[None]:
     yield
 
 
+def part_again(model: nn.Module) -> None:
+    """After a forward pass without a backward: drop the whole parameters that FSDP2 still holds."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be parted among the ranks, on the CPU. Every rank must ask."""
     if isinstance(tensor, DTensor):

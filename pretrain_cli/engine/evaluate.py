@@ -7,7 +7,7 @@ from torch import nn
 
 from pretrain_cli.data.batches import IGNORED, validation_batches
 from pretrain_cli.data.shards import Dataset
-from pretrain_cli.engine.distributed import Ranks
+from pretrain_cli.engine.distributed import Ranks, part_again
 from pretrain_cli.engine.metrics import Evaluation
 
 
@@ -29,6 +29,7 @@ def evaluate(
         loss = model(tokens, wanted, normalizer=1)
         total[0] += loss.double()
         total[1] += (wanted != IGNORED).sum()
+    part_again(model)
     summed, count = ranks.sum(total).tolist()
     size = dataset.manifest.total("val", "bytes")
     return Evaluation(

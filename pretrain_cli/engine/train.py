@@ -69,6 +69,7 @@ def train(
             world=ranks.world,
         )
         run, start = _open_run(plan, ranks, report, resume, resume_from)
+        torch.manual_seed(settings.train.seed)  # nothing draws from it yet; a checkpoint keeps it
         apply_process_settings(plan.speed)
         for decision in plan.speed.decisions.values():
             if decision.asked not in ("auto", decision.in_force):

@@ -1,0 +1,70 @@
+"""A small dataset and small settings: a run of a few steps takes a second."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain_cli.config import RunConfig, build_config
+from pretrain_cli.data.tokenize import TokenizeRequest, tokenize
+from pretrain_cli.engine.metrics import Event
+from pretrain_cli.engine.train import train
+
+SMALL = {
+    "model.hidden_size": 32,
+    "model.intermediate_size": 64,
+    "model.num_hidden_layers": 6,
+    "model.num_attention_heads": 4,
+    "model.head_dim": 16,
+    "data.seq_len": 32,
+    "train.tokens_per_step": 128,
+    "train.micro_batch_size": 2,
+    "train.device": "cpu",
+    "train.sample_tokens": 8,
+    "optimizer.learning_rate": 3e-3,
+    "speed.dtype": "float32",
+}
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bytes of thirty short documents, some of them held out."""
+    root = tmp_path_factory.mktemp("engine")
+    lines = [f"document {i}: " + "the cat sat on the mat. " * (i % 7 + 2) for i in range(30)]
+    for number, line in enumerate(lines):
+        path = root / "corpus" / f"{number:02d}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(line)
+    request = TokenizeRequest(
+        paths=(root / "corpus",), out=root / "cats", tokenizer="bytes", val_fraction=0.2
+    )
+    tokenize(request, lambda *_: None)
+    return request.out
+
+
+@pytest.fixture
+def settings(dataset: Path, tmp_path: Path) -> Callable[..., RunConfig]:
+    """Settings of a small run on the dataset, by dotted name; `out` is under tmp_path."""
+
+    def make(out: str = "run", **changes: Any) -> RunConfig:
+        flags = {**SMALL, "model.name": "gemma3-tiny", "model.sliding_window": 8}
+        flags |= {"data.path": dataset, "train.out": tmp_path / out, "train.steps": 6}
+        flags |= {name.replace("__", "."): value for name, value in changes.items()}
+        if flags["model.name"].startswith("qwen"):
+            del flags["model.sliding_window"]
+        return build_config({}, flags, [])
+
+    return make
+
+
+@pytest.fixture
+def run() -> Callable[..., list[Event]]:
+    """Train, and give every event that was reported."""
+
+    def go(settings: RunConfig, **where: Any) -> list[Event]:
+        events: list[Event] = []
+        train(settings, events.append, **where)
+        return events
+
+    return go

@@ -1,0 +1,169 @@
+"""Exact resume: a run that was cut anywhere ends as the run that wasn't."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pretrain_cli.config import build_config
+from pretrain_cli.engine import checkpoint
+from pretrain_cli.engine.metrics import Notice
+from pretrain_cli.engine.run import read_record, resumed_settings
+from pretrain_cli.errors import CheckpointError, ConfigError, DataError
+
+NUMBERS = ("step", "loss", "learning_rate", "gradient_norm", "tokens", "bits_per_byte")
+
+
+def numbers(run: Path) -> list[dict]:
+    """What a metrics file says of the mathematics: everything but times and memory."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: row[key] for key in ("kind", *NUMBERS) if key in row} for row in rows]
+
+
+def resume(run_it, folder: Path, **changes):
+    record = read_record(folder)
+    flags = {name.replace("__", "."): value for name, value in changes.items()}
+    settings = resumed_settings(record, build_config(record.settings, flags, []))
+    return run_it(settings, resume=(folder, record))
+
+
+def assert_same_weights(one: Path, other: Path, files=("model", "training/optimizer")) -> None:
+    for name in files:
+        ours, theirs = (
+            load_file(one / f"{name}.safetensors"),
+            load_file(other / f"{name}.safetensors"),
+        )
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert torch.equal(ours[key], theirs[key]), key
+
+
+@pytest.mark.parametrize("model", ["gemma3-tiny", "qwen3-tiny"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resuming_gives_the_same_losses_and_weights(settings, run, tmp_path, model, dtype):
+    common = {"model__name": model, "speed__dtype": dtype, "train__eval_every": 3}
+    run(settings("straight", **common))
+    # The first half is a whole run of three steps, of a schedule made for six.
+    run(settings("halves", train__checkpoint_every=3, **common))
+    later = tmp_path / "halves/checkpoints/step-000006"
+    for path in sorted(later.rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    later.rmdir()
+    resume(run, tmp_path / "halves")
+    assert numbers(tmp_path / "halves") == numbers(tmp_path / "straight")
+    assert_same_weights(later, tmp_path / "straight/checkpoints/step-000006")
+
+
+def test_resuming_with_other_speed_settings_keeps_the_optimizers_moments(settings, run, tmp_path):
+    run(settings("straight"))
+    run(settings("changed", train__checkpoint_every=3, train__keep_checkpoints=5))
+    for name in ("checkpoints/step-000006",):
+        checkpoint.rotate(tmp_path / "changed", 5)
+        (tmp_path / "changed" / name).rename(tmp_path / "aside")
+    resume(run, tmp_path / "changed", speed__merged_projections=False, speed__attention="eager",
+           train__micro_batch_size=1)  # fmt: skip
+    ours, theirs = numbers(tmp_path / "changed"), numbers(tmp_path / "straight")
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    assert json.loads((tmp_path / "changed/metrics.jsonl").read_text().splitlines()[-1])
+
+
+def test_more_steps_go_on_from_a_finished_run(settings, run, tmp_path):
+    run(settings(train__steps=3))
+    resume(run, tmp_path / "run", train__steps=5)
+    assert [row["step"] for row in numbers(tmp_path / "run") if row["kind"] == "step"] == [
+        1, 2, 3, 4, 5,
+    ]  # fmt: skip
+
+
+def test_a_damaged_checkpoint_is_skipped_by_name_and_an_older_one_taken(settings, run, tmp_path):
+    run(settings(train__checkpoint_every=2, train__keep_checkpoints=3))
+    weights = tmp_path / "run/checkpoints/step-000006/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    before = numbers(tmp_path / "run")
+    events = resume(run, tmp_path / "run")
+    assert any("step-000006" in e.text for e in events if isinstance(e, Notice))
+    assert numbers(tmp_path / "run") == before
+
+
+def test_a_run_whose_every_checkpoint_is_damaged_is_not_started_over(settings, run, tmp_path):
+    run(settings())
+    state = tmp_path / "run/checkpoints/step-000006/training/state.json"
+    state.write_text(state.read_text().replace("6", "7"))
+    with pytest.raises(CheckpointError, match="none of its 1 checkpoints"):
+        resume(run, tmp_path / "run")
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(settings, run, tmp_path):
+    run(settings("straight"))
+    run(settings("killed"))
+    (tmp_path / "killed/checkpoints/step-000006").rename(tmp_path / "gone")
+    with (tmp_path / "killed/metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "st')  # cut short by the kill
+    resume(run, tmp_path / "killed")
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "straight")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("optimizer.learning_rate", 1.0), ("train.seed", 5), ("data.seq_len", 16),
+     ("model.hidden_size", 64), ("train.tokens_per_step", 256)],
+)  # fmt: skip
+def test_what_would_change_the_run_is_refused_on_resume(settings, run, tmp_path, setting, value):
+    run(settings(train__steps=1))
+    with pytest.raises(ConfigError, match=f"{setting}: {value} differs"):
+        resume(run, tmp_path / "run", **{setting: value})
+
+
+def test_another_dataset_is_refused_on_resume(settings, run, tmp_path, dataset):
+    from pretrain_cli.data.tokenize import TokenizeRequest, tokenize
+
+    (tmp_path / "dogs.txt").write_text("a dog, another dog, " * 200)
+    other = TokenizeRequest(
+        paths=(tmp_path / "dogs.txt",), out=tmp_path / "dogs", tokenizer="bytes"
+    )
+    tokenize(other, lambda *_: None)
+    run(settings(train__steps=1))
+    with pytest.raises(DataError, match="not the dataset"):
+        resume(run, tmp_path / "run", data__path=tmp_path / "dogs", train__steps=2)
+
+
+@pytest.mark.slow
+def test_kill_at_random_instants_and_resume_equals_the_uninterrupted_run(settings, run, tmp_path):
+    common = {"train__steps": 30, "train__checkpoint_every": 4, "train__eval_every": 10}
+    run(settings("straight", **common))
+    config = settings("killed", **common)
+    flags = [
+        f"--set={section}.{name}={value}"
+        for section, values in config.model_dump(mode="json", exclude_unset=True).items()
+        for name, value in values.items()
+    ]
+    start = [sys.executable, "-m", "pretrain_cli", "train", *flags]
+    again = [sys.executable, "-m", "pretrain_cli", "train", "--resume", str(tmp_path / "killed")]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    chance = random.Random(0)
+    kills, command = 0, start
+    metrics = tmp_path / "killed/metrics.jsonl"
+    while kills < 6:
+        process = subprocess.Popen(command, env=environment, **quiet)
+        while process.poll() is None and not metrics.is_file():
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0.0, 0.6))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += 1
+        command = again
+    done = subprocess.run(again, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "straight")
+    last = "checkpoints/step-000030"
+    assert_same_weights(tmp_path / "killed" / last, tmp_path / "straight" / last)

@@ -1,0 +1,177 @@
+"""Training: accumulation, the logged loss, and that it learns."""
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pretrain_cli.config import OptimizerSettings, SpeedConfig
+from pretrain_cli.engine.metrics import Evaluation, Finished, Notice, Sample, Saved, StepMetrics
+from pretrain_cli.engine.optimizer import build_optimizer, set_learning_rate
+from pretrain_cli.engine.speed import build_model, resolve_speed
+from pretrain_cli.engine.train import train_step
+from pretrain_cli.model.config import variant
+from pretrain_cli.model.presets import preset
+
+CPU = torch.device("cpu")
+
+
+def small_model(name: str = "gemma3-tiny", **speed):
+    config = variant(
+        preset(name),
+        {"hidden_size": 32, "intermediate_size": 64, "head_dim": 16, "vocab_size": 64},
+    )
+    settled = resolve_speed(SpeedConfig(**{"dtype": "float32", **speed}), CPU)
+    model = build_model(config, settled, CPU)
+    model.initialize(1)
+    return model
+
+
+def losses(events):
+    return [event.loss for event in events if isinstance(event, StepMetrics)]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_accumulated_micro_batches_equal_one_large_batch(micro_batch_size):
+    model = small_model()
+    tokens = torch.randint(1, 64, (8, 25), generator=torch.Generator().manual_seed(0))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    whole = copy.deepcopy(model)
+    results = []
+    for one, rows in ((model, micro_batch_size), (whole, 8)):
+        optimizer = build_optimizer(one, OptimizerSettings(), fused=True)
+        set_learning_rate(optimizer, 1e-3)
+        results.append(
+            [
+                train_step(one, optimizer, inputs, targets, micro_batch_size=rows, clip=1.0)
+                for _ in range(3)
+            ]
+        )
+    for (loss, norm), (expected_loss, expected_norm) in zip(*results, strict=True):
+        torch.testing.assert_close(loss, expected_loss, rtol=2e-6, atol=0)
+        torch.testing.assert_close(norm, expected_norm, rtol=2e-5, atol=0)
+
+
+def test_a_step_is_torchs_own_adamw_on_the_mean_loss_with_clipped_gradients():
+    model = small_model("qwen3-tiny")
+    reference = copy.deepcopy(model)
+    tokens = torch.randint(1, 64, (4, 17), generator=torch.Generator().manual_seed(0))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+
+    optimizer = build_optimizer(model, OptimizerSettings(), fused=True)
+    matrices = [p for p in reference.parameters() if p.ndim == 2]
+    norms = [p for p in reference.parameters() if p.ndim == 1]
+    plain = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}],
+        lr=1e-2,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        foreach=False,
+    )
+    for _ in range(3):
+        set_learning_rate(optimizer, 1e-2)
+        loss, norm = train_step(model, optimizer, inputs, targets, micro_batch_size=2, clip=0.5)
+        plain.zero_grad()
+        expected = F.cross_entropy(reference(inputs).flatten(0, 1), targets.flatten())
+        expected.backward()
+        total = math.sqrt(sum(p.grad.square().sum().item() for p in reference.parameters()))
+        for parameter in reference.parameters():
+            parameter.grad *= min(1.0, 0.5 / total)
+        plain.step()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert norm.item() == pytest.approx(total, rel=1e-4)
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["gemma3-tiny", "qwen3-tiny"])
+def test_a_small_model_memorizes_a_batch(name):
+    model = small_model(name)
+    tokens = torch.randint(1, 64, (4, 17), generator=torch.Generator().manual_seed(0))
+    optimizer = build_optimizer(model, OptimizerSettings(), fused=True)
+    set_learning_rate(optimizer, 1e-2)
+    for _ in range(150):
+        loss, _ = train_step(
+            model, optimizer, tokens[:, :-1], tokens[:, 1:], micro_batch_size=4, clip=1.0
+        )
+    assert loss.item() < 0.2
+
+
+def test_a_run_reports_saves_evaluates_and_samples(settings, run, tmp_path):
+    events = run(settings(train__steps=4, train__checkpoint_every=2, train__eval_every=2))
+    assert [e.step for e in events if isinstance(e, StepMetrics)] == [1, 2, 3, 4]
+    assert [e.step for e in events if isinstance(e, Evaluation)] == [2, 4]
+    assert [e.step for e in events if isinstance(e, Saved)] == [2, 4]
+    assert [e.step for e in events if isinstance(e, Sample)] == [4]
+    assert events[-1] == Finished(tmp_path / "run", 4, 4, "done")
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [(row["kind"], row["step"]) for row in rows] == [
+        ("step", 1), ("step", 2), ("evaluation", 2), ("step", 3), ("step", 4), ("evaluation", 4),
+    ]  # fmt: skip
+    assert rows[0]["tokens"] == 128
+    assert rows[-2]["tokens"] == 4 * 128
+    assert (tmp_path / "run/samples.jsonl").is_file()
+
+
+def test_training_on_cats_gets_better_than_chance_soon(settings, run):
+    events = run(settings(train__steps=100, train__eval_every=100))
+    before, after = losses(events)[0], losses(events)[-1]
+    assert before == pytest.approx(math.log(320), abs=0.3)
+    assert after < 2.0
+    [evaluation] = [event for event in events if isinstance(event, Evaluation)]
+    assert evaluation.loss < 2.5
+
+
+def test_only_the_newest_checkpoints_are_kept(settings, run, tmp_path):
+    run(settings(train__checkpoint_every=1, train__keep_checkpoints=2))
+    kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert kept == ["step-000005", "step-000006"]
+
+
+def test_the_choices_made_for_a_person_are_told(settings, run):
+    config = settings(train__steps="auto", train__tokens=None, data__seq_len="auto",
+                      train__tokens_per_step="auto", speed__float32_matmul="high")  # fmt: skip
+    config = config.model_copy(
+        update={"train": config.train.model_copy(update={"steps": 1, "sample_tokens": 0})}
+    )
+    told = [event.text for event in run(config) if isinstance(event, Notice)]
+    assert any("Vocabulary 320 instead of the model's 4,096" in text for text in told)
+    assert any("speed.float32_matmul: highest" in text for text in told)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_train_as_one_with_the_same_batch(settings, run, tmp_path, parallel):
+    """Two gloo processes on a CPU, the same global batch: the same losses and validation."""
+    config = settings("alone", train__steps=4, train__eval_every=2)
+    alone = run(config)
+    flags = [
+        f"--set={section}.{name}={value}"
+        for section, values in config.model_dump(mode="json", exclude_unset=True).items()
+        for name, value in values.items()
+        if (section, name) not in {("train", "out"), ("train", "parallel")}
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
+               "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0",
+               "-m", "pretrain_cli", "train", *flags,
+               f"--out={tmp_path / 'two'}", f"--set=train.parallel={parallel}"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
+    steps = [row["loss"] for row in rows if row["kind"] == "step"]
+    assert steps == pytest.approx(losses(alone), rel=2e-5)
+    norms = [row["gradient_norm"] for row in rows if row["kind"] == "step"]
+    expected = [event.gradient_norm for event in alone if isinstance(event, StepMetrics)]
+    assert norms == pytest.approx(expected, rel=1e-4)
+    evaluated = [(row["loss"], row["tokens"]) for row in rows if row["kind"] == "evaluation"]
+    for (loss, tokens), event in zip(
+        evaluated, [e for e in alone if isinstance(e, Evaluation)], strict=True
+    ):
+        assert tokens == event.tokens
+        assert loss == pytest.approx(event.loss, rel=2e-5)

@@ -26,7 +26,7 @@ class Commands(TyperGroup):
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     help="Pretrain Gemma 3 and Qwen 3 models: from a folder of text to a model that transformers "
     "opens.",

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from pretrain_cli.commands.display import console, duration, notice, size
 
 CPU_STEP_FLOPS = 1e12
+NOT_SET = ("speed.attention=", "model.name=", "model.init_from=")
+"""The first two are --attn and --model; the last brings weights, which cost what random ones do."""
 
 
 def benchmark(
@@ -56,10 +59,18 @@ def benchmark(
     for name, value, least in (("steps", steps, 1), ("warmup", warmup, 0)):
         if value < least:
             raise ConfigError(f"--{name}: {value} is not at least {least}")
+    if as_json is not None and as_json.is_dir():
+        raise ConfigError(f"--json: {as_json} is a folder; give a file")
     if as_json is not None and not as_json.parent.is_dir():
         raise ConfigError(f"--json: no folder {as_json.parent} to write {as_json.name} in")
     flags = {"speed.dtype": dtype, "speed.compile": compile_, "model.name": model}
     flags |= {"train.micro_batch_size": micro_batch_size, "data.seq_len": seq_len}
+    for assignment in set_ or []:
+        if not assignment.startswith(("speed.", "model.")) or assignment.startswith(NOT_SET):
+            raise ConfigError(
+                f"--set {assignment}: not a setting of a benchmark; it takes speed.NAME=VALUE and "
+                "model.NAME=VALUE, and options for the rest: --attn, --seq-len, …"
+            )
     settings = build_config({}, flags, set_ or [])
 
     import torch
@@ -99,9 +110,9 @@ def benchmark(
     resolved = resolve_speed(asked, place, training=False)
     peak = engine.find_peak(place, resolved.compute_dtype)
     console.print(
-        f"[bold]{name}[/] {count_parameters(config).total:,} parameters, {micro_batch_size} × "
-        f"{seq_len} tokens a step, {resolved.dtype}, {device_name(place)}, torch "
-        f"{torch.__version__}\nPeak {peak.flops / 1e12:.3g} TFLOP/s ({peak.source})",
+        f"[bold]{escape(name)}[/] {count_parameters(config).total:,} parameters, "
+        f"{micro_batch_size} × {seq_len} tokens a step, {resolved.dtype}, {device_name(place)}, "
+        f"torch {torch.__version__}\nPeak {peak.flops / 1e12:.3g} TFLOP/s ({peak.source})",
         soft_wrap=True,
     )
     results = []
@@ -126,7 +137,7 @@ def benchmark(
             )
             + "\n"
         )
-        console.print(f"Written to {as_json}", soft_wrap=True)
+        console.print(f"Written to {escape(str(as_json))}", soft_wrap=True)
 
 
 def _table(results: list[Any]) -> Table:

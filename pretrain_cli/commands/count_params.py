@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from pretrain_cli.commands.display import console, size
@@ -84,7 +85,7 @@ def _table(name: str, config: Any, columns: dict[str, Any], seq_len: int) -> Tab
         else ""
     )
     table = Table(
-        title=f"[bold]{name}[/]  {layers}, hidden {config.hidden_size}, "
+        title=f"[bold]{escape(name)}[/]  {layers}, hidden {config.hidden_size}, "
         f"{config.num_attention_heads} heads / {config.num_key_value_heads} kv of "
         f"{config.head_dim}, vocabulary {config.vocab_size:,}",
         title_justify="left",

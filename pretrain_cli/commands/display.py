@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 # Where the output is not a terminal, tables get the room they need rather than 80 columns.
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-error_console = Console(stderr=True, highlight=False)
+console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 120)
+error_console = Console(stderr=True, highlight=False, emoji=False)
 
 
 def amount(number: float) -> str:

@@ -1,10 +1,13 @@
 """`pretrain sample`: text from a checkpoint, as it is made."""
 
+import select
 import sys
+from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
+from rich.markup import escape
 
 from pretrain_cli.commands.display import console, error_console, notice
 
@@ -18,7 +21,8 @@ def sample(
         ),
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option(help="Text to go on from; '-' reads standard input.")
+        str | None,
+        typer.Option(help="Text to go on from, or piped in; '-' waits for standard input."),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest continuation.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
@@ -54,24 +58,37 @@ def sample(
         )
         for number in range(n)
     ]
-    if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
+    if prompt == "-" or (prompt is None and _is_waiting(sys.stdin)):
         prompt = sys.stdin.read()
     folder, model, tokenizer = open_for_sampling(where, device=device, dtype=dtype, report=notice)
-    error_console.print(f"[dim]{folder}[/]", soft_wrap=True)
+    error_console.print(f"[dim]{escape(str(folder))}[/]", soft_wrap=True)
     try:
         for number, control in enumerate(controls):
             if n > 1:
                 console.rule(f"{number + 1} of {n}")
-            console.print(f"[dim]{_escaped(prompt or '')}[/]", end="", soft_wrap=True)
-            for piece in sample_text(model, tokenizer, prompt or "", control):
-                console.print(piece, end="", markup=False, soft_wrap=True)
+            pieces = sample_text(model, tokenizer, prompt or "", control)
+            first = next(pieces, "")  # a prompt that is refused is refused before it is shown
+            _write(typer.style(prompt or "", dim=True) if console.is_terminal else prompt or "")
+            for piece in chain((first,), pieces):
+                _write(piece)
             console.print()
     except KeyboardInterrupt:
         console.print()
         raise typer.Exit(130) from None
 
 
-def _escaped(text: str) -> str:
-    from rich.markup import escape
+def _is_waiting(stream: TextIO) -> bool:
+    """Whether something was piped in. A pipe that stays open and empty, as a program that starts
+    this one may leave, is not waited for; `--prompt -` waits."""
+    if stream.isatty():
+        return False
+    try:
+        return bool(select.select([stream], [], [], 0)[0])
+    except (OSError, ValueError):  # not a file that can be asked
+        return True
 
-    return escape(text)
+
+def _write(text: str) -> None:
+    """As it is: rich would turn tabs into spaces and `:x:` into a picture."""
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -249,7 +249,12 @@ class DatasetWriter:
 
     def __enter__(self) -> "DatasetWriter":
         shutil.rmtree(self.aside, ignore_errors=True)
-        self.aside.mkdir(parents=True)
+        try:
+            self.aside.mkdir(parents=True)
+        except OSError as error:
+            raise DataError(
+                f"{self.folder}: can't be made ({error.strerror}); choose another folder with --out"
+            ) from None
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:

@@ -51,7 +51,7 @@ class Corpus:
             try:
                 for text in texts:
                     if text:
-                        yield Document(text, len(text.encode("utf-8", "surrogatepass")))
+                        yield Document(text, len(text.encode()))
             except UnicodeDecodeError:
                 self.skipped.append(path)
 
@@ -100,6 +100,8 @@ def _json_lines(path: Path, text_key: str) -> Iterator[str]:
                 continue
             try:
                 row = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError:
+                raise DataError(f"{path}:{number}: not UTF-8; mend or remove the line") from None
             except json.JSONDecodeError as error:
                 raise DataError(
                     f"{path}:{number}: not a JSON line ({error.msg} at column {error.colno}); "
@@ -111,4 +113,18 @@ def _json_lines(path: Path, text_key: str) -> Iterator[str]:
                     f"{path}:{number}: no text under '{text_key}' (it has {keys}); "
                     "name the key with --text-key"
                 )
+            if not _is_unicode(row[text_key]):
+                raise DataError(
+                    f"{path}:{number}: its text has half of a surrogate pair (\\ud800 to \\udfff); "
+                    "mend or remove the line"
+                )
             yield row[text_key]
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON can escape a lone surrogate, which is no character and has no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

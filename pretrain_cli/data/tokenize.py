@@ -20,6 +20,7 @@ from pretrain_cli.errors import ConfigError, DataError
 BATCH_BYTES = 2**20
 BPE_TRAINING_BYTES = 2**25
 """A BPE is trained on this much of the corpus, spread over it: more changes little, and costs."""
+DEMO = Path("data/demo")
 DEMO_VOCAB_SIZE = 4096
 
 Progress = Callable[[str, int, int, int], None]
@@ -87,24 +88,20 @@ def tokenize(request: TokenizeRequest, progress: Progress) -> Tokenized:
             progress("tokenizing", done, total, made)
         if made == 0:
             raise DataError(_nothing(request, corpus))
-        if request.val_fraction > 0 and not writer.tokens("val"):
+        if request.val_fraction > 0 and not (writer.tokens("train") and writer.tokens("val")):
             _hold_out_tail(writer, tokenizer, request.val_fraction)
-        if not writer.tokens("train"):
-            raise DataError(
-                f"--val-fraction: {request.val_fraction} holds out every document; give less"
-            )
         manifest = writer.finish(sources)
     return Tokenized(request.out, manifest, list(corpus.skipped), was_there=False)
 
 
-def demo_request(out: Path) -> TokenizeRequest:
+def demo_request() -> TokenizeRequest:
     """A dataset for trying things out: the running Python's own standard library sources."""
     library = Path(sysconfig.get_paths()["stdlib"])
     folders = [p for p in sorted(library.iterdir()) if p.is_dir() and p.name.isidentifier()]
     kept = [p for p in folders if not p.name.startswith("__") and next(p.rglob("*.py"), None)]
     return TokenizeRequest(
         paths=(*sorted(library.glob("*.py")), *kept),
-        out=out,
+        out=DEMO,
         tokenizer="bpe",
         vocab_size=DEMO_VOCAB_SIZE,
         val_fraction=0.005,
@@ -125,10 +122,15 @@ def _existing(request: TokenizeRequest, sources: dict) -> Manifest | None:
     if request.force:
         return None
     manifest = read_manifest(out)
-    changed = [key for key, value in sources.items() if manifest.sources.get(key) != value]
+    # of the corpus the digest tells, wherever it lies and however its path is written
+    changed = [
+        "corpus" if key in ("files", "digest") else key
+        for key, value in sources.items()
+        if key != "paths" and manifest.sources.get(key) != value
+    ]
     if not changed:
         return manifest
-    what = "corpus" if set(changed) <= {"paths", "files", "digest"} else ", ".join(changed)
+    what = ", ".join(dict.fromkeys(changed))
     raise DataError(
         f"{out}: holds a dataset made with another {what}; replace it with --force, or choose "
         "another folder with --out"
@@ -165,14 +167,16 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 def _is_held_out(text: str, fraction: float) -> bool:
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") < fraction * 2**64
 
 
 def _hold_out_tail(writer: DatasetWriter, tokenizer: Tokenizer, fraction: float) -> None:
-    """Give the last tokens of the training split to validation; a document may be cut for it."""
-    wanted = max(2, round(writer.tokens("train") * fraction))
-    documents = writer.take_back("train")
+    """Where all documents fell on one side, the last tokens are for validation and the others for
+    training; a document may be cut for it."""
+    split = "train" if writer.tokens("train") else "val"
+    wanted = max(2, round(writer.tokens(split) * fraction))
+    documents = writer.take_back(split)
     total = sum(len(ids) for ids, _ in documents)
     cut = max(1, total - wanted)
     position = 0

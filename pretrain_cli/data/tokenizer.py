@@ -107,15 +107,17 @@ def load_tokenizer(name: str) -> Tokenizer:
     if name == "bpe":
         raise ConfigError("tokenizer 'bpe' is trained on a corpus; there is none to load")
     path = Path(name)
-    if path.is_dir() and name not in HUB:
+    is_folder = path.is_dir() and name not in HUB
+    if is_folder:
         path = path / "tokenizer.json"
     if path.is_file():
         return read_tokenizer(path, name=name)
     if name in HUB:
         return read_tokenizer(_published(name), name=name)
-    if name.count("/") == 1 and not name.startswith((".", "/")) and not name.endswith(".json"):
+    is_path = is_folder or name.startswith((".", "/")) or name.endswith(".json")
+    if name.count("/") == 1 and not is_path:
         return read_tokenizer(_from_hub(name), name=name)
-    if "/" in name or name.endswith(".json"):
+    if is_path or "/" in name:
         raise DataError(f"{path}: no such tokenizer file; give a tokenizer.json or its folder")
     known = [*HUB, *BUILT_IN]
     raise ConfigError(
@@ -212,7 +214,12 @@ def _published(name: str) -> Path:
 
 def _from_hub(repository: str, *, asked: str | None = None) -> Path:
     """tokenizer.json of a hub repository, from the local cache first."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import (
+        get_hf_file_metadata,
+        hf_hub_download,
+        hf_hub_url,
+        try_to_load_from_cache,
+    )
 
     cached = try_to_load_from_cache(repository, "tokenizer.json")
     if isinstance(cached, str):
@@ -222,12 +229,16 @@ def _from_hub(repository: str, *, asked: str | None = None) -> Path:
         f"or put it at $PRETRAIN_TOKENIZERS/{asked}/tokenizer.json, " if asked else "or "
     ) + "give the path of a tokenizer.json, or use the built-in 'bytes' or 'bpe'"
     try:
+        # fails at once where there is no network; the download would try again for half a minute
+        get_hf_file_metadata(hf_hub_url(repository, "tokenizer.json"), timeout=5)
         return Path(hf_hub_download(repository, "tokenizer.json", etag_timeout=5))
     except Exception as error:  # the hub's, the network's and the HTTP library's own kinds
         kinds = {kind.__name__ for kind in type(error).__mro__}
         if "GatedRepoError" in kinds:
             reason = f"{repository} is gated: accept its licence on the hub and run 'hf auth login'"
-        elif kinds & {"RepositoryNotFoundError", "EntryNotFoundError", "HFValidationError"}:
+        elif "LocalEntryNotFoundError" not in kinds and (
+            kinds & {"RepositoryNotFoundError", "EntryNotFoundError", "HFValidationError"}
+        ):
             reason = f"the hub has no tokenizer.json in {repository}: check the name"
         else:
             reason = f"{repository} can't be reached ({type(error).__name__}): connect once"

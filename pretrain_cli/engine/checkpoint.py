@@ -32,8 +32,9 @@ from pretrain_cli.data.shards import flush
 from pretrain_cli.data.tokenizer import Tokenizer
 from pretrain_cli.engine.distributed import Ranks, place_like, whole
 from pretrain_cli.errors import CheckpointError
+from pretrain_cli.model.config_json import to_config_json
 from pretrain_cli.model.decoder import Decoder
-from pretrain_cli.model.huggingface import published_tensors, to_config_json, write_weights
+from pretrain_cli.model.huggingface import published_tensors, write_weights
 from pretrain_cli.model.layout import layout
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -69,7 +70,7 @@ def save_checkpoint(
         (aside / "training").mkdir(parents=True)
         write_weights(aside, weights)
         ends = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
-        config = to_config_json(model.config, torch.float32) | ends
+        config = to_config_json(model.config, "float32") | ends
         _write_json(aside / "config.json", config)
         pad = {"pad_token_id": model.config.pad_token_id}
         _write_json(aside / "generation_config.json", {**ends, **pad, "do_sample": True})

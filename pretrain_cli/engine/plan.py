@@ -20,7 +20,7 @@ import torch
 
 from pretrain_cli.config import RunConfig, find_model
 from pretrain_cli.data.shards import MANIFEST, Dataset, open_dataset
-from pretrain_cli.data.tokenize import demo_request, tokenize
+from pretrain_cli.data.tokenize import DEMO, demo_request, tokenize
 from pretrain_cli.data.tokenizer import read_tokenizer
 from pretrain_cli.engine.distributed import Ranks
 from pretrain_cli.engine.metrics import Notice, Report
@@ -28,10 +28,9 @@ from pretrain_cli.engine.speed import Speed, resolve_speed
 from pretrain_cli.errors import CheckpointError, ConfigError, DataError
 from pretrain_cli.model import counting
 from pretrain_cli.model.config import ModelConfig, variant
-from pretrain_cli.model.huggingface import read_config
+from pretrain_cli.model.config_json import read_config
 
 DATASETS = Path("data")
-DEMO = DATASETS / "demo"
 SAME_VOCABULARY = 512
 """A published vocabulary and its tokenizer's differ by less: spare rows, ids of images."""
 CPU_STEP_FLOPS = 1e12
@@ -156,7 +155,7 @@ def _find_dataset(settings: RunConfig, ranks: Ranks, report: Report) -> Dataset:
                     "standard library's sources. For your own text: pretrain tokenize FOLDER"
                 )
             )
-            tokenize(demo_request(DEMO), lambda *_: None)
+            tokenize(demo_request(), lambda *_: None)
         ranks.wait()
         path = found[0] if found else DEMO
     dataset = open_dataset(path)

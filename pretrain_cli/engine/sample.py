@@ -14,8 +14,9 @@ from pretrain_cli.engine.checkpoint import find_model_folder
 from pretrain_cli.engine.distributed import find_device
 from pretrain_cli.engine.speed import build_model, resolve_speed
 from pretrain_cli.errors import CheckpointError, ConfigError
+from pretrain_cli.model.config_json import read_config
 from pretrain_cli.model.decoder import Decoder
-from pretrain_cli.model.huggingface import load_weights, read_config
+from pretrain_cli.model.huggingface import load_weights
 from pretrain_cli.model.kv_cache import KVCache
 
 

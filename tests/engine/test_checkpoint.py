@@ -11,7 +11,8 @@ from pretrain_cli.engine.metrics import Evaluation, StepMetrics
 from pretrain_cli.engine.sample import open_for_sampling
 from pretrain_cli.engine.speed import build_model, resolve_speed
 from pretrain_cli.errors import CheckpointError, DataError
-from pretrain_cli.model.huggingface import load_weights, read_config
+from pretrain_cli.model.config_json import read_config
+from pretrain_cli.model.huggingface import load_weights
 
 CPU = torch.device("cpu")
 

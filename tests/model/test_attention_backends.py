@@ -1,0 +1,242 @@
+"""Masks as matrices one can read; every backend against a loop over queries, and against eager."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain_cli.model.attention_backends import BACKENDS, Mask
+
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+CPU = torch.device("cpu")
+W, T = 8, 27
+WINDOWS = [1, W - 1, W, W + 1, T - 1, T, T + 1, None]
+LENGTHS = [1, W - 1, W, W + 1, 2 * W - 1, 2 * W, 2 * W + 1, T]
+GROUPS = [1, 2, 4]
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2}  # a bfloat16 has 8 bits: 2⁻⁸ is 4e-3
+
+
+def made(queries, keys, *, group=2, dtype=torch.float32, head_dim=16, seed=0, device=CPU):
+    """q, k, v with wide scores: 4 query heads, 4 / group key heads."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(2, queries, 4, head_dim, generator=generator)
+    k, v = (torch.randn(2, keys, 4 // group, head_dim, generator=generator) for _ in "kv")
+    return [x.to(device, dtype) for x in (q, k, v)]
+
+
+def attend(name, q, k, v, window, scale=0.4):
+    backend = BACKENDS[name]
+    mask = backend.lower(Mask(q.shape[1], k.shape[1], window), q.device)
+    return backend.attend(q, k, v, mask, scale)
+
+
+def by_hand(q, k, v, window, scale=0.4):
+    """One query and head at a time, over the keys it sees and no others."""
+    out = torch.empty_like(q)
+    group = q.shape[2] // k.shape[2]
+    for i in range(q.shape[1]):
+        position = k.shape[1] - q.shape[1] + i
+        first = 0 if window is None else max(0, position - window + 1)
+        for h in range(q.shape[2]):
+            keys = k[:, first : position + 1, h // group]
+            values = v[:, first : position + 1, h // group]
+            weights = torch.softmax((keys @ q[:, i, h].unsqueeze(-1)) * scale, dim=1)
+            out[:, i, h] = (weights * values).sum(1)
+    return out
+
+
+def drawn(matrix):
+    return ["".join("█" if seen else "·" for seen in row) for row in matrix.tolist()]
+
+
+def test_a_causal_mask_is_a_lower_triangle():
+    assert drawn(Mask(4, 4, None).matrix(CPU)) == [
+        "█···",
+        "██··",
+        "███·",
+        "████",
+    ]
+
+
+def test_a_window_counts_the_query_itself():
+    assert drawn(Mask(5, 5, 3).matrix(CPU)) == [
+        "█····",
+        "██···",
+        "███··",
+        "·███·",
+        "··███",
+    ]
+
+
+def test_a_window_of_one_is_the_diagonal():
+    assert drawn(Mask(3, 3, 1).matrix(CPU)) == [
+        "█··",
+        "·█·",
+        "··█",
+    ]
+
+
+def test_queries_are_the_last_of_the_keys():
+    assert drawn(Mask(2, 5, None).matrix(CPU)) == [
+        "████·",
+        "█████",
+    ]
+    assert drawn(Mask(3, 5, 3).matrix(CPU)) == [
+        "███··",
+        "·███·",
+        "··███",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("window", "plain"), [(None, True), (6, True), (5, True), (4, False), (1, False)]
+)
+def test_a_window_no_shorter_than_the_keys_is_plain_causal(window, plain):
+    assert Mask(5, 5, window).is_plain_causal is plain
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_eager_is_a_softmax_over_the_keys_each_query_sees(window, group):
+    q, k, v = made(T, T, group=group)
+    torch.testing.assert_close(attend("eager", q, k, v, window), by_hand(q, k, v, window))
+
+
+@pytest.mark.parametrize("window", [3, 20, None])
+def test_eager_sees_the_keys_that_a_cache_adds(window):
+    q, k, v = made(5, 12)
+    torch.testing.assert_close(attend("eager", q, k, v, window), by_hand(q, k, v, window))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+def test_backends_give_what_eager_gives(backend, window, group, dtype):
+    q, k, v = made(T, T, group=group, dtype=dtype)
+    with torch.no_grad():
+        ours, expected = attend(backend, q, k, v, window), attend("eager", q, k, v, window)
+    assert ours.dtype == dtype
+    assert ours.shape == (2, T, 4, 16)
+    torch.testing.assert_close(ours, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("window", [W - 1, W, W + 1])
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+def test_lengths_need_not_be_multiples_of_the_window(backend, window, length):
+    q, k, v = made(length, length)
+    with torch.no_grad():
+        ours, expected = attend(backend, q, k, v, window), attend("eager", q, k, v, window)
+    torch.testing.assert_close(ours, expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("queries", [1, 2, W - 1, W, W + 1])
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+def test_fewer_queries_than_keys_are_the_last_ones(backend, window, queries):
+    q, k, v = made(queries, T)
+    with torch.no_grad():
+        ours, expected = attend(backend, q, k, v, window), attend("eager", q, k, v, window)
+    torch.testing.assert_close(ours, expected, rtol=2e-6, atol=2e-6)
+
+
+@given(length=st.integers(1, 40), window=st.integers(1, 45), group=st.sampled_from(GROUPS))
+def test_sdpa_gives_what_eager_gives_at_any_length_and_window(length, window, group):
+    q, k, v = made(length, length, group=group)
+    ours, expected = attend("sdpa", q, k, v, window), attend("eager", q, k, v, window)
+    torch.testing.assert_close(ours, expected, rtol=2e-6, atol=2e-6)
+
+
+def gradients(backend, tensors, window):
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    out = attend(backend, *leaves, window)
+    pull = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out)
+    return torch.autograd.grad(out, leaves, pull)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_sdpa_has_the_gradients_of_eager(window, group, dtype, relative_error):
+    tensors = made(T, T, group=group, dtype=dtype)
+    ours, expected = gradients("sdpa", tensors, window), gradients("eager", tensors, window)
+    for mine, theirs in zip(ours, expected, strict=True):
+        if theirs.norm() < 1e-4:  # with a window of one, scores and so q and k change nothing
+            assert mine.norm() < 1e-4
+        else:
+            assert relative_error(mine, theirs) < TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flex trains on CUDA; none is here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("window", [64, 100, 128, None])
+def test_flex_and_sdpa_have_the_gradients_of_eager_on_a_gpu(window, group, dtype, relative_error):
+    tensors = made(300, 300, group=group, head_dim=64, device=torch.device("cuda"))
+    exact = gradients("eager", tensors, window)
+    tensors = [x.to(dtype) for x in tensors]
+    bound = {torch.float32: 5e-3, torch.bfloat16: 3e-2}[dtype]  # tensor cores round to TF32
+    for backend in ("flex", "sdpa"):
+        for mine, theirs in zip(gradients(backend, tensors, window), exact, strict=True):
+            assert relative_error(mine, theirs) < bound
+
+
+@pytest.mark.parametrize("window", [1, 3, 8, 9, None])
+def test_sdpa_makes_no_square_matrix_for_a_whole_sequence(window):
+    lowered = BACKENDS["sdpa"].lower(Mask(8, 8, window), CPU)
+    assert not isinstance(lowered, torch.Tensor)
+
+
+def test_sdpa_sees_no_more_scores_than_the_window_needs(monkeypatch):
+    """Length times twice the window, where a T × T mask would be the length squared."""
+    scores = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(q, k, v, **options):
+        scores.append(q.shape[0] * q.shape[2] * k.shape[2])
+        return fused(q, k, v, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    q, k, v = made(256, 256)
+    attend("sdpa", q, k, v, 8)
+    assert sum(scores) <= q.shape[0] * 256 * 2 * 8
+
+
+def test_a_token_that_continues_a_cache_needs_no_mask():
+    assert BACKENDS["sdpa"].lower(Mask(1, 8, 8), CPU) is False
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_key_is_read_by_the_queries_of_its_window_alone(backend):
+    q, k, v = made(20, 20)
+    with torch.no_grad():
+        before = attend(backend, q, k, v, 5)
+        v[:, 3] = 1e4
+        after = attend(backend, q, k, v, 5)
+    moved = (after - before).abs().amax(dim=(0, 2, 3)) > 1e-3
+    assert moved.nonzero().flatten().tolist() == [3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_scale_multiplies_the_scores_once(backend):
+    q, k, v = made(6, 6)
+    with torch.no_grad():
+        ours = attend(backend, q, k, v, None, scale=0.05)
+    torch.testing.assert_close(ours, by_hand(q, k, v, None, scale=0.05))
+
+
+def test_flex_does_not_train_on_a_cpu_and_says_why():
+    flex = BACKENDS["flex"]
+    assert "no backward pass on a CPU" in (flex.unavailable(CPU, True) or "")
+    assert flex.unavailable(CPU, False) is None
+    assert flex.unavailable(torch.device("cuda"), True) is None
+    assert "mps" in (flex.unavailable(torch.device("mps"), False) or "")
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_eager_and_sdpa_serve_every_device(backend):
+    for device in ("cpu", "cuda", "mps"):
+        assert BACKENDS[backend].unavailable(torch.device(device), True) is None

@@ -1,0 +1,185 @@
+"""What the decoder promises beyond parity: its first weights, its reach, its switches."""
+
+import pytest
+import torch
+
+from pretrain_cli.model.config import FULL, SLIDING
+from pretrain_cli.model.counting import activation_bytes_per_token
+from pretrain_cli.model.decoder import Decoder
+from pretrain_cli.model.huggingface import published_tensors
+from pretrain_cli.model.presets import preset
+
+FAMILIES = ["gemma3", "qwen3", "moe"]
+
+
+def initialized(config, seed=0, **switches):
+    model = Decoder(config, **switches)
+    model.initialize(seed)
+    return published_tensors(model, lambda p: p)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_and_separate_projections_start_from_the_same_draw(make_config, family):
+    config = make_config(family)
+    merged, apart = (initialized(config, merged_projections=m) for m in (True, False))
+    assert merged.keys() == apart.keys()
+    for name, values in merged.items():
+        assert torch.equal(values, apart[name]), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_seed_gives_the_same_draw_again_and_another_seed_another(make_config, family):
+    first, again = initialized(make_config(family)), initialized(make_config(family))
+    other = initialized(make_config(family), seed=1)
+    for name, values in first.items():
+        assert torch.equal(values, again[name]), name
+        assert torch.equal(values, other[name]) is ("norm" in name), name
+
+
+def test_no_two_matrices_start_alike(make_config):
+    first = initialized(make_config("moe"))
+    starts = [tuple(v.flatten()[:4].tolist()) for k, v in first.items() if "norm" not in k]
+    assert len(set(starts)) == len(starts)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_matrices_are_normal_with_the_published_deviation_and_norms_neutral(make_config, family):
+    """0.02 for every matrix, whatever its depth or width; 0 for Gemma's norms and 1 for Qwen's."""
+    wide = make_config(family, hidden_size=256, intermediate_size=512, vocab_size=500)
+    for name, values in initialized(wide).items():
+        if "norm" in name:
+            assert (values == (0.0 if family == "gemma3" else 1.0)).all(), name
+            continue
+        error = 4 / values.numel() ** 0.5  # four standard errors of a deviation, generously
+        assert values.std().item() == pytest.approx(0.02, rel=error + 0.005), name
+        assert abs(values.mean().item()) < 0.02 * error, name
+
+
+def test_another_initializer_range_scales_the_draw(make_config):
+    plain = initialized(make_config("qwen3"))
+    doubled = initialized(make_config("qwen3", initializer_range=0.04))
+    name = "model.layers.0.mlp.down_proj.weight"
+    torch.testing.assert_close(doubled[name], 2 * plain[name])
+
+
+def test_only_the_padding_row_starts_at_zero(make_config):
+    rows = initialized(make_config(pad_token_id=5))["model.embed_tokens.weight"].abs().sum(1)
+    assert (rows == 0).nonzero().flatten().tolist() == [5]
+    rows = initialized(make_config(pad_token_id=None))["model.embed_tokens.weight"].abs().sum(1)
+    assert (rows > 0).all()
+
+
+def test_the_first_loss_is_that_of_a_guess(make_config):
+    """ln V, and a little for the spread of the logits."""
+    for family in FAMILIES:
+        model = Decoder(make_config(family, hidden_size=128, rms_norm_eps=1e-6))
+        model.initialize(0)
+        tokens = torch.randint(1, 60, (4, 40), generator=torch.Generator().manual_seed(0))
+        loss = model(tokens[:, :-1], tokens[:, 1:]).item()
+        assert loss == pytest.approx(4.094, abs=0.15)  # ln 60
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "scale"), [(640, 25.25), (1152, 34.0), (2560, 50.5), (3840, 62.0), (5376, 73.5)]
+)
+def test_the_embedding_scale_is_rounded_to_the_type_of_the_weights(make_config, hidden_size, scale):
+    """√640 = 25.298 is 25.25 in bfloat16, and so in the published models."""
+    config = make_config(hidden_size=hidden_size, layer_types=(FULL,), vocab_size=4)
+    model = Decoder(config)
+    model.initialize(0)
+    model.bfloat16()  # the weights; activations are float32 here
+    row = model.embedding.weight[1].float()
+    expected = (row * scale).bfloat16().float()
+    assert torch.equal(model.embed(torch.tensor([[1]]))[0, 0], expected)
+    assert not torch.equal((row * hidden_size**0.5).bfloat16().float(), expected)
+
+
+def test_the_embedding_scale_is_exact_for_float32_weights(make_config):
+    model = Decoder(make_config(hidden_size=640, layer_types=(FULL,), vocab_size=4))
+    model.initialize(0)
+    expected = model.embedding.weight[1] * 25.298221281347036
+    torch.testing.assert_close(model.embed(torch.tensor([[1]]))[0, 0], expected)
+
+
+def test_qwen_embeddings_enter_as_they_are(make_config):
+    model = Decoder(make_config("qwen3"))
+    model.initialize(0)
+    tokens = torch.tensor([[3, 1]])
+    assert torch.equal(model.embed(tokens), model.embedding.weight[tokens])
+
+
+def reached(model, position, length=20):
+    """The positions whose logits move when the token at this one is another."""
+    tokens = torch.arange(1, length + 1).unsqueeze(0)
+    changed = tokens.clone()
+    changed[0, position] = 55
+    with torch.no_grad():
+        difference = (model(tokens) - model(changed)).abs().amax(-1)[0]
+    return (difference > 1e-5).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_sliding_layer_reaches_a_window_that_counts_the_query(make_config, wide, attention):
+    model = Decoder(make_config(layer_types=(SLIDING,), sliding_window=5), attention=attention)
+    wide(model)
+    assert reached(model, 7) == [7, 8, 9, 10, 11]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_two_sliding_layers_reach_twice_as_far(make_config, wide, attention):
+    config = make_config(layer_types=(SLIDING, SLIDING), sliding_window=5)
+    model = Decoder(config, attention=attention)
+    wide(model)
+    assert reached(model, 7) == list(range(7, 16))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_full_layer_reaches_all_later_tokens_and_no_earlier_one(make_config, wide, attention):
+    model = Decoder(make_config(layer_types=(FULL,)), attention=attention)
+    wide(model)
+    assert reached(model, 7) == list(range(7, 20))
+
+
+def test_a_loss_is_the_mean_over_the_targets_given(make_config, wide):
+    model = Decoder(make_config())
+    wide(model)
+    tokens = torch.randint(1, 60, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits, loss = model(tokens), model(tokens, tokens.roll(-1, 1))
+        summed = model(tokens, tokens.roll(-1, 1), normalizer=1)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.roll(-1, 1).flatten())
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(summed, 24 * expected)
+
+
+def test_parameters_stay_float32_when_compute_is_bfloat16(make_config):
+    model = Decoder(make_config(), dtype=torch.bfloat16)
+    model.initialize(0)
+    tokens = torch.ones(1, 9, dtype=torch.long)
+    model(tokens[:, :-1], tokens[:, 1:]).backward()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["gemma3-tiny", "qwen3-tiny"])
+def test_activations_take_about_the_memory_that_is_counted(name, dtype):
+    """What autograd keeps of a forward pass, weights aside, against the estimate on paper."""
+    config = preset(name)
+    model = Decoder(config, dtype=dtype)
+    model.initialize(0)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model.hidden(torch.ones(1, 256, dtype=torch.long))
+    measured = sum(size for size, _ in kept.values()) / 256
+    assert hidden.requires_grad
+    estimate = activation_bytes_per_token(config, dtype.itemsize)
+    assert 0.6 < measured / estimate < 1.4

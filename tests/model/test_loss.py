@@ -1,0 +1,167 @@
+"""The chunked loss against PyTorch's own cross entropy over whole logits: values and gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pretrain_cli.model import loss
+from pretrain_cli.model.decoder import Decoder
+from pretrain_cli.model.loss import cross_entropy
+
+B, T, D, V = 3, 9, 12, 40
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Four rows of 27 at a time: six chunks and a ragged seventh."""
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", {"cpu": 4 * V + 3})
+
+
+@pytest.fixture
+def case():
+    """hidden, weight and targets, a few of them ignored: in some chunks none, in one all."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(B, T, D, generator=generator, requires_grad=True)
+    weight = torch.randn(V, D, generator=generator, requires_grad=True)
+    targets = torch.randint(0, V, (B, T), generator=generator)
+    targets.view(-1)[4:8] = -100
+    targets.view(-1)[26] = -100
+    return hidden, weight, targets
+
+
+def by_torch(hidden, weight, targets):
+    """Mean cross entropy over the targets that count, in float64."""
+    logits = hidden.double() @ weight.double().T
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+
+@pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "whole"])
+def test_value_and_gradients_are_those_of_cross_entropy(case, chunked):
+    hidden, weight, targets = case
+    expected = by_torch(*case)
+    ours = cross_entropy(hidden, weight, targets, normalizer=None, chunked=chunked)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-6, atol=0)
+    mine = torch.autograd.grad(ours, (hidden, weight))
+    theirs = torch.autograd.grad(expected, (hidden, weight))
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("elements", [1, V, 5 * V, 27 * V, 1000 * V])
+def test_the_size_of_a_chunk_changes_nothing(case, elements, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", {"cpu": elements})
+    ours = cross_entropy(*case, normalizer=None, chunked=True)
+    torch.testing.assert_close(ours.double(), by_torch(*case), rtol=1e-6, atol=0)
+    ours.backward()
+    expected = torch.autograd.grad(by_torch(*case), case[1])[0]
+    torch.testing.assert_close(case[1].grad, expected.float(), rtol=1e-5, atol=1e-7)
+
+
+def test_only_a_chunk_of_logits_exists_at_a_time(case, monkeypatch):
+    rows = []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, w: rows.append(x.shape[0]) or linear(x, w))
+    cross_entropy(*case, normalizer=None, chunked=True).backward()
+    assert rows == [4, 4, 4, 4, 4, 4, 3]
+
+
+@pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "whole"])
+def test_an_upstream_factor_scales_the_gradients(case, chunked):
+    hidden, weight, targets = case
+    ours = cross_entropy(hidden, weight, targets, normalizer=None, chunked=chunked)
+    plain = torch.autograd.grad(ours, (hidden, weight), retain_graph=True)
+    tripled = torch.autograd.grad(3 * ours, (hidden, weight))
+    for a, b in zip(tripled, plain, strict=True):
+        torch.testing.assert_close(a, 3 * b)
+
+
+@pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "whole"])
+def test_micro_batches_add_up_to_the_mean_of_the_step(case, chunked):
+    """Though the ignored targets are spread unevenly over them."""
+    hidden, weight, targets = case
+    count = int((targets != -100).sum())
+    assert count == 22
+    assert len({int((row != -100).sum()) for row in targets}) > 1
+    total = torch.zeros(())
+    for h, t in zip(hidden.split(1), targets.split(1), strict=True):
+        part = cross_entropy(h, weight, t, normalizer=count, chunked=chunked)
+        part.backward(retain_graph=True)
+        total = total + part.detach()
+    expected = by_torch(*case)
+    theirs = torch.autograd.grad(expected, (hidden, weight))
+    torch.testing.assert_close(total.double(), expected.detach(), rtol=1e-6, atol=0)
+    for a, b in zip((hidden.grad, weight.grad), theirs, strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "whole"])
+def test_targets_that_are_all_ignored_give_zero_and_no_gradient(case, chunked):
+    hidden, weight, targets = case
+    ours = cross_entropy(
+        hidden, weight, torch.full_like(targets, -100), normalizer=None, chunked=chunked
+    )
+    ours.backward()
+    assert ours.item() == 0
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+
+
+@pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "whole"])
+def test_the_loss_without_gradients_is_the_same(case, chunked):
+    with torch.no_grad():
+        ours = cross_entropy(*case, normalizer=None, chunked=chunked)
+    torch.testing.assert_close(ours.double(), by_torch(*case), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "whole"])
+def test_bfloat16_hidden_states_keep_a_float32_loss_and_weight_gradient(
+    case, chunked, relative_error
+):
+    hidden, weight, targets = case
+    rounded = hidden.detach().bfloat16().requires_grad_()
+    expected = by_torch(rounded.float(), weight.detach().bfloat16().float(), targets)
+    ours = cross_entropy(rounded, weight, targets, normalizer=None, chunked=chunked)
+    ours.backward()
+    assert ours.dtype == weight.grad.dtype == torch.float32
+    assert rounded.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(ours.double(), expected, rtol=5e-3, atol=0)
+    theirs = torch.autograd.grad(by_torch(*case), (hidden, weight))
+    assert relative_error(rounded.grad, theirs[0]) < 0.02
+    assert relative_error(weight.grad, theirs[1]) < 0.02
+
+
+def test_bfloat16_weights_get_a_bfloat16_gradient(case, relative_error):
+    hidden, weight, targets = case
+    rounded = weight.detach().bfloat16().requires_grad_()
+    cross_entropy(
+        hidden.detach().bfloat16(), rounded, targets, normalizer=None, chunked=True
+    ).backward()
+    assert rounded.grad.dtype == torch.bfloat16
+    theirs = torch.autograd.grad(by_torch(*case), weight)[0]
+    assert relative_error(rounded.grad, theirs) < 0.02
+
+
+def test_large_logits_neither_overflow_nor_lose_the_loss(case):
+    hidden, weight, targets = case
+    far = (hidden.detach() * 300).requires_grad_()
+    ours = cross_entropy(far, weight, targets, normalizer=None, chunked=True)
+    ours.backward()
+    torch.testing.assert_close(ours.double(), by_torch(far, weight, targets), rtol=1e-5, atol=0)
+    assert far.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3"])
+def test_tied_weights_sum_the_gradients_of_lookup_and_head(family, make_config, wide):
+    """Chunked and whole must agree where the head's gradient meets the embedding's."""
+    config = make_config(family, tie_word_embeddings=True)
+    tokens = torch.randint(0, 60, (2, 11), generator=torch.Generator().manual_seed(1))
+    found = []
+    for chunked in (True, False):
+        model = Decoder(config, chunked_loss=chunked)
+        wide(model)
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        found.append(model.embedding.weight.grad)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+    unseen = sorted(set(range(60)) - set(tokens.flatten().tolist()))
+    assert found[0][unseen].abs().sum() > 0  # the head reaches every row

@@ -97,6 +97,8 @@ class SpeedConfig(Section):
     chunked_loss: bool = True
     activation_checkpointing: bool = False
     prefetch: bool = True
+    passive_threads: bool | Auto = "auto"
+    keep_freed_memory: bool | Auto = "auto"
     cudnn_benchmark: bool | Auto = "auto"
     expandable_segments: bool | Auto = "auto"
 

@@ -63,10 +63,16 @@ def write_corpus(folder: Path) -> None:
         (place / f"verse-{number:02d}.txt").write_text(verse * 3)
 
 
+def enter(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """The current folder is this one, and `auto` is the CPU on every machine."""
+    patch.chdir(folder)
+    patch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture
 def pretrain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
     """Runs a command line, in an empty folder that is now the current one."""
-    monkeypatch.chdir(tmp_path)
+    enter(tmp_path, monkeypatch)
     return run
 
 
@@ -88,7 +94,7 @@ def _trained(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     write_corpus(folder / "corpus")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+        enter(folder, patch)
         done = run("tokenize --tokenizer bytes --val-fraction 0.1 corpus")
         assert done.code == 0, done.err
         done = run(

@@ -73,6 +73,9 @@ def benchmark(
             )
     settings = build_config({}, flags, set_ or [])
 
+    from pretrain_cli.engine.process import wait_passively
+
+    wait_passively(settings.speed.passive_threads)
     import torch
 
     from pretrain_cli.engine import benchmark as engine

@@ -42,6 +42,9 @@ def sample(
 
     It ends at the end-of-document token or after --max-tokens.
     """
+    from pretrain_cli.engine.process import wait_passively
+
+    wait_passively("auto")
     from pretrain_cli.engine.sample import Controls, open_for_sampling, sample_text
     from pretrain_cli.errors import ConfigError
 

@@ -108,6 +108,9 @@ def train(
         where = {}
     else:
         settings, where = _resumed(resume, flags, set_ or [])
+    from pretrain_cli.engine.process import wait_passively
+
+    wait_passively(settings.speed.passive_threads)
     from pretrain_cli.engine.train import train as run
 
     with TrainDisplay() as display:
@@ -121,8 +124,7 @@ def _resumed(
 ) -> tuple[Any, dict[str, Any]]:
     """The run's settings with the changes asked for, and where training goes on."""
     from pretrain_cli.config import build_config
-    from pretrain_cli.engine.checkpoint import damage
-    from pretrain_cli.engine.run import read_record, resumed_settings
+    from pretrain_cli.engine.record import read_record, resumed_settings
     from pretrain_cli.errors import CheckpointError
 
     if not resume.is_dir():
@@ -130,8 +132,6 @@ def _resumed(
     checkpoint = None
     if resume.parent.name == "checkpoints":
         checkpoint, resume = resume, resume.parent.parent
-        if reason := damage(checkpoint):
-            raise CheckpointError(f"{reason}; resume from the run, {resume}, to take another")
     record = read_record(resume)
     base = {name: dict(section) for name, section in record.settings.items()}
     if flags["train.tokens"] is not None:

@@ -104,6 +104,9 @@ class MetricsFile:
         """Opens for appending; lines beyond step `upto` are of a future that was lost, and go."""
         self.path = path
         kept = [line for line in _rows(path) if json.loads(line)["step"] <= upto]
+        rows = map(json.loads, kept)
+        self.evaluated = {row["step"] for row in rows if row["kind"] == KINDS[Evaluation]}
+        """Steps whose evaluation is in the file."""
         aside = path.with_suffix(".partial")
         aside.write_text("".join(kept))
         aside.replace(path)

@@ -1,4 +1,4 @@
-"""The run folder, and what resuming a run may change.
+"""The run folder.
 
 runs/NAME/
 ├── run.yaml            settings as resolved and as asked, speed in force, model, dataset, software
@@ -9,7 +9,6 @@ runs/NAME/
 
 import dataclasses
 import platform
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +16,12 @@ import torch
 import yaml
 
 from pretrain_cli import __version__
-from pretrain_cli.config import RunConfig, check_config
 from pretrain_cli.engine.plan import Plan, resolved
-from pretrain_cli.errors import CheckpointError, ConfigError
-from pretrain_cli.model.config import ModelConfig, variant
-from pretrain_cli.model.presets import preset
+from pretrain_cli.engine.record import RECORD
+from pretrain_cli.errors import ConfigError
+from pretrain_cli.model.config import ModelConfig
 
 RUNS = Path("runs")
-RECORD = "run.yaml"
-# What a resumed run may change: how long it goes, how fast, and what it reports and keeps.
-CHANGEABLE = {
-    "data.path",  # the fingerprint still has to be the same
-    "train.steps",
-    "train.micro_batch_size",
-    "train.device",
-    "train.parallel",
-    "train.out",
-    "train.log_every",
-    "train.eval_every",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.sample_prompt",
-    "train.sample_tokens",
-}
-
-
-@dataclass(frozen=True)
-class Record:
-    """run.yaml of a run that exists."""
-
-    settings: dict[str, Any]
-    model: ModelConfig
-    model_name: str
-    dataset_fingerprint: str
 
 
 def choose_folder(plan: Plan) -> Path:
@@ -102,37 +74,6 @@ def write_record(folder: Path, plan: Plan, device: torch.device) -> None:
 
 def _fields(config: ModelConfig) -> dict[str, Any]:
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-
-
-def read_record(run: Path) -> Record:
-    """run.yaml of a run folder."""
-    path = run / RECORD
-    if not path.is_file():
-        raise CheckpointError(f"{run}: no {RECORD}; --resume takes the folder of a run")
-    try:
-        raw = yaml.safe_load(path.read_text())
-        model = dict(raw["model"])
-        name = model.pop("name")
-        fingerprint = raw["dataset"]["fingerprint"]
-        settings = raw["settings"]
-    except (yaml.YAMLError, KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{path}: damaged; copy it back from a backup") from None
-    # every field is in the file, so nothing of the preset it starts from is left
-    return Record(settings, variant(preset("gemma3-tiny"), model), name, fingerprint)
-
-
-def resumed_settings(record: Record, changed: RunConfig) -> RunConfig:
-    """The run's settings with the changes that a resumed run may have; others are refused."""
-    before = check_config(record.settings).model_dump()
-    for section, values in changed.model_dump().items():
-        for key, value in values.items():
-            name = f"{section}.{key}"
-            if value != before[section].get(key) and section != "speed" and name not in CHANGEABLE:
-                raise ConfigError(
-                    f"{name}: {value} differs from the run's {before[section].get(key)}; a resumed "
-                    "run keeps it. Start a new run, from these weights with --init-from"
-                )
-    return changed
 
 
 def device_name(device: torch.device) -> str:

@@ -12,7 +12,7 @@ from pretrain_cli.config import build_config
 from pretrain_cli.data.tokenizer import Tokenizer, read_tokenizer
 from pretrain_cli.engine.checkpoint import find_model_folder
 from pretrain_cli.engine.distributed import find_device
-from pretrain_cli.engine.speed import build_model, resolve_speed
+from pretrain_cli.engine.speed import apply_process_settings, build_model, resolve_speed
 from pretrain_cli.errors import CheckpointError, ConfigError
 from pretrain_cli.model.config_json import read_config
 from pretrain_cli.model.decoder import Decoder
@@ -32,6 +32,7 @@ def open_for_sampling(
     tokenizer = read_tokenizer(tokenizer_file, name=folder.name)
     asked = build_config({}, {"speed.dtype": dtype, "speed.compile": False}, []).speed
     speed = resolve_speed(asked, place, training=False)
+    apply_process_settings(speed)
     model = build_model(read_config(folder), speed, place)
     left_out = load_weights(model, folder)
     if left_out:

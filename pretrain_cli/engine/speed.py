@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pretrain_cli.config import SpeedConfig
+from pretrain_cli.engine import process
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.model.attention_backends import BACKENDS
 from pretrain_cli.model.config import ModelConfig
@@ -62,6 +63,8 @@ def resolve_speed(asked: SpeedConfig, device: torch.device, *, training: bool = 
         "float32_matmul": _float32_matmul,
         "compile": _compile,
         "fused_optimizer": _fused_optimizer,
+        "passive_threads": lambda asked, _: process.passive_threads(asked),
+        "keep_freed_memory": lambda asked, device: process.keep_freed_memory(asked, device.type),
         "cudnn_benchmark": _cudnn_benchmark,
         "expandable_segments": _expandable_segments,
     }
@@ -78,7 +81,8 @@ def resolve_speed(asked: SpeedConfig, device: torch.device, *, training: bool = 
 
 
 def apply_process_settings(speed: Speed) -> None:
-    """Set what holds for the whole process. Before anything is put on a GPU."""
+    """Set what holds for the whole process. Before any tensor is made."""
+    process.apply_memory(speed.keep_freed_memory)
     torch.set_float32_matmul_precision(speed.float32_matmul)
     torch.backends.cudnn.benchmark = speed.cudnn_benchmark
     if speed.expandable_segments:

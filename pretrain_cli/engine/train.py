@@ -36,11 +36,12 @@ from pretrain_cli.engine.metrics import (
 )
 from pretrain_cli.engine.optimizer import build_optimizer, learning_rate, set_learning_rate
 from pretrain_cli.engine.plan import Plan, make_plan
-from pretrain_cli.engine.run import Record, choose_folder, device_name, write_record
+from pretrain_cli.engine.record import Record
+from pretrain_cli.engine.run import choose_folder, device_name, write_record
 from pretrain_cli.engine.sample import Controls, sample_text
 from pretrain_cli.engine.speed import apply_process_settings, build_model, compile_blocks
 from pretrain_cli.engine.stop import StopRequest
-from pretrain_cli.errors import DataError
+from pretrain_cli.errors import CheckpointError, DataError
 from pretrain_cli.model import counting
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.huggingface import load_weights
@@ -174,10 +175,14 @@ class Trainer:
             device=ranks.device,
             prefetch=plan.speed.prefetch,
         )
-        began = logged = time.perf_counter()
+        first, stopped = state.step, False
         waited, since = 0.0, 0
-        stopped = False
+        if state.step >= steps:
+            self.report(Notice(f"{self.run} has its {steps:,} steps; --steps with more goes on"))
         try:
+            if self._missed_evaluation(state):
+                self.evaluate(state)
+            began = logged = time.perf_counter()
             while state.step < steps and not stopped:
                 rate = learning_rate(
                     state.step,
@@ -229,10 +234,10 @@ class Trainer:
                     self.save(state)
                 if since == 0:
                     logged = time.perf_counter()
-            if not stopped:
+            if state.step > first and not stopped:
                 self.evaluate(state)
             self.save(state)
-            if not stopped:
+            if state.step > first and not stopped:
                 self.sample(state)
         finally:
             feed.close()
@@ -241,6 +246,12 @@ class Trainer:
         finished = Finished(self.run, state.step, steps, "stopped" if stopped else "done")
         self.report(finished)
         return finished
+
+    def _missed_evaluation(self, state: State) -> bool:
+        """Whether this run was stopped at a step whose evaluation was due, and is resumed there."""
+        due = 0 < state.step < self.plan.steps and state.step % self.plan.eval_every == 0
+        done = self.metrics is not None and state.step in self.metrics.evaluated
+        return due and self.ranks.any(self.ranks.is_first and not done)
 
     def evaluate(self, state: State) -> None:
         """Measure and report the validation loss, once for a step."""
@@ -283,8 +294,10 @@ class Trainer:
     def sample(self, state: State) -> None:
         """A text from the model as it is now, shown and kept in samples.jsonl."""
         train = self.plan.settings.train
+        if train.sample_tokens and train.parallel == "fsdp":
+            self.report(Notice("No sample: the model is parted among the ranks. pretrain sample"))
         if not train.sample_tokens or train.parallel == "fsdp":
-            return  # a parted model can't be sampled on one rank
+            return
         if self.ranks.is_first:
             self.decoder.eval()
             controls = Controls(max_tokens=train.sample_tokens, seed=train.seed)
@@ -315,6 +328,8 @@ def _open_run(
                 f"{plan.dataset.folder}: not the dataset that {run} was trained on; give that one "
                 "with --data, or start a new run"
             )
+        if resume_from and (reason := checkpoint.damage(resume_from)):
+            raise CheckpointError(f"{reason}; resume from the run, {run}, to take another")
         start = resume_from or checkpoint.newest_intact(run, lambda text: report(Notice(text)))
         if start is None:
             report(Notice(f"{run}: no checkpoint yet; starting again from step 0"))

@@ -91,6 +91,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor):
-        d_hidden, d_weight = ctx.saved_tensors
+        # In place: they are used once, and a second V × D tensor would cost more than the product.
         (outer,) = grad_outputs
-        return d_hidden * outer.to(d_hidden.dtype), d_weight * outer.to(d_weight.dtype), None, None
+        d_hidden, d_weight = (grad.mul_(outer.to(grad.dtype)) for grad in ctx.saved_tensors)
+        return d_hidden, d_weight, None, None

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from pretrain_cli.config import build_config
 from pretrain_cli.engine import checkpoint
 from pretrain_cli.engine.metrics import Notice
-from pretrain_cli.engine.run import read_record, resumed_settings
+from pretrain_cli.engine.record import read_record, resumed_settings
 from pretrain_cli.errors import CheckpointError, ConfigError, DataError
 
 NUMBERS = ("step", "loss", "learning_rate", "gradient_norm", "tokens", "bits_per_byte")
@@ -82,6 +82,26 @@ def test_more_steps_go_on_from_a_finished_run(settings, run, tmp_path):
     assert [row["step"] for row in numbers(tmp_path / "run") if row["kind"] == "step"] == [
         1, 2, 3, 4, 5,
     ]  # fmt: skip
+
+
+def test_resuming_a_finished_run_says_so_and_adds_nothing(settings, run, tmp_path):
+    run(settings(train__steps=2))
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    events = resume(run, tmp_path / "run")
+    assert any("has its 2 steps" in event.text for event in events if isinstance(event, Notice))
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+    assert len((tmp_path / "run/samples.jsonl").read_text().splitlines()) == 1
+
+
+def test_an_evaluation_that_a_stop_skipped_is_made_up_for(settings, run, tmp_path, monkeypatch):
+    run(settings("straight", train__eval_every=2))
+    monkeypatch.setattr("pretrain_cli.engine.stop.StopRequest.__bool__", lambda self: True)
+    stopping = settings("stopped", train__eval_every=2)
+    assert run(stopping)[-1].step == 1
+    assert resume(run, tmp_path / "stopped")[-1].step == 2  # evaluation due, and skipped
+    monkeypatch.undo()
+    resume(run, tmp_path / "stopped")
+    assert numbers(tmp_path / "stopped") == numbers(tmp_path / "straight")
 
 
 def test_a_damaged_checkpoint_is_skipped_by_name_and_an_older_one_taken(settings, run, tmp_path):

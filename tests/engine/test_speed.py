@@ -69,6 +69,7 @@ def test_a_speed_setting_changes_no_loss_and_no_checkpoint_key(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile's own
 def test_compiled_blocks_learn_the_same(settings, run):
     losses = [
         [e.loss for e in run(settings(f"run{on}", speed__compile=on)) if isinstance(e, StepMetrics)]

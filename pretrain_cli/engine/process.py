@@ -1,0 +1,59 @@
+"""Settings of the whole process, two of which must be made before torch is loaded or at once after.
+
+passive_threads     OpenMP threads that wait for each other sleep instead of spinning. Spinning is a
+                    little faster on an idle machine and several times slower where anything else
+                    wants a core. Read once, when torch is loaded, from OMP_WAIT_POLICY.
+keep_freed_memory   glibc keeps freed memory for the next step instead of giving it back to the
+                    kernel and faulting it in again, page by page: where a vocabulary's gradients
+                    are hundreds of megabytes that was most of a step.
+
+This module imports no torch, so that a command can call `wait_passively` first.
+"""
+
+import ctypes
+import os
+import platform
+import sys
+from typing import Any
+
+WAITING = "OMP_WAIT_POLICY"
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # mallopt's numbers, in glibc's malloc.h
+
+
+def wait_passively(asked: bool | str) -> None:
+    """Set how OpenMP's threads wait, unless the person's environment says it or torch is loaded."""
+    if "torch" not in sys.modules and WAITING not in os.environ:
+        os.environ[WAITING] = "ACTIVE" if asked is False else "PASSIVE"
+
+
+def passive_threads(asked: bool | str) -> tuple[bool, str]:
+    """(whether waiting threads sleep, why where that is not what was asked)."""
+    policy = os.environ.get(WAITING, "").upper()
+    in_force = policy == "PASSIVE"
+    if asked == in_force:
+        return in_force, ""
+    if asked == "auto" and in_force:
+        return in_force, "other programs may want a core"
+    if policy:
+        return in_force, f"{WAITING} is {policy} in the environment"
+    return in_force, "torch was loaded before it could be set"
+
+
+def keep_freed_memory(asked: bool | str, device_type: str) -> tuple[bool, str]:
+    """(whether freed memory is kept, why where that is not what was asked)."""
+    if asked is False:
+        return False, ""
+    if device_type != "cpu":
+        return False, "a setting of the CPU's memory"
+    if platform.libc_ver()[0] != "glibc":
+        return False, "this system's malloc is not glibc's"
+    return True, "" if asked is True else "no memory is faulted in again at each step"
+
+
+def apply_memory(keep: bool) -> None:
+    """Have glibc keep what is freed. It holds for the rest of the process."""
+    if keep:
+        libc: Any = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(_M_TOP_PAD, 64 * 2**20)

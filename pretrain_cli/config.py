@@ -5,22 +5,26 @@
 `auto` is resolved once, at the start of a run, by `engine/plan.py`; the run says what it became.
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pretrain_cli.errors import ConfigError, did_you_mean
 from pretrain_cli.model.config import FIELDS, ModelConfig, variant
 from pretrain_cli.model.presets import PRESETS, full_name, preset
 
 Auto = Literal["auto"]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]  # strict: `true` is not 1
+Count = Annotated[int, Field(ge=0, strict=True)]
+Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 
 
 class Section(BaseModel):
@@ -49,7 +53,7 @@ class DataSettings(Section):
 
 class OptimizerSettings(Section):
     learning_rate: Positive | Auto = "auto"
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: Positive = 1e-8
     weight_decay: NotNegative = 0.1
     """On matrices; norms are not decayed."""
@@ -71,7 +75,7 @@ class TrainSettings(Section):
     tokens_per_step: PositiveInt | Auto = "auto"
     """On all ranks; what the micro-batch leaves is accumulated."""
     micro_batch_size: PositiveInt | Auto = "auto"
-    seed: int = 0
+    seed: Seed = 0
     device: str = "auto"
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """How several ranks share a model: a copy each, or a part each."""
@@ -125,6 +129,10 @@ def build_config(
             given[name.strip()] = yaml.safe_load(text)
         except yaml.YAMLError:
             raise ConfigError(f"--set {assignment}: '{text}' is not a YAML value") from None
+    # one of the two says how long a run is: what is asked for here stands in for the file's other
+    for name, other in (("steps", "tokens"), ("tokens", "steps")):
+        if f"train.{name}" in given and f"train.{other}" not in given:
+            tree.get("train", {}).pop(other, None)
     for name, value in given.items():
         section, _, key = name.partition(".")
         tree.setdefault(section, {})[key] = value
@@ -194,6 +202,8 @@ def _model_file(path: Path) -> ModelConfig:
     tree = read_yaml(path)
     base = tree.pop("base", None)
     if base is not None:
+        if not isinstance(base, str):
+            raise ConfigError(f"{path}: base: {base!r} is not a model; give a name")
         return variant(preset(base), tree)
     missing = sorted(set(FIELDS) - set(tree))
     if missing:
@@ -228,9 +238,11 @@ def _first_fault(failure: ValidationError) -> str:
     value = fault["input"]
     shown = f"'{value}'" if isinstance(value, str) else repr(value)
     # A union reports each of its branches; together they say what is taken.
-    branches = [e for e in failure.errors() if e["loc"][:2] == fault["loc"][:2]]
+    branches: list[Any] = [e for e in failure.errors() if e["loc"][:2] == fault["loc"][:2]]
     taken = dict.fromkeys(_taken(branch) for branch in branches)
-    return f"{'.'.join(path[:2])}: {shown} is not {' or '.join(taken)}"
+    words = [b["ctx"]["expected"] for b in branches if b["type"] == "literal_error"]
+    near = did_you_mean(str(value), re.findall(r"'(\w+)'", " ".join(words)))
+    return f"{'.'.join(path[:2])}: {shown} is not {' or '.join(taken)}{near}"
 
 
 def _taken(branch: Any) -> str:
@@ -238,6 +250,8 @@ def _taken(branch: Any) -> str:
     if branch["type"] == "literal_error":
         choices = branch["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
         return f"one of {choices}" if "," in choices else choices
+    if branch["type"] in ("missing", "too_long"):
+        return "a pair of numbers"  # of betas, the one setting of several values
     kind, _, how = branch["type"].partition("_")
     if how in ("parsing", "type", "from_float"):
         names = {"int": "a whole number", "float": "a number", "bool": "true or false"}

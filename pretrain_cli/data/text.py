@@ -13,6 +13,9 @@ from pathlib import Path
 
 from pretrain_cli.errors import DataError
 
+WRITTEN_HERE = ({"dataset.json", "tokenizer.json"}, {"run.yaml", "metrics.jsonl"})
+"""Files that mark a tokenized dataset or a run: never part of a corpus that is searched."""
+
 
 @dataclass(frozen=True)
 class Document:
@@ -80,6 +83,9 @@ def find_corpus(paths: Iterable[Path], text_key: str, suffix: str = "") -> Corpu
 
 def _files_below(root: Path, suffix: str) -> Iterator[Path]:
     for folder, subfolders, names in os.walk(root):
+        if any(marks <= set(names) for marks in WRITTEN_HERE):
+            subfolders.clear()
+            continue
         subfolders[:] = sorted(
             name for name in subfolders if not name.startswith(".") and name != "__pycache__"
         )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pretrain_cli.data.shards import MANIFEST, DatasetWriter, Manifest, read_manifest
 from pretrain_cli.data.text import Corpus, Document, find_corpus
-from pretrain_cli.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from pretrain_cli.data.tokenizer import BUILT_IN, Tokenizer, load_tokenizer, train_bpe
 from pretrain_cli.errors import ConfigError, DataError
 
 BATCH_BYTES = 2**20
@@ -128,6 +128,9 @@ def _existing(request: TokenizeRequest, sources: dict) -> Manifest | None:
         for key, value in sources.items()
         if key != "paths" and manifest.sources.get(key) != value
     ]
+    is_file = request.tokenizer not in BUILT_IN and Path(request.tokenizer).exists()
+    if is_file and load_tokenizer(request.tokenizer).fingerprint != manifest.tokenizer_fingerprint:
+        changed.append("tokenizer")
     if not changed:
         return manifest
     what = ", ".join(dict.fromkeys(changed))

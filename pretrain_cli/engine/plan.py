@@ -5,10 +5,10 @@ and whatever can't work is refused.
     model.vocab_size        the published one where the dataset's tokenizer is the model's own,
                             else the tokenizer's, up to a multiple of 64
     data.seq_len            512 on a CPU, 1024 on a GPU
-    train.tokens_per_step   on a CPU up to 8 sequences, about a second; on a GPU 262,144 tokens
+    train.tokens_per_step   on a CPU 1 to 8 sequences, fewer for a larger model; on a GPU 262,144
     train.steps             on a CPU a few minutes' worth; on a GPU 20 tokens a parameter
     train.micro_batch_size  what an estimate of the memory admits
-    learning_rate           by the model's size (Kaplan et al. 2020, appendix D.6)
+    learning_rate           by the model's size, as GPT-3's table has it
 """
 
 import math
@@ -33,10 +33,10 @@ from pretrain_cli.model.config_json import read_config
 DATASETS = Path("data")
 SAME_VOCABULARY = 512
 """A published vocabulary and its tokenizer's differ by less: spare rows, ids of images."""
-CPU_STEP_FLOPS = 1e12
-CPU_RUN_FLOPS = 5e13
-GPU_TOKENS_PER_STEP = 2**18
+CPU_RUN_FLOPS = 2e13
+CPU_STEPS = 1000
 CPU_SEQUENCES = 8
+GPU_TOKENS_PER_STEP = 2**18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +68,10 @@ def make_plan(
 ) -> Plan:
     """Decide everything. A resumed run passes the model that it has."""
     speed = resolve_speed(settings.speed, ranks.device)
+    name, config = _find_model(settings, model)
     dataset = _find_dataset(settings, ranks, report)
-    name, config = _find_model(settings, dataset, model, report)
+    if model is None:
+        config = _fit_to_dataset(config, settings, dataset, report)
     train, data, optimizer = settings.train, settings.data, settings.optimizer
     on_cpu = ranks.device.type == "cpu"
 
@@ -84,7 +86,7 @@ def make_plan(
     if train.tokens is not None:
         steps = math.ceil(train.tokens / per_step)
     elif steps == "auto" and on_cpu:
-        steps = min(2000, max(20, round(CPU_RUN_FLOPS / (flops * per_step))))
+        steps = min(2 * CPU_STEPS, max(20, round(CPU_RUN_FLOPS / (flops * per_step))))
         report(
             Notice(
                 f"{steps} steps: a few minutes on a CPU; --steps or --tokens sets it, and --resume "
@@ -169,28 +171,39 @@ def _find_dataset(settings: RunConfig, ranks: Ranks, report: Report) -> Dataset:
     return dataset
 
 
-def _find_model(
-    settings: RunConfig, dataset: Dataset, known: ModelConfig | None, report: Report
-) -> tuple[str, ModelConfig]:
-    manifest, folder = dataset.manifest, settings.model.init_from
+def _find_model(settings: RunConfig, known: ModelConfig | None) -> tuple[str, ModelConfig]:
+    """(name, architecture): a resumed run's, that of the folder of --init-from, or the named."""
+    folder = settings.model.init_from
     if known is not None:
-        name, config = settings.model.name, known
-    elif folder is not None:
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder}: no such folder; --init-from takes a model folder")
-        name, config = folder.resolve().name, variant(read_config(folder), settings.model.changes)
-        _same_tokenizer(folder, dataset, report)
-    else:
-        name, config = find_model(settings.model)
-        if "vocab_size" not in settings.model.changes:
-            config = _with_vocabulary(config, dataset, report)
+        return settings.model.name, known
+    if folder is None:
+        return find_model(settings.model)
+    if "name" in settings.model.model_fields_set:
+        raise ConfigError(
+            f"model.name: '{settings.model.name}' does not go with --init-from {folder}, whose "
+            "config.json says what the model is; leave --model out"
+        )
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; --init-from takes a model folder")
+    return folder.resolve().name, variant(read_config(folder), settings.model.changes)
+
+
+def _fit_to_dataset(
+    config: ModelConfig, settings: RunConfig, dataset: Dataset, report: Report
+) -> ModelConfig:
+    """The model with a vocabulary that holds the dataset's; refuse one that can't."""
+    manifest = dataset.manifest
+    if settings.model.init_from is not None:
+        _same_tokenizer(settings.model.init_from, dataset, report)
+    elif "vocab_size" not in settings.model.changes:
+        config = _with_vocabulary(config, dataset, report)
     if config.vocab_size <= manifest.largest_token:
         raise ConfigError(
             f"model.vocab_size: {config.vocab_size:,} is too small for {dataset.folder}, which "
             f"holds token {manifest.largest_token:,} of {manifest.tokenizer}'s "
             f"{manifest.vocab_size:,}; leave vocab_size out, or tokenize for this model"
         )
-    return name, config
+    return config
 
 
 def _with_vocabulary(config: ModelConfig, dataset: Dataset, report: Report) -> ModelConfig:
@@ -262,8 +275,8 @@ def _samples_per_step(
             )
         return sequences
     if on_cpu:
-        # A power of two, so that any smaller micro-batch divides it.
-        affordable = max(1, int(CPU_STEP_FLOPS / (flops * seq_len)))
+        # For about CPU_STEPS steps; a power of two, so that a smaller micro-batch divides it.
+        affordable = max(1.0, CPU_RUN_FLOPS / CPU_STEPS / (flops * seq_len))
         sequences = min(CPU_SEQUENCES, 2 ** int(math.log2(affordable)))
     else:
         sequences = max(1, GPU_TOKENS_PER_STEP // seq_len)
@@ -303,6 +316,10 @@ def _interval(asked: int | str, steps: int, *, at_least: int) -> int:
 
 
 def suggested_learning_rate(parameters: int) -> float:
-    """For N parameters without embeddings 0.003239 − 0.0001395 ln N, kept above 1e-4."""
-    rate = 0.003239 - 0.0001395 * math.log(max(parameters, 2))
-    return float(f"{max(rate, 1e-4):.2g}")
+    """By parameters without embeddings, at most 4e-3.
+
+    The power law through GPT-3's table (Brown et al. 2020, table 2.1): 6e-4 at 125M, 2e-4 at 1.3B,
+    1e-4 at 13B. At the two small sizes it comes within what a short search finds.
+    """
+    rate = 6e-4 * (max(parameters, 1) / 125e6) ** -0.42
+    return float(f"{min(rate, 4e-3):.2g}")

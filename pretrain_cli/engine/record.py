@@ -17,6 +17,7 @@ RECORD = "run.yaml"
 CHANGEABLE = {
     "data.path",  # the fingerprint still has to be the same
     "train.steps",
+    "train.tokens",
     "train.micro_batch_size",
     "train.device",
     "train.parallel",

@@ -66,7 +66,12 @@ def write_record(folder: Path, plan: Plan, device: torch.device) -> None:
             "threads": torch.get_num_threads(),
         },
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--out: {folder} can't be made ({error.strerror}); choose another folder"
+        ) from None
     aside = folder / f".{RECORD}.partial"
     aside.write_text(yaml.safe_dump(record, sort_keys=False))
     aside.replace(folder / RECORD)

@@ -56,6 +56,7 @@ class Controls:
             ("max-tokens", self.max_tokens, self.max_tokens >= 1, "at least 1"),
             ("temperature", self.temperature, self.temperature >= 0, "at least 0"),
             ("top-k", self.top_k, self.top_k is None or self.top_k >= 1, "at least 1"),
+            ("seed", self.seed, 0 <= self.seed < 2**63, "from 0 up to 2^63"),
             ("top-p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0, up to 1"),
         ):
             if not fits:
@@ -115,6 +116,10 @@ def sample_tokens(
 
 def choose(logits: Tensor, controls: Controls, generator: torch.Generator) -> int:
     """One id from the logits of a position. (V,) -> id."""
+    if not logits.isfinite().all():
+        raise CheckpointError(
+            "the model's logits are not finite: its training diverged; take an earlier checkpoint"
+        )
     if controls.temperature == 0:
         return int(logits.argmax())
     logits = logits / controls.temperature

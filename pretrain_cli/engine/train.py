@@ -41,7 +41,7 @@ from pretrain_cli.engine.run import choose_folder, device_name, write_record
 from pretrain_cli.engine.sample import Controls, sample_text
 from pretrain_cli.engine.speed import apply_process_settings, build_model, compile_blocks
 from pretrain_cli.engine.stop import StopRequest
-from pretrain_cli.errors import CheckpointError, DataError
+from pretrain_cli.errors import CheckpointError, ConfigError, DataError, PretrainError
 from pretrain_cli.model import counting
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.huggingface import load_weights
@@ -69,7 +69,7 @@ def train(
             rank=ranks.rank,
             world=ranks.world,
         )
-        run, start = _open_run(plan, ranks, report, resume, resume_from)
+        run, start = _choose_run(plan, report, resume, resume_from)
         torch.manual_seed(settings.train.seed)  # nothing draws from it yet; a checkpoint keeps it
         apply_process_settings(plan.speed)
         for decision in plan.speed.decisions.values():
@@ -86,6 +86,13 @@ def train(
         state = State(step=0, samples=0, tokens=0)
         if start is not None:
             state = checkpoint.load_training_state(start, decoder, optimizer, ranks.device)
+        if state.step > plan.steps:
+            raise ConfigError(
+                f"train.steps: {plan.steps:,} is less than the {state.step:,} that {run} has; give "
+                "more, or resume from an earlier checkpoint of it"
+            )
+        if ranks.is_first:
+            write_record(run, plan, ranks.device)
         trainer = Trainer(plan, run, ranks, report, batches, decoder, model, optimizer)
         return trainer.run_until(plan.steps, state, stop)
 
@@ -304,38 +311,37 @@ class Trainer:
             pieces = sample_text(
                 self.decoder, self.plan.dataset.tokenizer, train.sample_prompt, controls
             )
-            sample = Sample(state.step, train.sample_prompt, "".join(pieces))
-            with (self.run / "samples.jsonl").open("a") as file:
-                file.write(json.dumps(asdict(sample)) + "\n")
-            self.report(sample)
+            try:
+                sample = Sample(state.step, train.sample_prompt, "".join(pieces))
+            except PretrainError as error:  # nothing of the run depends on it
+                self.report(Notice(f"No sample: {error}"))
+            else:
+                with (self.run / "samples.jsonl").open("a") as file:
+                    file.write(json.dumps(asdict(sample)) + "\n")
+                self.report(sample)
         self.ranks.wait()
 
 
-def _open_run(
+def _choose_run(
     plan: Plan,
-    ranks: Ranks,
     report: Report,
     resume: tuple[Path, Record] | None,
     resume_from: Path | None,
 ) -> tuple[Path, Path | None]:
-    """(run folder, checkpoint to start from or None), the folder made and its record written."""
+    """(run folder, checkpoint to start from or None). Nothing is written yet."""
     if resume is None:
-        run, start = choose_folder(plan), None
-    else:
-        run, record = resume
-        if plan.dataset.manifest.fingerprint != record.dataset_fingerprint:
-            raise DataError(
-                f"{plan.dataset.folder}: not the dataset that {run} was trained on; give that one "
-                "with --data, or start a new run"
-            )
-        if resume_from and (reason := checkpoint.damage(resume_from)):
-            raise CheckpointError(f"{reason}; resume from the run, {run}, to take another")
-        start = resume_from or checkpoint.newest_intact(run, lambda text: report(Notice(text)))
-        if start is None:
-            report(Notice(f"{run}: no checkpoint yet; starting again from step 0"))
-    ranks.wait()
-    if ranks.is_first:
-        write_record(run, plan, ranks.device)
+        return choose_folder(plan), None
+    run, record = resume
+    if plan.dataset.manifest.fingerprint != record.dataset_fingerprint:
+        raise DataError(
+            f"{plan.dataset.folder}: not the dataset that {run} was trained on; give that one "
+            "with --data, or start a new run"
+        )
+    if resume_from and (reason := checkpoint.damage(resume_from)):
+        raise CheckpointError(f"{reason}; resume from the run, {run}, to take another")
+    start = resume_from or checkpoint.newest_intact(run, lambda text: report(Notice(text)))
+    if start is None:
+        report(Notice(f"{run}: no checkpoint yet; starting again from step 0"))
     return run, start
 
 

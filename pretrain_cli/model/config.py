@@ -182,7 +182,8 @@ def variant(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
     known = [*FIELDS, "num_hidden_layers"]
     for name, value in changes.items():
         if name not in known:
-            raise ConfigError(f"model.{name}: no such setting{did_you_mean(name, known)}")
+            near = did_you_mean(f"model.{name}", [f"model.{other}" for other in known])
+            raise ConfigError(f"model.{name}: no such setting{near}")
         changes[name] = _checked(name, value)
     depth = changes.pop("num_hidden_layers", None)
     if depth is not None and "layer_types" not in changes:

@@ -1,0 +1,41 @@
+"""What the tests of the commands share: a refusal, and that it left nothing behind."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file below, hidden ones too, with size and time; and every folder but data/, runs/."""
+    found = {}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        stat = path.stat()
+        if path.is_file():
+            found[name] = (stat.st_size, stat.st_mtime_ns)
+        elif name not in ("data", "runs"):
+            found[name] = (0, 0)
+    return found
+
+
+@pytest.fixture
+def refused(pretrain: Callable[..., Any], tmp_path: Path) -> Callable[..., str]:
+    """Runs a command line that must be refused: exit code 2, one `error:` line, which is returned,
+    and no file in the current folder made, changed or taken away."""
+
+    def check(line: str, stdin: str = "") -> str:
+        before = tree(tmp_path)
+        outcome = pretrain(line, stdin)
+        assert outcome.code == 2, (outcome.code, outcome.out, outcome.err)
+        errors = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1
+        assert outcome.err.splitlines()[-1] == errors[0]  # the last word, on one line
+        assert "error:" not in outcome.out
+        after = tree(tmp_path)
+        names = before.keys() | after.keys()
+        assert not {name for name in names if before.get(name) != after.get(name)}
+        return errors[0].removeprefix("error: ")
+
+    return check

@@ -1,0 +1,71 @@
+"""`pretrain benchmark`: the real step, timed, and what can't be timed said."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+MODEL = (
+    "--model gemma3-tiny --set model.layer_types=[sliding_attention,full_attention] "
+    "--set model.hidden_size=32 --set model.intermediate_size=48 --set model.head_dim=16 "
+    "--set model.query_pre_attn_scalar=16 --set model.sliding_window=8 --set model.vocab_size=512"
+)
+
+
+@pytest.mark.slow
+def test_a_backend_that_cannot_train_here_is_timed_forward_only(pretrain):
+    outcome = pretrain(
+        f"benchmark --attn flex,sdpa {MODEL} --seq-len 32 --micro-batch-size 2 --steps 3 "
+        "--warmup 1 --device cpu --json results.json"
+    )
+    assert outcome.code == 0, outcome.err
+    flex = "flex: PyTorch's flex_attention has no backward pass on a CPU; its forward pass alone"
+    assert flex in outcome.out
+    for heading in ("median", "tokens/s", "MFU", "memory", "warm-up"):
+        assert heading in outcome.out
+    rows = {line.split()[1]: line for line in outcome.out.splitlines() if line.startswith("│")}
+    assert "forward only" in rows["flex"]
+    assert "training step" in rows["sdpa"]
+
+    written = json.loads(Path("results.json").read_text())
+    assert written["workload"]["seq_len"] == 32
+    assert written["peak"]["flops"] > 0
+    assert written["peak"]["source"].startswith("measured")
+    flex, sdpa = written["results"]
+    assert (flex["attention"], flex["kind"]) == ("flex", "forward only")
+    assert "no backward pass" in flex["reason"]
+    assert (sdpa["attention"], sdpa["kind"], sdpa["reason"]) == ("sdpa", "training step", "")
+    for row in (flex, sdpa):
+        assert 0 < row["step_fastest"] <= row["step_median"] <= row["step_slowest"]
+        assert row["tokens_per_second"] == pytest.approx(64 / row["step_median"])
+        assert row["warmup"] > 0
+        assert 0 < row["mfu"] <= row["mfu_conventional"]
+        assert row["peak_memory"] > 10_000_000
+        assert 4 < row["loss"] < 9  # of 512 random tokens: about ln 512 = 6.2
+        assert row["speed"]["attention"]["in_force"] == row["attention"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--attn fleks", "--attn: 'fleks' is not one of eager, sdpa, flex, all; did you mean flex"),
+        ("--attn sdpa,", "--attn: '' is not one of eager, sdpa, flex, all"),
+        ("--model gema3", "model: 'gema3' is not a model or a YAML file; did you mean gemma3?"),
+        ("--device cuda:99", "train.device: 'cuda:99' is not there"),
+        ("--device gpu", "train.device: 'gpu' is not a device; give cpu, cuda, cuda:N or mps"),
+        ("--dtype float8", "speed.dtype: 'float8' is not one of auto, float32, bfloat16"),
+        ("--steps 0", "--steps: 0 is not at least 1"),
+        ("--warmup -1", "--warmup: -1 is not at least 0"),
+        ("--seq-len 5000", "--seq-len: 5,000 is beyond the model's 2,048 positions"),
+        ("--seq-len 0", "data.seq_len: 0 is not greater than 0"),
+        ("--micro-batch-size 0", "train.micro_batch_size: 0 is not greater than 0"),
+        ("--set speed.atention=sdpa", "speed.atention: no such setting; did you mean speed.attent"),
+        ("--set train.steps=3", "--set train.steps=3: not a setting of a benchmark; it takes sp"),
+        ("--set model.name=qwen3", "--set model.name=qwen3: not a setting of a benchmark"),
+        ("--json nowhere/results.json", "--json: no folder nowhere to write results.json in"),
+        ("--json .", "--json: . is a folder; give a file"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_it_is_tried(refused, options, said):
+    model = "" if "--model" in options else "--model gemma3-tiny"
+    assert refused(f"benchmark {model} {options}").startswith(said)

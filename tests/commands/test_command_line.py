@@ -1,0 +1,100 @@
+"""What holds for every command: help, version, errors in one line, and a quick start."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.main import get_command
+
+import pretrain_cli
+from pretrain_cli.cli import app
+from pretrain_cli.errors import CheckpointError, ConfigError, DataError
+
+COMMANDS = ["tokenize", "train", "sample", "benchmark", "count-params"]
+
+
+def test_the_version_is_the_packages(pretrain):
+    outcome = pretrain("--version")
+    assert (outcome.code, outcome.out) == (0, f"pretrain {pretrain_cli.__version__}\n")
+
+
+def test_help_lists_the_commands(pretrain):
+    for line in ("--help", ""):
+        outcome = pretrain(line)
+        for command in COMMANDS:
+            assert f" {command} " in outcome.out + outcome.err
+    assert pretrain("--help").code == 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_explains_every_option_it_has(pretrain, command):
+    outcome = pretrain(f"{command} --help")
+    assert outcome.code == 0
+    assert "Usage: " in outcome.out
+    for parameter in get_command(app).commands[command].params:  # pyright: ignore
+        assert getattr(parameter, "help", None) or parameter.name == "help"
+        assert all(name in outcome.out for name in parameter.opts if name.startswith("--"))
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("trian", "No such command 'trian'. Did you mean 'train'?"),
+        ("train --sqe-len 3", "No such option: --sqe-len"),
+        ("train --seq-len long", "--seq-len"),
+        ("tokenize --val-fraction most corpus", "--val-fraction"),
+    ],
+)
+def test_a_wrong_option_is_named(pretrain, line, said):
+    outcome = pretrain(line)
+    assert outcome.code == 2
+    assert said in " ".join(outcome.err.split())
+
+
+@pytest.mark.parametrize("kind", [ConfigError, DataError, CheckpointError])
+def test_a_persons_mistake_is_one_line_and_exit_code_2(pretrain, monkeypatch, kind):
+    def refuse(*_):
+        raise kind("data/[/x] :x:: 'a' is wrong; give b")  # nothing in it is markup
+
+    monkeypatch.setattr("pretrain_cli.config.build_config", refuse)
+    outcome = pretrain("train")
+    assert outcome.code == 2
+    assert outcome.err == "error: data/[/x] :x:: 'a' is wrong; give b\n"
+
+
+def test_a_bug_keeps_its_traceback(pretrain, monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("pretrain_cli.config.build_config", fail)
+    with pytest.raises(ZeroDivisionError):
+        pretrain("train")
+
+
+# --- the start -----------------------------------------------------------------------------------
+
+
+def test_help_imports_nothing_that_is_slow():
+    script = (
+        "import sys\n"
+        "from pretrain_cli.cli import app\n"
+        "for line in (['--help'], ['train', '--help'], ['--version']):\n"
+        "    app(line, standalone_mode=False)\n"
+        "slow = ['torch', 'tokenizers', 'transformers', 'safetensors', 'numpy', 'yaml']\n"
+        "sys.exit([name for name in slow if name in sys.modules] or 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_help_answers_at_once():
+    """Under half a second on a quiet machine; a busy one is given three tries."""
+    taken = []
+    while len(taken) < 3 and (not taken or min(taken) > 1.5):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "pretrain_cli", "--help"], check=True,
+                       capture_output=True, env=os.environ | {"COLUMNS": "80"})  # fmt: skip
+        taken.append(time.perf_counter() - began)
+    assert min(taken) < 1.5

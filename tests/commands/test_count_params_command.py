@@ -1,0 +1,91 @@
+"""`pretrain count-params`: the published totals, from the architecture's numbers alone."""
+
+import json
+
+import pytest
+
+# Sums of the shapes in the published checkpoints; embeddings 262,144 × 640.
+GEMMA_TIED, GEMMA_UNTIED, GEMMA_EMBEDDINGS = 268_098_176, 435_870_336, 167_772_160
+
+
+def test_the_tied_total_of_gemma_3_270m(pretrain):
+    outcome = pretrain("count-params --tied")
+    assert outcome.code == 0, outcome.err
+    assert "268,098,176" in outcome.out
+    assert "435,870,336" not in outcome.out
+    for part in ("embeddings", "attention", "mlp", "norms", "head"):
+        assert part in outcome.out
+
+
+def test_without_a_flag_both_totals_are_side_by_side(pretrain):
+    outcome = pretrain("count-params")
+    (total,) = (line for line in outcome.out.splitlines() if "total" in line)
+    assert "268,098,176" in total
+    assert "435,870,336" in total
+    assert "tied (the model's own)" in outcome.out
+
+
+def test_the_same_numbers_for_machines(pretrain):
+    counts = json.loads(pretrain("count-params --json").out)
+    assert counts["model"] == "gemma3-270m"
+    assert counts["published_as"] == "tied"
+    tied, untied = (counts[word]["parameters"] for word in ("tied", "untied"))
+    assert (tied["total"], untied["total"]) == (GEMMA_TIED, GEMMA_UNTIED)
+    assert (tied["embeddings"], tied["head"], untied["head"]) == (
+        GEMMA_EMBEDDINGS,
+        *(0, GEMMA_EMBEDDINGS),
+    )
+    for parts in (tied, untied):
+        names = ("embeddings", "attention", "mlp", "norms", "head")
+        assert parts["total"] == sum(parts[name] for name in names)
+    assert counts["tied"]["training_state_bytes"] == 16 * GEMMA_TIED
+    only = json.loads(pretrain("count-params --untied --json").out)
+    assert "tied" not in only
+    assert only["untied"] == counts["untied"]
+
+
+def test_training_flops_follow_the_length(pretrain):
+    """6 FLOPs a weight that multiplies, and 12 × heads × head_dim for each key seen: here, at
+    full attention, 18 layers of 4 heads of 256 dimensions that see all T tokens."""
+    matrices = GEMMA_TIED - 55_936  # all but norms; the tied embedding multiplies as the head
+    for length in (1024, 4096):
+        counts = json.loads(pretrain(f"count-params --json --tied --seq-len {length}").out)
+        flops = counts["tied"]["training_flops_per_token"]
+        assert flops["conventional"] == 6 * matrices + 12 * 4 * 256 * length * 18
+        assert flops["exact"] < flops["conventional"]
+
+
+def test_another_vocabulary_changes_the_embeddings_alone(pretrain):
+    counts = json.loads(pretrain("count-params --json --tied --vocab-size 1000").out)
+    assert counts["tied"]["parameters"]["total"] == GEMMA_TIED - GEMMA_EMBEDDINGS + 640_000
+
+
+def test_experts_that_a_token_does_not_meet_are_told_apart(pretrain):
+    """Qwen3-30B-A3B: 30.5 billion parameters, 3.3 billion of them active, says its model card."""
+    outcome = pretrain("count-params --model qwen3-30b-a3b")
+    assert "30,532,122,624" in outcome.out
+    assert "active a token" in outcome.out
+    counts = json.loads(pretrain("count-params --model qwen3-30b-a3b --untied --json").out)
+    assert 3.25e9 < counts["untied"]["parameters"]["active"] < 3.4e9
+
+
+def test_a_model_may_be_a_file(pretrain, tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: gemma3\nvocab_size: 1000\n")
+    outcome = pretrain("count-params --model mine.yaml --tied")
+    assert outcome.code == 0, outcome.err
+    assert "mine" in outcome.out
+    assert f"{GEMMA_TIED - GEMMA_EMBEDDINGS + 640_000:,}" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--model gema3", "model: 'gema3' is not a model or a YAML file; did you mean gemma3?"),
+        ("--model nowhere.yaml", "model: no file nowhere.yaml"),
+        ("--vocab-size 0", "--vocab-size: 0 is not above zero"),
+        ("--seq-len 0", "--seq-len: 0 is not from 1 to the model's 32,768 positions"),
+        ("--seq-len 40000", "--seq-len: 40,000 is not from 1 to the model's 32,768 positions"),
+    ],
+)
+def test_what_cannot_be_counted_is_refused(refused, options, said):
+    assert refused(f"count-params {options}").startswith(said)

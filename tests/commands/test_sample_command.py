@@ -1,0 +1,192 @@
+"""`pretrain sample`: text from a run, a checkpoint or a model folder, and to the letter."""
+
+import importlib
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain_cli.data.tokenizer import load_tokenizer
+
+GREEDY = "--temperature 0 --max-tokens 24 --dtype float32 --prompt 'green bottles'"
+
+
+@pytest.mark.usefixtures("trained")
+def test_without_any_options_it_writes_from_the_newest_run(pretrain):
+    outcome = pretrain("sample")
+    assert outcome.code == 0, outcome.err
+    assert outcome.err == "runs/tiny/checkpoints/step-000060\n"
+    assert len(outcome.out) > 10
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_run_a_checkpoint_and_a_model_folder_write_the_same(pretrain):
+    shutil.copytree("runs/tiny/checkpoints/step-000060", "elsewhere")
+    shutil.rmtree("elsewhere/training")  # what a Hugging Face folder does not have
+    texts = {
+        pretrain(f"sample {where} {GREEDY}").out
+        for where in ("runs/tiny", "runs/tiny/checkpoints/step-000060", "elsewhere", "")
+    }
+    assert len(texts) == 1
+    assert texts != {pretrain(f"sample runs/tiny/checkpoints/step-000040 {GREEDY}").out}
+
+
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize("controls", ["--temperature 0", "--top-k 20 --top-p 0.9 --seed 5"])
+def test_text_is_the_same_with_a_cache_and_without(pretrain, monkeypatch, controls):
+    """Over 60 tokens, many windows of 8."""
+    line = f"sample --max-tokens 60 --dtype float32 --prompt 'green bottles' {controls}"
+    with_cache, without = pretrain(f"{line} --cache"), pretrain(f"{line} --no-cache")
+    assert with_cache.code == without.code == 0
+    assert with_cache.out == without.out
+    assert len(with_cache.out) > 20
+    # and --no-cache is honoured
+    monkeypatch.delattr("pretrain_cli.engine.sample.KVCache")
+    assert pretrain(f"{line} --no-cache").out == without.out
+    with pytest.raises(NameError, match="KVCache"):
+        pretrain(f"{line} --cache")
+
+
+@pytest.mark.usefixtures("trained")
+def test_greedy_text_is_what_transformers_generates(pretrain):
+    """From our checkpoint, opened by transformers with no export."""
+    transformers = importlib.import_module("transformers")
+    folder = "runs/tiny/checkpoints/step-000060"
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer("green bottles", return_tensors="pt")
+    ids = model.generate(**prompt, max_new_tokens=24, do_sample=False)[0]
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    assert pretrain(f"sample {GREEDY}").out == f"{text}\n"
+
+
+def test_a_folder_that_transformers_made_writes_what_transformers_generates(pretrain, tmp_path):
+    transformers = importlib.import_module("transformers")
+    config = transformers.Qwen3Config(
+        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=128,
+        bos_token_id=None, eos_token_id=256, pad_token_id=None, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Qwen3ForCausalLM(config)
+    model.save_pretrained(tmp_path / "theirs")
+    tokenizer = load_tokenizer("bytes")
+    tokenizer.save(tmp_path / "theirs")
+    prompt = torch.tensor([tokenizer.encode_prompt("green bottles")])
+    mask = torch.ones_like(prompt)
+    # the rows above 256 pad the vocabulary, and are no text
+    ids = model.generate(prompt, attention_mask=mask, max_new_tokens=24, do_sample=False,
+                         suppress_tokens=list(range(257, 320)), pad_token_id=256)[0]  # fmt: skip
+    text = tokenizer.decode(ids.tolist())
+    outcome = pretrain(f"sample theirs {GREEDY}")
+    assert outcome.code == 0, outcome.err
+    # bytes that are no character yet at the end are kept back
+    assert outcome.out.rstrip("\n\ufffd") == text.rstrip("\n\ufffd")
+
+
+@pytest.mark.usefixtures("trained")
+def test_the_prompt_may_come_from_standard_input(pretrain):
+    typed = pretrain(f"sample {GREEDY}").out
+    line = GREEDY.replace(" --prompt 'green bottles'", "")
+    assert pretrain(f"sample {line}", "green bottles").out == typed
+    assert pretrain(f"sample {line} --prompt -", "green bottles").out == typed
+
+
+@pytest.mark.usefixtures("trained")
+def test_text_is_written_as_it_is(pretrain):
+    """Nothing in it is markup, a picture or something to tidy up."""
+    prompt = "a\tb [bold]c[/] [/x] :smile: \\ \x07 é\r \n   "
+    outcome = pretrain(f"sample --max-tokens 1 --temperature 0 --prompt {shlex.quote(prompt)}")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.startswith(prompt)
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_seed_gives_a_text_and_n_gives_several(pretrain):
+    line = "sample --max-tokens 40 --dtype float32 --prompt green"
+    first, second = pretrain(f"{line} --seed 1").out, pretrain(f"{line} --seed 2").out
+    assert first == pretrain(f"{line} --seed 1").out
+    assert first != second
+    several = pretrain(f"{line} --seed 1 --n 2").out
+    assert first in several
+    assert second in several
+    assert several.count(" of 2 ") == 2
+
+
+@pytest.mark.usefixtures("trained")
+def test_text_ends_at_the_limit(pretrain):
+    outcome = pretrain("sample --max-tokens 3 --temperature 0 --prompt green")
+    assert outcome.out.startswith("green")
+    assert len(outcome.out) <= len("green") + 3 + 1  # a token is a byte; the line ends
+
+
+# --- refused -------------------------------------------------------------------------------------
+
+
+def test_nothing_trained_yet(refused):
+    message = refused("sample")
+    assert message.startswith("runs/: no run with a checkpoint; train one with 'pretrain train'")
+
+
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("nowhere", "nowhere: no such run, checkpoint or model folder"),
+        ("corpus", "corpus: neither a run with checkpoints nor a model folder (no config.json)"),
+        ("--n 0", "--n: 0 is not at least 1"),
+        ("--max-tokens 0", "--max-tokens: 0 is not at least 1"),
+        ("--temperature -1", "--temperature: -1.0 is not at least 0"),
+        ("--temperature nan", "--temperature: nan is not at least 0"),
+        ("--top-k 0", "--top-k: 0 is not at least 1"),
+        ("--top-p 1.5", "--top-p: 1.5 is not above 0, up to 1"),
+        ("--device cuda:99", "train.device: 'cuda:99' is not there"),
+        ("--dtype float8", "speed.dtype: 'float8' is not one of auto, float32, bfloat16"),
+        ("--seed 99999999999999999999", "--seed: 99999999999999999999 "),
+    ],
+)  # fmt: skip
+def test_options_that_cannot_be_honoured(refused, options, said):
+    assert refused(f"sample {options}").startswith(said)
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_prompt_that_fills_every_position(refused, pretrain):
+    message = refused("sample", "x" * 3000)
+    assert message == "--prompt: its 3,000 tokens fill the model's 2,048 positions; shorten it"
+    assert pretrain("sample", "x" * 3000).out == ""
+
+
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_checkpoint_cut_short(pretrain, refused, name):
+    """It is refused by itself; a run falls back to the one before, and says so."""
+    newest = Path("runs/tiny/checkpoints/step-000060")
+    cut(newest / name)
+    message = refused(f"sample {newest}")
+    assert message.startswith(f"{newest / name}: checksum differs")
+    assert "use another checkpoint" in message
+    outcome = pretrain(f"sample runs/tiny {GREEDY}")
+    assert outcome.code == 0
+    assert f"{newest / name}: checksum differs, the file was cut short or altered; skipped" in (
+        outcome.out
+    )
+    assert outcome.err == "runs/tiny/checkpoints/step-000040\n"
+    cut(Path("runs/tiny/checkpoints/step-000040") / name)
+    assert "none of its 2 checkpoints passes its checksums" in refused("sample runs/tiny")
+
+
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_model_folder_cut_short(refused, name):
+    """Without our checksums the files themselves must show it."""
+    shutil.copytree("runs/tiny/checkpoints/step-000060", "model")
+    shutil.rmtree("model/training")
+    cut(Path("model", name))
+    assert refused("sample model").startswith(f"model/{name}: ")
+
+
+def cut(path):
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])

@@ -16,6 +16,10 @@ console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty(
 error_console = Console(stderr=True, highlight=False, emoji=False)
 
 
+SECONDS_A_LINE = 2.0
+"""Where there is no live panel, a step is printed at most this often; the file has every one."""
+
+
 def amount(number: float) -> str:
     """1234567 as 1.23M."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -91,6 +95,7 @@ class TrainDisplay:
         self.live: Live | None = None
         self.started: Any = None
         self.evaluation: Any = None
+        self.printed = -SECONDS_A_LINE
 
     def __enter__(self) -> "TrainDisplay":
         return self
@@ -122,6 +127,10 @@ class TrainDisplay:
         if self.live:
             self.live.update(self._panel(event))
             return
+        now = time.perf_counter()
+        if now - self.printed < SECONDS_A_LINE and event.step < self.started.steps:
+            return
+        self.printed = now
         parts = [
             f"step {event.step:,}/{self.started.steps:,}",
             f"loss {event.loss:.4f}",

@@ -33,8 +33,8 @@ from pretrain_cli.model.config_json import read_config
 DATASETS = Path("data")
 SAME_VOCABULARY = 512
 """A published vocabulary and its tokenizer's differ by less: spare rows, ids of images."""
-CPU_RUN_FLOPS = 2e13
-CPU_STEPS = 1000
+CPU_RUN_FLOPS = 1e13
+CPU_STEPS = 500
 CPU_SEQUENCES = 8
 GPU_TOKENS_PER_STEP = 2**18
 
@@ -86,7 +86,7 @@ def make_plan(
     if train.tokens is not None:
         steps = math.ceil(train.tokens / per_step)
     elif steps == "auto" and on_cpu:
-        steps = min(2 * CPU_STEPS, max(20, round(CPU_RUN_FLOPS / (flops * per_step))))
+        steps = min(4 * CPU_STEPS, max(20, round(CPU_RUN_FLOPS / (flops * per_step))))
         report(
             Notice(
                 f"{steps} steps: a few minutes on a CPU; --steps or --tokens sets it, and --resume "

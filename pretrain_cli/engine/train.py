@@ -110,17 +110,18 @@ def train_step(
     """One optimizer step on this rank's share of its samples. -> (loss, gradient norm).
 
     inputs and targets (B, T) are taken `micro_batch_size` rows at a time. Each part's loss is its
-    sum over the whole step's count of tokens, on all ranks, so the parts add up to the mean that
-    one large batch would give; the loss returned is this rank's part of it.
+    sum over the count of all of this rank's tokens, so the parts add up to the mean that one large
+    batch would give; gradients are then averaged over the ranks. The loss returned is this rank's
+    part of the mean over all ranks.
     """
     model.train()
     total = torch.zeros((), device=inputs.device)
     parts = list(zip(inputs.split(micro_batch_size), targets.split(micro_batch_size), strict=True))
     for number, (part, wanted) in enumerate(parts, start=1):
         with gradients_kept(model, last=number == len(parts)):
-            loss = model(part, wanted, normalizer=targets.numel() * world)
-            (loss * world).backward()  # gradients of several ranks are averaged, not added
-        total += loss.detach()
+            loss = model(part, wanted, normalizer=targets.numel())
+            loss.backward()
+        total += loss.detach() / world
     limit = clip if clip > 0 else float("inf")
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
     optimizer.step()

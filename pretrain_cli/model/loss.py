@@ -91,7 +91,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor):
-        # In place: they are used once, and a second V × D tensor would cost more than the product.
+        d_hidden, d_weight = ctx.saved_tensors
         (outer,) = grad_outputs
-        d_hidden, d_weight = (grad.mul_(outer.to(grad.dtype)) for grad in ctx.saved_tensors)
-        return d_hidden, d_weight, None, None
+        # Training passes 1. On a CPU a second V × D tensor would cost more than the product, and
+        # looking at a number is free; on a GPU it is the other way round.
+        if outer.device.type == "cpu" and outer == 1:
+            return d_hidden, d_weight, None, None
+        return d_hidden * outer.to(d_hidden.dtype), d_weight * outer.to(d_weight.dtype), None, None

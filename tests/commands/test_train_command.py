@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pretrain_cli.commands import display
+
 RUN = {"run.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints"}
 CHECKPOINT = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
               "tokenizer_config.json", "training"}  # fmt: skip
@@ -54,7 +56,8 @@ def test_a_run_folder_is_as_drawn():
 
 
 @pytest.mark.usefixtures("dataset")
-def test_a_run_says_what_it_does_line_by_line(pretrain, tiny):
+def test_a_run_says_what_it_does_line_by_line(pretrain, tiny, monkeypatch):
+    monkeypatch.setattr(display, "SECONDS_A_LINE", 0.0)
     outcome = pretrain(f"train {tiny} --steps 3 --learning-rate 0.01")
     assert (outcome.code, outcome.err) == (0, "")
     lines = outcome.out.splitlines()

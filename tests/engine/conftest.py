@@ -53,6 +53,8 @@ def settings(dataset: Path, tmp_path: Path) -> Callable[..., RunConfig]:
         flags |= {name.replace("__", "."): value for name, value in changes.items()}
         if flags["model.name"].startswith("qwen"):
             del flags["model.sliding_window"]
+        if "model.init_from" in flags:  # which says what the model is
+            flags = {n: v for n, v in flags.items() if n[:6] != "model." or n == "model.init_from"}
         return build_config({}, flags, [])
 
     return make

@@ -43,7 +43,7 @@ def test_transformers_opens_a_checkpoint_with_the_same_logits_and_tokens(
 def test_training_from_a_model_folder_starts_where_it_stands(settings, run, tmp_path):
     first = run(settings(train__steps=40, train__eval_every=40))
     folder = tmp_path / "run/checkpoints/step-000040"
-    again = run(settings("second", model__init_from=folder, model__sliding_window=8))
+    again = run(settings("second", model__init_from=folder))
     [evaluation] = [event for event in first if isinstance(event, Evaluation)]
     start = next(event.loss for event in again if isinstance(event, StepMetrics))
     assert start == pytest.approx(evaluation.loss, abs=0.7)

@@ -1,0 +1,95 @@
+"""The README says what is so: its commands are understood, its tables are the program's."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from pretrain_cli.cli import app
+from pretrain_cli.config import SpeedConfig, build_config, find_model, read_config
+from pretrain_cli.model.presets import PUBLISHED, full_name
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, flags=re.S)
+COMMANDS = [
+    line[line.index("pretrain") :]
+    for block in BLOCKS
+    for part in block.splitlines()
+    for line in part.split(" && ")
+    if re.match(r"(pretrain |torchrun .*pretrain_cli )", line)
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_of_a_readme_command_is_known(command):
+    name, *arguments = shlex.split(command)[1:]
+    group = typer.main.get_command(app)
+    group.commands[name].make_context(name, arguments)  # raises for what it doesn't know
+
+
+def test_the_readme_has_the_four_commands_as_they_were_asked_for():
+    for line in (
+        "pretrain tokenize --tokenizer gemma3 corpus/",
+        "pretrain train --model gemma3 --seq-len 512",
+        "pretrain benchmark --attn flex",
+        "pretrain count-params --tied",
+    ):
+        assert line in COMMANDS
+
+
+def test_the_table_of_speed_settings_has_every_setting_once():
+    table = README.split("## Speed settings")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)`", table, flags=re.M) == list(SpeedConfig.model_fields)
+
+
+def test_every_published_size_is_named():
+    paragraph = README.split("`--model` takes")[1].split("or a YAML file")[0]
+    sizes, family = [], ""
+    for name in re.findall(r"`([\w.-]+)`", paragraph):
+        family = family if name.startswith("-") else name.split("-")[0]
+        sizes.append(family + name if name.startswith("-") else name)
+    assert set(sizes) - {"gemma3", "qwen3", "gemma3-tiny", "qwen3-tiny"} == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_configuration_is_named_and_valid(path):
+    assert f"`{path.stem}`" in README
+    config = build_config(read_config(path.stem), {}, [])
+    assert find_model(config.model)[0] == full_name(config.model.name)
+
+
+@pytest.mark.slow
+def test_the_commands_that_were_asked_for_run_as_written(tmp_path):
+    """The whole line, the 270M on a CPU among it: some minutes."""
+    tokenizers = os.environ.get("PRETRAIN_TOKENIZERS", "")
+    if not Path(tokenizers, "gemma3/tokenizer.json").is_file():
+        pytest.skip("the gemma3 tokenizer is not in $PRETRAIN_TOKENIZERS")
+    (tmp_path / "corpus").mkdir()
+    text = (Path(os.__file__).parent / "argparse.py").read_text()
+    for number in range(8):
+        (tmp_path / f"corpus/{number}.py").write_text(f"# {number}\n{text}")
+    bin_folder = Path(sys.executable).parent
+    environment = {
+        **os.environ,
+        "PATH": f"{bin_folder}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "2",
+    }
+    for line, said in (
+        ("pretrain tokenize --tokenizer gemma3 corpus/", "data/corpus: "),
+        ("pretrain train --model gemma3 --seq-len 512", "Done: 20 steps."),
+        ("pretrain benchmark --attn flex", "forward only"),
+        ("pretrain count-params --tied", "268,098,176"),
+        ("pretrain sample", ""),
+    ):
+        done = subprocess.run(
+            line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True,
+            stdin=subprocess.DEVNULL, timeout=1200,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert said in done.stdout

@@ -12,8 +12,8 @@ from rich.table import Table
 from pretrain_cli.commands.display import console, duration, notice, size
 
 CPU_STEP_FLOPS = 1e12
-NOT_SET = ("speed.attention=", "model.name=", "model.init_from=")
-"""The first two are --attn and --model; the last brings weights, which cost what random ones do."""
+NOT_SET = ("speed.attention=", "model.name=", "model.init_from=", "speed.prefetch=")
+"""--attn and --model say the first two; weights cost what random ones do; no batch is read."""
 
 
 def benchmark(
@@ -81,7 +81,7 @@ def benchmark(
     from pretrain_cli.engine import benchmark as engine
     from pretrain_cli.engine.distributed import find_device
     from pretrain_cli.engine.run import device_name
-    from pretrain_cli.engine.speed import resolve_speed
+    from pretrain_cli.engine.speed import apply_process_settings, resolve_speed
     from pretrain_cli.model.counting import count_parameters, training_flops
 
     backends = engine.parse_backends(attn)
@@ -111,6 +111,7 @@ def benchmark(
     )
     asked = settings.speed
     resolved = resolve_speed(asked, place, training=False)
+    apply_process_settings(resolved)
     peak = engine.find_peak(place, resolved.compute_dtype)
     console.print(
         f"[bold]{escape(name)}[/] {count_parameters(config).total:,} parameters, "

@@ -54,7 +54,7 @@ def tokenize(
     if paths:
         request = TokenizeRequest(
             paths=tuple(paths),
-            out=Path("data") / (paths[0].resolve().stem or "corpus"),
+            out=Path("data") / _name(paths[0].resolve()),
             tokenizer="gemma3",
         )
     else:
@@ -95,3 +95,8 @@ def tokenize(
     )
     if not result.was_there:
         console.print(f"Train on it: pretrain train --data {folder}", soft_wrap=True)
+
+
+def _name(path: Path) -> str:
+    """What its dataset is called: `input` of input.txt, `wiki.en` of the folder wiki.en."""
+    return (path.stem if path.is_file() else path.name) or "corpus"

@@ -313,6 +313,15 @@ class DatasetWriter:
         return manifest
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file aside, flush and rename it: it is the old one or the new one, never a part."""
+    aside = path.with_name(f".{path.name}.partial")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        flush(file)
+    aside.replace(path)
+
+
 def flush(file: Any) -> None:
     """Bring what was written to a file onto the disk."""
     file.flush()

@@ -165,8 +165,8 @@ def _time_steps(
 
 def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
     """What the maker states for a GPU in the table; elsewhere what a matrix product reaches."""
-    stated = stated_peak(device)
-    if stated is not None and dtype == torch.bfloat16:
+    stated = stated_peak(device, dtype)
+    if stated is not None:
         return Peak(stated, f"stated for {device_name(device)}, dense bfloat16")
     size = 8192 if device.type == "cuda" else 2048
     a = torch.randn(size, size, device=device).to(dtype)

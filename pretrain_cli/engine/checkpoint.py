@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 
 from pretrain_cli.data.shards import flush
 from pretrain_cli.data.tokenizer import Tokenizer
-from pretrain_cli.engine.distributed import Ranks, place_like, whole
+from pretrain_cli.engine.distributed import Ranks, is_parted, place_like, whole
 from pretrain_cli.errors import CheckpointError
 from pretrain_cli.model.config_json import to_config_json
 from pretrain_cli.model.decoder import Decoder
@@ -61,9 +61,12 @@ def save_checkpoint(
     ranks: Ranks,
 ) -> Path:
     """Write `folder/step-N`. Every rank calls this; the first one writes."""
+    place = folder / f"step-{state.step:06d}"
+    if not ranks.is_first and not is_parted(model):  # nothing that this rank has is needed
+        ranks.wait()
+        return place
     weights = published_tensors(model, whole)
     moments = _published_moments(model, optimizer)
-    place = folder / f"step-{state.step:06d}"
     if ranks.is_first:
         aside = place.with_name(f".{place.name}.partial")
         shutil.rmtree(aside, ignore_errors=True)
@@ -102,10 +105,11 @@ def load_training_state(
                 piece.of(slot[moment]).copy_(file.get_tensor(f"{moment}.{piece.name}"))
         torch.set_rng_state(file.get_tensor("rng"))
     state = read_state(folder)
+    fused = optimizer.defaults["fused"]
     for name, slot in values.items():
         parameter = parameters[name]
         optimizer.state[parameter] = {
-            "step": torch.tensor(float(state.step), device=device),
+            "step": torch.tensor(float(state.step), device=device if fused else "cpu"),
             **{moment: place_like(value, parameter) for moment, value in slot.items()},
         }
     return state
@@ -184,7 +188,22 @@ def damage(folder: Path, only: Collection[str] | None = None) -> str | None:
 
 def checkpoints(run: Path) -> list[Path]:
     """A run's checkpoints, newest first."""
-    return sorted((run / "checkpoints").glob("step-*"), reverse=True)
+    return sorted((run / "checkpoints").glob("step-*"), key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint's folder is named for."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def abandon_later(run: Path, step: int) -> list[Path]:
+    """Rename the checkpoints beyond this step, which a run that goes on from it leaves behind."""
+    later = [folder for folder in checkpoints(run) if step_of(folder) > step]
+    for folder in later:
+        aside = folder.with_name(f"abandoned-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+    return later
 
 
 def newest_intact(

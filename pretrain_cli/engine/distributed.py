@@ -48,6 +48,14 @@ class Ranks:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
 
+    def least(self, number: int) -> int:
+        """The smallest of every rank's numbers, on every rank."""
+        if self.world == 1:
+            return number
+        value = torch.tensor(number, device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MIN)
+        return int(value.item())
+
     def wait(self) -> None:
         """Until every rank is here."""
         if self.world > 1:
@@ -57,12 +65,17 @@ class Ranks:
 @contextlib.contextmanager
 def open_ranks(device: str) -> Iterator[Ranks]:
     """The ranks that torchrun started, or this process alone, on the device that is asked for."""
+    if device.startswith("cuda:") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"train.device: '{device}' is one GPU, for several ranks; give cuda")
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     place = find_device(device, int(os.environ.get("LOCAL_RANK", "0")) if world > 1 else None)
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if world > 1:
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        if place.type == "cuda":
+            dist.init_process_group("nccl", device_id=place)
+        else:
+            dist.init_process_group("gloo")
     try:
         yield Ranks(rank, world, place)
     finally:
@@ -122,6 +135,11 @@ def gradients_kept(model: nn.Module, *, last: bool) -> Iterator[None]:
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
     yield
+
+
+def is_parted(model: nn.Module) -> bool:
+    """Whether each rank holds only a part of every parameter."""
+    return isinstance(model, FSDPModule)
 
 
 def part_again(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ def evaluate(
     model: nn.Module, dataset: Dataset, *, step: int, seq_len: int, batch_size: int, ranks: Ranks
 ) -> Evaluation:
     """Mean loss over all validation tokens, and bits per byte of their text."""
-    total = torch.zeros(2, device=ranks.device, dtype=torch.float64)  # summed loss, targets
+    total = torch.zeros(2, dtype=torch.float64)  # summed loss, targets; not every device has it
     for inputs, targets in validation_batches(
         dataset.tokens("val"),
         seq_len=seq_len,
@@ -26,11 +26,12 @@ def evaluate(
     ):
         tokens = torch.from_numpy(inputs).to(ranks.device)
         wanted = torch.from_numpy(targets).to(ranks.device)
-        loss = model(tokens, wanted, normalizer=1)
-        total[0] += loss.double()
-        total[1] += (wanted != IGNORED).sum()
+        total[0] += model(tokens, wanted, normalizer=1).item()
+        total[1] += int((targets != IGNORED).sum())
     part_again(model)
-    summed, count = ranks.sum(total).tolist()
+    if ranks.world > 1:
+        total = ranks.sum(total.to(ranks.device))
+    summed, count = total.tolist()
     size = dataset.manifest.total("val", "bytes")
     return Evaluation(
         step=step,

@@ -6,6 +6,7 @@ shows them, and metrics.jsonl keeps those that are numbers.
 
 import json
 import os
+import re
 import resource
 import sys
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import torch
+
+from pretrain_cli.data.shards import write_whole
 
 
 @dataclass(frozen=True)
@@ -107,9 +110,7 @@ class MetricsFile:
         rows = map(json.loads, kept)
         self.evaluated = {row["step"] for row in rows if row["kind"] == KINDS[Evaluation]}
         """Steps whose evaluation is in the file."""
-        aside = path.with_suffix(".partial")
-        aside.write_text("".join(kept))
-        aside.replace(path)
+        write_whole(path, "".join(kept))
         self.file: IO[str] = path.open("a")
 
     def write(self, event: StepMetrics | Evaluation) -> None:
@@ -157,9 +158,9 @@ PEAK_FLOPS = {
 }
 
 
-def stated_peak(device: torch.device) -> float | None:
-    """The bfloat16 peak in the table above, or None for a device that is not in it."""
-    if device.type != "cuda":
+def stated_peak(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The peak in the table above; None for a device that is not in it, or another type."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return next((p for part, p in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)

@@ -29,14 +29,17 @@ from pretrain_cli.errors import CheckpointError, ConfigError, DataError
 from pretrain_cli.model import counting
 from pretrain_cli.model.config import ModelConfig, variant
 from pretrain_cli.model.config_json import read_config
+from pretrain_cli.model.loss import CHUNK_ELEMENTS
 
 DATASETS = Path("data")
 SAME_VOCABULARY = 512
 """A published vocabulary and its tokenizer's differ by less: spare rows, ids of images."""
-CPU_RUN_FLOPS = 1e13
-CPU_STEPS = 500
+CPU_RUN_FLOPS = 1.2e13
+CPU_STEPS = 400
 CPU_SEQUENCES = 8
 GPU_TOKENS_PER_STEP = 2**18
+LOGIT_BYTES = 10
+"""Of the loss for each logit of a chunk: float32, its exponential, the gradient in bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,8 @@ def make_plan(
     dataset = _find_dataset(settings, ranks, report)
     if model is None:
         config = _fit_to_dataset(config, settings, dataset, report)
+    if config.num_experts:
+        report(Notice("Experts are trained without a balancing loss, and may come to be unused"))
     train, data, optimizer = settings.train, settings.data, settings.optimizer
     on_cpu = ranks.device.type == "cpu"
 
@@ -102,6 +107,20 @@ def make_plan(
         rate = suggested_learning_rate(parameters.active - parameters.embeddings)
     warmup = optimizer.warmup_steps
     warmup = min(1000, max(1, steps // 20)) if warmup == "auto" else warmup
+    choices = {
+        "seq-len": (data.seq_len, f"{seq_len:,}"),
+        "micro-batch": (train.micro_batch_size, f"{micro}"),
+        "tokens a step": (train.tokens_per_step, f"{per_step:,}"),
+        "learning rate": (optimizer.learning_rate, f"{rate:g}"),
+        **{
+            name.replace("_", " "): (d.asked, f"{d.in_force} ({d.reason})")
+            for name, d in speed.decisions.items()
+            if name in ("dtype", "attention", "compile")
+        },
+    }
+    chosen = [f"{name} {value}" for name, (asked, value) in choices.items() if asked == "auto"]
+    if chosen:
+        report(Notice(f"Chosen: {', '.join(chosen)}"))
     return Plan(
         settings=settings,
         name=name,
@@ -121,7 +140,8 @@ def make_plan(
 
 
 def resolved(plan: Plan) -> RunConfig:
-    """The settings with the plan's numbers in the place of every `auto`, for run.yaml."""
+    """The settings with the plan's numbers in the place of every `auto` that a resumed run must
+    not decide anew, for run.yaml. The micro-batch is the machine's, and is."""
     tree: dict[str, Any] = plan.settings.model_dump()
     tree["data"] |= {"path": plan.dataset.folder, "seq_len": plan.seq_len}
     tree["optimizer"] |= {
@@ -132,8 +152,6 @@ def resolved(plan: Plan) -> RunConfig:
         "steps": plan.steps,
         "tokens": None,
         "tokens_per_step": plan.tokens_per_step,
-        "micro_batch_size": plan.micro_batch_size,
-        "log_every": plan.log_every,
         "eval_every": plan.eval_every,
         "checkpoint_every": plan.checkpoint_every,
     }
@@ -147,6 +165,7 @@ def _find_dataset(settings: RunConfig, ranks: Ranks, report: Report) -> Dataset:
     path = settings.data.path
     if path is None:
         found = sorted(p.parent for p in DATASETS.glob(f"*/{MANIFEST}"))
+        found = [folder for folder in found if folder.suffix not in (".partial", ".old")]
         if len(found) > 1:
             listed = ", ".join(map(str, found))
             raise ConfigError(f"data/: holds several datasets ({listed}); choose one with --data")
@@ -176,6 +195,10 @@ def _find_model(settings: RunConfig, known: ModelConfig | None) -> tuple[str, Mo
     folder = settings.model.init_from
     if known is not None:
         return settings.model.name, known
+    if "router_aux_loss_coef" in settings.model.changes:
+        raise ConfigError(
+            "model.router_aux_loss_coef: no balancing loss is computed for experts; leave it out"
+        )
     if folder is None:
         return find_model(settings.model)
     if "name" in settings.model.model_fields_set:
@@ -302,17 +325,19 @@ def _micro_batch_size(
     if asked != "auto":
         return asked
     if ranks.device.type == "cuda":
-        free = torch.cuda.mem_get_info(ranks.device)[0] * 0.8 - counting.state_bytes(config)
+        parts = ranks.world if settings.train.parallel == "fsdp" else 1
+        free = torch.cuda.mem_get_info(ranks.device)[0] * 0.8
+        free -= counting.state_bytes(config) / parts + LOGIT_BYTES * CHUNK_ELEMENTS["cuda"]
     else:
         free = 4 * 2**30
     per_token = counting.activation_bytes_per_token(config, speed.compute_dtype.itemsize)
-    fits = max(1, int(free / (per_token * seq_len)))
+    fits = ranks.least(max(1, int(free / (per_token * seq_len))))
     return max(size for size in range(1, share + 1) if share % size == 0 and size <= fits)
 
 
 def _interval(asked: int | str, steps: int, *, at_least: int) -> int:
     """Every so many steps: a fifth of the run, but not more often than makes sense."""
-    return max(at_least, steps // 5) if asked == "auto" else int(asked)
+    return max(at_least, math.ceil(steps / 5)) if asked == "auto" else int(asked)
 
 
 def suggested_learning_rate(parameters: int) -> float:

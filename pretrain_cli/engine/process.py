@@ -1,8 +1,9 @@
 """Settings of the whole process, two of which must be made before torch is loaded or at once after.
 
-passive_threads     OpenMP threads that wait for each other sleep instead of spinning. Spinning is a
-                    little faster on an idle machine and several times slower where anything else
-                    wants a core. Read once, when torch is loaded, from OMP_WAIT_POLICY.
+passive_threads     OpenMP threads that wait for each other spin briefly and then sleep. Spinning on
+                    and on is slower where anything else wants a core (1.6 times, a small model on
+                    two cores and one of them busy); sleeping at once is slower where nothing does
+                    (1.7 times; OMP_WAIT_POLICY=PASSIVE, tried and left). Read when torch is loaded.
 keep_freed_memory   glibc keeps freed memory for the next step instead of giving it back to the
                     kernel and faulting it in again, page by page: where a vocabulary's gradients
                     are hundreds of megabytes that was most of a step.
@@ -16,26 +17,28 @@ import platform
 import sys
 from typing import Any
 
-WAITING = "OMP_WAIT_POLICY"
+SPINS, BRIEF = "GOMP_SPINCOUNT", "1000"
+POLICY = "OMP_WAIT_POLICY"
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # mallopt's numbers, in glibc's malloc.h
 
 
 def wait_passively(asked: bool | str) -> None:
-    """Set how OpenMP's threads wait, unless the person's environment says it or torch is loaded."""
-    if "torch" not in sys.modules and WAITING not in os.environ:
-        os.environ[WAITING] = "ACTIVE" if asked is False else "PASSIVE"
+    """Have OpenMP's threads spin but briefly, unless the environment says how they wait or torch is
+    loaded already."""
+    if asked is not False and "torch" not in sys.modules and POLICY not in os.environ:
+        os.environ.setdefault(SPINS, BRIEF)
 
 
 def passive_threads(asked: bool | str) -> tuple[bool, str]:
-    """(whether waiting threads sleep, why where that is not what was asked)."""
-    policy = os.environ.get(WAITING, "").upper()
-    in_force = policy == "PASSIVE"
+    """(whether waiting threads sleep soon, why where that is not what was asked)."""
+    policy = os.environ.get(POLICY, "")
+    in_force = policy.upper() == "PASSIVE" or (not policy and SPINS in os.environ)
     if asked == in_force:
         return in_force, ""
     if asked == "auto" and in_force:
         return in_force, "other programs may want a core"
-    if policy:
-        return in_force, f"{WAITING} is {policy} in the environment"
+    if policy or SPINS in os.environ:
+        return in_force, f"{POLICY} or {SPINS} is set in the environment"
     return in_force, "torch was loaded before it could be set"
 
 

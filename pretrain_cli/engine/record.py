@@ -9,7 +9,7 @@ import yaml
 
 from pretrain_cli.config import RunConfig, check_config
 from pretrain_cli.errors import CheckpointError, ConfigError
-from pretrain_cli.model.config import ModelConfig, variant
+from pretrain_cli.model.config import FIELDS, ModelConfig, variant
 from pretrain_cli.model.presets import preset
 
 RECORD = "run.yaml"
@@ -35,6 +35,7 @@ class Record:
     """run.yaml of a run that exists."""
 
     settings: dict[str, Any]
+    asked: dict[str, Any]
     model: ModelConfig
     model_name: str
     dataset_fingerprint: str
@@ -50,11 +51,13 @@ def read_record(run: Path) -> Record:
         model = dict(raw["model"])
         name = model.pop("name")
         fingerprint = raw["dataset"]["fingerprint"]
-        settings = raw["settings"]
+        settings, asked = raw["settings"], raw["asked"]
+        if missing := set(FIELDS) - set(model):
+            raise KeyError(missing)
     except (yaml.YAMLError, KeyError, TypeError, ValueError):
         raise CheckpointError(f"{path}: damaged; copy it back from a backup") from None
     # every field is in the file, so nothing of the preset it starts from is left
-    return Record(settings, variant(preset("gemma3-tiny"), model), name, fingerprint)
+    return Record(settings, asked, variant(preset("gemma3-tiny"), model), name, fingerprint)
 
 
 def resumed_settings(record: Record, changed: RunConfig) -> RunConfig:

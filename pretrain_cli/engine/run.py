@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from pretrain_cli import __version__
+from pretrain_cli.data.shards import write_whole
 from pretrain_cli.engine.plan import Plan, resolved
 from pretrain_cli.engine.record import RECORD
 from pretrain_cli.errors import ConfigError
@@ -44,11 +45,13 @@ def choose_folder(plan: Plan) -> Path:
     return folder
 
 
-def write_record(folder: Path, plan: Plan, device: torch.device) -> None:
-    """run.yaml, replaced in one step."""
+def write_record(
+    folder: Path, plan: Plan, device: torch.device, asked: dict[str, Any] | None = None
+) -> None:
+    """run.yaml, replaced in one step. A resumed run passes what was asked for at its start."""
     record = {
         "settings": resolved(plan).model_dump(mode="json"),
-        "asked": plan.settings.model_dump(mode="json"),
+        "asked": asked or plan.settings.model_dump(mode="json"),
         "speed": plan.speed.record(),
         "model": {"name": plan.name}
         | {k: list(v) if isinstance(v, tuple) else v for k, v in _fields(plan.model).items()},
@@ -62,8 +65,11 @@ def write_record(folder: Path, plan: Plan, device: torch.device) -> None:
             "pretrain": __version__,
             "torch": str(torch.__version__),
             "python": platform.python_version(),
+        },
+        "machine": {
             "device": device_name(device),
             "threads": torch.get_num_threads(),
+            "micro_batch_size": plan.micro_batch_size,
         },
     }
     try:
@@ -72,9 +78,7 @@ def write_record(folder: Path, plan: Plan, device: torch.device) -> None:
         raise ConfigError(
             f"--out: {folder} can't be made ({error.strerror}); choose another folder"
         ) from None
-    aside = folder / f".{RECORD}.partial"
-    aside.write_text(yaml.safe_dump(record, sort_keys=False))
-    aside.replace(folder / RECORD)
+    write_whole(folder / RECORD, yaml.safe_dump(record, sort_keys=False))
 
 
 def _fields(config: ModelConfig) -> dict[str, Any]:

@@ -85,8 +85,11 @@ def apply_process_settings(speed: Speed) -> None:
     process.apply_memory(speed.keep_freed_memory)
     torch.set_float32_matmul_precision(speed.float32_matmul)
     torch.backends.cudnn.benchmark = speed.cudnn_benchmark
-    if speed.expandable_segments:
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if torch.cuda.is_available():
+        # The environment is read when CUDA starts, which was when the device was looked for.
+        torch.cuda.memory._set_allocator_settings(
+            f"expandable_segments:{speed.expandable_segments}"
+        )
 
 
 def build_model(config: ModelConfig, speed: Speed, device: torch.device) -> Decoder:
@@ -123,7 +126,7 @@ def _attention(asked: str, device: torch.device, training: bool) -> tuple[str, s
 def _dtype(asked: str, device: torch.device) -> tuple[str, str]:
     if asked != "auto":
         return asked, ""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bfloat16", "this GPU multiplies in bfloat16; weights and optimizer stay float32"
     if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
         return "bfloat16", "this CPU multiplies in bfloat16; weights and optimizer stay float32"

@@ -5,6 +5,7 @@ optimizer → resume → train_step until done or asked to stop, evaluating and 
 """
 
 import json
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -92,7 +93,9 @@ def train(
                 "more, or resume from an earlier checkpoint of it"
             )
         if ranks.is_first:
-            write_record(run, plan, ranks.device)
+            write_record(run, plan, ranks.device, resume[1].asked if resume else None)
+            for left in checkpoint.abandon_later(run, state.step):
+                report(Notice(f"{left}: beyond step {state.step:,}, renamed to abandoned-…"))
         trainer = Trainer(plan, run, ranks, report, batches, decoder, model, optimizer)
         return trainer.run_until(plan.steps, state, stop)
 
@@ -161,7 +164,7 @@ class Trainer:
         if ranks.is_first:
             self.metrics = MetricsFile(self.run / "metrics.jsonl", upto=state.step)
         flops = counting.training_flops(plan.model, plan.seq_len).exact
-        peak = stated_peak(ranks.device)
+        peak = stated_peak(ranks.device, plan.speed.compute_dtype)
         self.saved_step = state.step if state.step else -1
         self.report(
             Started(
@@ -184,7 +187,7 @@ class Trainer:
             prefetch=plan.speed.prefetch,
         )
         first, stopped = state.step, False
-        waited, since = 0.0, 0
+        waited, since, mean, now = 0.0, 0, 0.0, 0.0
         if state.step >= steps:
             self.report(Notice(f"{self.run} has its {steps:,} steps; --steps with more goes on"))
         try:
@@ -216,8 +219,12 @@ class Trainer:
                     samples=state.samples + plan.samples_per_step,
                     tokens=state.tokens + plan.tokens_per_step,
                 )
-                if state.step % plan.log_every == 0 or state.step == steps:
+                save_due = state.step % plan.checkpoint_every == 0
+                log_due = state.step % plan.log_every == 0 or state.step == steps
+                if log_due or save_due or (stop and ranks.world == 1):
                     mean = ranks.sum(loss).item()  # waits for the device
+                    self._refuse_divergence(state, mean, float(norm))
+                if log_due:
                     now = time.perf_counter()
                     speed = since * plan.tokens_per_step / (now - logged)
                     self.report(
@@ -235,13 +242,15 @@ class Trainer:
                         )
                     )
                     waited, since = 0.0, 0
-                stopped = ranks.any(bool(stop))
+                paused = time.perf_counter()
+                if ranks.world == 1 or log_due or save_due:
+                    stopped = ranks.any(bool(stop))
                 if state.step % plan.eval_every == 0 and not stopped:
                     self.evaluate(state)
-                if state.step % plan.checkpoint_every == 0:
+                if save_due:
                     self.save(state)
-                if since == 0:
-                    logged = time.perf_counter()
+                logged = now if log_due else logged
+                logged += time.perf_counter() - paused  # evaluating and saving are not training
             if state.step > first and not stopped:
                 self.evaluate(state)
             self.save(state)
@@ -255,9 +264,19 @@ class Trainer:
         self.report(finished)
         return finished
 
+    def _refuse_divergence(self, state: State, loss: float, norm: float) -> None:
+        """Stop before weights that are not finite are saved over those that are."""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise PretrainError(
+                f"step {state.step}: loss {loss}, gradient norm {norm}; training diverged, this is "
+                "not saved. Start again with a lower --learning-rate, or with --init-from an "
+                f"earlier checkpoint of {self.run}"
+            )
+
     def _missed_evaluation(self, state: State) -> bool:
         """Whether this run was stopped at a step whose evaluation was due, and is resumed there."""
-        due = 0 < state.step < self.plan.steps and state.step % self.plan.eval_every == 0
+        last = state.step == self.plan.steps
+        due = state.step > 0 and (last or state.step % self.plan.eval_every == 0)
         done = self.metrics is not None and state.step in self.metrics.evaluated
         return due and self.ranks.any(self.ranks.is_first and not done)
 
@@ -313,7 +332,8 @@ class Trainer:
                 self.decoder, self.plan.dataset.tokenizer, train.sample_prompt, controls
             )
             try:
-                sample = Sample(state.step, train.sample_prompt, "".join(pieces))
+                with torch.compiler.set_stance("force_eager"):  # each length would compile anew
+                    sample = Sample(state.step, train.sample_prompt, "".join(pieces))
             except PretrainError as error:  # nothing of the run depends on it
                 self.report(Notice(f"No sample: {error}"))
             else:

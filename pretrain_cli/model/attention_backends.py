@@ -107,8 +107,12 @@ def _sdpa_attend(
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, **mask: Any) -> Tensor:
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped, **mask)
+    group = q.shape[1] // k.shape[1]
+    if group > 1 and q.device.type == "cuda" and "attn_mask" in mask:
+        # The GPU kernel that takes a mask takes no grouped heads.
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+        group = 1
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=group > 1, **mask)
 
 
 def _folded(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
@@ -163,9 +167,11 @@ def _flex_lower(mask: Mask, device: torch.device) -> Any:
 
 
 def _flex_attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
-    attend = _flex_kernel(q.device.type)
+    attend = flex_attention if torch.compiler.is_compiling() else _flex_kernel(q.device.type)
     return attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2)
 
 

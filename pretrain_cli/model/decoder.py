@@ -39,7 +39,6 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         D = config.hidden_size
-        self.layer_type = config.layer_types[layer]
         self.attention_norm = RMSNorm(D, config)
         self.attention = Attention(
             config, BACKENDS[attention], merged_projections=merged_projections

@@ -1,7 +1,7 @@
 """Cross entropy over a large vocabulary, without the logits.
 
 The logits of 8 × 1024 tokens over 262,144 words are 8.6 GB in float32; their gradient is as large.
-Chunked, a few hundred tokens at a time are taken through head, softmax and back: their gradients
+Chunked, some of the tokens at a time are taken through head, softmax and back: their gradients
 are formed on the way, in the forward pass, so nothing is kept and nothing is computed twice.
 
     for each chunk of tokens:  logits = h Wᵀ        loss += Σ (log Σ exp logits − logits[target])

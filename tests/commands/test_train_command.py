@@ -61,6 +61,8 @@ def test_a_run_says_what_it_does_line_by_line(pretrain, tiny, monkeypatch):
     outcome = pretrain(f"train {tiny} --steps 3 --learning-rate 0.01")
     assert (outcome.code, outcome.err) == (0, "")
     lines = outcome.out.splitlines()
+    chosen = lines.pop(1)
+    assert chosen.startswith("· Chosen: attention sdpa (PyTorch's fused kernels")
     assert lines[0].startswith("· Vocabulary 320 instead of the model's 4,096: the dataset's")
     assert lines[1].startswith("gemma3-tiny ")
     assert "parameters on data/corpus" in lines[1]
@@ -128,8 +130,9 @@ def test_the_record_says_what_was_asked_and_what_it_became(pretrain, tiny):
     assert made["settings"]["optimizer"]["learning_rate"] > 0
     auto = [key for section in ("data", "optimizer", "train")
             for key, value in made["settings"][section].items()
-            if value == "auto" and key != "device"]  # fmt: skip
-    assert not auto
+            if value == "auto"]  # fmt: skip
+    assert set(auto) <= {"device", "micro_batch_size", "log_every"}  # the machine's, and told there
+    assert made["machine"]["micro_batch_size"] == 2
     matmul = made["speed"]["float32_matmul"]
     assert (matmul["asked"], matmul["in_force"]) == ("high", "highest")
     assert matmul["reason"]
@@ -226,7 +229,7 @@ def test_a_checkpoint_cut_short_is_passed_over_and_said(pretrain, refused, name)
     assert message.startswith(f"{newest / name}: checksum differs")
     outcome = pretrain("train --resume runs/tiny --steps 60")
     assert outcome.code == 0, outcome.err
-    assert f"{newest / name}: checksum differs" in outcome.out.splitlines()[0]
+    assert f"· {newest / name}: checksum differs" in outcome.out
     assert "steps 40 to 60" in outcome.out
     assert [row["step"] for row in metrics("runs/tiny")] == list(range(1, 61))
 

@@ -17,7 +17,7 @@ from pretrain_cli.config import build_config
 from pretrain_cli.engine import checkpoint
 from pretrain_cli.engine.metrics import Notice
 from pretrain_cli.engine.record import read_record, resumed_settings
-from pretrain_cli.errors import CheckpointError, ConfigError, DataError
+from pretrain_cli.errors import CheckpointError, ConfigError, DataError, PretrainError
 
 NUMBERS = ("step", "loss", "learning_rate", "gradient_norm", "tokens", "bits_per_byte")
 
@@ -154,6 +154,64 @@ def test_another_dataset_is_refused_on_resume(settings, run, tmp_path, dataset):
     run(settings(train__steps=1))
     with pytest.raises(DataError, match="not the dataset"):
         resume(run, tmp_path / "run", data__path=tmp_path / "dogs", train__steps=2)
+
+
+def test_going_on_from_an_earlier_checkpoint_leaves_the_later_ones_aside(settings, run, tmp_path):
+    run(settings("straight", train__steps=4, train__checkpoint_every=1, train__keep_checkpoints=9))
+    folder = tmp_path / "straight"
+    before = numbers(folder)
+    record = read_record(folder)
+    early = folder / "checkpoints/step-000002"
+    events = run(resumed_settings(record, build_config(record.settings, {"train.steps": 3}, [])),
+                 resume=(folder, record), resume_from=early)  # fmt: skip
+    assert any("step-000004: beyond step 2" in e.text for e in events if isinstance(e, Notice))
+    assert [path.name for path in checkpoint.checkpoints(folder)] == [
+        "step-000003", "step-000002", "step-000001",
+    ]  # fmt: skip
+    resume(run, folder, train__steps=4)
+    steps = [row for row in numbers(folder) if row["kind"] == "step"]
+    # another length is another schedule, which the loss of a step shows one step later
+    assert [row["loss"] for row in steps[:3]] == [
+        row["loss"] for row in before if row["kind"] == "step"
+    ][:3]
+
+
+def test_the_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path):
+    for step in (999_900, 1_000_000, 999_950):
+        (tmp_path / f"checkpoints/step-{step:06d}").mkdir(parents=True)
+    assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path)] == [
+        1_000_000, 999_950, 999_900,
+    ]  # fmt: skip
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_checkpoints(settings, run, tmp_path):
+    config = settings(train__steps=40, train__checkpoint_every=1, optimizer__learning_rate=1e30)
+    with pytest.raises(PretrainError, match="training diverged"):
+        run(config)
+    for path in checkpoint.checkpoints(tmp_path / "run"):
+        assert all(t.isfinite().all() for t in load_file(path / "model.safetensors").values())
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_run_goes_on_on_two_ranks(settings, run, tmp_path, parallel):
+    """From a checkpoint of one rank, and with the same losses."""
+    run(settings("straight"))
+    run(settings("two", train__checkpoint_every=3, train__keep_checkpoints=5))
+    (tmp_path / "two/checkpoints/step-000006").rename(tmp_path / "gone")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
+               "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "pretrain_cli", "train",
+               f"--resume={tmp_path / 'two'}", "--micro-batch-size=1",
+               f"--set=train.parallel={parallel}"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for one, other in zip(numbers(tmp_path / "two"), numbers(tmp_path / "straight"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=2e-5)
+    names = {"model", "training/optimizer"}
+    for name in names:
+        saved = load_file(tmp_path / f"two/checkpoints/step-000006/{name}.safetensors")
+        alone = load_file(tmp_path / f"straight/checkpoints/step-000006/{name}.safetensors")
+        assert saved.keys() == alone.keys()
 
 
 @pytest.mark.slow

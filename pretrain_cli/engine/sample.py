@@ -37,6 +37,9 @@ def open_for_sampling(
     left_out = load_weights(model, folder)
     if left_out:
         report(f"{folder}: {len(left_out)} tensors are not the text model's: {left_out[0]}, …")
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:  # cast once, and not again at every token
+            parameter.data = parameter.data.to(model.dtype)
     return folder, model.eval(), tokenizer
 
 

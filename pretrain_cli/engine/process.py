@@ -1,12 +1,12 @@
 """Settings of the whole process, two of which must be made before torch is loaded or at once after.
 
 passive_threads     OpenMP threads that wait for each other spin briefly and then sleep. Spinning on
-                    and on is slower where anything else wants a core (1.6 times, a small model on
-                    two cores and one of them busy); sleeping at once is slower where nothing does
-                    (1.7 times; OMP_WAIT_POLICY=PASSIVE, tried and left). Read when torch is loaded.
+                    and on is slower where anything else wants a core; sleeping at once
+                    (OMP_WAIT_POLICY=PASSIVE, tried and left) is slower where nothing does, most of
+                    all for a small model. Read when torch is loaded.
 keep_freed_memory   glibc keeps freed memory for the next step instead of giving it back to the
-                    kernel and faulting it in again, page by page: where a vocabulary's gradients
-                    are hundreds of megabytes that was most of a step.
+                    kernel and faulting it in again, page by page: a vocabulary's gradients are
+                    hundreds of megabytes.
 
 This module imports no torch, so that a command can call `wait_passively` first.
 """

@@ -147,8 +147,8 @@ def _compile(asked: bool | str, device: torch.device) -> tuple[bool, str]:
     if device.type == "cpu":
         if asked == "auto":
             return False, "compiling on a CPU takes 10 to 40 seconds; worth it for long runs"
-        found = next((c for c in (os.environ.get("CXX"), "g++", "clang++", "c++") if c), "g++")
-        if not any(shutil.which(c) for c in (found, "g++", "clang++", "c++")):
+        compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
+        if not any(name and shutil.which(name) for name in compilers):
             return False, "no C++ compiler is installed (g++ or clang++)"
     elif device.type == "cuda":
         try:

@@ -141,7 +141,7 @@ def test_the_attention_scale_of_qwen_follows_its_head_dim_and_of_gemma_stays():
         ({"hiden_size": 3}, "model.hiden_size: no such setting; did you mean model.hidden_size?"),
         (
             {"num_layers": 3},
-            "model.num_layers: no such setting; did you mean model.num_h",
+            "model.num_layers: no such setting; did you mean model.num_hidden_layers?",
         ),
         ({"zzzz": 3}, "model.zzzz: no such setting"),
         ({"hidden_size": "wide"}, "model.hidden_size: 'wide' is not a whole number"),

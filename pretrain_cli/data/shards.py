@@ -13,7 +13,6 @@ a folder with a dataset.json is complete.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,23 +22,22 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pretrain_cli.data.tokenizer import Tokenizer, read_tokenizer
+from pretrain_cli.data.tokenizer import Tokenizer
 from pretrain_cli.errors import DataError
+from pretrain_cli.files import flush
 
 FORMAT_VERSION = 1
 MANIFEST = "dataset.json"
 SHARD_TOKENS = 2**27
-VERIFIED_WHEN_OPENED = 4 * 2**30
-"""Checksums of datasets up to this size are verified at every opening: a second a gigabyte."""
 
-Split = Literal["train", "val"]
+SplitName = Literal["train", "val"]
 
 
 class Shard(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     file: str
-    split: Split
+    split: SplitName
     tokens: int
     documents: int
     bytes: int
@@ -65,7 +63,7 @@ class Manifest(BaseModel):
     """What was asked for: paths, digest of the files, options. The same request needs no work."""
     shards: list[Shard]
 
-    def total(self, split: Split, of: Literal["tokens", "documents", "bytes"]) -> int:
+    def total(self, split: SplitName, of: Literal["tokens", "documents", "bytes"]) -> int:
         return sum(getattr(shard, of) for shard in self.shards if shard.split == split)
 
     @property
@@ -127,70 +125,36 @@ class TokenStream:
         return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """A tokenized dataset, opened and checked."""
+class DocumentStarts:
+    """Where one split's documents begin in its row of tokens, ascending, memory-mapped by shard."""
 
-    folder: Path
-    manifest: Manifest
-    tokenizer: Tokenizer
-    unverified_bytes: int
-    """Bytes whose sizes were checked, but not their checksums."""
+    def __init__(self, starts: list[np.ndarray], offsets: Sequence[int]) -> None:
+        """`starts` are relative to their shard, and `offsets` say where each shard begins."""
+        self.starts = starts
+        self.offsets = offsets
 
-    def tokens(self, split: Split) -> TokenStream:
-        paths = [self.folder / s.file for s in self.manifest.shards if s.split == split]
-        return TokenStream(paths, self.manifest.dtype)
+    def __len__(self) -> int:
+        return sum(len(starts) for starts in self.starts)
 
-
-def open_dataset(folder: Path) -> Dataset:
-    """Open a dataset; DataError where a file is missing, cut, altered or swapped."""
-    manifest = read_manifest(folder)
-    tokenizer = read_tokenizer(folder / "tokenizer.json", name=manifest.tokenizer)
-    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
-        raise DataError(
-            f"{folder / 'tokenizer.json'}: not the tokenizer that made this dataset "
-            f"({manifest.tokenizer}); put the right one back, or tokenize again with --force"
-        )
-    width = np.dtype(manifest.dtype).itemsize
-    total = 0
-    for shard in manifest.shards:
-        for path, size in (
-            (folder / shard.file, shard.tokens * width),
-            (_index_path(folder, shard.file), shard.documents * 8),
-        ):
-            if not path.is_file():
-                raise DataError(f"{path}: missing; tokenize again with --force")
-            found = path.stat().st_size
-            if found != size:
-                raise DataError(
-                    f"{path}: {found:,} bytes where {MANIFEST} says {size:,}; "
-                    "tokenize again with --force"
-                )
-            total += size
-    if total > VERIFIED_WHEN_OPENED:
-        return Dataset(folder, manifest, tokenizer, unverified_bytes=total)
-    for shard in manifest.shards:
-        for path, expected in (
-            (folder / shard.file, shard.sha256),
-            (_index_path(folder, shard.file), shard.index_sha256),
-        ):
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                    raise DataError(
-                        f"{path}: checksum differs from {MANIFEST}; tokenize again with --force"
-                    )
-    return Dataset(folder, manifest, tokenizer, unverified_bytes=0)
+    def between(self, first: int, last: int) -> np.ndarray:
+        """The positions in [first, last) at which a document begins. -> (n,) int64."""
+        found = []
+        for starts, offset in zip(self.starts, self.offsets, strict=True):
+            low, high = np.searchsorted(starts, np.clip((first - offset, last - offset), 0, None))
+            found.append(starts[low:high].astype(np.int64) + offset)
+        return np.concatenate(found) if found else np.empty(0, np.int64)
 
 
-def _index_path(folder: Path, file: str) -> Path:
-    return (folder / file).with_suffix(".idx")
+def index_path(shard: Path) -> Path:
+    """The document index of a shard."""
+    return shard.with_suffix(".idx")
 
 
 @dataclass
 class _OpenShard:
     """A shard being written."""
 
-    split: Split
+    split: SplitName
     path: Path
     dtype: str
     tokens: int = 0
@@ -216,7 +180,7 @@ class _OpenShard:
         flush(self.file)
         self.file.close()
         index = np.asarray(self.starts, dtype="<u8").tobytes()
-        with self.path.with_suffix(".idx").open("wb") as file:
+        with index_path(self.path).open("wb") as file:
             file.write(index)
             flush(file)
         return Shard(
@@ -244,7 +208,7 @@ class DatasetWriter:
         self.dtype: Literal["uint16", "uint32"] = (
             "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
         )
-        self.open: dict[Split, _OpenShard] = {}
+        self.open: dict[SplitName, _OpenShard] = {}
         self.closed: list[Shard] = []
 
     def __enter__(self) -> "DatasetWriter":
@@ -262,7 +226,7 @@ class DatasetWriter:
             shard.file.close()
         shutil.rmtree(self.aside, ignore_errors=True)
 
-    def add(self, split: Split, ids: Sequence[int] | np.ndarray, size: int) -> None:
+    def add(self, split: SplitName, ids: Sequence[int] | np.ndarray, size: int) -> None:
         """One document: its ids with its marks, and the bytes of its text."""
         shard = self.open.get(split)
         if shard is not None and shard.tokens >= SHARD_TOKENS:
@@ -274,11 +238,11 @@ class DatasetWriter:
             shard = self.open[split] = _OpenShard(split, path, self.dtype)
         shard.add(ids, size)
 
-    def tokens(self, split: Split) -> int:
+    def tokens(self, split: SplitName) -> int:
         """Tokens of this split so far."""
         return sum(s.tokens for s in (*self.closed, *self.open.values()) if s.split == split)
 
-    def take_back(self, split: Split) -> list[tuple[np.ndarray, int]]:
+    def take_back(self, split: SplitName) -> list[tuple[np.ndarray, int]]:
         """Take this split's open shard away again: its documents, as they were added."""
         shard = self.open.pop(split)
         shard.file.close()
@@ -311,18 +275,3 @@ class DatasetWriter:
         self.aside.rename(self.folder)
         shutil.rmtree(old, ignore_errors=True)
         return manifest
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file aside, flush and rename it: it is the old one or the new one, never a part."""
-    aside = path.with_name(f".{path.name}.partial")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        flush(file)
-    aside.replace(path)
-
-
-def flush(file: Any) -> None:
-    """Bring what was written to a file onto the disk."""
-    file.flush()
-    os.fsync(file.fileno())

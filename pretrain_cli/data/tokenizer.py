@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,11 @@ class Tokenizer:
     eos: int
     pad: int | None
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         return hashlib.sha256(self.json.encode()).hexdigest()
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1

@@ -28,10 +28,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pretrain_cli.data.shards import flush
 from pretrain_cli.data.tokenizer import Tokenizer
 from pretrain_cli.engine.distributed import Ranks, is_parted, place_like, whole
 from pretrain_cli.errors import CheckpointError
+from pretrain_cli.files import flush
 from pretrain_cli.model.config_json import to_config_json
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.huggingface import published_tensors, write_weights

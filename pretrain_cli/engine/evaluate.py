@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from pretrain_cli.data.batches import IGNORED, validation_batches
-from pretrain_cli.data.shards import Dataset
+from pretrain_cli.data.dataset import Dataset
 from pretrain_cli.engine.distributed import Ranks, part_again
 from pretrain_cli.engine.metrics import Evaluation
 
@@ -18,7 +18,7 @@ def evaluate(
     """Mean loss over all validation tokens, and bits per byte of their text."""
     total = torch.zeros(2, dtype=torch.float64)  # summed loss, targets; not every device has it
     for inputs, targets in validation_batches(
-        dataset.tokens("val"),
+        dataset.val.tokens,
         seq_len=seq_len,
         batch_size=batch_size,
         rank=ranks.rank,
@@ -32,7 +32,7 @@ def evaluate(
     if ranks.world > 1:
         total = ranks.sum(total.to(ranks.device))
     summed, count = total.tolist()
-    size = dataset.manifest.total("val", "bytes")
+    size = dataset.val.bytes
     return Evaluation(
         step=step,
         loss=summed / count,

@@ -16,7 +16,7 @@ from typing import IO, Any, Literal
 
 import torch
 
-from pretrain_cli.data.shards import write_whole
+from pretrain_cli.files import write_whole
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from pretrain_cli.config import RunConfig, find_model
-from pretrain_cli.data.shards import MANIFEST, Dataset, open_dataset
+from pretrain_cli.data.dataset import Dataset, open_dataset
+from pretrain_cli.data.shards import MANIFEST
 from pretrain_cli.data.tokenize import DEMO, demo_request, tokenize
 from pretrain_cli.data.tokenizer import read_tokenizer
 from pretrain_cli.engine.distributed import Ranks
@@ -215,23 +216,22 @@ def _fit_to_dataset(
     config: ModelConfig, settings: RunConfig, dataset: Dataset, report: Report
 ) -> ModelConfig:
     """The model with a vocabulary that holds the dataset's; refuse one that can't."""
-    manifest = dataset.manifest
     if settings.model.init_from is not None:
         _same_tokenizer(settings.model.init_from, dataset, report)
     elif "vocab_size" not in settings.model.changes:
         config = _with_vocabulary(config, dataset, report)
-    if config.vocab_size <= manifest.largest_token:
+    if config.vocab_size <= dataset.largest_token:
         raise ConfigError(
             f"model.vocab_size: {config.vocab_size:,} is too small for {dataset.folder}, which "
-            f"holds token {manifest.largest_token:,} of {manifest.tokenizer}'s "
-            f"{manifest.vocab_size:,}; leave vocab_size out, or tokenize for this model"
+            f"holds token {dataset.largest_token:,} of {dataset.tokenizer.name}'s "
+            f"{dataset.tokenizer.vocab_size:,}; leave vocab_size out, or tokenize for this model"
         )
     return config
 
 
 def _with_vocabulary(config: ModelConfig, dataset: Dataset, report: Report) -> ModelConfig:
     """The model with as many rows as the dataset's tokenizer has ids, and its padding id."""
-    size, largest = dataset.manifest.vocab_size, dataset.manifest.largest_token
+    size, largest = dataset.tokenizer.vocab_size, dataset.largest_token
     has_pad = config.pad_token_id is not None
     config = replace(config, pad_token_id=None)
     if largest >= config.vocab_size or abs(size - config.vocab_size) > SAME_VOCABULARY:
@@ -239,7 +239,7 @@ def _with_vocabulary(config: ModelConfig, dataset: Dataset, report: Report) -> M
         report(
             Notice(
                 f"Vocabulary {rows:,} instead of the model's {config.vocab_size:,}: the dataset's "
-                f"tokenizer, {dataset.manifest.tokenizer}, has {size:,} tokens"
+                f"tokenizer, {dataset.tokenizer.name}, has {size:,} tokens"
             )
         )
         config = replace(config, vocab_size=rows)
@@ -258,7 +258,7 @@ def _same_tokenizer(folder: Path, dataset: Dataset, report: Report) -> None:
         theirs.backend.get_vocab() != ours.backend.get_vocab()
     ):
         raise DataError(
-            f"{dataset.folder}: made with the tokenizer {dataset.manifest.tokenizer}, and {folder} "
+            f"{dataset.folder}: made with the tokenizer {dataset.tokenizer.name}, and {folder} "
             f"was trained with another; tokenize with --tokenizer {folder}"
         )
 
@@ -267,7 +267,7 @@ def _same_tokenizer(folder: Path, dataset: Dataset, report: Report) -> None:
 
 
 def _seq_len(asked: int | str, config: ModelConfig, dataset: Dataset, on_cpu: bool) -> int:
-    available = dataset.manifest.total("train", "tokens") - 1
+    available = len(dataset.train.tokens) - 1
     if asked == "auto":
         return max(1, min(512 if on_cpu else 1024, config.max_position_embeddings, available))
     assert isinstance(asked, int)

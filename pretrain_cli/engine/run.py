@@ -16,10 +16,10 @@ import torch
 import yaml
 
 from pretrain_cli import __version__
-from pretrain_cli.data.shards import write_whole
 from pretrain_cli.engine.plan import Plan, resolved
 from pretrain_cli.engine.record import RECORD
 from pretrain_cli.errors import ConfigError
+from pretrain_cli.files import write_whole
 from pretrain_cli.model.config import ModelConfig
 
 RUNS = Path("runs")
@@ -57,9 +57,9 @@ def write_record(
         | {k: list(v) if isinstance(v, tuple) else v for k, v in _fields(plan.model).items()},
         "dataset": {
             "path": str(plan.dataset.folder),
-            "fingerprint": plan.dataset.manifest.fingerprint,
-            "tokenizer": plan.dataset.manifest.tokenizer,
-            "tokens": plan.dataset.manifest.total("train", "tokens"),
+            "fingerprint": plan.dataset.fingerprint,
+            "tokenizer": plan.dataset.tokenizer.name,
+            "tokens": len(plan.dataset.train.tokens),
         },
         "software": {
             "pretrain": __version__,

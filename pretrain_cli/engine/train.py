@@ -62,11 +62,11 @@ def train(
             report = _silent
         plan = make_plan(settings, ranks, report, model=resume[1].model if resume else None)
         batches = Batches(
-            plan.dataset.tokens("train"),
+            plan.dataset.train.tokens,
             seq_len=plan.seq_len,
             samples_per_step=plan.samples_per_step,
             seed=plan.settings.train.seed,
-            fingerprint=plan.dataset.manifest.fingerprint,
+            fingerprint=plan.dataset.fingerprint,
             rank=ranks.rank,
             world=ranks.world,
         )
@@ -283,7 +283,7 @@ class Trainer:
     def evaluate(self, state: State) -> None:
         """Measure and report the validation loss, once for a step."""
         dataset = self.plan.dataset
-        if self.evaluated_step == state.step or dataset.manifest.total("val", "tokens") < 2:
+        if self.evaluated_step == state.step or len(dataset.val.tokens) < 2:
             return
         self.model.eval()
         self.evaluated_step = state.step
@@ -353,7 +353,7 @@ def _choose_run(
     if resume is None:
         return choose_folder(plan), None
     run, record = resume
-    if plan.dataset.manifest.fingerprint != record.dataset_fingerprint:
+    if plan.dataset.fingerprint != record.dataset_fingerprint:
         raise DataError(
             f"{plan.dataset.folder}: not the dataset that {run} was trained on; give that one "
             "with --data, or start a new run"

@@ -11,8 +11,10 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pretrain_cli.data import dataset as opening
 from pretrain_cli.data import shards
-from pretrain_cli.data.shards import DatasetWriter, open_dataset, read_manifest
+from pretrain_cli.data.dataset import open_dataset
+from pretrain_cli.data.shards import DatasetWriter, read_manifest
 from pretrain_cli.data.tokenizer import load_tokenizer, read_tokenizer
 from pretrain_cli.errors import DataError
 
@@ -107,7 +109,7 @@ def test_the_vocabulary_chooses_the_width_of_a_token(tmp_path, ids, dtype):
     assert (manifest.dtype, manifest.largest_token) == (dtype, ids - 1)
     width = {"uint16": 2, "uint32": 4}[dtype]
     assert (tmp_path / "made/train-00000.bin").stat().st_size == 3 * width
-    assert open_dataset(tmp_path / "made").tokens("train").read(0, 3).tolist() == [1, ids - 1, 0]
+    assert open_dataset(tmp_path / "made").train.tokens.read(0, 3).tolist() == [1, ids - 1, 0]
 
 
 def test_a_writer_that_fails_leaves_nothing(tmp_path):
@@ -146,7 +148,7 @@ def test_a_new_dataset_replaces_an_old_one_whole(tmp_path, monkeypatch):
 
 def test_tokens_are_read_across_the_borders_of_shards(dataset):
     tokens = [token for document in DOCUMENTS for token in (*document, 256)]
-    row = open_dataset(dataset).tokens("train")
+    row = open_dataset(dataset).train.tokens
     assert len(row) == len(tokens)
     for start in range(len(tokens)):
         for count in (0, 1, 2, 20, len(tokens)):
@@ -166,7 +168,7 @@ def test_any_read_is_a_slice_of_the_whole(stream, sizes, data):
 
 def test_a_split_without_documents_is_empty(tmp_path):
     write(tmp_path / "made", held_out=[])
-    row = open_dataset(tmp_path / "made").tokens("val")
+    row = open_dataset(tmp_path / "made").val.tokens
     assert len(row) == 0
     assert row.read(0, 5).tolist() == []
 
@@ -174,7 +176,7 @@ def test_a_split_without_documents_is_empty(tmp_path):
 def test_the_fingerprint_is_of_the_tokens_and_not_of_the_place(tmp_path):
     seen = {write(tmp_path / "made").fingerprint}
     shutil.move(tmp_path / "made", tmp_path / "moved")
-    assert open_dataset(tmp_path / "moved").manifest.fingerprint in seen
+    assert open_dataset(tmp_path / "moved").fingerprint in seen
     assert write(tmp_path / "made").fingerprint in seen
     for training in (DOCUMENTS[::-1], DOCUMENTS[:-1], [b"First", *DOCUMENTS[1:]]):
         seen.add(write(tmp_path / "made", training=training).fingerprint)
@@ -221,7 +223,7 @@ def test_a_file_that_is_cut_short_or_longer_is_found(dataset, name, change):
 
 
 def test_sizes_are_checked_where_checksums_would_take_too_long(dataset, monkeypatch):
-    monkeypatch.setattr(shards, "VERIFIED_WHEN_OPENED", 10)
+    monkeypatch.setattr(opening, "VERIFIED_WHEN_OPENED", 10)
     opened = open_dataset(dataset)
     assert opened.unverified_bytes == sum(
         path.stat().st_size for kind in ("bin", "idx") for path in dataset.glob(f"*.{kind}")

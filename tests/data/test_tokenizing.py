@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 
 from pretrain_cli.data import tokenize as module
-from pretrain_cli.data.shards import open_dataset
+from pretrain_cli.data.dataset import open_dataset
 from pretrain_cli.data.tokenize import TokenizeRequest, demo_request, tokenize
 from pretrain_cli.errors import ConfigError, DataError
 

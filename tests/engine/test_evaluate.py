@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from pretrain_cli.config import SpeedConfig
-from pretrain_cli.data.shards import open_dataset
+from pretrain_cli.data.dataset import open_dataset
 from pretrain_cli.engine.distributed import Ranks
 from pretrain_cli.engine.evaluate import evaluate
 from pretrain_cli.engine.speed import build_model, resolve_speed
@@ -23,7 +23,7 @@ def test_validation_is_the_mean_over_every_token_whatever_the_batch(dataset, bat
     model = build_model(config, resolve_speed(SpeedConfig(dtype="float32"), CPU), CPU)
     model.initialize(3)
     opened = open_dataset(dataset)
-    stream = opened.tokens("val")
+    stream = opened.val.tokens
     tokens = torch.from_numpy(stream.read(0, len(stream)))
     total = 0.0
     with torch.no_grad():  # window by window, as plainly as can be
@@ -42,7 +42,7 @@ def test_validation_is_the_mean_over_every_token_whatever_the_batch(dataset, bat
 
 def held_out(dataset, opened):
     """The files whose text is in the validation split, found by decoding it."""
-    stream = opened.tokens("val")
+    stream = opened.val.tokens
     text = opened.tokenizer.backend.decode(
         stream.read(0, len(stream)).tolist(), skip_special_tokens=False
     )

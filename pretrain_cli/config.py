@@ -49,6 +49,8 @@ class DataSettings(Section):
     path: Path | None = None
     """A tokenized dataset; the only one in data/ where none is named."""
     seq_len: PositiveInt | Auto = "auto"
+    document_mask: bool = False
+    """Whether a token sees those of its own document alone, and not the others in its sample."""
 
 
 class OptimizerSettings(Section):

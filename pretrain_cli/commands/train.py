@@ -28,6 +28,10 @@ def train(
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens a sample.", show_default="512 on a CPU, 1024 else")
     ] = None,
+    document_mask: Annotated[
+        bool | None,
+        typer.Option("--document-mask", help="A token sees its own document alone."),
+    ] = None,
     micro_batch_size: Annotated[
         int | None, typer.Option(help="Samples at once.", show_default="what memory admits")
     ] = None,
@@ -86,6 +90,7 @@ def train(
         "model.init_from": init_from,
         "data.path": data,
         "data.seq_len": seq_len,
+        "data.document_mask": document_mask,
         "train.micro_batch_size": micro_batch_size,
         "train.tokens_per_step": tokens_per_step,
         "train.steps": steps,

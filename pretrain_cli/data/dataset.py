@@ -45,6 +45,8 @@ class Dataset:
     val: Split
     unverified_bytes: int
     """Bytes whose sizes were checked, but not their checksums."""
+    separator_leads: bool = False
+    """Whether the end-of-document token stands before each document, and not behind it."""
 
 
 def open_dataset(folder: Path) -> Dataset:

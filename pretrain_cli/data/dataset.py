@@ -9,6 +9,7 @@ import numpy as np
 from pretrain_cli.data.shards import (
     MANIFEST,
     DocumentStarts,
+    IndexedStarts,
     Manifest,
     SplitName,
     TokenStream,
@@ -36,17 +37,24 @@ class Split:
 class Dataset:
     """A tokenized dataset, opened and checked."""
 
-    folder: Path
+    path: Path
+    """As it was given: a folder, or the file or pattern of another program's files."""
+    name: str
+    """What a run on it is called after."""
     tokenizer: Tokenizer
+    separator: int
+    """The token between two documents."""
     fingerprint: str
     """Changes with any token, with their order and with the tokenizer. Fixes the data order."""
     largest_token: int
     train: Split
     val: Split
     unverified_bytes: int
-    """Bytes whose sizes were checked, but not their checksums."""
+    """Bytes of files whose sizes were checked, but not what is in them."""
     separator_leads: bool = False
-    """Whether the end-of-document token stands before each document, and not behind it."""
+    """Whether the separator stands before each document, and not behind it."""
+    notices: tuple[str, ...] = ()
+    """What was chosen in opening it that a person should know."""
 
 
 def open_dataset(folder: Path) -> Dataset:
@@ -79,7 +87,9 @@ def open_dataset(folder: Path) -> Dataset:
         total = 0
     return Dataset(
         folder,
+        folder.resolve().name,
         tokenizer,
+        separator=tokenizer.eos,
         fingerprint=manifest.fingerprint,
         largest_token=manifest.largest_token,
         train=_open_split(folder, manifest, "train"),
@@ -112,4 +122,4 @@ def _open_split(folder: Path, manifest: Manifest, name: SplitName) -> Split:
         for path, shard in zip(paths, shards, strict=True)
     ]
     offsets = [end - shard.tokens for end, shard in zip(tokens.ends.tolist(), shards, strict=True)]
-    return Split(tokens, DocumentStarts(starts, offsets), manifest.total(name, "bytes"))
+    return Split(tokens, IndexedStarts(starts, offsets), manifest.total(name, "bytes"))

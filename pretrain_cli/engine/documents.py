@@ -7,7 +7,7 @@ from pretrain_cli.data.dataset import Dataset
 
 def documents_of(tokens: Tensor, dataset: Dataset) -> Tensor:
     """Number the documents in samples of this dataset. (B, T) -> (B, T)."""
-    return document_numbers(tokens, dataset.tokenizer.eos, leads=dataset.separator_leads)
+    return document_numbers(tokens, dataset.separator, leads=dataset.separator_leads)
 
 
 def document_numbers(tokens: Tensor, separator: int, *, leads: bool) -> Tensor:

@@ -180,7 +180,7 @@ class Trainer:
                 run=self.run,
                 model=plan.name,
                 parameters=counting.count_parameters(plan.model).total,
-                dataset=str(plan.dataset.folder),
+                dataset=str(plan.dataset.path),
                 device=device_name(ranks.device),
                 first_step=state.step,
                 steps=steps,
@@ -366,7 +366,7 @@ def _choose_run(
     run, record = resume
     if plan.dataset.fingerprint != record.dataset_fingerprint:
         raise DataError(
-            f"{plan.dataset.folder}: not the dataset that {run} was trained on; give that one "
+            f"{plan.dataset.path}: not the dataset that {run} was trained on; give that one "
             "with --data, or start a new run"
         )
     if resume_from and (reason := checkpoint.damage(resume_from)):

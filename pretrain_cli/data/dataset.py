@@ -110,4 +110,4 @@ def _open_split(folder: Path, manifest: Manifest, name: SplitName) -> Split:
         for path, shard in zip(paths, shards, strict=True)
     ]
     offsets = [end - shard.tokens for end, shard in zip(tokens.ends.tolist(), shards, strict=True)]
-    return Split(tokens, DocumentStarts(starts, offsets), manifest.total(name, "bytes"))
+    return Split(tokens, DocumentStarts(starts, offsets), manifest.splits[name].bytes)

@@ -9,9 +9,9 @@ from typing import Any
 from pretrain_cli.data.corpus import Corpus, TextFile
 from pretrain_cli.data.pipeline import Start, identity
 from pretrain_cli.data.request import TokenizeRequest
-from pretrain_cli.data.shards import MANIFEST, Amount, Manifest, read_manifest
+from pretrain_cli.data.shards import FILES, MANIFEST, Amount, Manifest, read_manifest
 from pretrain_cli.data.tokenizer import BUILT_IN, load_tokenizer
-from pretrain_cli.data.writer import FILES, Written, as_written, aside, read_progress
+from pretrain_cli.data.writer import Written, as_written, aside, read_progress
 from pretrain_cli.errors import DataError
 from pretrain_cli.files import sha256_of
 

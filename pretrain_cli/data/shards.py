@@ -28,6 +28,7 @@ from pretrain_cli.errors import DataError
 
 FORMAT_VERSION = 2
 MANIFEST = "dataset.json"
+FILES = "files.jsonl"
 SHARD_TOKENS = 2**27
 BLOCK_BYTES = 2**16
 """A block of a shard that has a checksum of its own."""
@@ -89,6 +90,8 @@ class Manifest(BaseModel):
     """Places where a document was cut though no exact place was found; see cutting.py."""
     remarks: dict[str, int]
     """Documents that were left out or changed, by reason."""
+    files_sha256: str
+    """Of files.jsonl."""
     shards: list[Shard]
 
     @property

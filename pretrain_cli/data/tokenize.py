@@ -21,10 +21,10 @@ from pretrain_cli.data.earlier import existing, new_files, noted, rows_of
 from pretrain_cli.data.llm_c import write_llm_c
 from pretrain_cli.data.pipeline import Pipeline, Progress, Start
 from pretrain_cli.data.request import TokenizeRequest, check
-from pretrain_cli.data.shards import Amount, Manifest
+from pretrain_cli.data.shards import FILES, Amount, Manifest
 from pretrain_cli.data.text import FileReader
 from pretrain_cli.data.tokenizer import Tokenizer, load_tokenizer, read_tokenizer, train_bpe
-from pretrain_cli.data.writer import FILES, DatasetWriter, aside, dtype_for, move_into_place
+from pretrain_cli.data.writer import DatasetWriter, aside, dtype_for, move_into_place
 from pretrain_cli.errors import ConfigError, DataError
 
 BPE_TRAINING_BYTES = 2**25

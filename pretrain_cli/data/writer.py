@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pretrain_cli.data.shards import (
+    FILES,
     FORMAT_VERSION,
     MANIFEST,
     Amount,
@@ -35,7 +36,6 @@ from pretrain_cli.errors import DataError
 from pretrain_cli.files import flush, sha256_of, write_whole
 
 PROGRESS = "progress.json"
-FILES = "files.jsonl"
 TAIL_BLOCK = 2**20
 """Tokens moved at once when the end of a split becomes the other."""
 
@@ -315,6 +315,7 @@ class DatasetWriter:
             dtype=self.name,
             beginning_of_document=self.tokenizer.bos,
             end_of_document=self.tokenizer.eos,
+            files_sha256=sha256_of(self.aside / FILES),
             splits=self.splits,
             shards=sorted(self.closed, key=lambda shard: shard.file),
             **facts,

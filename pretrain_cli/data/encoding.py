@@ -23,8 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,8 +37,7 @@ AHEAD = 3
 """Batches under way for each worker."""
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """Some of a document's text, up to a place where it can be cut."""
 
     text: bytes
@@ -48,8 +46,7 @@ class Block:
     ends: bool
 
 
-@dataclass(frozen=True)
-class Encoded:
+class Encoded(NamedTuple):
     """The tokens of a batch of blocks, one behind the other."""
 
     tokens: np.ndarray
@@ -60,10 +57,10 @@ class Encoded:
 class Encoder:
     """Encodes batches with one tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer, dtype: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
         self.tokenizer = tokenizer
         self.cutter = Cutter(tokenizer)
-        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self.dtype = dtype
 
     def __call__(self, batch: list[Block]) -> Encoded:
         texts: list[str] = []
@@ -93,7 +90,7 @@ class Encoder:
 
 
 @contextmanager
-def encoders(tokenizer: Tokenizer, dtype: str, workers: int) -> Iterator[Any]:
+def encoders(tokenizer: Tokenizer, dtype: np.dtype, workers: int) -> Iterator[Any]:
     """-> a function from batches to what each is encoded to, in their order."""
     encode = Encoder(tokenizer, dtype)
     _ = encode.cutter.lead  # found once, before the fork

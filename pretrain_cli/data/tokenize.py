@@ -19,7 +19,7 @@ from pathlib import Path
 from pretrain_cli.data.corpus import Corpus, find_corpus
 from pretrain_cli.data.earlier import existing, new_files, noted, rows_of
 from pretrain_cli.data.llm_c import write_llm_c
-from pretrain_cli.data.pipeline import Pipeline, Progress, Start
+from pretrain_cli.data.pipeline import Pipeline, Progress
 from pretrain_cli.data.request import TokenizeRequest, check
 from pretrain_cli.data.shards import FILES, Amount, Manifest
 from pretrain_cli.data.text import FileReader
@@ -65,8 +65,8 @@ def tokenize(request: TokenizeRequest, progress: Progress) -> Tokenized:
             return Tokenized(request.out, there, {}, {}, was_there=True, resumed=False, seconds=0)
 
     before = there.fingerprint if there else None
-    start = noted(request, corpus, before)
-    tokenizer = _prepare_tokenizer(request, corpus, progress, resumed=start is not None)
+    earlier = noted(request, corpus, before)
+    tokenizer = _prepare_tokenizer(request, corpus, progress, resumed=earlier is not None)
     if there is not None and tokenizer.fingerprint != there.tokenizer_fingerprint:
         raise DataError(f"{request.out}: was made with another tokenizer; append with that one")
     if request.format == "llm.c" and dtype_for(tokenizer) != "uint16":
@@ -76,16 +76,23 @@ def tokenize(request: TokenizeRequest, progress: Progress) -> Tokenized:
         )
     began = time.perf_counter()
     with DatasetWriter(request.out, tokenizer, shard_tokens=request.shard_tokens) as writer:
-        if start is not None and start.written is not None:
-            writer.go_on(start.written)
+        if earlier is not None:
+            writer.go_on(earlier.here.written, earlier.shards)
         elif there is not None:
             writer.begin_behind(there)
         else:
             writer.begin()
-        job = Pipeline(request, corpus, tokenizer, writer, progress, start or Start(), before)
+        pipeline = Pipeline(
+            request,
+            corpus,
+            writer,
+            progress,
+            earlier=earlier,
+            appends_to=before,
+        )
         try:
-            job.run()
-            manifest = _finish(request, corpus, job, there)
+            pipeline.run()
+            manifest = _finish(request, corpus, pipeline, there)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -99,7 +106,7 @@ def tokenize(request: TokenizeRequest, progress: Progress) -> Tokenized:
         corpus.left_out,
         _remarked(request.out / FILES),
         was_there=False,
-        resumed=start is not None,
+        resumed=earlier is not None,
         seconds=time.perf_counter() - began,
     )
 
@@ -120,12 +127,13 @@ def demo_request() -> TokenizeRequest:
 
 
 def _finish(
-    request: TokenizeRequest, corpus: Corpus, job: Pipeline, there: Manifest | None
+    request: TokenizeRequest, corpus: Corpus, pipeline: Pipeline, there: Manifest | None
 ) -> Manifest:
-    writer = job.writer
-    if not writer.tokens("train") + writer.tokens("val"):
+    writer = pipeline.writer
+    if not writer.tokens:
         raise DataError(_nothing(request, corpus, writer))
-    if request.val_fraction > 0 and not (writer.tokens("train") and writer.tokens("val")):
+    empty = [name for name, tally in writer.splits.items() if not tally.tokens]
+    if request.val_fraction > 0 and empty:
         writer.hold_out_tail(request.val_fraction)
     writer.files.flush()
     sources: Counter[str] = Counter()
@@ -145,8 +153,8 @@ def _finish(
         paths=list(dict.fromkeys(paths)),
         options=request.options,
         sources=shares,
-        duplicates=job.done.duplicates + (there.duplicates if there else 0),
-        inexact_cuts=job.done.inexact_cuts + (there.inexact_cuts if there else 0),
+        duplicates=pipeline.place.duplicates + (there.duplicates if there else 0),
+        inexact_cuts=pipeline.place.inexact_cuts + (there.inexact_cuts if there else 0),
         remarks=dict(remarks),
     )
 

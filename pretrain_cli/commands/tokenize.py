@@ -1,20 +1,25 @@
 """`pretrain tokenize`: text to a tokenized dataset."""
 
+import glob
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.markup import escape
 
 from pretrain_cli.commands.display import TokenizeProgress, console, notice, size
 
+CORPUS = "What is read"
+SPLITS = "What a document becomes"
+OUTPUT = "What is written"
+
 
 def tokenize(
     paths: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Argument(
-            help="Files and folders of text; folders are searched to the bottom.",
+            help="Files, folders and patterns of text; - is standard input.",
             show_default="Python's own sources",
         ),
     ] = None,
@@ -29,33 +34,132 @@ def tokenize(
     vocab_size: Annotated[
         int | None, typer.Option(help="Size of the 'bpe' vocabulary.", show_default="8192")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Dataset folder.", show_default="data/NAME OF THE CORPUS")
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of folders, only files that match this pattern: '*.py'.", rich_help_panel=CORPUS
+        ),
     ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="Of folders, no files that match this.", rich_help_panel=CORPUS),
+    ] = None,
+    input: Annotated[
+        Literal["auto", "text", "jsonl", "parquet"],
+        typer.Option(help="What files hold; auto goes by their names.", rich_help_panel=CORPUS),
+    ] = "auto",
+    text_key: Annotated[
+        str,
+        typer.Option(
+            help="Key of the text in .jsonl lines, column in .parquet.", rich_help_panel=CORPUS
+        ),
+    ] = "text",
+    document_separator: Annotated[
+        str | None,
+        typer.Option(
+            help="A line that equals this parts documents in plain files.",
+            show_default="a file is a document",
+            rich_help_panel=CORPUS,
+        ),
+    ] = None,
+    errors: Annotated[
+        Literal["skip", "replace", "fail"],
+        typer.Option(
+            help="Of a document that is not UTF-8: leave it out, replace the bytes that aren't, or "
+            "stop. Likewise of what is left of a damaged file.",
+            rich_help_panel=CORPUS,
+        ),
+    ] = "skip",
+    dedup: Annotated[
+        bool,
+        typer.Option(
+            "--dedup", help="Leave out documents that came before.", rich_help_panel=SPLITS
+        ),
+    ] = False,
     val_fraction: Annotated[
         float | None,
-        typer.Option(help="Share of the documents held out for validation.", show_default="0.01"),
+        typer.Option(
+            help="Share of the documents held out for validation.",
+            show_default="0.01",
+            rich_help_panel=SPLITS,
+        ),
     ] = None,
-    text_key: Annotated[
-        str | None, typer.Option(help="Key of the text in .jsonl lines.", show_default="text")
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Tokenize again, replacing what is there.")
+    allow_special: Annotated[
+        bool,
+        typer.Option(
+            "--allow-special",
+            help="Special tokens typed in a text are special, not text.",
+            rich_help_panel=SPLITS,
+        ),
     ] = False,
+    bos: Annotated[
+        str | None,
+        typer.Option(
+            help="Token before each document, or 'none'.",
+            show_default="the tokenizer's own",
+            rich_help_panel=SPLITS,
+        ),
+    ] = None,
+    eos: Annotated[
+        str | None,
+        typer.Option(
+            help="Token after each document.",
+            show_default="the tokenizer's own",
+            rich_help_panel=SPLITS,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Dataset folder.", show_default="data/NAME OF THE CORPUS", rich_help_panel=OUTPUT
+        ),
+    ] = None,
+    append: Annotated[
+        bool,
+        typer.Option(
+            "--append",
+            help="Add the files that the dataset doesn't have yet.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Tokenize again, replacing what is there.", rich_help_panel=OUTPUT
+        ),
+    ] = False,
+    format: Annotated[
+        Literal["pretrain", "llm.c"],
+        typer.Option(help="llm.c: also that program's shards, in llm.c/.", rich_help_panel=OUTPUT),
+    ] = "pretrain",
+    shard_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens in a shard.", show_default="134217728", rich_help_panel=OUTPUT),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes that encode; the dataset is the same for any number.",
+            show_default="all cores",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
 ) -> None:
     """Turn text into a dataset to train on.
 
-    A document is a file, or a line of a .jsonl file. Files that are not UTF-8 are skipped and
-    named. Without any text, a small demo dataset is made of the Python standard library's sources.
+    A document is a file, a line of a .jsonl file, a row of a .parquet file, or what is between two
+    separator lines; each also as .gz, .zst, .xz or .bz2. Killed at any instant, the same command
+    goes on where it was. Without any text, a small demo dataset is made of the Python standard
+    library's sources.
     """
-    from pretrain_cli.data.tokenize import TokenizeRequest, demo_request
+    from pretrain_cli.data.request import TokenizeRequest
+    from pretrain_cli.data.text import Reading
+    from pretrain_cli.data.tokenize import demo_request
     from pretrain_cli.data.tokenize import tokenize as run
 
     if paths:
         request = TokenizeRequest(
-            paths=tuple(paths),
-            out=Path("data") / _name(paths[0].resolve()),
-            tokenizer="gemma3",
+            paths=tuple(paths), out=Path("data") / _name(paths[0]), tokenizer="gemma3"
         )
     else:
         request = demo_request()
@@ -64,15 +168,29 @@ def tokenize(
         "tokenizer": tokenizer,
         "vocab_size": vocab_size,
         "val_fraction": val_fraction,
-        "text_key": text_key,
-        "force": force,
+        "include": tuple(include) if include else None,
+        "exclude": tuple(exclude) if exclude else None,
+        "bos": bos,
+        "eos": eos,
+        "shard_tokens": shard_tokens,
+        "workers": workers,
     }
     if tokenizer is not None and vocab_size is None:
         request = replace(request, vocab_size=None)
-    request = replace(request, **{k: value for k, value in given.items() if value is not None})
+    request = replace(
+        request,
+        reading=Reading(text_key, document_separator, errors, input),
+        dedup=dedup,
+        allow_special=allow_special,
+        append=append,
+        force=force,
+        format=format,
+        **{name: value for name, value in given.items() if value is not None},
+    )
     with TokenizeProgress() as progress:
         result = run(request, progress)
-    manifest = result.manifest
+
+    manifest, total = result.manifest, result.manifest.total
     folder = escape(str(result.folder))
     if result.was_there:
         console.print(
@@ -80,23 +198,45 @@ def tokenize(
             "Tokenize again with --force.",
             soft_wrap=True,
         )
-    if result.skipped:
-        shown = ", ".join(str(path) for path in result.skipped[:3])
-        more = f" and {len(result.skipped) - 3} more" if len(result.skipped) > 3 else ""
-        notice(f"Skipped {len(result.skipped)} files that are not UTF-8: {shown}{more}")
-    text = manifest.total("train", "bytes") + manifest.total("val", "bytes")
-    tokens = manifest.total("train", "tokens") + manifest.total("val", "tokens")
-    documents = manifest.total("train", "documents") + manifest.total("val", "documents")
+    if result.resumed:
+        notice("Went on from what an earlier run had finished")
+    for path, why in list(result.left_out.items())[:5]:
+        notice(f"Left out {path}: {why}")
+    if len(result.left_out) > 5:
+        notice(f"Left out {len(result.left_out) - 5} more such files")
+    for remark, count in manifest.remarks.items():
+        names = result.remarked.get(remark, [])
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        notice(f"{count:,} × {remark}" + (f": {shown}" if shown else ""))
+    if manifest.duplicates:
+        notice(f"{manifest.duplicates:,} documents that had come before are left out")
+    if manifest.inexact_cuts:
+        notice(
+            f"{manifest.inexact_cuts:,} cuts in long documents may have changed the tokens beside "
+            "them: no place was found where they don't"
+        )
+    held_out = manifest.splits["val"].tokens
     console.print(
-        f"[bold]{folder}[/]: {tokens:,} tokens of {escape(manifest.tokenizer)} "
-        f"({manifest.total('val', 'tokens'):,} for validation) from {documents:,} documents, "
-        f"{size(text)} of text, {text / tokens:.2f} bytes a token",
+        f"[bold]{folder}[/]: {total.tokens:,} tokens of {escape(manifest.tokenizer)} "
+        f"({held_out:,} for validation) from {total.documents:,} documents, "
+        f"{size(total.bytes)} of text, {total.bytes / total.tokens:.2f} bytes a token",
         soft_wrap=True,
     )
     if not result.was_there:
         console.print(f"Train on it: pretrain train --data {folder}", soft_wrap=True)
 
 
-def _name(path: Path) -> str:
+def _name(path: str) -> str:
     """What its dataset is called: `input` of input.txt, `wiki.en` of the folder wiki.en."""
-    return (path.stem if path.is_file() else path.name) or "corpus"
+    if path == "-":
+        return "stdin"
+    if glob.has_magic(path):
+        fixed = path[: glob.escape(path).find("[")].rpartition("/")[0]
+        return Path(fixed).resolve().name or "corpus"
+    resolved = Path(path).resolve()
+    if not resolved.is_file():
+        return resolved.name or "corpus"
+    name = resolved.name
+    for suffix in (".gz", ".zst", ".xz", ".bz2"):
+        name = name.removesuffix(suffix)
+    return Path(name).stem

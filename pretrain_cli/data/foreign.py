@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain_cli.data.dataset import VERIFIED_WHEN_OPENED, Dataset, Split
+from pretrain_cli.data.llm_c import HEADER_BYTES, MAGIC, VERSION
 from pretrain_cli.data.shards import MANIFEST, DocumentStarts, TokenStream, token_dtype
 from pretrain_cli.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain_cli.errors import ConfigError, DataError
@@ -52,8 +53,8 @@ class Format:
 
 
 HEADED = {
-    20240520: (1, Format("16-bit tokens behind llm.c's header", "uint16", 1024, True)),
-    20240801: (7, Format("32-bit tokens behind llm.c's header", "uint32", 1024, True)),
+    MAGIC: (VERSION, Format("16-bit tokens behind llm.c's header", "uint16", HEADER_BYTES, True)),
+    20240801: (7, Format("32-bit tokens behind llm.c's header", "uint32", HEADER_BYTES, True)),
 }
 """Version and format, by magic number."""
 OTHER_KINDS = range(20240101, 20241231 + 1)

@@ -1,35 +1,38 @@
 """The tokenized dataset on disk.
 
     data/NAME/
-    ├── dataset.json            what it is: tokenizer, totals, shards with sizes and checksums
+    ├── dataset.json            what it is: tokenizer, totals, sources, shards with checksums
     ├── tokenizer.json          the tokenizer itself, and tokenizer_config.json
+    ├── files.jsonl             the files it was made of: size, checksum, tokens of each
     ├── train-00000.bin         tokens, little-endian uint16 or uint32 by vocabulary
     ├── train-00000.idx         where each document begins, little-endian uint64
-    └── val-00000.bin, .idx
+    ├── train-00000.crc         CRC-32 of each 64 KiB of the .bin: says where a damage is
+    └── val-00000.bin, …
 
-Documents are concatenated, each with its marks. A dataset is written aside and renamed when whole:
-a folder with a dataset.json is complete.
+Documents are concatenated, each with its marks. A shard ends after so many tokens, wherever that
+falls; a document that goes on in the next is listed where it begins.
 """
 
+import array
 import copy
 import hashlib
 import json
-import shutil
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pretrain_cli.data.tokenizer import Tokenizer
 from pretrain_cli.errors import DataError
-from pretrain_cli.files import flush
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "dataset.json"
+FILES = "files.jsonl"
 SHARD_TOKENS = 2**27
+BLOCK_BYTES = 2**16
+"""A block of a shard that has a checksum of its own."""
 
 SplitName = Literal["train", "val"]
 TokenType = Literal["uint16", "uint32"]
@@ -42,11 +45,27 @@ class Shard(BaseModel):
     split: SplitName
     tokens: int
     documents: int
-    bytes: int
-    """Of the text, in UTF-8, without document marks."""
+    """That begin in it."""
     largest_token: int
     sha256: str
     index_sha256: str
+    blocks_sha256: str
+    """Of the .crc file."""
+
+
+class Amount(BaseModel):
+    """How much text something is. `bytes` are of UTF-8, without document marks."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    files: int = 0
+    documents: int = 0
+    bytes: int = 0
+    tokens: int = 0
+
+    def __add__(self, other: "Amount") -> "Amount":
+        names = type(self).model_fields
+        return Amount(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
 class Manifest(BaseModel):
@@ -61,12 +80,25 @@ class Manifest(BaseModel):
     dtype: TokenType
     beginning_of_document: int | None
     end_of_document: int
-    sources: dict[str, Any]
-    """What was asked for: paths, digest of the files, options. The same request needs no work."""
+    paths: list[str]
+    """As they were asked for; of an appended dataset, all of them."""
+    options: dict[str, Any]
+    """What was asked for. The same options and files need no work."""
+    splits: dict[SplitName, Amount]
+    sources: dict[str, Amount]
+    duplicates: int
+    """Documents left out because they had been seen."""
+    inexact_cuts: int
+    """Places where a document was cut though no exact place was found; see cutting.py."""
+    remarks: dict[str, int]
+    """Documents that were left out or changed, by reason."""
+    files_sha256: str
+    """Of files.jsonl."""
     shards: list[Shard]
 
-    def total(self, split: SplitName, of: Literal["tokens", "documents", "bytes"]) -> int:
-        return sum(getattr(shard, of) for shard in self.shards if shard.split == split)
+    @property
+    def total(self) -> Amount:
+        return sum(self.splits.values(), Amount())
 
     @property
     def largest_token(self) -> int:
@@ -103,6 +135,41 @@ def read_manifest(folder: Path) -> Manifest:
 def token_dtype(vocab_size: int) -> TokenType:
     """The narrower type that holds every id of a vocabulary."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def index_path(shard: Path) -> Path:
+    """Where the documents of a shard begin."""
+    return shard.with_suffix(".idx")
+
+
+def blocks_path(shard: Path) -> Path:
+    """The checksums of a shard's blocks."""
+    return shard.with_suffix(".crc")
+
+
+class Checksums:
+    """Of a row of bytes: the SHA-256 of the whole, and the CRC-32 of each block of it."""
+
+    def __init__(self) -> None:
+        self.whole = hashlib.sha256()
+        self.blocks = array.array("I")
+        self.filled = BLOCK_BYTES
+        """Of the last block."""
+
+    def add(self, data: Any) -> None:
+        view = memoryview(data).cast("B")
+        self.whole.update(view)
+        while len(view):
+            if self.filled == BLOCK_BYTES:
+                self.blocks.append(0)
+                self.filled = 0
+            part = view[: BLOCK_BYTES - self.filled]
+            self.blocks[-1] = zlib.crc32(part, self.blocks[-1])
+            self.filled += len(part)
+            view = view[len(part) :]
+
+    def blocks_bytes(self) -> bytes:
+        return np.asarray(self.blocks, dtype="<u4").tobytes()
 
 
 class TokenStream:
@@ -183,136 +250,8 @@ class IndexedStarts:
     def between(self, first: int, last: int) -> np.ndarray:
         found = []
         for starts, offset in zip(self.starts, self.offsets, strict=True):
-            low, high = np.searchsorted(starts, np.clip((first - offset, last - offset), 0, None))
+            # of their own type: else numpy would make a copy of all starts
+            ends = np.clip((first - offset, last - offset), 0, None).astype("<u8")
+            low, high = np.searchsorted(starts, ends)
             found.append(starts[low:high].astype(np.int64) + offset)
         return np.concatenate(found) if found else np.empty(0, np.int64)
-
-
-def index_path(shard: Path) -> Path:
-    """The document index of a shard."""
-    return shard.with_suffix(".idx")
-
-
-@dataclass
-class _OpenShard:
-    """A shard being written."""
-
-    split: SplitName
-    path: Path
-    dtype: str
-    tokens: int = 0
-    largest: int = 0
-    starts: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.file = self.path.open("wb")
-        self.checksum = hashlib.sha256()
-
-    def add(self, ids: Sequence[int] | np.ndarray, size: int) -> None:
-        values = np.asarray(ids, dtype=np.int64)
-        data = values.astype(np.dtype(self.dtype).newbyteorder("<")).tobytes()
-        self.file.write(data)
-        self.checksum.update(data)
-        self.starts.append(self.tokens)
-        self.sizes.append(size)
-        self.tokens += len(ids)
-        self.largest = max(self.largest, int(values.max()))
-
-    def close(self) -> Shard:
-        flush(self.file)
-        self.file.close()
-        index = np.asarray(self.starts, dtype="<u8").tobytes()
-        with index_path(self.path).open("wb") as file:
-            file.write(index)
-            flush(file)
-        return Shard(
-            file=self.path.name,
-            split=self.split,
-            tokens=self.tokens,
-            documents=len(self.starts),
-            bytes=sum(self.sizes),
-            largest_token=self.largest,
-            sha256=self.checksum.hexdigest(),
-            index_sha256=hashlib.sha256(index).hexdigest(),
-        )
-
-
-class DatasetWriter:
-    """Writes a dataset aside, in `NAME.partial`, until `finish` puts it in its place.
-
-    As a context manager it removes what is unfinished when the block fails.
-    """
-
-    def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
-        self.folder = folder
-        self.aside = folder.with_name(folder.name + ".partial")
-        self.tokenizer = tokenizer
-        self.dtype: TokenType = token_dtype(tokenizer.vocab_size)
-        self.open: dict[SplitName, _OpenShard] = {}
-        self.closed: list[Shard] = []
-
-    def __enter__(self) -> "DatasetWriter":
-        shutil.rmtree(self.aside, ignore_errors=True)
-        try:
-            self.aside.mkdir(parents=True)
-        except OSError as error:
-            raise DataError(
-                f"{self.folder}: can't be made ({error.strerror}); choose another folder with --out"
-            ) from None
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        for shard in self.open.values():
-            shard.file.close()
-        shutil.rmtree(self.aside, ignore_errors=True)
-
-    def add(self, split: SplitName, ids: Sequence[int] | np.ndarray, size: int) -> None:
-        """One document: its ids with its marks, and the bytes of its text."""
-        shard = self.open.get(split)
-        if shard is not None and shard.tokens >= SHARD_TOKENS:
-            self.closed.append(self.open.pop(split).close())
-            shard = None
-        if shard is None:
-            number = sum(done.split == split for done in self.closed)
-            path = self.aside / f"{split}-{number:05d}.bin"
-            shard = self.open[split] = _OpenShard(split, path, self.dtype)
-        shard.add(ids, size)
-
-    def tokens(self, split: SplitName) -> int:
-        """Tokens of this split so far."""
-        return sum(s.tokens for s in (*self.closed, *self.open.values()) if s.split == split)
-
-    def take_back(self, split: SplitName) -> list[tuple[np.ndarray, int]]:
-        """Take this split's open shard away again: its documents, as they were added."""
-        shard = self.open.pop(split)
-        shard.file.close()
-        ids = np.fromfile(shard.path, dtype=np.dtype(self.dtype).newbyteorder("<"))
-        return list(zip(np.split(ids, shard.starts[1:]), shard.sizes, strict=True))
-
-    def finish(self, sources: dict[str, Any]) -> Manifest:
-        """Close the shards, write the manifest, and move everything into place."""
-        self.closed += [shard.close() for shard in self.open.values()]
-        self.open.clear()
-        self.tokenizer.save(self.aside)
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            tokenizer=self.tokenizer.name,
-            tokenizer_fingerprint=self.tokenizer.fingerprint,
-            vocab_size=self.tokenizer.vocab_size,
-            dtype=self.dtype,
-            beginning_of_document=self.tokenizer.bos,
-            end_of_document=self.tokenizer.eos,
-            sources=sources,
-            shards=sorted(self.closed, key=lambda shard: shard.file),
-        )
-        with (self.aside / MANIFEST).open("w") as file:
-            file.write(manifest.model_dump_json(indent=2) + "\n")
-            flush(file)
-        old = self.folder.with_name(self.folder.name + ".old")
-        if self.folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            self.folder.rename(old)
-        self.aside.rename(self.folder)
-        shutil.rmtree(old, ignore_errors=True)
-        return manifest

@@ -1,136 +1,395 @@
-"""Readers of text: files and folders in, one document at a time out.
+"""From the bytes of a file to its documents, in memory that grows with neither.
 
-A document is a file, or one line of a `.jsonl` file. Text is UTF-8, taken as it is: no newline is
-translated, nothing is stripped. Files that are not UTF-8 are skipped, and counted.
+    raw bytes ── decompressed ── segments of documents ── UTF-8 checked ── Document, in blocks
+
+A document is a file; a part of one between separator lines; a line of `.jsonl`; a row of Parquet.
+Its text is taken as it is: no newline is translated, nothing is stripped. A document longer than a
+few megabytes is read twice, since what is decided about it (is it UTF-8, is it held out, was it
+seen before) takes its last byte: a plain file by seeking back, another from a copy set aside.
 """
 
+import bz2
+import codecs
+import gzip
 import hashlib
+import io
 import json
-import os
+import lzma
+import re
+import sys
+import tempfile
+import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any, Literal
 
+from pretrain_cli.data.corpus import STANDARD_INPUT, TextFile
 from pretrain_cli.errors import DataError
 
-WRITTEN_HERE = ({"dataset.json", "tokenizer.json"}, {"run.yaml", "metrics.jsonl"})
-"""Files that mark a tokenized dataset or a run: never part of a corpus that is searched."""
+BLOCK = 2**20
+"""Bytes read at once."""
+HELD = 2**23
+"""Bytes of a document held in memory; a longer one is read twice."""
+
+Errors = Literal["skip", "replace", "fail"]
+Kind = Literal["auto", "text", "jsonl", "parquet"]
+
+
+class Damaged(Exception):
+    """A compressed file that ends too early or is not what its name says."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files are read."""
+
+    text_key: str = "text"
+    """The key of the text in JSON lines, and its column in Parquet."""
+    separator: str | None = None
+    """A line that equals this parts the documents of a plain file."""
+    errors: Errors = "skip"
+    """Of a document that is not UTF-8, and of the rest of a damaged file."""
+    kind: Kind = "auto"
+    """What files hold, where their names don't say it."""
 
 
 @dataclass(frozen=True)
 class Document:
-    text: str
     size: int
     """Bytes of the text in UTF-8."""
+    digest: bytes
+    """Of the text, 16 bytes."""
+    blocks: Iterable[bytes]
+    """The text in UTF-8, in blocks of whole characters; to be read before the next document is."""
 
 
-@dataclass
-class Corpus:
-    """Files to read, in a fixed order, and what was skipped of them while reading."""
+class FileReader:
+    """The documents of one file, and what there is to say of it when they have been read."""
 
-    files: list[Path]
-    names: list[str]
-    """The files as named relative to what was asked for: the same wherever the corpus lies."""
-    text_key: str
-    skipped: list[Path] = field(default_factory=list)
-
-    @property
-    def size(self) -> int:
-        return sum(path.stat().st_size for path in self.files)
-
-    def digest(self) -> str:
-        """Changes when a file is added, removed or touched: of names, sizes and times."""
-        seen = hashlib.sha256(self.text_key.encode())
-        for name, path in zip(self.names, self.files, strict=True):
-            stat = path.stat()
-            seen.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
-        return seen.hexdigest()
+    def __init__(self, file: TextFile, reading: Reading, spool: Path | None = None) -> None:
+        """`spool` is a folder for copies of long documents; the system's own where none is given"""
+        self.file = file
+        self.reading = reading
+        self.spool = spool
+        self.checksum = hashlib.sha256()
+        self.position = 0
+        """Raw bytes read so far."""
+        self.remarks: Counter[str] = Counter()
 
     def documents(self) -> Iterator[Document]:
-        """Every document in order. Raises DataError for a broken JSON line."""
-        self.skipped.clear()
-        for path in self.files:
-            texts = _json_lines(path, self.text_key) if path.suffix == ".jsonl" else _whole(path)
-            try:
-                for text in texts:
-                    if text:
-                        yield Document(text, len(text.encode()))
-            except UnicodeDecodeError:
-                self.skipped.append(path)
+        """Every document in order, empty ones left out. Raises DataError for what can't be read."""
+        name = self.file.path.name.lower()
+        compression = next((end for end in _DECOMPRESS if name.endswith(end)), "")
+        name = name.removesuffix(compression)
+        kind = self.reading.kind
+        if kind == "auto":
+            kind = "text"
+            if name.endswith((".jsonl", ".ndjson")):
+                kind = "jsonl"
+            elif name.endswith(".parquet"):
+                kind = "parquet"
+        can_seek = not compression and not self.file.is_stream
+        try:
+            with self._open_raw() as raw:
+                stream = _DECOMPRESS[compression](raw) if compression else raw
+                if kind == "jsonl":
+                    yield from self._short_documents(self._json_lines(stream))
+                elif kind == "parquet":
+                    yield from self._short_documents(self._rows(stream, can_seek=can_seek))
+                else:
+                    yield from self._plain(stream, can_seek=can_seek)
+                while raw.read(BLOCK):  # what lies behind the end counts for the checksum
+                    pass
+        except _signs_of_damage() as error:
+            self._damaged(str(error))
+        except OSError as error:
+            if error.errno is not None:
+                raise DataError(f"{self.file.path}: can't be read ({error.strerror})") from None
+            self._damaged(str(error))  # bz2 has no exception of its own
 
+    def _damaged(self, why: str) -> None:
+        if self.reading.errors == "fail":
+            raise DataError(
+                f"{self.file.path}: damaged ({why}); mend it, or --errors skip"
+            ) from None
+        self.remarks["damaged; what came before is kept"] += 1
 
-def find_corpus(paths: Iterable[Path], text_key: str, suffix: str = "") -> Corpus:
-    """The files under these paths, folders searched to the bottom, hidden ones left out; where a
-    suffix is given, only the files that end so."""
-    files: list[Path] = []
-    names: list[str] = []
-    for root in paths:
-        if root.is_dir():
-            for path in _files_below(root, suffix):
-                files.append(path)
-                names.append(path.relative_to(root).as_posix())
-        elif root.is_file():
-            files.append(root)
-            names.append(root.name)
-        elif root.exists():
-            raise DataError(f"{root}: not a regular file or a folder; give files of text")
-        else:
-            raise DataError(f"{root}: no such file or folder")
-    if not files:
-        raise DataError(f"{', '.join(map(str, paths))}: no files in it; give a folder of text")
-    return Corpus(files, names, text_key)
+    def _open_raw(self) -> io.BufferedReader:
+        file: Any = sys.stdin.buffer if self.file.name == STANDARD_INPUT else None
+        file = file or self.file.path.open("rb", buffering=0)
+        return io.BufferedReader(_Observed(file, self), BLOCK)
 
+    # --- plain text ------------------------------------------------------------------------------
 
-def _files_below(root: Path, suffix: str) -> Iterator[Path]:
-    for folder, subfolders, names in os.walk(root):
-        if any(marks <= set(names) for marks in WRITTEN_HERE):
-            subfolders.clear()
-            continue
-        subfolders[:] = sorted(
-            name for name in subfolders if not name.startswith(".") and name != "__pycache__"
-        )
-        for name in sorted(names):
-            path = Path(folder, name)
-            if not name.startswith(".") and name.endswith(suffix) and path.is_file():
-                yield path
+    def _plain(self, stream: IO[bytes], *, can_seek: bool) -> Iterator[Document]:
+        held: list[bytes] = []
+        size = start = 0
+        pending: _LongDocument | None = None
+        for segment in _segments(stream, self.reading.separator):
+            if isinstance(segment, int):  # a document ends, and the next begins there
+                document = (
+                    pending.finish()
+                    if pending
+                    else self._short(b"".join(held), f" from byte {start:,} on")
+                )
+                if document:
+                    yield document
+                if pending:
+                    pending.close()
+                held, size, start, pending = [], 0, segment, None
+            elif pending:
+                pending.add(segment)
+            else:
+                held.append(segment)
+                size += len(segment)
+                if size > HELD:
+                    pending = _LongDocument(self, start, can_seek=can_seek)
+                    for part in held:
+                        pending.add(part)
+                    held = []
 
+    def _short_documents(self, texts: Iterable[tuple[int, bytes]]) -> Iterator[Document]:
+        for number, text in texts:
+            document = self._short(text, f":{number}")
+            if document:
+                yield document
 
-def _whole(path: Path) -> Iterator[str]:
-    yield path.read_bytes().decode("utf-8")
+    def _short(self, data: bytes, where: str) -> Document | None:
+        """A document that is held whole; None where it is empty or left out."""
+        try:
+            data.decode()
+        except UnicodeDecodeError:
+            if not self._replaces(where):
+                return None
+            data = data.decode(errors="replace").encode()
+        return Document(len(data), _digest(data), (data,)) if data else None
 
+    def _replaces(self, where: str) -> bool:
+        """Whether bytes that are not UTF-8 are replaced; counts the document, or refuses it."""
+        errors = self.reading.errors
+        if errors == "fail":
+            raise DataError(
+                f"{self.file.path}{where}: not UTF-8; convert it, or use --errors skip or replace"
+            )
+        self.remarks["not UTF-8, " + ("replaced" if errors == "replace" else "left out")] += 1
+        return errors == "replace"
 
-def _json_lines(path: Path, text_key: str) -> Iterator[str]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+    # --- structured text -------------------------------------------------------------------------
+
+    def _json_lines(self, stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+        path, key = self.file.path, self.reading.text_key
+        for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8-sig"))
+                text = line.decode("utf-8-sig")
             except UnicodeDecodeError:
-                raise DataError(f"{path}:{number}: not UTF-8; mend or remove the line") from None
+                if not self._replaces(f":{number}"):
+                    continue
+                text = line.decode("utf-8-sig", errors="replace")
+            try:
+                row = json.loads(text)
             except json.JSONDecodeError as error:
                 raise DataError(
                     f"{path}:{number}: not a JSON line ({error.msg} at column {error.colno}); "
                     "mend or remove it"
                 ) from None
-            if not isinstance(row, dict) or not isinstance(row.get(text_key), str):
+            except RecursionError:
+                raise DataError(f"{path}:{number}: nested too deep; mend or remove it") from None
+            if not isinstance(row, dict) or not isinstance(row.get(key), str):
                 keys = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
                 raise DataError(
-                    f"{path}:{number}: no text under '{text_key}' (it has {keys}); "
+                    f"{path}:{number}: no text under '{key}' (it has {keys}); "
                     "name the key with --text-key"
                 )
-            if not _is_unicode(row[text_key]):
-                raise DataError(
-                    f"{path}:{number}: its text has half of a surrogate pair (\\ud800 to \\udfff); "
-                    "mend or remove the line"
-                )
-            yield row[text_key]
+            # half of a surrogate pair can be escaped in JSON, and has no UTF-8
+            yield number, row[key].encode(errors="surrogatepass")
+
+    def _rows(self, stream: IO[bytes], *, can_seek: bool) -> Iterator[tuple[int, bytes]]:
+        try:
+            import pyarrow
+            from pyarrow import parquet
+        except ImportError:
+            raise DataError(
+                f"{self.file.path}: reading Parquet takes pyarrow; pip install 'pretrain[data]'"
+            ) from None
+        path, key = self.file.path, self.reading.text_key
+        # Parquet begins at its end
+        with path.open("rb") if can_seek else tempfile.TemporaryFile(dir=self.spool) as file:
+            while not can_seek and (block := stream.read(BLOCK)):
+                file.write(block)
+            try:
+                table = parquet.ParquetFile(file)
+                names = table.schema_arrow.names
+                if key not in names:
+                    raise DataError(
+                        f"{path}: no column '{key}' (it has {', '.join(names)}); "
+                        "name the column with --text-key"
+                    )
+                kind = table.schema_arrow.field(key).type
+                value = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+                if not (pyarrow.types.is_string(value) or pyarrow.types.is_large_string(value)):
+                    raise DataError(
+                        f"{path}: column '{key}' holds {kind}, not text; "
+                        "name another with --text-key"
+                    )
+                number = 0
+                for batch in table.iter_batches(batch_size=256, columns=[key]):
+                    column = batch.column(0)
+                    if value is not kind:
+                        column = column.dictionary_decode()
+                    # as bytes: what is not UTF-8 is for us to treat
+                    for cell in column.cast(pyarrow.large_binary()):
+                        number += 1
+                        yield number, cell.as_py() or b""
+            except pyarrow.ArrowException as error:
+                raise Damaged(str(error).splitlines()[0]) from None
 
 
-def _is_unicode(text: str) -> bool:
-    """JSON can escape a lone surrogate, which is no character and has no UTF-8."""
+class _LongDocument:
+    """A document too long to hold: looked at once to the end, then given out from the start."""
+
+    def __init__(self, reader: FileReader, start: int, *, can_seek: bool) -> None:
+        self.reader = reader
+        self.start = start
+        self.length = self.size = 0
+        self.errors = "replace" if reader.reading.errors == "replace" else "strict"
+        self.decoder = codecs.getincrementaldecoder("utf-8")("strict")
+        self.cleaner = codecs.getincrementaldecoder("utf-8")("replace")
+        self.digest = hashlib.blake2b(digest_size=16)
+        self.broken = False
+        self.copy = None
+        if not can_seek:
+            self.copy = tempfile.TemporaryFile(dir=reader.spool)  # noqa: SIM115, closed by close
+
+    def add(self, data: bytes, *, last: bool = False) -> None:
+        if not self.broken:
+            try:
+                self.decoder.decode(data, last)
+            except UnicodeDecodeError:
+                self.broken = True
+                self.reader._replaces(f" from byte {self.start:,} on")
+        clean = self.cleaner.decode(data, last).encode()
+        self.length += len(data)
+        self.size += len(clean)
+        self.digest.update(clean)
+        if self.copy:
+            self.copy.write(data)
+
+    def finish(self) -> Document | None:
+        self.add(b"", last=True)
+        if self.broken and self.errors == "strict":
+            return None
+        return Document(self.size, self.digest.digest(), self._blocks())
+
+    def _blocks(self) -> Iterator[bytes]:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        if self.copy:
+            self.copy.seek(0)
+        with self.copy or self.reader.file.path.open("rb") as file:
+            if not self.copy:
+                file.seek(self.start)
+            left = self.length
+            while left and (data := file.read(min(BLOCK, left))):
+                left -= len(data)
+                yield decoder.decode(data, not left).encode()
+
+    def close(self) -> None:
+        if self.copy:
+            self.copy.close()
+
+
+class _Observed(io.RawIOBase):
+    """A raw file whose every byte read is counted and hashed for its reader."""
+
+    def __init__(self, file: Any, reader: FileReader) -> None:
+        self.raw = file
+        self.reader = reader
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self.raw.readinto(buffer)
+        if count:
+            self.reader.position += count
+            self.reader.checksum.update(memoryview(buffer)[:count])
+        return count
+
+    def close(self) -> None:
+        if not self.closed and self.raw is not getattr(sys.stdin, "buffer", None):
+            self.raw.close()
+        super().close()
+
+
+def _segments(stream: IO[bytes], separator: str | None) -> Iterator[bytes | int]:
+    """The bytes of documents in order, and behind each document where the next one begins."""
+    place = 0
+    if separator is None:
+        while block := stream.read(BLOCK):
+            place += len(block)
+            yield block
+        yield place
+        return
+    line = re.compile(rb"^" + re.escape(separator.encode()) + rb"\r?(?:\n|\Z)", re.MULTILINE)
+    rest = b""
+    at_line_start = True
+    while True:
+        block = stream.read(BLOCK)
+        text = rest + block
+        # whole lines, unless one is longer than a block, or the file ends
+        end = len(text) if not block else text.rfind(b"\n") + 1
+        if not end and len(text) > BLOCK + len(separator):
+            end = len(text)
+        lines, rest = text[:end], text[end:]
+        done = 0
+        for match in line.finditer(lines):
+            is_whole = match.group().endswith(b"\n") or not block
+            if (match.start() == 0 and not at_line_start) or not is_whole:
+                continue
+            yield lines[done : match.start()]
+            done = match.end()
+            yield place + done
+        if lines[done:]:
+            yield lines[done:]
+        if lines:
+            at_line_start = lines.endswith(b"\n")
+        place += len(lines)
+        if not block:
+            yield place
+            return
+
+
+def _signs_of_damage() -> tuple[type[Exception], ...]:
+    zstd: Any = sys.modules.get("compression.zstd") or sys.modules.get("backports.zstd")
+    signs = (Damaged, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+    return (*signs, zstd.ZstdError) if zstd else signs
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _zstandard(raw: IO[bytes]) -> Any:
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+
+        return zstd.ZstdFile(raw)
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        from backports import zstd
+    except ImportError:
+        raise DataError(
+            f"{getattr(raw, 'name', '.zst')}: reading .zst takes backports.zstd; "
+            "pip install 'pretrain[data]'"
+        ) from None
+    return zstd.ZstdFile(raw)
+
+
+_DECOMPRESS = {
+    ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+    ".zst": _zstandard,
+}

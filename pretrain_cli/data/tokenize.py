@@ -1,46 +1,36 @@
 """A corpus to a tokenized dataset.
 
-    files ── documents ── batches of about a megabyte ── encode in parallel ── shards
+Text is read, and tokens are written, in one order by one process, so the dataset is the same for
+any number of workers; and what is noted every few seconds is a place in that order, so that a run
+that was killed goes on from there.
 
 Which documents are held out for validation is decided by a hash of each one's text, so it does not
 change when the corpus grows. A corpus with too few documents for that gives its last tokens.
 """
 
-import hashlib
+import errno
 import sysconfig
-from collections.abc import Callable, Iterator
+import time
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain_cli.data.shards import MANIFEST, DatasetWriter, Manifest, read_manifest
-from pretrain_cli.data.text import Corpus, Document, find_corpus
-from pretrain_cli.data.tokenizer import BUILT_IN, Tokenizer, load_tokenizer, train_bpe
+from pretrain_cli.data.corpus import Corpus, find_corpus
+from pretrain_cli.data.earlier import existing, new_files, noted, rows_of
+from pretrain_cli.data.llm_c import write_llm_c
+from pretrain_cli.data.pipeline import Pipeline, Progress
+from pretrain_cli.data.request import TokenizeRequest, check
+from pretrain_cli.data.shards import FILES, Amount, Manifest, token_dtype
+from pretrain_cli.data.text import FileReader
+from pretrain_cli.data.tokenizer import Tokenizer, load_tokenizer, read_tokenizer, train_bpe
+from pretrain_cli.data.writer import DatasetWriter, aside, move_into_place
 from pretrain_cli.errors import ConfigError, DataError
 
-BATCH_BYTES = 2**20
 BPE_TRAINING_BYTES = 2**25
 """A BPE is trained on this much of the corpus, spread over it: more changes little, and costs."""
 DEMO = Path("data/demo")
 DEMO_VOCAB_SIZE = 4096
-
-Progress = Callable[[str, int, int, int], None]
-"""(what is being done, bytes of text done, bytes in all, tokens made)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizeRequest:
-    """What to tokenize and how; the same request of the same files needs no second run."""
-
-    paths: tuple[Path, ...]
-    out: Path
-    tokenizer: str
-    vocab_size: int | None = None
-    """Of `bpe` alone."""
-    val_fraction: float = 0.01
-    text_key: str = "text"
-    suffix: str = ""
-    """Only files that end so; every file where it is empty."""
-    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,49 +39,76 @@ class Tokenized:
 
     folder: Path
     manifest: Manifest
-    skipped: list[Path]
+    left_out: dict[str, str]
+    """Files that were found and not read, with the reason."""
+    remarked: dict[str, list[str]]
+    """By remark, the files that it is made on."""
     was_there: bool
     """It was there already, from the same files and options; nothing was done."""
+    resumed: bool
+    """It was begun before, and gone on with."""
+    seconds: float
+    """From the first text read to the dataset in its place, without loading the tokenizer."""
 
 
 def tokenize(request: TokenizeRequest, progress: Progress) -> Tokenized:
     """Make the dataset that is asked for, or find that it is there."""
-    if not 0 <= request.val_fraction < 1:
-        raise ConfigError(f"--val-fraction: {request.val_fraction} is not from 0 up to 1")
-    if request.vocab_size is not None and request.tokenizer != "bpe":
+    check(request)
+    corpus = find_corpus(request.paths, include=request.include, exclude=request.exclude)
+    move_into_place(request.out)  # what was whole when an earlier run was killed
+    there = existing(request, corpus)
+    if there is not None and not request.append:
+        return Tokenized(request.out, there, {}, {}, was_there=True, resumed=False, seconds=0)
+    if there is not None:
+        corpus = new_files(request, corpus)
+        if not corpus.files:
+            return Tokenized(request.out, there, {}, {}, was_there=True, resumed=False, seconds=0)
+
+    before = there.fingerprint if there else None
+    earlier = noted(request, corpus, before)
+    tokenizer = _prepare_tokenizer(request, corpus, progress, resumed=earlier is not None)
+    if there is not None and tokenizer.fingerprint != there.tokenizer_fingerprint:
+        raise DataError(f"{request.out}: was made with another tokenizer; append with that one")
+    if request.format == "llm.c" and token_dtype(tokenizer.vocab_size) != "uint16":
         raise ConfigError(
-            f"--vocab-size: {request.vocab_size} goes with --tokenizer bpe; "
-            f"'{request.tokenizer}' has its own vocabulary"
+            f"--format llm.c: holds ids below 65,536, and {tokenizer.name} has "
+            f"{tokenizer.vocab_size:,}; leave it out, or choose another tokenizer"
         )
-    corpus = find_corpus(request.paths, request.text_key, request.suffix)
-    sources = {
-        "paths": [str(path) for path in request.paths],
-        "files": len(corpus.files),
-        "digest": corpus.digest(),
-        "tokenizer": request.tokenizer,
-        "vocab_size": request.vocab_size,
-        "val_fraction": request.val_fraction,
-        "text_key": request.text_key,
-    }
-    existing = _existing(request, sources)
-    if existing is not None:
-        return Tokenized(request.out, existing, [], was_there=True)
-    tokenizer = _prepare_tokenizer(request, corpus, progress)
-    with DatasetWriter(request.out, tokenizer) as writer:
-        done, made, total = 0, 0, corpus.size
-        for batch in _batches(corpus.documents()):
-            encoded = tokenizer.encode_documents([document.text for document in batch])
-            for document, ids in zip(batch, encoded, strict=True):
-                held_out = _is_held_out(document.text, request.val_fraction)
-                writer.add("val" if held_out else "train", ids, document.size)
-                done, made = done + document.size, made + len(ids)
-            progress("tokenizing", done, total, made)
-        if made == 0:
-            raise DataError(_nothing(request, corpus))
-        if request.val_fraction > 0 and not (writer.tokens("train") and writer.tokens("val")):
-            _hold_out_tail(writer, tokenizer, request.val_fraction)
-        manifest = writer.finish(sources)
-    return Tokenized(request.out, manifest, list(corpus.skipped), was_there=False)
+    began = time.perf_counter()
+    with DatasetWriter(request.out, tokenizer, shard_tokens=request.shard_tokens) as writer:
+        if earlier is not None:
+            writer.go_on(earlier.here.written, earlier.shards)
+        elif there is not None:
+            writer.begin_behind(there)
+        else:
+            writer.begin()
+        pipeline = Pipeline(
+            request,
+            corpus,
+            writer,
+            progress,
+            earlier=earlier,
+            appends_to=before,
+        )
+        try:
+            pipeline.run()
+            manifest = _finish(request, corpus, pipeline, there)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise DataError(
+                f"{writer.aside}: the disk is full; free some space and run the command again: it "
+                "goes on from what is finished"
+            ) from None
+    return Tokenized(
+        request.out,
+        manifest,
+        corpus.left_out,
+        _remarked(request.out / FILES),
+        was_there=False,
+        resumed=earlier is not None,
+        seconds=time.perf_counter() - began,
+    )
 
 
 def demo_request() -> TokenizeRequest:
@@ -100,107 +117,91 @@ def demo_request() -> TokenizeRequest:
     folders = [p for p in sorted(library.iterdir()) if p.is_dir() and p.name.isidentifier()]
     kept = [p for p in folders if not p.name.startswith("__") and next(p.rglob("*.py"), None)]
     return TokenizeRequest(
-        paths=(*sorted(library.glob("*.py")), *kept),
+        paths=tuple(map(str, (*sorted(library.glob("*.py")), *kept))),
         out=DEMO,
         tokenizer="bpe",
         vocab_size=DEMO_VOCAB_SIZE,
         val_fraction=0.005,
-        suffix=".py",
+        include=("*.py",),
     )
 
 
-def _existing(request: TokenizeRequest, sources: dict) -> Manifest | None:
-    """The manifest that is there and is what this request would make; refuse to replace another."""
-    out = request.out
-    if not out.exists():
-        return None
-    if not (out / MANIFEST).is_file():
-        if out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
-            return None
-        raise DataError(f"{out}: exists and is not a dataset; choose another folder with --out")
-    if request.force:
-        return None
-    manifest = read_manifest(out)
-    # of the corpus the digest tells, wherever it lies and however its path is written
-    changed = [
-        "corpus" if key in ("files", "digest") else key
-        for key, value in sources.items()
-        if key != "paths" and manifest.sources.get(key) != value
-    ]
-    is_file = request.tokenizer not in BUILT_IN and Path(request.tokenizer).exists()
-    if is_file and load_tokenizer(request.tokenizer).fingerprint != manifest.tokenizer_fingerprint:
-        changed.append("tokenizer")
-    if not changed:
-        return manifest
-    what = ", ".join(dict.fromkeys(changed))
-    raise DataError(
-        f"{out}: holds a dataset made with another {what}; replace it with --force, or choose "
-        "another folder with --out"
+def _finish(
+    request: TokenizeRequest, corpus: Corpus, pipeline: Pipeline, there: Manifest | None
+) -> Manifest:
+    writer = pipeline.writer
+    if not writer.tokens:
+        raise DataError(_nothing(request, corpus, writer))
+    empty = [name for name, tally in writer.splits.items() if not tally.tokens]
+    if request.val_fraction > 0 and empty:
+        writer.hold_out_tail(request.val_fraction)
+    writer.files.flush()
+    sources: Counter[str] = Counter()
+    shares: dict[str, Amount] = {}
+    remarks: Counter[str] = Counter()
+    for row in rows_of(writer.aside / FILES):
+        sources[row["source"]] += 1
+        amount = Amount(files=1, **{k: row[k] for k in ("documents", "bytes", "tokens")})
+        shares[row["source"]] = shares.get(row["source"], Amount()) + amount
+        remarks.update(row["remarks"])
+    if request.format == "llm.c":
+        writer.close_shards()
+        separator = None if writer.tokenizer.bos is not None else writer.tokenizer.eos
+        write_llm_c(writer.aside, writer.closed, name=request.out.name, separator=separator)
+    paths = [*(there.paths if there else []), *request.paths]
+    return writer.finish(
+        paths=list(dict.fromkeys(paths)),
+        options=request.options,
+        sources=shares,
+        duplicates=pipeline.place.duplicates + (there.duplicates if there else 0),
+        inexact_cuts=pipeline.place.inexact_cuts + (there.inexact_cuts if there else 0),
+        remarks=dict(remarks),
     )
 
 
-def _prepare_tokenizer(request: TokenizeRequest, corpus: Corpus, progress: Progress) -> Tokenizer:
+def _remarked(path: Path) -> dict[str, list[str]]:
+    remarked: dict[str, list[str]] = {}
+    for row in rows_of(path):
+        for remark in row["remarks"]:
+            remarked.setdefault(remark, []).append(row["name"])
+    return remarked
+
+
+def _prepare_tokenizer(
+    request: TokenizeRequest, corpus: Corpus, progress: Progress, *, resumed: bool
+) -> Tokenizer:
     if request.tokenizer != "bpe":
-        return load_tokenizer(request.tokenizer)
-    total = corpus.size
-    stride = max(1, total // BPE_TRAINING_BYTES)
-
-    def texts() -> Iterator[str]:
-        done = 0
-        for number, document in enumerate(corpus.documents()):
-            done += document.size
-            if number % stride == 0:
-                progress("training the tokenizer", done, total, 0)
-                yield document.text
-
-    return train_bpe(texts(), request.vocab_size or 8192)
+        tokenizer = load_tokenizer(request.tokenizer)
+    elif resumed:
+        path = aside(request.out) / "tokenizer.json"
+        tokenizer = read_tokenizer(path, name=f"bpe-{request.vocab_size}")
+    else:
+        tokenizer = train_bpe(_sample(request, corpus, progress), request.vocab_size or 8192)
+    return tokenizer.marked(bos=request.bos, eos=request.eos, allow_special=request.allow_special)
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += document.size
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _sample(request: TokenizeRequest, corpus: Corpus, progress: Progress) -> Iterator[str]:
+    """Some of the text, spread over the corpus."""
+    stride = max(1, corpus.size // BPE_TRAINING_BYTES)
+    number = before = 0
+    for file in corpus.files:
+        reader = FileReader(file, request.reading)
+        for document in reader.documents():
+            for block in document.blocks:
+                if number % stride == 0:
+                    progress("training the tokenizer", before + reader.position, corpus.size, 0)
+                    yield block.decode()
+                number += 1
+        before += file.size
 
 
-def _is_held_out(text: str, fraction: float) -> bool:
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < fraction * 2**64
-
-
-def _hold_out_tail(writer: DatasetWriter, tokenizer: Tokenizer, fraction: float) -> None:
-    """Where all documents fell on one side, the last tokens are for validation and the others for
-    training; a document may be cut for it."""
-    split = "train" if writer.tokens("train") else "val"
-    wanted = max(2, round(writer.tokens(split) * fraction))
-    documents = writer.take_back(split)
-    total = sum(len(ids) for ids, _ in documents)
-    cut = max(1, total - wanted)
-    position = 0
-    for ids, size in documents:
-        here = min(max(cut - position, 0), len(ids))  # tokens of this document before the cut
-        position += len(ids)
-        if here == len(ids):
-            writer.add("train", ids, size)
-        elif here == 0:
-            writer.add("val", ids, size)
-        else:
-            tail = min(size, len(tokenizer.decode(ids[here:].tolist()).encode()))
-            writer.add("train", ids[:here], size - tail)
-            writer.add("val", ids[here:], tail)
-
-
-def _nothing(request: TokenizeRequest, corpus: Corpus) -> str:
-    where = ", ".join(str(path) for path in request.paths)
-    if corpus.skipped:
-        return (
-            f"{where}: none of its {len(corpus.files)} files is UTF-8 text "
-            f"({corpus.skipped[0].name} the first); convert them first"
-        )
+def _nothing(request: TokenizeRequest, corpus: Corpus, writer: DatasetWriter) -> str:
+    where = ", ".join(request.paths)
+    writer.files.flush()
+    for remark, names in _remarked(writer.aside / FILES).items():
+        if remark.startswith("not UTF-8"):
+            return (
+                f"{where}: none of its {len(corpus.files)} files is UTF-8 text "
+                f"({names[0]} the first); convert them first"
+            )
     return f"{where}: no text in its {len(corpus.files)} files; give a folder of text"

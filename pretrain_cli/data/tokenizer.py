@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,23 @@ class Tokenizer:
         """One more than the largest id."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
+    def marked(self, *, bos: str | None, eos: str | None, allow_special: bool) -> "Tokenizer":
+        """The same with other marks around documents: a token's name, 'none' for no beginning, or
+        None for its own convention; and with special tokens in texts taken for what they are."""
+        if allow_special:
+            self.backend.encode_special_tokens = False
+        if bos is eos is None:
+            return self
+        begin = None if bos == "none" else self.bos if bos is None else self._id(bos, "--bos")
+        end = self.eos if eos is None else self._id(eos, "--eos")
+        return replace(self, bos=begin, eos=end)
+
+    def _id(self, token: str, option: str) -> int:
+        found = self.backend.token_to_id(token)
+        if found is None:
+            raise ConfigError(f"{option}: '{token}' is no token of {self.name}; name one that is")
+        return found
+
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Each text's ids with its document marks, in parallel."""
         before = [] if self.bos is None else [self.bos]
@@ -98,6 +115,7 @@ class Tokenizer:
         for key, token in (("bos", self.bos), ("eos", self.eos), ("pad", self.pad)):
             if token is not None:
                 config[f"{key}_token"] = self.backend.id_to_token(token)
+        config["document_marks"] = [config.get("bos_token"), config["eos_token"]]
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -135,14 +153,20 @@ def read_tokenizer(path: Path, *, name: str) -> Tokenizer:
         raise DataError(f"{path}: {error.strerror}; it should hold the tokenizer") from None
     except UnicodeDecodeError:
         raise DataError(f"{path}: not UTF-8; give a tokenizer.json") from None
-    hint = None
+    config: Any = {}
     beside = path.with_name("tokenizer_config.json")
     if beside.is_file():
         try:
-            hint = json.loads(beside.read_text(encoding="utf-8")).get("eos_token")
+            config = json.loads(beside.read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
             raise DataError(f"{beside}: not JSON ({error}); mend or remove it") from None
-    return _tokenizer(name, text, hint["content"] if isinstance(hint, dict) else hint, where=path)
+    hint = config.get("eos_token")
+    hint = hint["content"] if isinstance(hint, dict) else hint
+    tokenizer = _tokenizer(name, text, hint, where=path)
+    match config.get("document_marks"):  # written by `save`: what --bos and --eos chose
+        case [bos, str(eos)]:
+            return tokenizer.marked(bos=bos or "none", eos=eos, allow_special=False)
+    return tokenizer
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

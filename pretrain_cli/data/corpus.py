@@ -1,0 +1,144 @@
+"""Which files a corpus is: what is named, searched to the bottom, in an order that never varies.
+
+A name is a file, a folder, a pattern (`'corpus/**/*.txt'`), a stream such as a FIFO, or `-` for
+standard input. Files are known by names that don't depend on where the corpus lies, so that a
+corpus that moved, or grew, is recognized.
+"""
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
+from pathlib import Path
+
+from pretrain_cli.errors import DataError
+
+STANDARD_INPUT = "-"
+WRITTEN_HERE = ({"dataset.json", "tokenizer.json"}, {"run.yaml", "metrics.jsonl"})
+"""Files that mark a tokenized dataset or a run: never part of a corpus that is searched."""
+ARCHIVES = (".tar", ".zip", ".7z", ".rar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """One file to read."""
+
+    path: Path
+    name: str
+    """The folder that was asked for, and the path inside it."""
+    source: str
+    """What its share of a dataset is counted under: the folder or file asked for, and the folder
+    below that, where there is one."""
+    size: int = 0
+    """In bytes, as it lies there; 0 of a stream, which has none."""
+    modified: int = 0
+    """In nanoseconds."""
+    is_stream: bool = False
+
+
+@dataclass
+class Corpus:
+    """The files to read, in order, and what was found but left out, with the reason."""
+
+    files: list[TextFile]
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+    @property
+    def has_streams(self) -> bool:
+        """Something of it can be read but once."""
+        return any(file.is_stream for file in self.files)
+
+
+def find_corpus(
+    names: Sequence[str], *, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> Corpus:
+    """The files under these names, folders searched to the bottom, hidden ones left out.
+
+    `include` and `exclude` are patterns on a file's name, or on its path inside the folder where
+    they hold a slash; they choose among what folders and patterns give.
+    """
+    corpus = Corpus([])
+    for name in names:
+        if name == STANDARD_INPUT:
+            corpus.files.append(TextFile(Path("/dev/stdin"), name, name, is_stream=True))
+        elif os.path.isdir(name):
+            corpus.files += _below(Path(name), include, exclude, corpus.left_out)
+        elif os.path.exists(name):
+            corpus.files.append(_file(Path(name), Path(name).name, Path(name).name))
+        elif glob.has_magic(name):
+            corpus.files += _matching(name, include, exclude)
+        else:
+            raise DataError(f"{name}: no such file or folder")
+    if not corpus.files:
+        chosen = " that --include and --exclude leave" if include or exclude else ""
+        raise DataError(f"{', '.join(names)}: no files in it{chosen}; give a folder of text")
+    seen = Counter(file.name for file in corpus.files)
+    corpus.files = [
+        replace(file, name=file.path.as_posix()) if seen[file.name] > 1 else file
+        for file in corpus.files
+    ]
+    return corpus
+
+
+def _below(
+    root: Path, include: Sequence[str], exclude: Sequence[str], left_out: dict[str, str]
+) -> Iterator[TextFile]:
+    top = root.resolve().name
+    for folder, subfolders, names in os.walk(root):
+        if any(marks <= set(names) for marks in WRITTEN_HERE):
+            subfolders.clear()
+            continue
+        subfolders[:] = sorted(
+            name for name in subfolders if not name.startswith(".") and name != "__pycache__"
+        )
+        for name in sorted(names):
+            path = Path(folder, name)
+            inside = path.relative_to(root)
+            if name.startswith(".") or not _is_chosen(inside, include, exclude):
+                continue
+            if not path.is_file():
+                left_out[str(path)] = "not a regular file"
+            elif name.lower().endswith(ARCHIVES):
+                left_out[str(path)] = "an archive"
+            else:
+                source = f"{top}/{inside.parts[0]}" if len(inside.parts) > 1 else top
+                yield _file(path, f"{top}/{inside.as_posix()}", source)
+
+
+def _matching(pattern: str, include: Sequence[str], exclude: Sequence[str]) -> Iterator[TextFile]:
+    fixed = Path(*_until_magic(Path(pattern).parts))
+    found = sorted(Path(path) for path in glob.glob(pattern, recursive=True))
+    files = [path for path in found if path.is_file()]
+    if not files:
+        raise DataError(f"{pattern}: no file matches it")
+    for path in files:
+        inside = path.relative_to(fixed)
+        if _is_chosen(inside, include, exclude):
+            yield _file(path, f"{fixed.resolve().name}/{inside.as_posix()}", pattern)
+
+
+def _until_magic(parts: tuple[str, ...]) -> Iterator[str]:
+    for part in parts:
+        if glob.has_magic(part):
+            return
+        yield part
+
+
+def _is_chosen(inside: Path, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    def matches(pattern: str) -> bool:
+        return fnmatch(inside.as_posix() if "/" in pattern else inside.name, pattern)
+
+    return (not include or any(map(matches, include))) and not any(map(matches, exclude))
+
+
+def _file(path: Path, name: str, source: str) -> TextFile:
+    status = path.stat()
+    if not path.is_file():
+        return TextFile(path, name, source, is_stream=True)
+    return TextFile(path, name, source, status.st_size, status.st_mtime_ns)

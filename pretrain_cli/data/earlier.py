@@ -1,0 +1,128 @@
+"""What an earlier run left: a dataset that is whole, or a part of one to go on with."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pretrain_cli.data.corpus import Corpus, TextFile
+from pretrain_cli.data.pipeline import Earlier, Moment, Place, identity
+from pretrain_cli.data.request import TokenizeRequest
+from pretrain_cli.data.shards import FILES, MANIFEST, Manifest, read_manifest
+from pretrain_cli.data.tokenizer import BUILT_IN, load_tokenizer
+from pretrain_cli.data.writer import Tally, Written, as_written, aside, noted_shards, read_progress
+from pretrain_cli.errors import DataError
+from pretrain_cli.files import sha256_of
+
+
+def existing(request: TokenizeRequest, corpus: Corpus) -> Manifest | None:
+    """The manifest that is there and is what this request would make, or append to; refuse to
+    replace another."""
+    out = request.out
+    if not out.exists():
+        if request.append:
+            raise DataError(f"{out}: no dataset there to append to; leave --append out")
+        return None
+    if not (out / MANIFEST).is_file():
+        if out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+            return None
+        raise DataError(f"{out}: exists and is not a dataset; choose another folder with --out")
+    if request.force:
+        return None
+    manifest = read_manifest(out)
+    changed = [
+        name for name, value in request.options.items() if manifest.options.get(name) != value
+    ]
+    is_file = request.tokenizer not in BUILT_IN and Path(request.tokenizer).exists()
+    if is_file:
+        same = load_tokenizer(request.tokenizer).fingerprint == manifest.tokenizer_fingerprint
+        changed = [name for name in changed if name != "tokenizer"] + ["tokenizer"] * (not same)
+    if not request.append and not _is_same_corpus(corpus, out):
+        changed.append("corpus")
+    if not changed:
+        return manifest
+    what = ", ".join(name.replace("_", "-") for name in changed)
+    raise DataError(
+        f"{out}: holds a dataset made with another {what}; replace it with --force, "
+        + ("add new files to it with --append, " if changed == ["corpus"] else "")
+        + "or choose another folder with --out"
+    )
+
+
+def _is_same_corpus(corpus: Corpus, out: Path) -> bool:
+    rows = rows_of(out / FILES)
+    for file in corpus.files:
+        row = next(rows, None)
+        if row is None or row["name"] != file.name or not _is_unchanged(file, row):
+            return False
+    return next(rows, None) is None
+
+
+def new_files(request: TokenizeRequest, corpus: Corpus) -> Corpus:
+    """The files that the dataset doesn't have yet; refuse one that it has otherwise."""
+    rows = {row["name"]: row for row in rows_of(request.out / FILES)}
+    new = []
+    for file in corpus.files:
+        row = rows.get(file.name)
+        if row is None or file.is_stream:
+            new.append(file)
+        elif not _is_unchanged(file, row):
+            raise DataError(
+                f"{file.path}: has changed since {request.out} was made of it; tokenize all again "
+                "with --force"
+            )
+    return replace(corpus, files=new)
+
+
+def _is_unchanged(file: TextFile, row: dict[str, Any]) -> bool:
+    """By size and time; where only the time differs, by contents."""
+    if file.is_stream or file.size != row["size"]:
+        return False
+    return file.modified == row["modified"] or sha256_of(file.path) == row["sha256"]
+
+
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a files.jsonl."""
+    with path.open("rb") as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def noted(request: TokenizeRequest, corpus: Corpus, appends_to: str | None) -> Earlier | None:
+    """What a run before this one noted, if it can be gone on with; from the beginning of the file
+    that was at hand, where that has changed."""
+    progress = read_progress(request.out)
+    if progress is None or corpus.has_streams:
+        return None
+    if progress["options"] != request.options or progress["appends_to"] != appends_to:
+        return None
+    shards = noted_shards(progress)
+
+    def moment(name: str) -> Moment | None:
+        parts = progress[name]
+        written = as_written(request.out, parts["written"], shards)
+        place = Place(*parts["place"])
+        if written is None or not _begins_with_the_same(request, corpus, place.file, written):
+            return None
+        return Moment(place, Tally(**parts["of_file"]), written)
+
+    began = moment("file_began")
+    at = progress["here"]["place"][0]
+    is_unchanged = at >= len(corpus.files) or identity(corpus.files[at]) == progress["file"]
+    here = moment("here") if is_unchanged else began
+    return Earlier(here, began, shards) if here and began else None
+
+
+def _begins_with_the_same(
+    request: TokenizeRequest, corpus: Corpus, count: int, written: Written
+) -> bool:
+    """Whether the files that are done with are the first of the corpus still."""
+    with (aside(request.out) / FILES).open("rb") as file:
+        rows = [json.loads(line) for line in file.read(written.files_bytes).splitlines()]
+    done = rows[len(rows) - count :]
+    return len(done) == count and all(
+        row["name"] == file.name and _is_unchanged(file, row)
+        for row, file in zip(done, corpus.files, strict=False)
+    )

@@ -134,7 +134,11 @@ def read_back() -> Callable[[Path, str], list[list[int]]]:
             blocks = path.with_suffix(".crc").read_bytes()
             crcs = [zlib.crc32(data[at : at + 65536]) for at in range(0, len(data), 65536)]
             assert np.frombuffer(blocks, "<u4").tolist() == crcs
-            for content, key in ((data, "sha256"), (index, "index_sha256"), (blocks, "blocks_sha256")):
+            for content, key in (
+                (data, "sha256"),
+                (index, "index_sha256"),
+                (blocks, "blocks_sha256"),
+            ):
                 assert hashlib.sha256(content).hexdigest() == shard[key]
             tokens = np.frombuffer(data, {"uint16": "<u2", "uint32": "<u4"}[manifest["dtype"]])
             begins = np.frombuffer(index, "<u8").astype(int)

@@ -335,7 +335,9 @@ def test_a_json_line_that_is_not_utf8_is_treated_as_asked(packed, line, replaced
 def table(values, kind, **others):
     columns = {"text": pyarrow.array(values, kind)} | others
     buffer = io.BytesIO()
-    parquet.write_table(pyarrow.table(columns), buffer, row_group_size=2, write_page_checksum=True)
+    parquet.write_table(
+        pyarrow.table(columns), buffer, row_group_size=100, write_page_checksum=True
+    )
     return buffer.getvalue()
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -55,6 +56,7 @@ class Written(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    dtype: Literal["uint16", "uint32"]
     closed: list[Shard]
     open: dict[SplitName, Extent]
     splits: dict[SplitName, Amount]
@@ -124,8 +126,8 @@ class _OpenShard:
         )
 
     def abandon(self) -> None:
-        self.data.close()
-        self.index.close()
+        _close(self.data)
+        _close(self.index)
 
 
 class DatasetWriter:
@@ -142,6 +144,8 @@ class DatasetWriter:
         self.open: dict[SplitName, _OpenShard] = {}
         self.closed: list[Shard] = []
         self.splits: dict[SplitName, Amount] = {"train": Amount(), "val": Amount()}
+        self.ending = ".bin"
+        """Of the names of shards."""
 
     def __enter__(self) -> "DatasetWriter":
         try:
@@ -165,8 +169,8 @@ class DatasetWriter:
         for shard in self.open.values():
             shard.abandon()
         if hasattr(self, "files"):
-            self.files.close()
-        if not (self.aside / PROGRESS).exists():
+            _close(self.files)
+        if not any((self.aside / name).exists() for name in (PROGRESS, MANIFEST)):
             shutil.rmtree(self.aside, ignore_errors=True)
         os.close(self.lock)
 
@@ -175,7 +179,10 @@ class DatasetWriter:
     def begin(self) -> None:
         """From nothing."""
         for path in self.aside.iterdir():
-            path.unlink()
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
         self.tokenizer.save(self.aside)
         self.files = (self.aside / FILES).open("ab")
 
@@ -236,6 +243,7 @@ class DatasetWriter:
     def written(self) -> Written:
         """What there is now."""
         return Written(
+            dtype=self.name,
             closed=list(self.closed),
             open={
                 split: Extent(file=s.path.name, tokens=s.tokens, documents=s.documents)
@@ -271,6 +279,7 @@ class DatasetWriter:
         offsets = [0, *row.ends.tolist()]
         starts = DocumentStarts(index, offsets[:-1])
         text_bytes = 0
+        self.ending = ".tail.bin"  # what is noted is left as it is until the manifest is written
         for first in range(cut, whole.tokens, TAIL_BLOCK):
             last = min(first + TAIL_BLOCK, whole.tokens)
             begins = starts.between(first, last) - first
@@ -282,8 +291,7 @@ class DatasetWriter:
         text_bytes = min(text_bytes, whole.bytes)
         self.count("val", bytes=text_bytes)
 
-        # What is noted is left as it is until the manifest is written: of the shard that the cut
-        # is in, a copy is cut.
+        # likewise, of the shard that the cut is in a copy is cut
         kept = int(np.searchsorted(row.ends, cut))
         extent = Extent(
             file=f"train-{kept:05d}.cut.bin",
@@ -325,10 +333,10 @@ class DatasetWriter:
 
     def _next_shard(self, split: SplitName) -> _OpenShard:
         number = sum(shard.split == split for shard in self.closed)
-        path = self.aside / f"{split}-{number:05d}.bin"
-        path.unlink(missing_ok=True)
-        index_path(path).unlink(missing_ok=True)
-        return _OpenShard(split, path, self.dtype)
+        name = f"{split}-{number:05d}{self.ending}"
+        for path in files_of(self.aside, name):
+            path.unlink(missing_ok=True)
+        return _OpenShard(split, self.aside / name, self.dtype)
 
     def _as_training(self, shard: Shard) -> Shard:
         if shard.split == "train":
@@ -372,12 +380,13 @@ def as_written(folder: Path, noted: Any) -> Written | None:
         return None
     there = aside(folder)
     paths = [f for shard in written.closed for f in files_of(there, shard.file)]
+    sizes = dict.fromkeys(paths, 0)
     for extent in written.open.values():
-        index = index_path(there / extent.file)
-        if not index.exists() or index.stat().st_size < extent.documents * 8:
-            return None
-        paths.append(there / extent.file)
-    return written if all(path.exists() for path in paths) else None
+        path = there / extent.file
+        sizes[path] = extent.tokens * np.dtype(written.dtype).itemsize
+        sizes[index_path(path)] = extent.documents * 8
+    is_there = all(path.exists() and path.stat().st_size >= size for path, size in sizes.items())
+    return written if is_there else None
 
 
 def move_into_place(folder: Path) -> None:
@@ -394,6 +403,13 @@ def move_into_place(folder: Path) -> None:
         folder.rename(old)
     whole.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _close(file: IO[bytes]) -> None:
+    """Close a file whose contents are on the disk, or not needed: where the disk is full, it can't
+    be written to its end."""
+    with suppress(OSError):
+        file.close()
 
 
 def _remove_shards(folder: Path, *, but: set[str]) -> None:

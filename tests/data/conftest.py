@@ -125,6 +125,8 @@ def read_back() -> Callable[[Path, str], list[list[int]]]:
 
     def read(folder: Path, split: str) -> list[list[int]]:
         manifest = json.loads((folder / "dataset.json").read_text())
+        named = {shard["file"] for shard in manifest["shards"]}
+        assert {path.name for path in folder.glob("*.bin")} == named
         ids: list[int] = []
         starts: list[int] = []
         for shard in manifest["shards"]:

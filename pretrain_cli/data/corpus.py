@@ -16,8 +16,13 @@ from pathlib import Path
 from pretrain_cli.errors import DataError
 
 STANDARD_INPUT = "-"
-WRITTEN_HERE = ({"dataset.json", "tokenizer.json"}, {"run.yaml", "metrics.jsonl"})
-"""Files that mark a tokenized dataset or a run: never part of a corpus that is searched."""
+WRITTEN_HERE = (
+    {"dataset.json", "tokenizer.json"},
+    {"files.jsonl", "tokenizer.json"},
+    {"run.yaml", "metrics.jsonl"},
+)
+"""Files that mark a tokenized dataset, one in the making or a run: never part of a corpus that is
+searched."""
 ARCHIVES = (".tar", ".zip", ".7z", ".rar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
@@ -70,9 +75,11 @@ def find_corpus(
         elif os.path.isdir(name):
             corpus.files += _below(Path(name), include, exclude, corpus.left_out)
         elif os.path.exists(name):
+            if name.lower().endswith(ARCHIVES):
+                raise DataError(f"{name}: an archive; unpack it, and give its folder")
             corpus.files.append(_file(Path(name), Path(name).name, Path(name).name))
         elif glob.has_magic(name):
-            corpus.files += _matching(name, include, exclude)
+            corpus.files += _matching(name, include, exclude, corpus.left_out)
         else:
             raise DataError(f"{name}: no such file or folder")
     if not corpus.files:
@@ -89,38 +96,55 @@ def find_corpus(
 def _below(
     root: Path, include: Sequence[str], exclude: Sequence[str], left_out: dict[str, str]
 ) -> Iterator[TextFile]:
+    def not_listed(error: OSError) -> None:
+        left_out[str(error.filename)] = f"can't be read ({error.strerror})"
+
     top = root.resolve().name
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, names in os.walk(root, onerror=not_listed):
         if any(marks <= set(names) for marks in WRITTEN_HERE):
             subfolders.clear()
             continue
         subfolders[:] = sorted(
             name for name in subfolders if not name.startswith(".") and name != "__pycache__"
         )
+        for name in subfolders:  # which may lead in a circle
+            if os.path.islink(path := os.path.join(folder, name)):
+                left_out[path] = "a link to a folder"
         for name in sorted(names):
             path = Path(folder, name)
             inside = path.relative_to(root)
             if name.startswith(".") or not _is_chosen(inside, include, exclude):
                 continue
-            if not path.is_file():
-                left_out[str(path)] = "not a regular file"
-            elif name.lower().endswith(ARCHIVES):
-                left_out[str(path)] = "an archive"
+            if why := _why_not(path):
+                left_out[str(path)] = why
             else:
                 source = f"{top}/{inside.parts[0]}" if len(inside.parts) > 1 else top
                 yield _file(path, f"{top}/{inside.as_posix()}", source)
 
 
-def _matching(pattern: str, include: Sequence[str], exclude: Sequence[str]) -> Iterator[TextFile]:
+def _matching(
+    pattern: str, include: Sequence[str], exclude: Sequence[str], left_out: dict[str, str]
+) -> Iterator[TextFile]:
     fixed = Path(*_until_magic(Path(pattern).parts))
     found = sorted(Path(path) for path in glob.glob(pattern, recursive=True))
-    files = [path for path in found if path.is_file()]
+    files = [path for path in found if not path.is_dir()]
     if not files:
         raise DataError(f"{pattern}: no file matches it")
     for path in files:
         inside = path.relative_to(fixed)
-        if _is_chosen(inside, include, exclude):
+        if not _is_chosen(inside, include, exclude):
+            continue
+        if why := _why_not(path):
+            left_out[str(path)] = why
+        else:
             yield _file(path, f"{fixed.resolve().name}/{inside.as_posix()}", pattern)
+
+
+def _why_not(path: Path) -> str | None:
+    """Why a file that was found is left out; None where it isn't."""
+    if not path.is_file():
+        return "not a regular file"
+    return "an archive" if path.name.lower().endswith(ARCHIVES) else None
 
 
 def _until_magic(parts: tuple[str, ...]) -> Iterator[str]:

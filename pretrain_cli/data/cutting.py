@@ -24,13 +24,16 @@ from pretrain_cli.data.tokenizer import Tokenizer
 
 AROUND = 120
 """Characters on either side of a cut that it is tried on."""
+PHASES = 16
+"""Lengths of the text before a cut that an unsure one is tried on."""
 TRIES = 8
 PLACES = (
     re.compile(r"(?<=\S\n)(?=\S)"),
     re.compile(r"(?<=\S)(?= \S)"),
-    re.compile(r"(?<=[^\w\s])(?=[\w])"),
+    re.compile(r"(?<=\w[^\w\s])(?=\w)"),
 )
-"""From the surest to the least sure; the last is for text that has no spaces."""
+"""From the surest to the least sure; the last, behind a mark that stands alone between letters, is
+for text that has no spaces."""
 
 
 class Cutter:
@@ -93,7 +96,7 @@ class Cutter:
         before it, which it hasn't where ids go by how often something is repeated."""
         right = text[cut : cut + AROUND]
         after = self._continued(right)
-        for reach in (AROUND, AROUND // 2 - 1)[: 2 if thoroughly else 1]:
+        for reach in range(AROUND, AROUND - (PHASES if thoroughly else 1), -1):
             left = text[max(0, cut - reach) : cut]
             if self._continued(left) + after != self._continued(left + right):
                 return False
@@ -113,7 +116,9 @@ class Cutter:
                 continue
             after = self._continued(text[cut:])
             sure = len(after) // 2
-            if sure and after[:sure] == ids[number : number + sure]:
+            if not sure or after[:sure] != ids[number : number + sure]:
+                continue
+            if self._ids(lead + text[:cut])[count:] == ids[:number]:  # spaces end otherwise alone
                 return cut, True
         return max(1, len(text) // 2), False
 

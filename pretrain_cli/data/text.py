@@ -127,28 +127,32 @@ class FileReader:
         held: list[bytes] = []
         size = start = 0
         pending: _LongDocument | None = None
-        for segment in _segments(stream, self.reading.separator):
-            if isinstance(segment, int):  # a document ends, and the next begins there
-                document = (
-                    pending.finish()
-                    if pending
-                    else self._short(b"".join(held), f" from byte {start:,} on")
-                )
-                if document:
-                    yield document
-                if pending:
-                    pending.close()
-                held, size, start, pending = [], 0, segment, None
-            elif pending:
-                pending.add(segment)
-            else:
-                held.append(segment)
-                size += len(segment)
-                if size > HELD:
-                    pending = _LongDocument(self, start, can_seek=can_seek)
-                    for part in held:
-                        pending.add(part)
-                    held = []
+        try:
+            for segment in _segments(stream, self.reading.separator):
+                if isinstance(segment, int):  # a document ends, and the next begins there
+                    document = (
+                        pending.finish()
+                        if pending
+                        else self._short(b"".join(held), f" from byte {start:,} on")
+                    )
+                    if document:
+                        yield document
+                    if pending:
+                        pending.close()
+                    held, size, start, pending = [], 0, segment, None
+                elif pending:
+                    pending.add(segment)
+                else:
+                    held.append(segment)
+                    size += len(segment)
+                    if size > HELD:
+                        pending = _LongDocument(self, start, can_seek=can_seek)
+                        for part in held:
+                            pending.add(part)
+                        held = []
+        finally:  # of a document that breaks off
+            if pending:
+                pending.close()
 
     def _short_documents(self, texts: Iterable[tuple[int, bytes]]) -> Iterator[Document]:
         for number, text in texts:
@@ -190,10 +194,11 @@ class FileReader:
                     continue
                 text = line.decode("utf-8-sig", errors="replace")
             try:
-                row = json.loads(text)
+                row = json.loads(text, parse_int=float)  # an int of 5,000 digits is refused
             except json.JSONDecodeError as error:
+                what = error.msg.removesuffix(" at")
                 raise DataError(
-                    f"{path}:{number}: not a JSON line ({error.msg} at column {error.colno}); "
+                    f"{path}:{number}: not a JSON line ({what} at column {error.colno}); "
                     "mend or remove it"
                 ) from None
             except RecursionError:
@@ -221,7 +226,7 @@ class FileReader:
             while not can_seek and (block := stream.read(BLOCK)):
                 file.write(block)
             try:
-                table = parquet.ParquetFile(file)
+                table = parquet.ParquetFile(file, page_checksum_verification=True)
                 names = table.schema_arrow.names
                 if key not in names:
                     raise DataError(

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -64,6 +65,7 @@ class Extent:
 class Written:
     """What a dataset holds at one moment of its writing."""
 
+    dtype: TokenType
     closed: int
     """Shards that are finished; none is ever changed."""
     open: dict[SplitName, Extent]
@@ -137,8 +139,8 @@ class _OpenShard:
         )
 
     def abandon(self) -> None:
-        self.data.close()
-        self.index.close()
+        _close(self.data)
+        _close(self.index)
 
 
 class DatasetWriter:
@@ -155,6 +157,8 @@ class DatasetWriter:
         self.open: dict[SplitName, _OpenShard] = {}
         self.closed: list[Shard] = []
         self.splits: dict[SplitName, Tally] = {"train": Tally(), "val": Tally()}
+        self.ending = ".bin"
+        """Of the names of shards."""
 
     def __enter__(self) -> "DatasetWriter":
         try:
@@ -178,8 +182,8 @@ class DatasetWriter:
         for shard in self.open.values():
             shard.abandon()
         if hasattr(self, "files"):
-            self.files.close()
-        if not (self.aside / PROGRESS).exists():
+            _close(self.files)
+        if not any((self.aside / name).exists() for name in (PROGRESS, MANIFEST)):
             shutil.rmtree(self.aside, ignore_errors=True)
         os.close(self.lock)
 
@@ -188,7 +192,10 @@ class DatasetWriter:
     def begin(self) -> None:
         """From nothing."""
         for path in self.aside.iterdir():
-            path.unlink()
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
         self.tokenizer.save(self.aside)
         self.files = (self.aside / FILES).open("ab")
 
@@ -251,6 +258,7 @@ class DatasetWriter:
     def written(self) -> Written:
         """What there is now."""
         return Written(
+            dtype=self.name,
             closed=len(self.closed),
             open={split: shard.extent for split, shard in self.open.items()},
             splits={name: replace(tally) for name, tally in self.splits.items()},
@@ -284,6 +292,7 @@ class DatasetWriter:
         offsets = [0, *row.ends.tolist()]
         starts = IndexedStarts(index, offsets[:-1])
         text_bytes = 0
+        self.ending = ".tail.bin"  # what is noted is left as it is until the manifest is written
         for first in range(cut, whole.tokens, TAIL_BLOCK):
             last = min(first + TAIL_BLOCK, whole.tokens)
             begins = starts.between(first, last) - first
@@ -294,8 +303,7 @@ class DatasetWriter:
             text_bytes += len(self.tokenizer.decode(tokens.tolist()).encode())
         self.splits["val"].bytes = min(text_bytes, whole.bytes)
 
-        # What is noted is left as it is until the manifest is written: of the shard that the cut
-        # is in, a copy is cut.
+        # likewise, of the shard that the cut is in a copy is cut
         kept = int(np.searchsorted(row.ends, cut))
         extent = Extent(
             file=f"train-{kept:05d}.cut.bin",
@@ -340,10 +348,10 @@ class DatasetWriter:
 
     def _next_shard(self, split: SplitName) -> _OpenShard:
         number = sum(shard.split == split for shard in self.closed)
-        path = self.aside / f"{split}-{number:05d}.bin"
-        path.unlink(missing_ok=True)
-        index_path(path).unlink(missing_ok=True)
-        return _OpenShard(split, path, self.dtype)
+        name = f"{split}-{number:05d}{self.ending}"
+        for path in files_of(self.aside, name):
+            path.unlink(missing_ok=True)
+        return _OpenShard(split, self.aside / name, self.dtype)
 
     def _as_training(self, shard: Shard) -> Shard:
         if shard.split == "train":
@@ -385,12 +393,12 @@ def as_written(folder: Path, noted: dict[str, Any], shards: Sequence[Shard]) -> 
     there = aside(folder)
     sizes = {file: 0 for s in shards[: noted["closed"]] for file in files_of(there, s.file)}
     for extent in extents.values():
-        sizes[there / extent.file] = extent.tokens
+        sizes[there / extent.file] = extent.tokens * np.dtype(noted["dtype"]).itemsize
         sizes[index_path(there / extent.file)] = extent.documents * 8
     if not all(path.exists() and path.stat().st_size >= size for path, size in sizes.items()):
         return None
     splits = {name: Tally(**tally) for name, tally in noted["splits"].items()}
-    return Written(noted["closed"], extents, splits, noted["files_bytes"])
+    return Written(noted["dtype"], noted["closed"], extents, splits, noted["files_bytes"])
 
 
 def move_into_place(folder: Path) -> None:
@@ -407,6 +415,13 @@ def move_into_place(folder: Path) -> None:
         folder.rename(old)
     whole.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _close(file: IO[bytes]) -> None:
+    """Close a file whose contents are on the disk, or not needed: where the disk is full, it can't
+    be written to its end."""
+    with suppress(OSError):
+        file.close()
 
 
 def _remove_shards(folder: Path, *, but: set[str]) -> None:

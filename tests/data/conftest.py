@@ -1,15 +1,57 @@
-"""What the tests of text, tokenizers, shards and batches share."""
+"""What the tests of text, tokenizers, datasets and batches share."""
 
 import functools
+import hashlib
+import json
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from pretrain_cli.data.shards import TokenStream
+from pretrain_cli.data.tokenize import Tokenized, TokenizeRequest, tokenize
 from pretrain_cli.data.tokenizer import HUB, Tokenizer, load_tokenizer, train_bpe
+
+# Runs a command line with some of the program's constants changed, and kills itself as SIGKILL does
+# when a function is called for so many a time.
+DRIVER = """
+import importlib, json, os, signal, sys
+from pretrain_cli.cli import app
+
+def find(name):
+    parts = name.split(".")
+    for count in range(len(parts) - 1, 0, -1):
+        try:
+            place = importlib.import_module(".".join(parts[:count]))
+        except ImportError:
+            continue
+        for part in parts[count:-1]:
+            place = getattr(place, part)
+        return place, parts[-1]
+    raise LookupError(name)
+
+changes, victim, calls = json.loads(sys.argv[1])
+for name, value in changes.items():
+    setattr(*find(name), value)
+if victim:
+    place, name = find(victim)
+    real = getattr(place, name)
+    def counted(*given, **named):
+        global calls
+        calls -= 1
+        if calls <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*given, **named)
+    setattr(place, name, counted)
+sys.argv[1:] = sys.argv[2:]
+app()
+"""
 
 
 @functools.cache
@@ -47,3 +89,105 @@ def stream(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TokenStrea
         return TokenStream(paths, dtype)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make() -> Callable[..., Tokenized]:
+    """Tokenize a corpus, or several; in bytes where nothing else is asked for."""
+
+    def run(corpus: Path | str | Iterable[Path | str], out: Path, **options: Any) -> Tokenized:
+        names = (corpus,) if isinstance(corpus, Path | str) else corpus
+        request = TokenizeRequest(
+            paths=tuple(map(str, names)), out=out, **{"tokenizer": "bytes"} | options
+        )
+        return tokenize(request, lambda *_: None)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def write_documents() -> Callable[[Path, Iterable[str]], Path]:
+    """A folder with a file for each text."""
+
+    def write(folder: Path, texts: Iterable[str]) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, text in enumerate(texts):
+            (folder / f"{number:05d}.txt").write_bytes(text.encode())
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def read_back() -> Callable[[Path, str], list[list[int]]]:
+    """A split's documents, as the ids between the starts in the index; without our reader. Every
+    checksum is computed on the way."""
+
+    def read(folder: Path, split: str) -> list[list[int]]:
+        manifest = json.loads((folder / "dataset.json").read_text())
+        named = {shard["file"] for shard in manifest["shards"]}
+        assert {path.name for path in folder.glob("*.bin")} == named
+        ids: list[int] = []
+        starts: list[int] = []
+        for shard in manifest["shards"]:
+            path = folder / shard["file"]
+            data = path.read_bytes()
+            index = path.with_suffix(".idx").read_bytes()
+            blocks = path.with_suffix(".crc").read_bytes()
+            crcs = [zlib.crc32(data[at : at + 65536]) for at in range(0, len(data), 65536)]
+            assert np.frombuffer(blocks, "<u4").tolist() == crcs
+            for content, key in (
+                (data, "sha256"),
+                (index, "index_sha256"),
+                (blocks, "blocks_sha256"),
+            ):
+                assert hashlib.sha256(content).hexdigest() == shard[key]
+            tokens = np.frombuffer(data, {"uint16": "<u2", "uint32": "<u4"}[manifest["dtype"]])
+            begins = np.frombuffer(index, "<u8").astype(int)
+            assert (len(tokens), len(begins)) == (shard["tokens"], shard["documents"])
+            assert tokens.max() == shard["largest_token"]
+            if shard["split"] == split:
+                starts += (begins + len(ids)).tolist()
+                ids += tokens.tolist()
+        assert not ids or starts[0] == 0
+        ends = [*starts[1:], len(ids)]
+        return [ids[start:end] for start, end in zip(starts, ends, strict=True)]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def contents() -> Callable[[Path], dict[str, bytes]]:
+    """What every file below a folder holds; of a database its rows, since its bytes tell the
+    number of times that it was written too."""
+
+    def read(folder: Path) -> dict[str, bytes]:
+        return {
+            path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def driven() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`pretrain …` in a process of its own and in a folder, with constants of the program changed
+    by their names; it is killed at a call of a function, by its name and the number of the call."""
+
+    def run(
+        arguments: list[str],
+        folder: Path,
+        changes: dict[str, Any],
+        *,
+        killed_at: tuple[str, int] = ("", 0),
+        **options: Any,
+    ) -> subprocess.CompletedProcess[str]:
+        settings = json.dumps([changes, *killed_at])
+        return subprocess.run(
+            [sys.executable, "-c", DRIVER, settings, *arguments],
+            cwd=folder, capture_output=True, text=True, timeout=300, **options,
+        )  # fmt: skip
+
+    return run

@@ -90,12 +90,13 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def noted(request: TokenizeRequest, corpus: Corpus, appends_to: str | None) -> Earlier | None:
+def noted(request: TokenizeRequest, corpus: Corpus, there: Manifest | None) -> Earlier | None:
     """What a run before this one noted, if it can be gone on with; from the beginning of the file
     that was at hand, where that has changed."""
     progress = read_progress(request.out)
     if progress is None or corpus.has_streams:
         return None
+    appends_to = there.fingerprint if there else None
     if progress["options"] != request.options or progress["appends_to"] != appends_to:
         return None
     shards = noted_shards(progress)

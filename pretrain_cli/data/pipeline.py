@@ -22,7 +22,7 @@ from pretrain_cli.data.corpus import Corpus, TextFile
 from pretrain_cli.data.cutting import Cutter
 from pretrain_cli.data.encoding import Block, Encoded, encoders
 from pretrain_cli.data.request import TokenizeRequest
-from pretrain_cli.data.shards import Shard, SplitName
+from pretrain_cli.data.shards import Manifest, Shard, SplitName
 from pretrain_cli.data.text import Document, FileReader
 from pretrain_cli.data.writer import DatasetWriter, Tally, Written
 from pretrain_cli.errors import DataError
@@ -105,12 +105,12 @@ class Pipeline:
         progress: Progress,
         *,
         earlier: Earlier | None,
-        appends_to: str | None,
+        there: Manifest | None,
     ) -> None:
-        """`appends_to` is the fingerprint of what is there already."""
+        """`there` is the dataset that this one is appended to."""
         self.request, self.corpus, self.writer = request, corpus, writer
         self.progress = progress
-        self.appends_to = appends_to
+        self.there = there
         here = earlier.here if earlier else Moment(Place(), Tally(), writer.written())
         self.place, self.of_file = here.place, here.of_file
         self.file_began = earlier.file_began if earlier else here
@@ -128,7 +128,7 @@ class Pipeline:
             for encoded in encode(self._batches()):
                 raw = self._take(encoded)
                 has_space = has_space or self._check_space(raw)
-                self.progress("tokenizing", raw, self.corpus.size, self.writer.tokens)
+                self.progress("tokenizing", raw, self.corpus.size, self._made())
                 if time.perf_counter() - self.noted > SECONDS_BETWEEN_NOTES:
                     self._note()
         self._end_files()
@@ -235,7 +235,7 @@ class Pipeline:
         self.writer.note(
             {
                 "options": self.request.options,
-                "appends_to": self.appends_to,
+                "appends_to": self.there.fingerprint if self.there else None,
                 "file": identity(file) if file else None,
                 "here": asdict(here),
                 "file_began": asdict(self.file_began),
@@ -243,10 +243,14 @@ class Pipeline:
         )
         self.noted = time.perf_counter()
 
+    def _made(self) -> int:
+        """Tokens that this corpus has come to."""
+        return self.writer.tokens - (self.there.total.tokens if self.there else 0)
+
     def _check_space(self, raw: int) -> bool:
         """Refuse a corpus whose dataset the disk can't hold, by what its first part came to."""
         left = max(0, self.corpus.size - raw) / max(raw, 1)
-        needed = left * self.writer.tokens * self.writer.dtype.itemsize
+        needed = left * self._made() * self.writer.dtype.itemsize
         free = shutil.disk_usage(self.writer.aside).free
         if needed > free:
             raise DataError(

@@ -7,16 +7,17 @@ import os
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pretrain_cli.data.shards import TokenStream
+from pretrain_cli.data.shards import Manifest, SplitName, TokenStream
 from pretrain_cli.data.tokenize import Tokenized, TokenizeRequest, tokenize
 from pretrain_cli.data.tokenizer import HUB, Tokenizer, load_tokenizer, train_bpe
+from pretrain_cli.data.writer import DatasetWriter
 
 # Runs a command line with some of the program's constants changed, and kills itself as SIGKILL does
 # when a function is called for so many a time.
@@ -103,6 +104,35 @@ def make() -> Callable[..., Tokenized]:
         return tokenize(request, lambda *_: None)
 
     return run
+
+
+DOCUMENTS = [b"first", b"the second one", "drittes – ü".encode(), b"4", b"and the fifth, long"]
+HELD_OUT = [b"for validation", b"and this"]
+
+
+@pytest.fixture(scope="session")
+def write() -> Callable[..., Manifest]:
+    """A dataset of these documents, in bytes, without a corpus."""
+
+    def make(
+        folder: Path,
+        training: Sequence[bytes] = DOCUMENTS,
+        held_out: Sequence[bytes] = HELD_OUT,
+        *,
+        shard_tokens: int = 10,
+    ) -> Manifest:
+        with DatasetWriter(folder, load_tokenizer("bytes"), shard_tokens=shard_tokens) as writer:
+            writer.begin()
+            splits: dict[SplitName, Sequence[bytes]] = {"train": training, "val": held_out}
+            for split, documents in splits.items():
+                for document in documents:
+                    writer.add(split, np.array([*document, 256]), [0])
+                    writer.count(split, bytes=len(document))
+            return writer.finish(
+                paths=["corpus"], options={}, sources={}, duplicates=0, inexact_cuts=0, remarks={}
+            )
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -36,14 +36,6 @@ def add(writer, split, documents):
         writer.count(split, bytes=len(document))
 
 
-def write(folder, *, training=DOCUMENTS, held_out=HELD_OUT, **options):
-    with writer(folder, **options) as made:
-        made.begin()
-        add(made, "train", training)
-        add(made, "val", held_out)
-        return made.finish(**FACTS)
-
-
 def row(documents):
     return [token for document in documents for token in (*document, 256)]
 
@@ -51,20 +43,20 @@ def row(documents):
 # --- shards --------------------------------------------------------------------------------------
 
 
-def test_tokens_are_little_endian_documents_in_a_row(tmp_path):
+def test_tokens_are_little_endian_documents_in_a_row(tmp_path, write):
     write(tmp_path / "made", shard_tokens=1000)
     for split, documents in (("train", DOCUMENTS), ("val", HELD_OUT)):
         tokens = np.fromfile(tmp_path / f"made/{split}-00000.bin", dtype="<u2").tolist()
         assert tokens == row(documents)
 
 
-def test_the_index_says_where_each_document_begins(tmp_path):
+def test_the_index_says_where_each_document_begins(tmp_path, write):
     write(tmp_path / "made", training=[b"abc", b"de", b"f"], shard_tokens=1000)
     index = np.fromfile(tmp_path / "made/train-00000.idx", dtype="<u8")
     assert index.tolist() == [0, 4, 7]  # each with its end
 
 
-def test_a_shard_ends_after_its_tokens_wherever_that_falls(tmp_path):
+def test_a_shard_ends_after_its_tokens_wherever_that_falls(tmp_path, write):
     write(tmp_path / "made")
     made = tmp_path / "made"
     sizes = {path.name: path.stat().st_size // 2 for path in made.glob("*.bin")}
@@ -104,7 +96,7 @@ def test_any_tokens_in_any_portions_are_written_as_they_are(
     assert (amount.tokens, amount.documents) == (len(tokens), len(lengths))
 
 
-def test_the_manifest_says_what_the_files_hold(tmp_path):
+def test_the_manifest_says_what_the_files_hold(tmp_path, write):
     write(tmp_path / "made")
     manifest = json.loads((tmp_path / "made/dataset.json").read_text())
     assert manifest["format_version"] == 2
@@ -125,7 +117,7 @@ def test_the_manifest_says_what_the_files_hold(tmp_path):
         assert sum(shard["documents"] for shard in shards) == len(documents)
 
 
-def test_checksums_are_of_the_files(tmp_path, read_back):
+def test_checksums_are_of_the_files(tmp_path, write, read_back):
     """Also of a shard of several blocks of 64 KiB, the last of them not full."""
     long = hashlib.shake_128(b"seed").digest(100_000)
     write(tmp_path / "made", training=[*DOCUMENTS, long], shard_tokens=90_000)
@@ -214,7 +206,7 @@ def interrupted(folder, split="train", noted=3, lost=2):
 
 
 @pytest.mark.parametrize("noted", [1, 2, 3, 4])
-def test_what_was_written_behind_the_note_is_taken_back(tmp_path, contents, noted):
+def test_what_was_written_behind_the_note_is_taken_back(tmp_path, write, contents, noted):
     made, _ = interrupted(tmp_path / "made", noted=noted, lost=1)
     made.__exit__(KeyboardInterrupt, None, None)
     progress = read_progress(tmp_path / "made")
@@ -309,7 +301,7 @@ def test_a_writer_whose_disk_is_full_fails_with_that(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_writer_left_is_no_dataset_and_is_replaced(tmp_path):
+def test_what_a_killed_writer_left_is_no_dataset_and_is_replaced(tmp_path, write):
     left = tmp_path / "made.partial"
     (left / "llm.c").mkdir(parents=True)
     (left / "llm.c/made_train_000001.bin").write_bytes(b"half")
@@ -320,7 +312,7 @@ def test_what_a_killed_writer_left_is_no_dataset_and_is_replaced(tmp_path):
     open_dataset(tmp_path / "made")
 
 
-def test_a_new_dataset_replaces_an_old_one_whole(tmp_path):
+def test_a_new_dataset_replaces_an_old_one_whole(tmp_path, write):
     write(tmp_path / "made", shard_tokens=5)
     write(tmp_path / "made", training=[b"new"])
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
@@ -330,7 +322,7 @@ def test_a_new_dataset_replaces_an_old_one_whole(tmp_path):
 
 @pytest.mark.parametrize("renames", [0, 1])
 def test_a_dataset_that_was_whole_when_its_writer_was_killed_gets_into_place(
-    tmp_path, monkeypatch, renames
+    tmp_path, write, monkeypatch, renames
 ):
     """Killed before the old one was moved away, or behind that."""
     write(tmp_path / "made", training=[b"old"])

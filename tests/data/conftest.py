@@ -127,7 +127,7 @@ def write() -> Callable[..., Manifest]:
             for split, documents in splits.items():
                 for document in documents:
                     writer.add(split, np.array([*document, 256]), [0])
-                    writer.count(split, bytes=len(document))
+                    writer.splits[split].bytes += len(document)
             return writer.finish(
                 paths=["corpus"], options={}, sources={}, duplicates=0, inexact_cuts=0, remarks={}
             )

@@ -87,10 +87,16 @@ def find_corpus(
         raise DataError(f"{', '.join(names)}: no files in it{chosen}; give a folder of text")
     seen = Counter(file.name for file in corpus.files)
     corpus.files = [
-        replace(file, name=file.path.as_posix()) if seen[file.name] > 1 else file
+        replace(file, name=legible(file.path.as_posix())) if seen[file.name] > 1 else file
         for file in corpus.files
     ]
+    corpus.left_out = {legible(path): why for path, why in corpus.left_out.items()}
     return corpus
+
+
+def legible(name: str) -> str:
+    """A name of a file, which may be of any bytes, as text: one that is not UTF-8 as \\xe9."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _below(
@@ -162,6 +168,7 @@ def _is_chosen(inside: Path, include: Sequence[str], exclude: Sequence[str]) -> 
 
 
 def _file(path: Path, name: str, source: str) -> TextFile:
+    name, source = legible(name), legible(source)
     status = path.stat()
     if not path.is_file():
         return TextFile(path, name, source, is_stream=True)

@@ -90,11 +90,12 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def noted(request: TokenizeRequest, corpus: Corpus, appends_to: str | None) -> Start | None:
+def noted(request: TokenizeRequest, corpus: Corpus, there: Manifest | None) -> Start | None:
     """Where a run before this one was ended, if it can be gone on with from there."""
     progress = read_progress(request.out)
     if progress is None or corpus.has_streams:
         return None
+    appends_to = there.fingerprint if there else None
     if progress["options"] != request.options or progress["appends_to"] != appends_to:
         return None
     at = progress["here"]["file"]

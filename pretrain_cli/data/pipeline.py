@@ -22,7 +22,7 @@ from pretrain_cli.data.corpus import Corpus, TextFile
 from pretrain_cli.data.cutting import Cutter
 from pretrain_cli.data.encoding import Block, encoders
 from pretrain_cli.data.request import TokenizeRequest
-from pretrain_cli.data.shards import Amount, SplitName
+from pretrain_cli.data.shards import Amount, Manifest, SplitName
 from pretrain_cli.data.text import Document, FileReader
 from pretrain_cli.data.tokenizer import Tokenizer
 from pretrain_cli.data.writer import DatasetWriter, Written, dtype_for
@@ -90,7 +90,8 @@ class Pipeline:
     writer: DatasetWriter
     progress: Progress
     start: Start
-    appends_to: str | None
+    there: Manifest | None
+    """The dataset that this one is appended to."""
     steps: deque[Step | FileDone] = field(default_factory=deque)
     """Of the blocks under way, and of the files that end behind them."""
 
@@ -114,8 +115,7 @@ class Pipeline:
                     position += count
                     raw = step.raw_bytes
                 checked = checked or self._check_space(raw)
-                made = self.writer.tokens("train") + self.writer.tokens("val")
-                self.progress("tokenizing", raw, self.corpus.size, made)
+                self.progress("tokenizing", raw, self.corpus.size, self._made())
                 if time.perf_counter() - self.noted > SECONDS_BETWEEN_NOTES:
                     self._note()
             while self.steps:
@@ -223,7 +223,7 @@ class Pipeline:
             {
                 "options": self.request.options,
                 "tokenizer_fingerprint": self.tokenizer.fingerprint,
-                "appends_to": self.appends_to,
+                "appends_to": self.there.fingerprint if self.there else None,
                 "file": identity(current) if current else None,
                 "here": as_dict(here),
                 "file_start": as_dict(self.file_start),
@@ -231,12 +231,15 @@ class Pipeline:
         )
         self.noted = time.perf_counter()
 
+    def _made(self) -> int:
+        """Tokens that this corpus has come to."""
+        written = self.writer.tokens("train") + self.writer.tokens("val")
+        return written - (self.there.total.tokens if self.there else 0)
+
     def _check_space(self, raw: int) -> bool:
         """Refuse a corpus whose dataset the disk can't hold, by what its first part came to."""
-        written = self.writer.tokens("train") + self.writer.tokens("val")
-        width = self.writer.dtype.itemsize
         left = max(0, self.corpus.size - raw) / max(raw, 1)
-        needed = left * written * width
+        needed = left * self._made() * self.writer.dtype.itemsize
         free = shutil.disk_usage(self.writer.aside).free
         if needed > free:
             raise DataError(

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pretrain_cli.data.corpus import STANDARD_INPUT
 from pretrain_cli.data.shards import SHARD_TOKENS
 from pretrain_cli.data.text import Reading
 from pretrain_cli.errors import ConfigError
@@ -67,6 +66,10 @@ def check(request: TokenizeRequest) -> None:
         )
     if request.workers is not None and request.workers < 1:
         raise ConfigError(f"--workers: {request.workers} is not at least 1")
+    if (separator := request.reading.separator) and set(separator) & {"\n", "\r"}:
+        raise ConfigError(
+            f"--document-separator: {separator!r} is more than a line; give the line alone"
+        )
     if request.shard_tokens < 2**10:
         raise ConfigError(f"--shard-tokens: {request.shard_tokens} is not at least 1,024")
     if request.append and request.force:
@@ -77,9 +80,4 @@ def check(request: TokenizeRequest) -> None:
         raise ConfigError(
             "--append: a 'bpe' is trained on its corpus, which would be another; give the "
             f"dataset's own with --tokenizer {request.out}"
-        )
-    if request.tokenizer == "bpe" and STANDARD_INPUT in request.paths:
-        raise ConfigError(
-            "--tokenizer bpe: is trained on the text first, and standard input can be read once; "
-            "save it to a file"
         )

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain_cli.data.corpus import Corpus, find_corpus
+from pretrain_cli.data.corpus import STANDARD_INPUT, Corpus, find_corpus, legible
 from pretrain_cli.data.earlier import existing, new_files, noted, rows_of
 from pretrain_cli.data.llm_c import write_llm_c
 from pretrain_cli.data.pipeline import Pipeline, Progress, Start
@@ -55,6 +55,8 @@ def tokenize(request: TokenizeRequest, progress: Progress) -> Tokenized:
     """Make the dataset that is asked for, or find that it is there."""
     check(request)
     corpus = find_corpus(request.paths, include=request.include, exclude=request.exclude)
+    if request.tokenizer == "bpe":
+        _refuse_streams(corpus)
     move_into_place(request.out)  # what was whole when an earlier run was killed
     there = existing(request, corpus)
     if there is not None and not request.append:
@@ -64,8 +66,7 @@ def tokenize(request: TokenizeRequest, progress: Progress) -> Tokenized:
         if not corpus.files:
             return Tokenized(request.out, there, {}, {}, was_there=True, resumed=False, seconds=0)
 
-    before = there.fingerprint if there else None
-    start = noted(request, corpus, before)
+    start = noted(request, corpus, there)
     tokenizer = _prepare_tokenizer(request, corpus, progress, resumed=start is not None)
     if there is not None and tokenizer.fingerprint != there.tokenizer_fingerprint:
         raise DataError(f"{request.out}: was made with another tokenizer; append with that one")
@@ -82,10 +83,10 @@ def tokenize(request: TokenizeRequest, progress: Progress) -> Tokenized:
             writer.begin_behind(there)
         else:
             writer.begin()
-        job = Pipeline(request, corpus, tokenizer, writer, progress, start or Start(), before)
+        job = Pipeline(request, corpus, tokenizer, writer, progress, start or Start(), there)
         try:
             job.run()
-            manifest = _finish(request, corpus, job, there)
+            manifest = _finish(request, corpus, job)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -119,20 +120,26 @@ def demo_request() -> TokenizeRequest:
     )
 
 
-def _finish(
-    request: TokenizeRequest, corpus: Corpus, job: Pipeline, there: Manifest | None
-) -> Manifest:
-    writer = job.writer
+def _refuse_streams(corpus: Corpus) -> None:
+    for file in corpus.files:
+        if file.is_stream:
+            name = "standard input" if file.name == STANDARD_INPUT else file.path
+            raise ConfigError(
+                f"--tokenizer bpe: is trained on the text first, and {name} can be read once; "
+                "save it to a file"
+            )
+
+
+def _finish(request: TokenizeRequest, corpus: Corpus, job: Pipeline) -> Manifest:
+    writer, there = job.writer, job.there
     if not writer.tokens("train") + writer.tokens("val"):
         raise DataError(_nothing(request, corpus, writer))
     if request.val_fraction > 0 and not (writer.tokens("train") and writer.tokens("val")):
         writer.hold_out_tail(request.val_fraction)
     writer.files.flush()
-    sources: Counter[str] = Counter()
     shares: dict[str, Amount] = {}
     remarks: Counter[str] = Counter()
     for row in rows_of(writer.aside / FILES):
-        sources[row["source"]] += 1
         amount = Amount(files=1, **{k: row[k] for k in ("documents", "bytes", "tokens")})
         shares[row["source"]] = shares.get(row["source"], Amount()) + amount
         remarks.update(row["remarks"])
@@ -140,7 +147,7 @@ def _finish(
         writer.close_shards()
         separator = None if writer.tokenizer.bos is not None else writer.tokenizer.eos
         write_llm_c(writer.aside, writer.closed, name=request.out.name, separator=separator)
-    paths = [*(there.paths if there else []), *request.paths]
+    paths = [*(there.paths if there else []), *map(legible, request.paths)]
     return writer.finish(
         paths=list(dict.fromkeys(paths)),
         options=request.options,

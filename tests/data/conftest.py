@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -179,9 +180,8 @@ def read_back() -> Callable[[Path, str], list[list[int]]]:
             if shard["split"] == split:
                 starts += (begins + len(ids)).tolist()
                 ids += tokens.tolist()
-        assert not ids or starts[0] == 0
-        ends = [*starts[1:], len(ids)]
-        return [ids[start:end] for start, end in zip(starts, ends, strict=True)]
+        assert starts[:1] == ([0] if ids else [])
+        return [ids[start:end] for start, end in pairwise([*starts, len(ids)])]
 
     return read
 

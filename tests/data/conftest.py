@@ -4,10 +4,12 @@ import functools
 import hashlib
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -187,16 +189,20 @@ def read_back() -> Callable[[Path, str], list[list[int]]]:
 
 
 @pytest.fixture(scope="session")
-def contents() -> Callable[[Path], dict[str, bytes]]:
+def contents() -> Callable[[Path], dict[str, Any]]:
     """What every file below a folder holds; of a database its rows, since its bytes tell the
     number of times that it was written too."""
 
-    def read(folder: Path) -> dict[str, bytes]:
-        return {
-            path.relative_to(folder).as_posix(): path.read_bytes()
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        }
+    def read(folder: Path) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder).as_posix()
+            if path.suffix == ".sqlite":
+                with closing(sqlite3.connect(path)) as database:
+                    found[name] = database.execute("SELECT * FROM seen ORDER BY 1").fetchall()
+            elif path.is_file():
+                found[name] = path.read_bytes()
+        return found
 
     return read
 

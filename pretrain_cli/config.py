@@ -47,8 +47,13 @@ class ModelSettings(BaseModel):
 
 class DataSettings(Section):
     path: Path | None = None
-    """A tokenized dataset; the only one in data/ where none is named."""
+    """A tokenized dataset, or other programs' .bin files: one, a pattern of them, or their folder.
+    The only dataset in data/ where none is named."""
+    tokenizer: str | None = None
+    """What made the .bin files, as `pretrain tokenize` takes it; a dataset knows its own."""
     seq_len: PositiveInt | Auto = "auto"
+    document_mask: bool = False
+    """Whether a token sees those of its own document alone, and not the others in its sample."""
 
 
 class OptimizerSettings(Section):

@@ -22,11 +22,20 @@ def train(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="A tokenized dataset.", show_default="the one in data/, or a demo dataset"
+            help="A tokenized dataset, or .bin files of llm.c, modded-nanogpt or nanoGPT: one, a "
+            "pattern in quotes, or their folder.",
+            show_default="the one in data/, or a demo dataset",
         ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="What made the .bin files, as for pretrain tokenize.")
     ] = None,
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens a sample.", show_default="512 on a CPU, 1024 else")
+    ] = None,
+    document_mask: Annotated[
+        bool | None,
+        typer.Option("--document-mask", help="A token sees its own document alone."),
     ] = None,
     micro_batch_size: Annotated[
         int | None, typer.Option(help="Samples at once.", show_default="what memory admits")
@@ -85,7 +94,9 @@ def train(
         "model.name": model,
         "model.init_from": init_from,
         "data.path": data,
+        "data.tokenizer": tokenizer,
         "data.seq_len": seq_len,
+        "data.document_mask": document_mask,
         "train.micro_batch_size": micro_batch_size,
         "train.tokens_per_step": tokens_per_step,
         "train.steps": steps,

@@ -1,22 +1,28 @@
 """A tokenized dataset, opened: what training, evaluation and inspection need to know of one."""
 
-import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from pretrain_cli.data.shards import (
+    BLOCK_BYTES,
+    FILES,
     MANIFEST,
+    Checksums,
     DocumentStarts,
+    IndexedStarts,
     Manifest,
     SplitName,
     TokenStream,
+    blocks_path,
     index_path,
     read_manifest,
 )
 from pretrain_cli.data.tokenizer import Tokenizer, read_tokenizer
 from pretrain_cli.errors import DataError
+from pretrain_cli.files import sha256_of
 
 VERIFIED_WHEN_OPENED = 4 * 2**30
 """Checksums of datasets up to this size are verified at every opening: a second a gigabyte."""
@@ -36,70 +42,105 @@ class Split:
 class Dataset:
     """A tokenized dataset, opened and checked."""
 
-    folder: Path
+    path: Path
+    """As it was given: a folder, or the file or pattern of another program's files."""
+    name: str
+    """What a run on it is called after."""
     tokenizer: Tokenizer
+    separator: int
+    """The token between two documents."""
     fingerprint: str
     """Changes with any token, with their order and with the tokenizer. Fixes the data order."""
     largest_token: int
     train: Split
     val: Split
     unverified_bytes: int
-    """Bytes whose sizes were checked, but not their checksums."""
+    """Bytes of files whose sizes were checked, but not what is in them."""
+    separator_leads: bool = False
+    """Whether the separator stands before each document, and not behind it."""
+    notices: tuple[str, ...] = ()
+    """What was chosen in opening it that a person should know."""
 
 
 def open_dataset(folder: Path) -> Dataset:
     """Open a dataset; DataError where a file is missing, cut, altered or swapped."""
     manifest = read_manifest(folder)
+    size = sum(path.stat().st_size for path in folder.glob("*.bin"))
+    thoroughly = size <= VERIFIED_WHEN_OPENED
+    for damage in find_damage(folder, manifest, thoroughly=thoroughly):
+        raise DataError(f"{damage}; tokenize again with --force")
     tokenizer = read_tokenizer(folder / "tokenizer.json", name=manifest.tokenizer)
-    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
-        raise DataError(
-            f"{folder / 'tokenizer.json'}: not the tokenizer that made this dataset "
-            f"({manifest.tokenizer}); put the right one back, or tokenize again with --force"
-        )
-    width = np.dtype(manifest.dtype).itemsize
-    total = 0
-    for shard in manifest.shards:
-        for path, size in (
-            (folder / shard.file, shard.tokens * width),
-            (index_path(folder / shard.file), shard.documents * 8),
-        ):
-            if not path.is_file():
-                raise DataError(f"{path}: missing; tokenize again with --force")
-            found = path.stat().st_size
-            if found != size:
-                raise DataError(
-                    f"{path}: {found:,} bytes where {MANIFEST} says {size:,}; "
-                    "tokenize again with --force"
-                )
-            total += size
-    if total <= VERIFIED_WHEN_OPENED:
-        _verify(folder, manifest)
-        total = 0
     return Dataset(
         folder,
-        tokenizer,
+        folder.resolve().name,
+        replace(tokenizer, bos=manifest.beginning_of_document, eos=manifest.end_of_document),
+        separator=manifest.end_of_document,
         fingerprint=manifest.fingerprint,
         largest_token=manifest.largest_token,
-        train=_open_split(folder, manifest, "train"),
-        val=_open_split(folder, manifest, "val"),
-        unverified_bytes=total,
+        train=open_split(folder, manifest, "train"),
+        val=open_split(folder, manifest, "val"),
+        unverified_bytes=0 if thoroughly else size,
     )
 
 
-def _verify(folder: Path, manifest: Manifest) -> None:
+def find_damage(folder: Path, manifest: Manifest, *, thoroughly: bool) -> Iterator[str]:
+    """What is wrong with a dataset's files, a line for each: by size, and thoroughly by every
+    checksum. A damage in a shard comes with its place, what was written there and what is found."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        yield f"{path}: missing"
+    elif sha256_of(path) != manifest.tokenizer_fingerprint:
+        yield f"{path}: not the tokenizer that made this dataset ({manifest.tokenizer})"
+    width = np.dtype(manifest.dtype).itemsize
+    checked = [(folder / FILES, None, manifest.files_sha256)]
     for shard in manifest.shards:
-        for path, expected in (
-            (folder / shard.file, shard.sha256),
-            (index_path(folder / shard.file), shard.index_sha256),
-        ):
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                    raise DataError(
-                        f"{path}: checksum differs from {MANIFEST}; tokenize again with --force"
-                    )
+        path, size = folder / shard.file, shard.tokens * width
+        checked += [
+            (path, size, shard.sha256),
+            (index_path(path), shard.documents * 8, shard.index_sha256),
+            (blocks_path(path), -(-size // BLOCK_BYTES) * 4, shard.blocks_sha256),
+        ]
+    for path, size, checksum in checked:
+        found = path.stat().st_size if path.is_file() else None
+        if found is None:
+            yield f"{path}: missing"
+        elif size is not None and found != size:
+            yield f"{path}: {found:,} bytes where {MANIFEST} says {size:,}"
+        elif thoroughly and path.suffix == ".bin":
+            yield from _damaged_blocks(path, checksum)
+        elif thoroughly and sha256_of(path) != checksum:
+            yield f"{path}: checksum differs from {MANIFEST}"
 
 
-def _open_split(folder: Path, manifest: Manifest, name: SplitName) -> Split:
+def _damaged_blocks(path: Path, checksum: str) -> Iterator[str]:
+    """Where a shard isn't what was written: one line for each row of damaged blocks."""
+    sums = Checksums()
+    with path.open("rb") as file:
+        while data := file.read(2**20):
+            sums.add(data)
+    if sums.whole.hexdigest() == checksum:
+        return
+    try:
+        written = np.fromfile(blocks_path(path), dtype="<u4")
+    except OSError:
+        written = np.empty(0, "<u4")
+    found = np.asarray(sums.blocks, dtype="<u4")
+    damaged = np.flatnonzero(written != found) if len(written) == len(found) else np.empty(0, int)
+    if not len(damaged):
+        yield f"{path}: checksum differs from {MANIFEST}"
+        return
+    rows = np.split(damaged, np.flatnonzero(np.diff(damaged) > 1) + 1)
+    for row in rows:
+        first, last = int(row[0]), int(row[-1])
+        end = min((last + 1) * BLOCK_BYTES, path.stat().st_size)
+        yield (
+            f"{path}: damaged between bytes {first * BLOCK_BYTES:,} and {end:,} (CRC-32 "
+            f"{found[first]:08x} where {written[first]:08x} was written)"
+        )
+
+
+def open_split(folder: Path, manifest: Manifest, name: SplitName) -> Split:
+    """One split of a dataset whose files are as they should be."""
     shards = [shard for shard in manifest.shards if shard.split == name]
     paths = [folder / shard.file for shard in shards]
     tokens = TokenStream(paths, manifest.dtype)
@@ -110,4 +151,4 @@ def _open_split(folder: Path, manifest: Manifest, name: SplitName) -> Split:
         for path, shard in zip(paths, shards, strict=True)
     ]
     offsets = [end - shard.tokens for end, shard in zip(tokens.ends.tolist(), shards, strict=True)]
-    return Split(tokens, DocumentStarts(starts, offsets), manifest.splits[name].bytes)
+    return Split(tokens, IndexedStarts(starts, offsets), manifest.splits[name].bytes)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from pretrain_cli.data.corpus import Corpus, TextFile
-from pretrain_cli.data.pipeline import Start, identity
+from pretrain_cli.data.pipeline import Earlier, Moment, Place, identity
 from pretrain_cli.data.request import TokenizeRequest
-from pretrain_cli.data.shards import MANIFEST, Amount, Manifest, read_manifest
+from pretrain_cli.data.shards import FILES, MANIFEST, Manifest, read_manifest
 from pretrain_cli.data.tokenizer import BUILT_IN, load_tokenizer
-from pretrain_cli.data.writer import FILES, Written, as_written, aside, read_progress
+from pretrain_cli.data.writer import Tally, Written, as_written, aside, noted_shards, read_progress
 from pretrain_cli.errors import DataError
 from pretrain_cli.files import sha256_of
 
@@ -90,25 +90,35 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def noted(request: TokenizeRequest, corpus: Corpus, there: Manifest | None) -> Start | None:
-    """Where a run before this one was ended, if it can be gone on with from there."""
+def noted(request: TokenizeRequest, corpus: Corpus, there: Manifest | None) -> Earlier | None:
+    """What a run before this one noted, if it can be gone on with; from the beginning of the file
+    that was at hand, where that has changed."""
     progress = read_progress(request.out)
     if progress is None or corpus.has_streams:
         return None
     appends_to = there.fingerprint if there else None
     if progress["options"] != request.options or progress["appends_to"] != appends_to:
         return None
-    at = progress["here"]["file"]
-    unchanged = at >= len(corpus.files) or identity(corpus.files[at]) == progress["file"]
-    parts = progress["here" if unchanged else "file_start"]
-    written = as_written(request.out, parts["written"])
-    if written is None or not _has_begun_with(request, corpus, parts["file"], written):
-        return None
-    of_file = Amount.model_validate(parts["of_file"])
-    return Start(**(parts | {"written": written, "of_file": of_file}))
+    shards = noted_shards(progress)
+
+    def moment(name: str) -> Moment | None:
+        parts = progress[name]
+        written = as_written(request.out, parts["written"], shards)
+        place = Place(*parts["place"])
+        if written is None or not _begins_with_the_same(request, corpus, place.file, written):
+            return None
+        return Moment(place, Tally(**parts["of_file"]), written)
+
+    began = moment("file_began")
+    at = progress["here"]["place"][0]
+    is_unchanged = at >= len(corpus.files) or identity(corpus.files[at]) == progress["file"]
+    here = moment("here") if is_unchanged else began
+    return Earlier(here, began, shards) if here and began else None
 
 
-def _has_begun_with(request: TokenizeRequest, corpus: Corpus, count: int, written: Written) -> bool:
+def _begins_with_the_same(
+    request: TokenizeRequest, corpus: Corpus, count: int, written: Written
+) -> bool:
     """Whether the files that are done with are the first of the corpus still."""
     with (aside(request.out) / FILES).open("rb") as file:
         rows = [json.loads(line) for line in file.read(written.files_bytes).splitlines()]

@@ -4,6 +4,10 @@ Processes rather than the library's own threads: those share a lock on the cache
 ids leave the library as Python integers, which one interpreter makes no faster for having more
 cores. Processes are forked where the system can (a tokenizer of 262,144 words takes 400 MB and a
 second to load; a fork shares it), and end with the process that started them, however that ends.
+
+Each encodes in a thread of its own. glibc gives a thread memory of its own, and the many small
+pieces that a tokenizer asks for are found faster there than among what loading it left behind:
+qwen3 encoded the same text in 1.6 s of processor time instead of 2.3.
 """
 
 import array
@@ -15,12 +19,11 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,8 +37,7 @@ AHEAD = 3
 """Batches under way for each worker."""
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """Some of a document's text, up to a place where it can be cut."""
 
     text: bytes
@@ -44,8 +46,7 @@ class Block:
     ends: bool
 
 
-@dataclass(frozen=True)
-class Encoded:
+class Encoded(NamedTuple):
     """The tokens of a batch of blocks, one behind the other."""
 
     tokens: np.ndarray
@@ -56,10 +57,10 @@ class Encoded:
 class Encoder:
     """Encodes batches with one tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer, dtype: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
         self.tokenizer = tokenizer
         self.cutter = Cutter(tokenizer)
-        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self.dtype = dtype
 
     def __call__(self, batch: list[Block]) -> Encoded:
         texts: list[str] = []
@@ -89,23 +90,23 @@ class Encoder:
 
 
 @contextmanager
-def encoders(tokenizer: Tokenizer, dtype: str, workers: int) -> Iterator[Any]:
-    """-> a function from batches to what each is encoded to, in their order. With one worker in
-    this process, on one core."""
+def encoders(tokenizer: Tokenizer, dtype: np.dtype, workers: int) -> Iterator[Any]:
+    """-> a function from batches to what each is encoded to, in their order."""
     encode = Encoder(tokenizer, dtype)
     _ = encode.cutter.lead  # found once, before the fork
     previous = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         if workers == 1:
-            yield lambda batches: map(encode, batches)
-            return
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        with ProcessPoolExecutor(workers, context, _begin, (encode, os.getpid())) as pool:
-            try:
-                yield lambda batches: _in_order(pool, batches, AHEAD * workers)
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+            pool, work = ThreadPoolExecutor(1), encode
+        else:
+            context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+            pool = ProcessPoolExecutor(workers, context, _begin, (encode, os.getpid()))
+            work = _encode
+        try:
+            yield lambda batches: _in_order(pool, work, batches, AHEAD * workers)
+        finally:
+            pool.shutdown(cancel_futures=True)
     finally:
         if previous is None:
             del os.environ["TOKENIZERS_PARALLELISM"]
@@ -114,7 +115,10 @@ def encoders(tokenizer: Tokenizer, dtype: str, workers: int) -> Iterator[Any]:
 
 
 def _in_order(
-    pool: ProcessPoolExecutor, batches: Iterable[list[Block]], ahead: int
+    pool: Executor,
+    work: Callable[[list[Block]], Encoded],
+    batches: Iterable[list[Block]],
+    ahead: int,
 ) -> Iterator[Encoded]:
     under_way: deque[Future[Encoded]] = deque()
     try:
@@ -122,7 +126,7 @@ def _in_order(
             with warnings.catch_warnings():
                 # of forking a process that has threads: the workers touch none of their locks
                 warnings.simplefilter("ignore", DeprecationWarning)
-                under_way.append(pool.submit(_encode, batch))
+                under_way.append(pool.submit(work, batch))
             if len(under_way) > ahead:
                 yield under_way.popleft().result()
         while under_way:
@@ -135,13 +139,14 @@ def _in_order(
 
 
 _encoder: Encoder
-"""Of a worker process."""
+_thread: ThreadPoolExecutor
+"""Both of a worker process."""
 
 
 def _begin(encoder: Encoder, parent: int) -> None:
     """What a worker process does first."""
-    global _encoder
-    _encoder = encoder
+    global _encoder, _thread
+    _encoder, _thread = encoder, ThreadPoolExecutor(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started it decides
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
@@ -155,4 +160,4 @@ def _end_with(parent: int) -> None:
 
 
 def _encode(batch: list[Block]) -> Encoded:
-    return _encoder(batch)
+    return _thread.submit(_encoder, batch).result()

@@ -13,11 +13,12 @@ from pretrain_cli.data.shards import Shard
 
 MAGIC = 20240520
 VERSION = 1
-HEADER_WORDS = 256
+HEADER_BYTES = 1024
 
 
 def header(tokens: int) -> bytes:
-    words = np.zeros(HEADER_WORDS, dtype="<i4")
+    """What stands before so many tokens."""
+    words = np.zeros(HEADER_BYTES // 4, dtype="<i4")
     words[:3] = MAGIC, VERSION, tokens
     return words.tobytes()
 

@@ -14,18 +14,17 @@ import sqlite3
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pretrain_cli.data.corpus import Corpus, TextFile
 from pretrain_cli.data.cutting import Cutter
-from pretrain_cli.data.encoding import Block, encoders
+from pretrain_cli.data.encoding import Block, Encoded, encoders
 from pretrain_cli.data.request import TokenizeRequest
-from pretrain_cli.data.shards import Amount, Manifest, SplitName
+from pretrain_cli.data.shards import Manifest, Shard, SplitName
 from pretrain_cli.data.text import Document, FileReader
-from pretrain_cli.data.tokenizer import Tokenizer
-from pretrain_cli.data.writer import DatasetWriter, Written, dtype_for
+from pretrain_cli.data.writer import DatasetWriter, Tally, Written
 from pretrain_cli.errors import DataError
 
 BATCH_BYTES = 2**19
@@ -41,9 +40,8 @@ Progress = Callable[[str, int, int, int], None]
 """(what is being done, bytes of the files done, bytes in all, tokens made)."""
 
 
-@dataclass
-class Start:
-    """Where in the order of text to begin, and what had come of what lies before."""
+class Place(NamedTuple):
+    """Where in the order of text something begins, and what had come of what lies before."""
 
     file: int = 0
     document: int = 0
@@ -54,16 +52,33 @@ class Start:
     """Documents of the corpus that are done with."""
     duplicates: int = 0
     inexact_cuts: int = 0
-    of_file: Amount = field(default_factory=Amount)
-    """What the file has given so far."""
-    written: Written | None = None
 
 
 @dataclass(frozen=True)
-class Step:
-    """What is known of a block when it is handed on: where the next begins, and what is due."""
+class Moment:
+    """A place, and what was written when it was reached: enough to go on from there."""
 
-    start: Start
+    place: Place
+    of_file: Tally
+    """What the file at hand had given."""
+    written: Written
+
+
+class Earlier(NamedTuple):
+    """What a run before this one noted."""
+
+    here: Moment
+    """How far it was."""
+    file_began: Moment
+    shards: list[Shard]
+    """That were finished."""
+
+
+class Step(NamedTuple):
+    """What is known of a block when it is handed on."""
+
+    behind: Place
+    """Where the text behind it begins."""
     split: SplitName
     begins: bool
     document_bytes: int
@@ -72,169 +87,165 @@ class Step:
     """Of the corpus, read so far."""
 
 
-@dataclass(frozen=True)
-class FileDone:
+class FileDone(NamedTuple):
     file: TextFile
-    start: Start
+    behind: Place
     sha256: str
     remarks: dict[str, int]
 
 
-@dataclass
 class Pipeline:
     """One corpus on its way into one writer."""
 
-    request: TokenizeRequest
-    corpus: Corpus
-    tokenizer: Tokenizer
-    writer: DatasetWriter
-    progress: Progress
-    start: Start
-    there: Manifest | None
-    """The dataset that this one is appended to."""
-    steps: deque[Step | FileDone] = field(default_factory=deque)
-    """Of the blocks under way, and of the files that end behind them."""
+    def __init__(
+        self,
+        request: TokenizeRequest,
+        corpus: Corpus,
+        writer: DatasetWriter,
+        progress: Progress,
+        *,
+        earlier: Earlier | None,
+        there: Manifest | None,
+    ) -> None:
+        """`there` is the dataset that this one is appended to."""
+        self.request, self.corpus, self.writer = request, corpus, writer
+        self.progress = progress
+        self.there = there
+        here = earlier.here if earlier else Moment(Place(), Tally(), writer.written())
+        self.place, self.of_file = here.place, here.of_file
+        self.file_began = earlier.file_began if earlier else here
+        self.steps: deque[Step | FileDone] = deque()
+        """Of the blocks under way, and of the files that end behind them."""
+        self.seen = Seen(writer.aside / SEEN, self.place.ordinal, request)
+        self.noted = time.perf_counter()
 
     def run(self) -> None:
         workers = self.request.workers or len(os.sched_getaffinity(0))
         if self.corpus.size < SMALL and not self.corpus.has_streams:
             workers = 1
-        self.seen = Seen(self.writer.aside / SEEN, self.start.ordinal, self.request)
-        self.noted = time.perf_counter()
-        self.file_start = self.start  # as it was when the file at hand began
-        self.file_start.written = self.file_start.written or self.writer.written()
-        self.done = self.start
-        self.of_file = self.start.of_file
-        checked, raw = False, 0
-        with encoders(self.tokenizer, dtype_for(self.tokenizer), workers) as encode:
+        has_space = False
+        with encoders(self.writer.tokenizer, self.writer.dtype, workers) as encode:
             for encoded in encode(self._batches()):
-                position = 0
-                for count in encoded.counts:
-                    step = self._next_step()
-                    self._take(step, encoded.tokens[position : position + count])
-                    position += count
-                    raw = step.raw_bytes
-                checked = checked or self._check_space(raw)
+                raw = self._take(encoded)
+                has_space = has_space or self._check_space(raw)
                 self.progress("tokenizing", raw, self.corpus.size, self._made())
                 if time.perf_counter() - self.noted > SECONDS_BETWEEN_NOTES:
                     self._note()
-            while self.steps:
-                done = self.steps.popleft()
-                assert isinstance(done, FileDone)
-                self._end_of_file(done)
+        self._end_files()
         self.seen.close()
 
     # --- reading, ahead of what is written -------------------------------------------------------
 
     def _batches(self) -> Iterator[list[Block]]:
         """The text that is to be encoded, with a step for each block of it left in `steps`."""
-        start = self.start
-        cutter = Cutter(self.tokenizer)
+        start = place = self.place
+        cutter = Cutter(self.writer.tokenizer)
         batch: list[Block] = []
         size = 0
         before = sum(file.size for file in self.corpus.files[: start.file])
-        at = replace(start)
         for number, file in enumerate(self.corpus.files[start.file :], start=start.file):
             reader = FileReader(file, self.request.reading, spool=self.writer.aside)
+            done = start.document if number == start.file else 0
             for index, document in enumerate(reader.documents()):
-                is_first = number == start.file and index == start.document
-                if number == start.file and index < start.document:
+                if index < done:
                     continue
-                if self.seen.has(document, at.ordinal):
-                    at = replace(
-                        at, document=index + 1, ordinal=at.ordinal + 1, duplicates=at.duplicates + 1
-                    )
+                _, _, block, ordinal, duplicates, inexact = place
+                if self.seen.has(document, ordinal):
+                    place = Place(number, index + 1, 0, ordinal + 1, duplicates + 1, inexact)
                     continue
                 split = split_of(document, self.request.val_fraction)
-                blocks = _blocks(document, cutter)
-                for nth, (text, begins, ends, exact) in enumerate(blocks):
-                    if is_first and nth < start.block:
+                for nth, (text, exact, ends) in enumerate(_blocks(document, cutter)):
+                    if nth < block:  # of the document that the place is in
                         continue
-                    at = replace(
-                        at,
-                        file=number,
-                        document=index + ends,
-                        block=0 if ends else nth + 1,
-                        ordinal=at.ordinal + ends,
-                        inexact_cuts=at.inexact_cuts + (not exact),
-                    )
-                    batch.append(Block(text, begins, ends))
+                    inexact += not exact
+                    if ends:
+                        place = Place(number, index + 1, 0, ordinal + 1, duplicates, inexact)
+                    else:
+                        place = Place(number, index, nth + 1, ordinal, duplicates, inexact)
+                    batch.append(Block(text, nth == 0, ends))
+                    raw = before + reader.position
+                    document_bytes = document.size if ends else 0
+                    self.steps.append(Step(place, split, nth == 0, document_bytes, raw))
                     size += len(text)
-                    self.steps.append(
-                        Step(
-                            at,
-                            split,
-                            begins,
-                            document.size if ends else 0,
-                            before + reader.position,
-                        )
-                    )
                     if size >= BATCH_BYTES:
                         yield batch
                         batch, size = [], 0
             before += file.size
-            at = replace(at, file=number + 1, document=0, block=0)
-            done = FileDone(file, at, reader.checksum.hexdigest(), dict(reader.remarks))
-            self.steps.append(done)
+            place = Place(number + 1, 0, 0, *place[3:])
+            remarks = dict(reader.remarks)
+            self.steps.append(FileDone(file, place, reader.checksum.hexdigest(), remarks))
         if batch:
             yield batch
 
     # --- writing ---------------------------------------------------------------------------------
 
+    def _take(self, encoded: Encoded) -> int:
+        """Write a batch, a run of blocks of one split at a time. -> bytes of the corpus read"""
+        first = last = raw = 0
+        starts: list[int] = []
+        split: SplitName = "train"
+        for count in encoded.counts:
+            step = self._next_step()
+            if step.split != split:
+                self.writer.add(split, encoded.tokens[first:last], starts)
+                first, starts, split = last, [], step.split
+            if step.begins:
+                starts.append(last - first)
+            last += count
+            self.writer.splits[split].bytes += step.document_bytes
+            self.of_file.documents += step.begins
+            self.of_file.bytes += step.document_bytes
+            self.of_file.tokens += count
+            self.place, raw = step.behind, step.raw_bytes
+        self.writer.add(split, encoded.tokens[first:last], starts)
+        return raw
+
     def _next_step(self) -> Step:
-        """The step of the next block; files that ended before it are finished."""
-        while not isinstance(step := self.steps.popleft(), Step):
-            self._end_of_file(step)
+        """The step of the next block; files that ended before it are done with."""
+        self._end_files()
+        step = self.steps.popleft()
+        assert isinstance(step, Step)
         return step
 
-    def _take(self, step: Step, tokens: Any) -> None:
-        self.writer.add(step.split, tokens, [0] if step.begins else [])
-        if step.document_bytes:
-            self.writer.count(step.split, bytes=step.document_bytes)
-        self.of_file += Amount(
-            documents=int(step.begins), bytes=step.document_bytes, tokens=len(tokens)
-        )
-        self.done = step.start
-
-    def _end_of_file(self, done: FileDone) -> None:
-        file = done.file
-        row = {
-            "name": file.name,
-            "source": file.source,
-            "size": file.size,
-            "modified": file.modified,
-            "sha256": done.sha256,
-            **self.of_file.model_dump(exclude={"files"}),
-            "remarks": done.remarks,
-        }
-        self.writer.file_done(row)
-        self.of_file = Amount()
-        self.done = done.start
-        self.file_start = replace(done.start, of_file=Amount(), written=self.writer.written())
+    def _end_files(self) -> None:
+        while self.steps and isinstance(done := self.steps[0], FileDone):
+            self.steps.popleft()
+            file = done.file
+            self.writer.file_done(
+                {
+                    "name": file.name,
+                    "source": file.source,
+                    "size": file.size,
+                    "modified": file.modified,
+                    "sha256": done.sha256,
+                    **asdict(self.of_file),
+                    "remarks": done.remarks,
+                }
+            )
+            self.place, self.of_file = done.behind, Tally()
+            self.file_began = Moment(self.place, self.of_file, self.writer.written())
 
     def _note(self) -> None:
         """Note how far everything is, and where the file at hand began, in case it is changed."""
         if self.corpus.has_streams:
             return  # they can't be read again from the start
         self.seen.commit()
-        here = replace(self.done, of_file=self.of_file, written=self.writer.written())
-        current = self.corpus.files[here.file] if here.file < len(self.corpus.files) else None
+        here = Moment(self.place, self.of_file, self.writer.written())
+        file = next(iter(self.corpus.files[here.place.file :]), None)
         self.writer.note(
             {
                 "options": self.request.options,
-                "tokenizer_fingerprint": self.tokenizer.fingerprint,
                 "appends_to": self.there.fingerprint if self.there else None,
-                "file": identity(current) if current else None,
-                "here": as_dict(here),
-                "file_start": as_dict(self.file_start),
+                "file": identity(file) if file else None,
+                "here": asdict(here),
+                "file_began": asdict(self.file_began),
             }
         )
         self.noted = time.perf_counter()
 
     def _made(self) -> int:
         """Tokens that this corpus has come to."""
-        written = self.writer.tokens("train") + self.writer.tokens("val")
-        return written - (self.there.total.tokens if self.there else 0)
+        return self.writer.tokens - (self.there.total.tokens if self.there else 0)
 
     def _check_space(self, raw: int) -> bool:
         """Refuse a corpus whose dataset the disk can't hold, by what its first part came to."""
@@ -249,24 +260,21 @@ class Pipeline:
         return True
 
 
-def _blocks(document: Document, cutter: Cutter) -> Iterator[tuple[bytes, bool, bool, bool]]:
-    """(text, begins, ends, exactly cut) of each block of a document."""
+def _blocks(document: Document, cutter: Cutter) -> Iterator[tuple[bytes, bool, bool]]:
+    """(text, whether it is cut exactly, whether the document ends) of each block of a document."""
     if document.size <= BLOCK_CHARACTERS:
-        yield b"".join(document.blocks), True, True, True
+        yield b"".join(document.blocks), True, True
         return
-    texts = (block.decode() for block in document.blocks)
-    held: tuple[str, bool] | None = None
-    begins = True
-    for coming in cutter.blocks(texts, BLOCK_CHARACTERS):
-        if held is not None:
-            yield held[0].encode(), begins, False, held[1]
-            begins = False
-        held = coming
-    if held is not None:
-        yield held[0].encode(), begins, True, True
+    blocks = cutter.blocks((block.decode() for block in document.blocks), BLOCK_CHARACTERS)
+    text, exact = next(blocks)
+    for coming in blocks:
+        yield text.encode(), exact, False
+        text, exact = coming
+    yield text.encode(), True, True
 
 
 def split_of(document: Document, fraction: float) -> SplitName:
+    """Which split a document is in, by a hash of its text alone."""
     held_out = int.from_bytes(document.digest[:8], "little") < fraction * 2**64
     return "val" if held_out else "train"
 
@@ -314,11 +322,3 @@ class Seen:
 
 def identity(file: TextFile) -> list[Any]:
     return [file.name, file.size, file.modified]
-
-
-def as_dict(start: Start) -> dict[str, Any]:
-    parts = dict(start.__dict__)
-    return parts | {
-        "of_file": start.of_file.model_dump(),
-        "written": start.written.model_dump() if start.written else None,
-    }

@@ -14,12 +14,13 @@ falls; a document that goes on in the next is listed where it begins.
 """
 
 import array
+import copy
 import hashlib
 import json
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -28,11 +29,13 @@ from pretrain_cli.errors import DataError
 
 FORMAT_VERSION = 2
 MANIFEST = "dataset.json"
+FILES = "files.jsonl"
 SHARD_TOKENS = 2**27
 BLOCK_BYTES = 2**16
 """A block of a shard that has a checksum of its own."""
 
 SplitName = Literal["train", "val"]
+TokenType = Literal["uint16", "uint32"]
 
 
 class Shard(BaseModel):
@@ -74,7 +77,7 @@ class Manifest(BaseModel):
     tokenizer: str
     tokenizer_fingerprint: str
     vocab_size: int
-    dtype: Literal["uint16", "uint32"]
+    dtype: TokenType
     beginning_of_document: int | None
     end_of_document: int
     paths: list[str]
@@ -89,6 +92,8 @@ class Manifest(BaseModel):
     """Places where a document was cut though no exact place was found; see cutting.py."""
     remarks: dict[str, int]
     """Documents that were left out or changed, by reason."""
+    files_sha256: str
+    """Of files.jsonl."""
     shards: list[Shard]
 
     @property
@@ -125,6 +130,11 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest.model_validate(raw)
     except (ValueError, AttributeError, ValidationError):
         raise DataError(f"{path}: damaged; tokenize again with --force") from None
+
+
+def token_dtype(vocab_size: int) -> TokenType:
+    """The narrower type that holds every id of a vocabulary."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
 def index_path(shard: Path) -> Path:
@@ -165,32 +175,69 @@ class Checksums:
 class TokenStream:
     """One split's tokens as one long row, read from memory-mapped shards."""
 
-    def __init__(self, paths: list[Path], dtype: str) -> None:
+    def __init__(
+        self, paths: list[Path], dtype: str, *, header: int = 0, vocab_size: int | None = None
+    ) -> None:
+        """In each file, tokens begin behind `header` bytes. With a `vocab_size`, whatever is read
+        is checked against it: for files that no manifest speaks for."""
         little_endian = np.dtype(dtype).newbyteorder("<")
-        self.shards = [np.memmap(path, dtype=little_endian, mode="r") for path in paths]
+        self.paths = paths
+        self.shards = [np.memmap(path, little_endian, "r", offset=header) for path in paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards], dtype=np.int64)
+        self.vocab_size = vocab_size
+        self.first, self.last = 0, int(self.ends[-1]) if paths else 0
 
     def __len__(self) -> int:
-        return int(self.ends[-1]) if self.shards else 0
+        return self.last - self.first
+
+    def part(self, first: int, last: int) -> "TokenStream":
+        """The tokens [first, last) as a row of their own, in the same files."""
+        part = copy.copy(self)
+        part.first, part.last = self.first + first, self.first + last
+        return part
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from `start` on, across shard borders, or those that there are.
 
-        -> (count,) int64.
+        -> (count,) int64. DataError where an id is beyond the vocabulary.
         """
         parts = []
         count = min(count, len(self) - start)
-        shard = int(np.searchsorted(self.ends, start, side="right"))
+        place = self.first + start
+        shard = int(np.searchsorted(self.ends, place, side="right"))
         while count > 0:
-            offset = start - (int(self.ends[shard - 1]) if shard else 0)
+            offset = place - (int(self.ends[shard - 1]) if shard else 0)
             part = self.shards[shard][offset : offset + count]
+            self.check(part, shard, offset)
             parts.append(part)
-            start, count, shard = start + len(part), count - len(part), shard + 1
+            place, count, shard = place + len(part), count - len(part), shard + 1
         return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
 
+    def check(self, tokens: np.ndarray, shard: int, offset: int) -> None:
+        """Refuse these tokens, which stand in this shard from `offset` on, where one of them is
+        beyond the vocabulary."""
+        if self.vocab_size is None or tokens.max() < self.vocab_size:
+            return
+        where = int(np.argmax(tokens >= self.vocab_size))
+        raise DataError(
+            f"{self.paths[shard]}: token {offset + where:,} is {tokens[where]:,}, beyond the "
+            f"{self.vocab_size:,} of the tokenizer; give the one that made the file with "
+            "--tokenizer, or make the file again if it is damaged"
+        )
 
-class DocumentStarts:
-    """Where one split's documents begin in its row of tokens, ascending, memory-mapped by shard."""
+
+class DocumentStarts(Protocol):
+    """Where one split's documents begin in its row of tokens, ascending."""
+
+    def __len__(self) -> int: ...
+
+    def between(self, first: int, last: int) -> np.ndarray:
+        """The positions in [first, last) at which a document begins. -> (n,) int64."""
+        ...
+
+
+class IndexedStarts:
+    """DocumentStarts from the index files of the shards, memory-mapped."""
 
     def __init__(self, starts: list[np.ndarray], offsets: Sequence[int]) -> None:
         """`starts` are relative to their shard, and `offsets` say where each shard begins."""
@@ -201,12 +248,10 @@ class DocumentStarts:
         return sum(len(starts) for starts in self.starts)
 
     def between(self, first: int, last: int) -> np.ndarray:
-        """The positions in [first, last) at which a document begins. -> (n,) int64."""
         found = []
         for starts, offset in zip(self.starts, self.offsets, strict=True):
-            ends = np.clip((first - offset, last - offset), 0, None).astype(
-                "<u8"
-            )  # no copy of starts
+            # of their own type: else numpy would make a copy of all starts
+            ends = np.clip((first - offset, last - offset), 0, None).astype("<u8")
             low, high = np.searchsorted(starts, ends)
             found.append(starts[low:high].astype(np.int64) + offset)
         return np.concatenate(found) if found else np.empty(0, np.int64)

@@ -19,12 +19,12 @@ from pathlib import Path
 from pretrain_cli.data.corpus import STANDARD_INPUT, Corpus, find_corpus, legible
 from pretrain_cli.data.earlier import existing, new_files, noted, rows_of
 from pretrain_cli.data.llm_c import write_llm_c
-from pretrain_cli.data.pipeline import Pipeline, Progress, Start
+from pretrain_cli.data.pipeline import Pipeline, Progress
 from pretrain_cli.data.request import TokenizeRequest, check
-from pretrain_cli.data.shards import Amount, Manifest
+from pretrain_cli.data.shards import FILES, Amount, Manifest, token_dtype
 from pretrain_cli.data.text import FileReader
 from pretrain_cli.data.tokenizer import Tokenizer, load_tokenizer, read_tokenizer, train_bpe
-from pretrain_cli.data.writer import FILES, DatasetWriter, aside, dtype_for, move_into_place
+from pretrain_cli.data.writer import DatasetWriter, aside, move_into_place
 from pretrain_cli.errors import ConfigError, DataError
 
 BPE_TRAINING_BYTES = 2**25
@@ -66,27 +66,27 @@ def tokenize(request: TokenizeRequest, progress: Progress) -> Tokenized:
         if not corpus.files:
             return Tokenized(request.out, there, {}, {}, was_there=True, resumed=False, seconds=0)
 
-    start = noted(request, corpus, there)
-    tokenizer = _prepare_tokenizer(request, corpus, progress, resumed=start is not None)
+    earlier = noted(request, corpus, there)
+    tokenizer = _prepare_tokenizer(request, corpus, progress, resumed=earlier is not None)
     if there is not None and tokenizer.fingerprint != there.tokenizer_fingerprint:
         raise DataError(f"{request.out}: was made with another tokenizer; append with that one")
-    if request.format == "llm.c" and dtype_for(tokenizer) != "uint16":
+    if request.format == "llm.c" and token_dtype(tokenizer.vocab_size) != "uint16":
         raise ConfigError(
             f"--format llm.c: holds ids below 65,536, and {tokenizer.name} has "
             f"{tokenizer.vocab_size:,}; leave it out, or choose another tokenizer"
         )
     began = time.perf_counter()
     with DatasetWriter(request.out, tokenizer, shard_tokens=request.shard_tokens) as writer:
-        if start is not None and start.written is not None:
-            writer.go_on(start.written)
+        if earlier is not None:
+            writer.go_on(earlier.here.written, earlier.shards)
         elif there is not None:
             writer.begin_behind(there)
         else:
             writer.begin()
-        job = Pipeline(request, corpus, tokenizer, writer, progress, start or Start(), there)
+        pipeline = Pipeline(request, corpus, writer, progress, earlier=earlier, there=there)
         try:
-            job.run()
-            manifest = _finish(request, corpus, job)
+            pipeline.run()
+            manifest = _finish(request, corpus, pipeline)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -100,7 +100,7 @@ def tokenize(request: TokenizeRequest, progress: Progress) -> Tokenized:
         corpus.left_out,
         _remarked(request.out / FILES),
         was_there=False,
-        resumed=start is not None,
+        resumed=earlier is not None,
         seconds=time.perf_counter() - began,
     )
 
@@ -130,11 +130,12 @@ def _refuse_streams(corpus: Corpus) -> None:
             )
 
 
-def _finish(request: TokenizeRequest, corpus: Corpus, job: Pipeline) -> Manifest:
-    writer, there = job.writer, job.there
-    if not writer.tokens("train") + writer.tokens("val"):
+def _finish(request: TokenizeRequest, corpus: Corpus, pipeline: Pipeline) -> Manifest:
+    writer, there = pipeline.writer, pipeline.there
+    if not writer.tokens:
         raise DataError(_nothing(request, corpus, writer))
-    if request.val_fraction > 0 and not (writer.tokens("train") and writer.tokens("val")):
+    empty = [name for name, tally in writer.splits.items() if not tally.tokens]
+    if request.val_fraction > 0 and empty:
         writer.hold_out_tail(request.val_fraction)
     writer.files.flush()
     shares: dict[str, Amount] = {}
@@ -152,8 +153,8 @@ def _finish(request: TokenizeRequest, corpus: Corpus, job: Pipeline) -> Manifest
         paths=list(dict.fromkeys(paths)),
         options=request.options,
         sources=shares,
-        duplicates=job.done.duplicates + (there.duplicates if there else 0),
-        inexact_cuts=job.done.inexact_cuts + (there.inexact_cuts if there else 0),
+        duplicates=pipeline.place.duplicates + (there.duplicates if there else 0),
+        inexact_cuts=pipeline.place.inexact_cuts + (there.inexact_cuts if there else 0),
         remarks=dict(remarks),
     )
 

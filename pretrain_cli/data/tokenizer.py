@@ -68,6 +68,8 @@ class Tokenizer:
         None for its own convention; and with special tokens in texts taken for what they are."""
         if allow_special:
             self.backend.encode_special_tokens = False
+        if bos is eos is None:
+            return self
         begin = None if bos == "none" else self.bos if bos is None else self._id(bos, "--bos")
         end = self.eos if eos is None else self._id(eos, "--eos")
         return replace(self, bos=begin, eos=end)

@@ -10,56 +10,66 @@ import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pretrain_cli.data.shards import (
+    FILES,
     FORMAT_VERSION,
     MANIFEST,
     Amount,
     Checksums,
-    DocumentStarts,
+    IndexedStarts,
     Manifest,
     Shard,
     SplitName,
     TokenStream,
+    TokenType,
     blocks_path,
     index_path,
     read_manifest,
+    token_dtype,
 )
 from pretrain_cli.data.tokenizer import Tokenizer
 from pretrain_cli.errors import DataError
 from pretrain_cli.files import flush, sha256_of, write_whole
 
 PROGRESS = "progress.json"
-FILES = "files.jsonl"
 TAIL_BLOCK = 2**20
 """Tokens moved at once when the end of a split becomes the other."""
 
 
-class Extent(BaseModel):
-    """How far an unfinished shard goes."""
+@dataclass
+class Tally:
+    """How much text something is so far."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    documents: int = 0
+    bytes: int = 0
+    """Of whole documents."""
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How far an unfinished shard goes."""
 
     file: str
     tokens: int
     documents: int
 
 
-class Written(BaseModel):
+@dataclass(frozen=True)
+class Written:
     """What a dataset holds at one moment of its writing."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    dtype: Literal["uint16", "uint32"]
-    closed: list[Shard]
+    dtype: TokenType
+    closed: int
+    """Shards that are finished; none is ever changed."""
     open: dict[SplitName, Extent]
-    splits: dict[SplitName, Amount]
+    splits: dict[SplitName, Tally]
     files_bytes: int
     """Length of files.jsonl."""
 
@@ -104,10 +114,13 @@ class _OpenShard:
         self.documents += len(starts)
         self.largest = max(self.largest, int(tokens.max()))
 
-    def flush(self) -> Extent:
+    @property
+    def extent(self) -> Extent:
+        return Extent(self.path.name, self.tokens, self.documents)
+
+    def flush(self) -> None:
         flush(self.data)
         flush(self.index)
-        return Extent(file=self.path.name, tokens=self.tokens, documents=self.documents)
 
     def close(self) -> Shard:
         self.flush()
@@ -139,11 +152,11 @@ class DatasetWriter:
         self.aside = aside(folder)
         self.tokenizer = tokenizer
         self.shard_tokens = shard_tokens
-        self.name: Literal["uint16", "uint32"] = dtype_for(tokenizer)
+        self.name: TokenType = token_dtype(tokenizer.vocab_size)
         self.dtype = np.dtype(self.name).newbyteorder("<")
         self.open: dict[SplitName, _OpenShard] = {}
         self.closed: list[Shard] = []
-        self.splits: dict[SplitName, Amount] = {"train": Amount(), "val": Amount()}
+        self.splits: dict[SplitName, Tally] = {"train": Tally(), "val": Tally()}
         self.ending = ".bin"
         """Of the names of shards."""
 
@@ -194,16 +207,20 @@ class DatasetWriter:
                 _link(file, self.aside / file.name)
         self.files.write((self.folder / FILES).read_bytes())
         self.closed = list(manifest.shards)
-        self.splits = dict(manifest.splits)
+        self.splits = {
+            name: Tally(part.documents, part.bytes, part.tokens)
+            for name, part in manifest.splits.items()
+        }
 
-    def go_on(self, written: Written) -> None:
-        """From what a writer before this one noted."""
-        kept = {file.name for shard in written.closed for file in files_of(self.aside, shard.file)}
+    def go_on(self, written: Written, shards: Sequence[Shard]) -> None:
+        """From what a writer before this one noted, and the shards that it had finished."""
+        closed = list(shards[: written.closed])
+        kept = {file.name for shard in closed for file in files_of(self.aside, shard.file)}
         for extent in written.open.values():
             kept |= {extent.file, index_path(self.aside / extent.file).name}
         _remove_shards(self.aside, but=kept)
-        self.closed = list(written.closed)
-        self.splits = dict(written.splits)
+        self.closed = closed
+        self.splits = {name: replace(tally) for name, tally in written.splits.items()}
         for split, extent in written.open.items():
             path = self.aside / extent.file
             self.open[split] = _OpenShard.reopened(split, path, self.dtype, extent)
@@ -226,39 +243,35 @@ class DatasetWriter:
             room = self.shard_tokens - shard.tokens
             here = begins < room
             shard.add(tokens[:room], begins[here])
-            self.count(split, tokens=len(tokens[:room]), documents=int(here.sum()))
+            self.splits[split].tokens += len(tokens[:room])
+            self.splits[split].documents += int(here.sum())
             tokens, begins = tokens[room:], begins[~here] - room
-
-    def count(self, split: SplitName, **amounts: int) -> None:
-        """Add to a split's totals what its tokens don't say."""
-        self.splits[split] += Amount(**amounts)
 
     def file_done(self, row: dict[str, Any]) -> None:
         """A line for files.jsonl."""
         self.files.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
-    def tokens(self, split: SplitName) -> int:
-        return self.splits[split].tokens
+    @property
+    def tokens(self) -> int:
+        return sum(tally.tokens for tally in self.splits.values())
 
     def written(self) -> Written:
         """What there is now."""
         return Written(
             dtype=self.name,
-            closed=list(self.closed),
-            open={
-                split: Extent(file=s.path.name, tokens=s.tokens, documents=s.documents)
-                for split, s in self.open.items()
-            },
-            splits=dict(self.splits),
+            closed=len(self.closed),
+            open={split: shard.extent for split, shard in self.open.items()},
+            splits={name: replace(tally) for name, tally in self.splits.items()},
             files_bytes=self.files.tell(),
         )
 
     def note(self, progress: dict[str, Any]) -> None:
         """Bring what is written onto the disk, and note the progress that it stands for."""
+        shards = [shard.model_dump() for shard in self.closed]
         for shard in self.open.values():
             shard.flush()
         flush(self.files)
-        write_whole(self.aside / PROGRESS, json.dumps(progress))
+        write_whole(self.aside / PROGRESS, json.dumps(progress | {"shards": shards}))
 
     def close_shards(self) -> None:
         self.closed += [shard.close() for shard in self.open.values()]
@@ -269,15 +282,15 @@ class DatasetWriter:
         corpus whose documents all fell on one side. A document may be cut for it."""
         self.close_shards()
         self.closed = [self._as_training(shard) for shard in self.closed]
-        whole = self.splits["train"] + self.splits["val"]
-        self.splits = {"train": whole, "val": Amount()}
+        whole = max(self.splits.values(), key=lambda tally: tally.tokens)
+        self.splits = {"train": whole, "val": Tally()}
         cut = max(1, whole.tokens - max(2, round(whole.tokens * fraction)))
 
         paths = [self.aside / shard.file for shard in self.closed]
         row = TokenStream(paths, self.name)
         index = [np.fromfile(index_path(path), "<u8") for path in paths]
         offsets = [0, *row.ends.tolist()]
-        starts = DocumentStarts(index, offsets[:-1])
+        starts = IndexedStarts(index, offsets[:-1])
         text_bytes = 0
         self.ending = ".tail.bin"  # what is noted is left as it is until the manifest is written
         for first in range(cut, whole.tokens, TAIL_BLOCK):
@@ -288,8 +301,7 @@ class DatasetWriter:
             tokens = row.read(first, last - first)
             self.add("val", tokens, begins)
             text_bytes += len(self.tokenizer.decode(tokens.tolist()).encode())
-        text_bytes = min(text_bytes, whole.bytes)
-        self.count("val", bytes=text_bytes)
+        self.splits["val"].bytes = min(text_bytes, whole.bytes)
 
         # likewise, of the shard that the cut is in a copy is cut
         kept = int(np.searchsorted(row.ends, cut))
@@ -307,8 +319,10 @@ class DatasetWriter:
             *self.closed[:kept],
             *(shard for shard in self.closed if shard.split == "val"),
         ]
-        self.splits["train"] = Amount(
-            documents=before + extent.documents, bytes=whole.bytes - text_bytes, tokens=cut
+        self.splits["train"] = Tally(
+            documents=before + extent.documents,
+            bytes=whole.bytes - self.splits["val"].bytes,
+            tokens=cut,
         )
 
     def finish(self, **facts: Any) -> Manifest:
@@ -323,7 +337,8 @@ class DatasetWriter:
             dtype=self.name,
             beginning_of_document=self.tokenizer.bos,
             end_of_document=self.tokenizer.eos,
-            splits=self.splits,
+            files_sha256=sha256_of(self.aside / FILES),
+            splits={name: Amount(**asdict(tally)) for name, tally in self.splits.items()},
             shards=sorted(self.closed, key=lambda shard: shard.file),
             **facts,
         )
@@ -354,11 +369,6 @@ def files_of(folder: Path, shard: str) -> tuple[Path, Path, Path]:
     return path, index_path(path), blocks_path(path)
 
 
-def dtype_for(tokenizer: Tokenizer) -> Literal["uint16", "uint32"]:
-    """The smallest type that holds every id."""
-    return "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-
-
 def aside(folder: Path) -> Path:
     """Where a dataset is written before it is whole."""
     return folder.with_name(folder.name + ".partial")
@@ -372,21 +382,23 @@ def read_progress(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def as_written(folder: Path, noted: Any) -> Written | None:
-    """What was noted; None where it can't be read, or isn't there."""
-    try:
-        written = Written.model_validate(noted)
-    except ValidationError:
-        return None
+def noted_shards(progress: dict[str, Any]) -> list[Shard]:
+    """The shards that were finished when this was noted."""
+    return [Shard.model_validate(shard) for shard in progress["shards"]]
+
+
+def as_written(folder: Path, noted: dict[str, Any], shards: Sequence[Shard]) -> Written | None:
+    """What was noted; None where it isn't there."""
+    extents = {split: Extent(**extent) for split, extent in noted["open"].items()}
     there = aside(folder)
-    paths = [f for shard in written.closed for f in files_of(there, shard.file)]
-    sizes = dict.fromkeys(paths, 0)
-    for extent in written.open.values():
-        path = there / extent.file
-        sizes[path] = extent.tokens * np.dtype(written.dtype).itemsize
-        sizes[index_path(path)] = extent.documents * 8
-    is_there = all(path.exists() and path.stat().st_size >= size for path, size in sizes.items())
-    return written if is_there else None
+    sizes = {file: 0 for s in shards[: noted["closed"]] for file in files_of(there, s.file)}
+    for extent in extents.values():
+        sizes[there / extent.file] = extent.tokens * np.dtype(noted["dtype"]).itemsize
+        sizes[index_path(there / extent.file)] = extent.documents * 8
+    if not all(path.exists() and path.stat().st_size >= size for path, size in sizes.items()):
+        return None
+    splits = {name: Tally(**tally) for name, tally in noted["splits"].items()}
+    return Written(noted["dtype"], noted["closed"], extents, splits, noted["files_bytes"])
 
 
 def move_into_place(folder: Path) -> None:

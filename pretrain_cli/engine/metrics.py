@@ -54,7 +54,8 @@ class StepMetrics:
     """Seen so far, by all ranks."""
     tokens_per_second: float
     mfu: float | None
-    """Model FLOPs by the exact mask, over the device's peak; None where no peak is known."""
+    """Model FLOPs by the exact mask, over the device's peak; None where no peak is known. With a
+    document mask, which needs fewer, the mask is still counted as if a sample were one document."""
     data_wait: float
     """Seconds of the step spent waiting for its batch."""
     memory: int

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from pretrain_cli.config import RunConfig, find_model
-from pretrain_cli.data.dataset import Dataset, open_dataset
+from pretrain_cli.data.dataset import Dataset
+from pretrain_cli.data.opening import open_data
 from pretrain_cli.data.shards import MANIFEST
 from pretrain_cli.data.tokenize import DEMO, demo_request, tokenize
 from pretrain_cli.data.tokenizer import read_tokenizer
@@ -144,7 +145,7 @@ def resolved(plan: Plan) -> RunConfig:
     """The settings with the plan's numbers in the place of every `auto` that a resumed run must
     not decide anew, for run.yaml. The micro-batch is the machine's, and is."""
     tree: dict[str, Any] = plan.settings.model_dump()
-    tree["data"] |= {"path": plan.dataset.folder, "seq_len": plan.seq_len}
+    tree["data"] |= {"path": plan.dataset.path, "seq_len": plan.seq_len}
     tree["optimizer"] |= {
         "learning_rate": plan.learning_rate,
         "warmup_steps": plan.warmup_steps,
@@ -164,6 +165,11 @@ def resolved(plan: Plan) -> RunConfig:
 
 def _find_dataset(settings: RunConfig, ranks: Ranks, report: Report) -> Dataset:
     path = settings.data.path
+    if path is None and settings.data.tokenizer is not None:
+        raise ConfigError(
+            f"data.tokenizer: '{settings.data.tokenizer}' says what made the .bin files of --data; "
+            "name them, or leave it out"
+        )
     if path is None:
         found = sorted(p.parent for p in DATASETS.glob(f"*/{MANIFEST}"))
         found = [folder for folder in found if folder.suffix not in (".partial", ".old")]
@@ -180,12 +186,14 @@ def _find_dataset(settings: RunConfig, ranks: Ranks, report: Report) -> Dataset:
             tokenize(demo_request(), lambda *_: None)
         ranks.wait()
         path = found[0] if found else DEMO
-    dataset = open_dataset(path)
+    dataset = open_data(str(path), settings.data.tokenizer)
+    for notice in dataset.notices:
+        report(Notice(notice))
     if dataset.unverified_bytes:
         report(
             Notice(
-                f"{path}: {dataset.unverified_bytes / 2**30:.0f} GiB; sizes were checked, "
-                "checksums were not"
+                f"{path}: of {dataset.unverified_bytes / 2**30:.0f} GiB the sizes were checked, "
+                "the contents were not"
             )
         )
     return dataset
@@ -222,7 +230,7 @@ def _fit_to_dataset(
         config = _with_vocabulary(config, dataset, report)
     if config.vocab_size <= dataset.largest_token:
         raise ConfigError(
-            f"model.vocab_size: {config.vocab_size:,} is too small for {dataset.folder}, which "
+            f"model.vocab_size: {config.vocab_size:,} is too small for {dataset.path}, which "
             f"holds token {dataset.largest_token:,} of {dataset.tokenizer.name}'s "
             f"{dataset.tokenizer.vocab_size:,}; leave vocab_size out, or tokenize for this model"
         )
@@ -258,7 +266,7 @@ def _same_tokenizer(folder: Path, dataset: Dataset, report: Report) -> None:
         theirs.backend.get_vocab() != ours.backend.get_vocab()
     ):
         raise DataError(
-            f"{dataset.folder}: made with the tokenizer {dataset.tokenizer.name}, and {folder} "
+            f"{dataset.path}: made with the tokenizer {dataset.tokenizer.name}, and {folder} "
             f"was trained with another; tokenize with --tokenizer {folder}"
         )
 

@@ -16,6 +16,7 @@ RECORD = "run.yaml"
 # What a resumed run may change: how long it goes, how fast, and what it reports and keeps.
 CHANGEABLE = {
     "data.path",  # the fingerprint still has to be the same
+    "data.tokenizer",
     "train.steps",
     "train.tokens",
     "train.micro_batch_size",

@@ -37,7 +37,7 @@ def choose_folder(plan: Plan) -> Path:
         if asked.exists() and (not asked.is_dir() or any(asked.iterdir())):
             raise ConfigError(f"--out: {asked} is not an empty folder; choose another")
         return asked
-    base = f"{plan.name}-{plan.dataset.folder.resolve().name}"
+    base = f"{plan.name}-{plan.dataset.name}"
     number, folder = 1, RUNS / base
     while folder.exists():
         number += 1
@@ -56,7 +56,7 @@ def write_record(
         "model": {"name": plan.name}
         | {k: list(v) if isinstance(v, tuple) else v for k, v in _fields(plan.model).items()},
         "dataset": {
-            "path": str(plan.dataset.folder),
+            "path": str(plan.dataset.path),
             "fingerprint": plan.dataset.fingerprint,
             "tokenizer": plan.dataset.tokenizer.name,
             "tokens": len(plan.dataset.train.tokens),

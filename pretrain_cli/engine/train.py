@@ -19,6 +19,7 @@ from pretrain_cli.data.batches import Batches
 from pretrain_cli.engine import checkpoint
 from pretrain_cli.engine.checkpoint import State
 from pretrain_cli.engine.distributed import Ranks, gradients_kept, open_ranks, share
+from pretrain_cli.engine.documents import documents_of
 from pretrain_cli.engine.evaluate import evaluate
 from pretrain_cli.engine.feed import Feed
 from pretrain_cli.engine.metrics import (
@@ -109,20 +110,27 @@ def train_step(
     micro_batch_size: int,
     clip: float,
     world: int = 1,
+    documents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step on this rank's share of its samples. -> (loss, gradient norm).
 
-    inputs and targets (B, T) are taken `micro_batch_size` rows at a time. Each part's loss is its
-    sum over the count of all of this rank's tokens, so the parts add up to the mean that one large
-    batch would give; gradients are then averaged over the ranks. The loss returned is this rank's
-    part of the mean over all ranks.
+    inputs and targets (B, T) are taken `micro_batch_size` rows at a time, and with them `documents`
+    (B, T), where attention is kept inside each. Each part's loss is its sum over the count of all
+    of this rank's tokens, so the parts add up to the mean that one large batch would give;
+    gradients are then averaged over the ranks. The loss returned is this rank's part of the mean
+    over all ranks.
     """
     model.train()
     total = torch.zeros((), device=inputs.device)
-    parts = list(zip(inputs.split(micro_batch_size), targets.split(micro_batch_size), strict=True))
-    for number, (part, wanted) in enumerate(parts, start=1):
-        with gradients_kept(model, last=number == len(parts)):
-            loss = model(part, wanted, normalizer=targets.numel())
+    for start in range(0, len(inputs), micro_batch_size):
+        rows = slice(start, start + micro_batch_size)
+        with gradients_kept(model, last=rows.stop >= len(inputs)):
+            loss = model(
+                inputs[rows],
+                targets[rows],
+                documents=None if documents is None else documents[rows],
+                normalizer=targets.numel(),
+            )
             loss.backward()
         total += loss.detach() / world
     limit = clip if clip > 0 else float("inf")
@@ -165,13 +173,14 @@ class Trainer:
             self.metrics = MetricsFile(self.run / "metrics.jsonl", upto=state.step)
         flops = counting.training_flops(plan.model, plan.seq_len).exact
         peak = stated_peak(ranks.device, plan.speed.compute_dtype)
+        masked = plan.settings.data.document_mask
         self.saved_step = state.step if state.step else -1
         self.report(
             Started(
                 run=self.run,
                 model=plan.name,
                 parameters=counting.count_parameters(plan.model).total,
-                dataset=str(plan.dataset.folder),
+                dataset=str(plan.dataset.path),
                 device=device_name(ranks.device),
                 first_step=state.step,
                 steps=steps,
@@ -213,6 +222,7 @@ class Trainer:
                     micro_batch_size=plan.micro_batch_size,
                     clip=plan.settings.optimizer.clip,
                     world=ranks.world,
+                    documents=documents_of(inputs, plan.dataset) if masked else None,
                 )
                 state = State(
                     step=state.step + 1,
@@ -295,6 +305,7 @@ class Trainer:
                 seq_len=self.plan.seq_len,
                 batch_size=self.plan.micro_batch_size,
                 ranks=self.ranks,
+                document_mask=self.plan.settings.data.document_mask,
             )
         )
 
@@ -355,7 +366,7 @@ def _choose_run(
     run, record = resume
     if plan.dataset.fingerprint != record.dataset_fingerprint:
         raise DataError(
-            f"{plan.dataset.folder}: not the dataset that {run} was trained on; give that one "
+            f"{plan.dataset.path}: not the dataset that {run} was trained on; give that one "
             "with --data, or start a new run"
         )
     if resume_from and (reason := checkpoint.damage(resume_from)):

@@ -5,9 +5,8 @@
 A Mask says *what* may be seen. Each backend lowers it to its own form, once per step and kind of
 layer, outside the layers:
 
-    eager   a (T, S) matrix of booleans; the readable definition, and what the others are tested
-            against
-    sdpa    nothing, a flag, or blocks: PyTorch's fused attention
+    eager   a matrix of booleans; the readable definition, and what the others are tested against
+    sdpa    a flag, blocks, or a matrix to be added to the scores: PyTorch's fused attention
     flex    a BlockMask: PyTorch's flex_attention, which skips blocks that see nothing
 
 The queries are the last T of the S positions, so a cache that holds earlier keys needs no other
@@ -17,13 +16,22 @@ mask:
                         query 0       █ █ █ · ·
                         query 1       · █ █ █ ·
                         query 2       · · █ █ █
+
+Documents that lie in a row together may be kept apart, each in a triangle of its own:
+
+    documents 0 0 0 1 1:         keys 0 1 2 3 4
+                        query 0       █ · · · ·
+                        query 1       █ █ · · ·
+                        query 2       █ █ █ · ·
+                        query 3       · · · █ ·
+                        query 4       · · · █ █
 """
 
 import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,30 +40,39 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Mask:
-    """Query i of T, at position S − T + i, sees the keys up to there: all, or the last `window`."""
+    """Query i of T, at position S − T + i, sees the keys up to there: all, or the last `window`;
+    of those, where documents are numbered, the ones of its own document."""
 
     queries: int
     keys: int
     window: int | None
+    documents: Tensor | None = None
+    """Each key's document, (B, S): equal numbers are one document."""
 
     @property
     def is_plain_causal(self) -> bool:
-        """No window cuts anything off."""
-        return self.window is None or self.window >= self.keys
+        """Neither a window nor a document cuts anything off."""
+        return self.documents is None and (self.window is None or self.window >= self.keys)
 
     def matrix(self, device: torch.device) -> Tensor:
-        """True where a query sees a key. (T, S)."""
+        """True where a query sees a key. (T, S); with documents (B, T, S)."""
         key = torch.arange(self.keys, device=device)
         query = torch.arange(self.keys - self.queries, self.keys, device=device).unsqueeze(-1)
         seen = key <= query
-        return seen if self.window is None else seen & (key > query - self.window)
+        if self.window is not None:
+            seen = seen & (key > query - self.window)
+        if self.documents is not None:
+            of_query = self.documents[:, self.keys - self.queries :]
+            seen = seen & (of_query.unsqueeze(-1) == self.documents.unsqueeze(-2))
+        return seen
 
 
 @dataclass(frozen=True)
 class Backend:
     """One way to compute attention."""
 
-    lower: Callable[[Mask, torch.device], Any]
+    lower: Callable[[Mask, torch.device, torch.dtype], Any]
+    """(mask, device, type of q, k and v) -> what `attend` takes for the mask."""
     attend: Callable[[Tensor, Tensor, Tensor, Any, float], Tensor]
     unavailable: Callable[[torch.device, bool], str | None]
     """(device, training) -> why this backend can't serve them, or None."""
@@ -68,8 +85,8 @@ def _always_available(device: torch.device, training: bool) -> None:
 # --- eager ---------------------------------------------------------------------------------------
 
 
-def _eager_lower(mask: Mask, device: torch.device) -> Tensor:
-    return mask.matrix(device)
+def _eager_lower(mask: Mask, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return mask.matrix(device).unsqueeze(-3)  # for every head
 
 
 def _eager_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -84,50 +101,84 @@ def _eager_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -
 # --- sdpa ----------------------------------------------------------------------------------------
 
 
-def _sdpa_lower(mask: Mask, device: torch.device) -> Tensor | int | bool:
-    """True for causal, False for no mask at all, a window to fold by, or a (T, S) matrix."""
-    if mask.queries == 1 and mask.is_plain_causal:
-        return False
-    if mask.queries != mask.keys:
-        return mask.matrix(device)
-    return True if mask.is_plain_causal else int(mask.window or 0)
+class Folds(NamedTuple):
+    """A sliding window over a whole sequence, as blocks of `window` queries."""
+
+    window: int
+    first: Tensor | bool
+    """What the first block sees of itself: True for causal, or (B, 1, window, window)."""
+    rest: Tensor
+    """What the others see of their predecessor and themselves: (window, 2 · window) for all of
+    them, or (B · blocks, 1, window, 2 · window)."""
+
+
+def _sdpa_lower(mask: Mask, device: torch.device, dtype: torch.dtype) -> Tensor | Folds | bool:
+    """True for causal, False for no mask at all, folds of a sliding window, or a matrix to be
+    added: (1, T, S), or (B, 1, T, S) with documents."""
+    if mask.is_plain_causal and mask.queries in (1, mask.keys):
+        return mask.queries > 1
+    if mask.window is not None and mask.window < mask.queries == mask.keys:
+        return _fold(mask, mask.window, device, dtype)
+    return _added(mask.matrix(device).unsqueeze(-3), dtype)
+
+
+def _fold(mask: Mask, window: int, device: torch.device, dtype: torch.dtype) -> Folds:
+    i = torch.arange(window, device=device).unsqueeze(-1)
+    j = torch.arange(2 * window, device=device)
+    seen = (j > i) & (j <= i + window)
+    if mask.documents is None:
+        return Folds(window, True, _added(seen, dtype))
+    first = Mask(window, window, None, mask.documents[:, :window]).matrix(device).unsqueeze(1)
+    documents = F.pad(mask.documents, (0, -mask.keys % window))
+    of_query = documents[:, window:].unfold(1, window, window)  # (B, blocks, window)
+    of_key = documents.unfold(1, 2 * window, window)  # (B, blocks, 2 · window)
+    rest = seen & (of_query.unsqueeze(-1) == of_key.unsqueeze(-2))
+    return Folds(window, _added(first, dtype), _added(rest.flatten(0, 1).unsqueeze(1), dtype))
+
+
+def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """What added to the scores leaves those that are seen: 0, and −∞ elsewhere.
+
+    PyTorch turns booleans into this, again in every layer, and keeps each for the backward pass.
+    """
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
+        ~seen, float("-inf")
+    )
 
 
 def _sdpa_attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | int | bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Folds | bool, scale: float
 ) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, Dh)
-    if isinstance(mask, bool):
-        out = _sdpa(q, k, v, scale, is_causal=mask)
-    elif isinstance(mask, int):
-        out = _folded(q, k, v, mask, scale)
-    else:
-        out = _sdpa(q, k, v, scale, attn_mask=mask)
-    return out.transpose(1, 2)
+    if isinstance(mask, Folds):
+        return _folded(q, k, v, mask, scale).transpose(1, 2)
+    return _sdpa(q, k, v, mask, scale).transpose(1, 2)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, **mask: Any) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | bool, scale: float) -> Tensor:
     group = q.shape[1] // k.shape[1]
-    if group > 1 and q.device.type == "cuda" and "attn_mask" in mask:
+    if group > 1 and q.device.type == "cuda" and isinstance(mask, Tensor):
         # The GPU kernel that takes a mask takes no grouped heads.
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
         group = 1
-    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=group > 1, **mask)
+    seen: dict[str, Any] = {"attn_mask" if isinstance(mask, Tensor) else "is_causal": mask}
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=group > 1, **seen)
 
 
-def _folded(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
+def _folded(q: Tensor, k: Tensor, v: Tensor, folds: Folds, scale: float) -> Tensor:
     """Sliding window without a T × T mask: blocks of `window` queries, each seeing its own block
     and the one before it. (B, heads, T, Dh) -> (B, H, T, Dh).
 
-    Time and memory grow with T · window. The first block has no predecessor and is plain causal;
-    the others share one (window, 2 · window) mask and go through as a larger batch.
+    Time and memory grow with T · window. The first block has no predecessor; the others go through
+    as a larger batch.
 
         keys:     ├── block n−1 ──┼── block n ──┤
         query 0   · █ █ █ █ █ █ █   █ · · · · ·
         query 1   · · █ █ █ █ █ █   █ █ · · · ·
     """
     B, H, T, Dh = q.shape
-    first = _sdpa(q[:, :, :window], k[:, :, :window], v[:, :, :window], scale, is_causal=True)
+    window = folds.window
+    first = _sdpa(q[:, :, :window], k[:, :, :window], v[:, :, :window], folds.first, scale)
     blocks = -(-T // window) - 1  # those after the first
     padding = (blocks + 1) * window - T
     q, k, v = (F.pad(x, (0, 0, 0, padding)) for x in (q, k, v))
@@ -137,16 +188,8 @@ def _folded(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tenso
         windows = x.unfold(2, size, window).permute(0, 2, 1, 4, 3)  # (B, blocks, heads, size, Dh)
         return windows.reshape(B * blocks, x.shape[1], size, Dh)
 
-    i = torch.arange(window, device=q.device).unsqueeze(-1)
-    j = torch.arange(2 * window, device=q.device)
-    seen = (j > i) & (j <= i + window)
-    rest = _sdpa(
-        folded(q[:, :, window:], window),
-        folded(k, 2 * window),
-        folded(v, 2 * window),
-        scale,
-        attn_mask=seen,
-    )
+    queries = folded(q[:, :, window:], window)
+    rest = _sdpa(queries, folded(k, 2 * window), folded(v, 2 * window), folds.rest, scale)
     rest = rest.view(B, blocks, H, window, Dh).transpose(1, 2).reshape(B, H, blocks * window, Dh)
     return torch.cat((first, rest[:, :, : T - window]), dim=2)
 
@@ -154,16 +197,22 @@ def _folded(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tenso
 # --- flex ----------------------------------------------------------------------------------------
 
 
-def _flex_lower(mask: Mask, device: torch.device) -> Any:
+def _flex_lower(mask: Mask, device: torch.device, dtype: torch.dtype) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    offset, window = mask.keys - mask.queries, mask.window
+    offset, window, documents = mask.keys - mask.queries, mask.window, mask.documents
 
     def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        causal = key <= query + offset
-        return causal if window is None else causal & (key > query + offset - window)
+        position = query + offset
+        seen = key <= position
+        if window is not None:
+            seen = seen & (key > position - window)
+        if documents is not None:
+            seen = seen & (documents[batch, key] == documents[batch, position])
+        return seen
 
-    return create_block_mask(seen, None, None, mask.queries, mask.keys, device=device)
+    batch = None if documents is None else len(documents)
+    return create_block_mask(seen, batch, None, mask.queries, mask.keys, device=device)
 
 
 def _flex_attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Tensor:

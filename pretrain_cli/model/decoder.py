@@ -103,6 +103,7 @@ class Decoder(nn.Module):
         tokens: Tensor,
         targets: Tensor | None = None,
         *,
+        documents: Tensor | None = None,
         normalizer: int | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
@@ -110,9 +111,13 @@ class Decoder(nn.Module):
         """tokens (B, T) -> the loss of `targets` (B, T), a scalar; without targets the logits,
         (B, T, V) in the compute type, or (B, 1, V) with `last_only`.
 
+        `documents` (B, T), numbers, keep attention inside each document. Positions go on counting
+        from one to the next: in both families they act by their differences alone (RoPE), so a
+        document's logits are those that it has by itself, to rounding.
+
         With a cache, tokens continue what it holds. `normalizer`: see `cross_entropy`.
         """
-        hidden = self.hidden(tokens, cache)
+        hidden = self.hidden(tokens, cache, documents)
         if targets is not None:
             return cross_entropy(
                 hidden, self.head_weight, targets, normalizer=normalizer, chunked=self.chunked_loss
@@ -121,8 +126,11 @@ class Decoder(nn.Module):
             hidden = hidden[:, -1:]
         return F.linear(hidden, self.head_weight.to(hidden.dtype))
 
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         """Normed hidden states of the last layer. (B, T) -> (B, T, D)."""
+        assert cache is None or documents is None, "a cache remembers no documents"
         T, device = tokens.shape[1], tokens.device
         past = cache.length if cache else 0
         positions = torch.arange(past, past + T, device=device)
@@ -134,7 +142,8 @@ class Decoder(nn.Module):
             )
             window = self.config.window(kind)
             remembered = past if window is None else min(past, window - 1)
-            masks[kind] = self.backend.lower(Mask(T, remembered + T, window), device)
+            mask = Mask(T, remembered + T, window, documents)
+            masks[kind] = self.backend.lower(mask, device, self.dtype)
 
         x = self.embed(tokens)
         for layer, block in enumerate(self.blocks):

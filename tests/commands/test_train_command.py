@@ -104,6 +104,7 @@ def test_a_qwen_is_trained_as_a_gemma_is(pretrain):
 def test_flags_and_set_win_over_the_file_and_the_file_over_defaults(pretrain, tiny, tmp_path):
     (tmp_path / "run.yaml").write_text(
         "optimizer: {learning_rate: 0.5, clip: 3.0}\n"
+        "data: {document_mask: true}\n"
         "train: {steps: 2, seed: 7, sample_tokens: 0}\n"
         "speed: {attention: eager}\n"
     )
@@ -113,6 +114,7 @@ def test_flags_and_set_win_over_the_file_and_the_file_over_defaults(pretrain, ti
     )
     assert outcome.code == 0, outcome.err
     settings = record("made")["settings"]
+    assert settings["data"]["document_mask"] is True
     assert settings["optimizer"]["learning_rate"] == 0.002
     assert settings["optimizer"]["clip"] == 3.0
     assert settings["optimizer"]["betas"] == [0.8, 0.9]
@@ -260,6 +262,7 @@ def test_a_run_does_not_go_on_with_another_dataset(pretrain, refused):
         ("runs/tiny --seed 3", "train.seed: 3 differs from the run's 0"),
         ("runs/tiny --learning-rate 1", "optimizer.learning_rate: 1.0 differs from the run's 0.01"),
         ("runs/tiny --seq-len 16", "data.seq_len: 16 differs from the run's 32"),
+        ("runs/tiny --document-mask", "data.document_mask: True differs from the run's False"),
         ("runs/tiny --config run.yaml", "--config: run.yaml does not go with --resume"),
         ("runs/tiny --steps 5", "train.steps: 5 "),
     ],

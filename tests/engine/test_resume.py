@@ -47,9 +47,12 @@ def assert_same_weights(one: Path, other: Path, files=("model", "training/optimi
 
 
 @pytest.mark.parametrize("model", ["gemma3-tiny", "qwen3-tiny"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_resuming_gives_the_same_losses_and_weights(settings, run, tmp_path, model, dtype):
-    common = {"model__name": model, "speed__dtype": dtype, "train__eval_every": 3}
+@pytest.mark.parametrize(
+    ("dtype", "masked"), [("float32", False), ("bfloat16", False), ("float32", True)]
+)
+def test_resuming_gives_the_same_losses_and_weights(settings, run, tmp_path, model, dtype, masked):
+    common = {"model__name": model, "speed__dtype": dtype, "train__eval_every": 3,
+              "data__document_mask": masked}  # fmt: skip
     run(settings("straight", **common))
     # The first half is a whole run of three steps, of a schedule made for six.
     run(settings("halves", train__checkpoint_every=3, **common))
@@ -135,7 +138,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(settings, run, tm
 @pytest.mark.parametrize(
     ("setting", "value"),
     [("optimizer.learning_rate", 1.0), ("train.seed", 5), ("data.seq_len", 16),
-     ("model.hidden_size", 64), ("train.tokens_per_step", 256)],
+     ("model.hidden_size", 64), ("train.tokens_per_step", 256), ("data.document_mask", True)],
 )  # fmt: skip
 def test_what_would_change_the_run_is_refused_on_resume(settings, run, tmp_path, setting, value):
     run(settings(train__steps=1))

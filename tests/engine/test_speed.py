@@ -70,11 +70,12 @@ def test_a_speed_setting_changes_no_loss_and_no_checkpoint_key(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile's own
-def test_compiled_blocks_learn_the_same(settings, run):
-    losses = [
-        [e.loss for e in run(settings(f"run{on}", speed__compile=on)) if isinstance(e, StepMetrics)]
-        for on in (False, True)
-    ]
+@pytest.mark.parametrize("masked", [False, True])
+def test_compiled_blocks_learn_the_same(settings, run, masked):
+    losses = []
+    for on in (False, True):
+        events = run(settings(f"run{on}", speed__compile=on, data__document_mask=masked))
+        losses.append([e.loss for e in events if isinstance(e, StepMetrics)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -93,11 +94,13 @@ def test_compile_without_a_compiler_is_said_and_left_off(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "flex"])
-def test_backends_learn_the_same_on_a_gpu(settings, run, attention):
+def test_backends_learn_the_same_on_a_gpu(settings, run, attention, masked):
     losses = []
     for name in ("eager", attention):
         speed = {"speed__attention": name, "speed__compile": False}
-        events = run(settings(f"run-{name}", train__device="cuda", train__log_every=1, **speed))
+        common = {"train__device": "cuda", "train__log_every": 1, "data__document_mask": masked}
+        events = run(settings(f"run-{name}", **common, **speed))
         losses.append([e.loss for e in events if isinstance(e, StepMetrics)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)

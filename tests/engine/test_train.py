@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from pretrain_cli.config import OptimizerSettings, SpeedConfig
+from pretrain_cli.engine.documents import document_numbers
 from pretrain_cli.engine.metrics import Evaluation, Finished, Notice, Sample, Saved, StepMetrics
 from pretrain_cli.engine.optimizer import build_optimizer, set_learning_rate
 from pretrain_cli.engine.speed import build_model, resolve_speed
@@ -37,11 +38,13 @@ def losses(events):
     return [event.loss for event in events if isinstance(event, StepMetrics)]
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
-def test_accumulated_micro_batches_equal_one_large_batch(micro_batch_size):
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 4])
+def test_accumulated_micro_batches_equal_one_large_batch(micro_batch_size, masked):
     model = small_model()
     tokens = torch.randint(1, 64, (8, 25), generator=torch.Generator().manual_seed(0))
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    documents = document_numbers(inputs, 5, leads=False) if masked else None
     whole = copy.deepcopy(model)
     results = []
     for one, rows in ((model, micro_batch_size), (whole, 8)):
@@ -49,7 +52,15 @@ def test_accumulated_micro_batches_equal_one_large_batch(micro_batch_size):
         set_learning_rate(optimizer, 1e-3)
         results.append(
             [
-                train_step(one, optimizer, inputs, targets, micro_batch_size=rows, clip=1.0)
+                train_step(
+                    one,
+                    optimizer,
+                    inputs,
+                    targets,
+                    micro_batch_size=rows,
+                    clip=1.0,
+                    documents=documents,
+                )
                 for _ in range(3)
             ]
         )
@@ -148,7 +159,7 @@ def test_the_choices_made_for_a_person_are_told(settings, run):
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_ranks_train_as_one_with_the_same_batch(settings, run, tmp_path, parallel):
     """Two gloo processes on a CPU, the same global batch: the same losses and validation."""
-    config = settings("alone", train__steps=4, train__eval_every=2)
+    config = settings("alone", train__steps=4, train__eval_every=2, data__document_mask=True)
     alone = run(config)
     flags = [
         f"--set={section}.{name}={value}"

@@ -1,5 +1,7 @@
 """Masks as matrices one can read; every backend against a loop over queries, and against eager."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -14,6 +16,13 @@ W, T = 8, 27
 WINDOWS = [1, W - 1, W, W + 1, T - 1, T, T + 1, None]
 LENGTHS = [1, W - 1, W, W + 1, 2 * W - 1, 2 * W, 2 * W + 1, T]
 GROUPS = [1, 2, 4]
+DOCUMENTS = {  # where documents start, in two rows
+    "one": ((), ()),
+    "one and two": ((), (T - 1,)),
+    "at the blocks' borders": ((W, 2 * W, 3 * W), (2 * W,)),
+    "beside the borders": ((W - 1, 2 * W + 1), (W + 1, 3 * W - 1)),
+    "of one token": (range(1, T), (1, 2, W, W + 1, W + 2)),
+}
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2}  # a bfloat16 has 8 bits: 2⁻⁸ is 4e-3
 
 
@@ -25,25 +34,32 @@ def made(queries, keys, *, group=2, dtype=torch.float32, head_dim=16, seed=0, de
     return [x.to(device, dtype) for x in (q, k, v)]
 
 
-def attend(name, q, k, v, window, scale=0.4):
+def attend(name, q, k, v, window, scale=0.4, documents=None):
     backend = BACKENDS[name]
-    mask = backend.lower(Mask(q.shape[1], k.shape[1], window), q.device)
-    return backend.attend(q, k, v, mask, scale)
+    mask = Mask(q.shape[1], k.shape[1], window, documents)
+    return backend.attend(q, k, v, backend.lower(mask, q.device, q.dtype), scale)
 
 
-def by_hand(q, k, v, window, scale=0.4):
+def by_hand(q, k, v, window, scale=0.4, documents=None):
     """One query and head at a time, over the keys it sees and no others."""
     out = torch.empty_like(q)
     group = q.shape[2] // k.shape[2]
-    for i in range(q.shape[1]):
+    for row, i, h in itertools.product(*map(range, q.shape[:3])):
         position = k.shape[1] - q.shape[1] + i
         first = 0 if window is None else max(0, position - window + 1)
-        for h in range(q.shape[2]):
-            keys = k[:, first : position + 1, h // group]
-            values = v[:, first : position + 1, h // group]
-            weights = torch.softmax((keys @ q[:, i, h].unsqueeze(-1)) * scale, dim=1)
-            out[:, i, h] = (weights * values).sum(1)
+        if documents is not None:
+            numbers = documents[row].tolist()
+            first = max(first, numbers.index(numbers[position]))
+        keys = k[row, first : position + 1, h // group]
+        values = v[row, first : position + 1, h // group]
+        out[row, i, h] = torch.softmax(keys @ q[row, i, h] * scale, dim=0) @ values
     return out
+
+
+def starting_at(*starts, length=T, device=CPU):
+    """Documents that start at these positions besides 0, in a row of each. (B, T)."""
+    positions = torch.arange(length, device=device)
+    return torch.stack([sum((positions >= s).long() for s in (0, *row)) for row in starts])
 
 
 def drawn(matrix):
@@ -89,11 +105,43 @@ def test_queries_are_the_last_of_the_keys():
     ]
 
 
+def test_documents_are_triangles_of_their_own():
+    documents = torch.tensor([[0, 0, 1, 1, 1], [3, 4, 4, 4, 5]])
+    first, second = Mask(5, 5, None, documents).matrix(CPU)
+    assert drawn(first) == [
+        "█····",
+        "██···",
+        "··█··",
+        "··██·",
+        "··███",
+    ]
+    assert drawn(second) == [
+        "█····",
+        "·█···",
+        "·██··",
+        "·███·",
+        "····█",
+    ]
+
+
+def test_a_window_slides_inside_each_document():
+    (matrix,) = Mask(6, 6, 2, torch.tensor([[0, 0, 0, 1, 1, 1]])).matrix(CPU)
+    assert drawn(matrix) == [
+        "█·····",
+        "██····",
+        "·██···",
+        "···█··",
+        "···██·",
+        "····██",
+    ]
+
+
 @pytest.mark.parametrize(
     ("window", "plain"), [(None, True), (6, True), (5, True), (4, False), (1, False)]
 )
 def test_a_window_no_shorter_than_the_keys_is_plain_causal(window, plain):
     assert Mask(5, 5, window).is_plain_causal is plain
+    assert not Mask(5, 5, window, torch.zeros(1, 5)).is_plain_causal
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -142,6 +190,64 @@ def test_fewer_queries_than_keys_are_the_last_ones(backend, window, queries):
     torch.testing.assert_close(ours, expected, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("starts", DOCUMENTS.values(), ids=DOCUMENTS)
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("window", [W - 1, W, T, None])
+def test_eager_sees_the_keys_of_its_own_document_alone(window, group, starts):
+    q, k, v = made(T, T, group=group)
+    documents = starting_at(*starts)
+    ours = attend("eager", q, k, v, window, documents=documents)
+    torch.testing.assert_close(ours, by_hand(q, k, v, window, documents=documents))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("starts", DOCUMENTS.values(), ids=DOCUMENTS)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+def test_backends_give_what_eager_gives_inside_documents(backend, window, starts, dtype):
+    q, k, v = made(T, T, dtype=dtype)
+    documents = starting_at(*starts)
+    with torch.no_grad():
+        ours = attend(backend, q, k, v, window, documents=documents)
+        expected = attend("eager", q, k, v, window, documents=documents)
+    torch.testing.assert_close(ours, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_row_of_one_document_is_as_without_documents(backend, window):
+    q, k, v = made(T, T)
+    with torch.no_grad():
+        ours = attend(backend, q, k, v, window, documents=starting_at((), ()))
+        expected = attend(backend, q, k, v, window)
+    torch.testing.assert_close(ours, expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [None, 600])
+def test_documents_may_start_beyond_a_kernels_first_blocks_of_keys(window):
+    """Of those blocks the last queries see nothing at all, in a fused kernel too."""
+    length = 1300
+    q, k, v = made(length, length)
+    documents = starting_at((1250,), (601, 1024), length=length)
+    ours = attend("sdpa", q, k, v, window, documents=documents)
+    expected = attend("eager", q, k, v, window, documents=documents)
+    torch.testing.assert_close(ours, expected, rtol=2e-6, atol=2e-6)
+
+
+@given(
+    length=st.integers(1, 40),
+    window=st.integers(1, 45),
+    group=st.sampled_from(GROUPS),
+    starts=st.tuples(*[st.sets(st.integers(1, 39))] * 2),
+)
+def test_sdpa_gives_what_eager_gives_in_any_documents(length, window, group, starts):
+    q, k, v = made(length, length, group=group)
+    documents = starting_at(*starts, length=length)
+    ours = attend("sdpa", q, k, v, window, documents=documents)
+    expected = attend("eager", q, k, v, window, documents=documents)
+    torch.testing.assert_close(ours, expected, rtol=2e-6, atol=2e-6)
+
+
 @given(length=st.integers(1, 40), window=st.integers(1, 45), group=st.sampled_from(GROUPS))
 def test_sdpa_gives_what_eager_gives_at_any_length_and_window(length, window, group):
     q, k, v = made(length, length, group=group)
@@ -149,19 +255,20 @@ def test_sdpa_gives_what_eager_gives_at_any_length_and_window(length, window, gr
     torch.testing.assert_close(ours, expected, rtol=2e-6, atol=2e-6)
 
 
-def gradients(backend, tensors, window):
+def gradients(backend, tensors, window, documents=None):
     leaves = [x.clone().requires_grad_() for x in tensors]
-    out = attend(backend, *leaves, window)
+    out = attend(backend, *leaves, window, documents=documents)
     pull = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out)
     return torch.autograd.grad(out, leaves, pull)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("documents", [None, starting_at((W, 12), (3, 4, 5, 20))], ids=str)
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("window", WINDOWS)
-def test_sdpa_has_the_gradients_of_eager(window, group, dtype, relative_error):
+def test_sdpa_has_the_gradients_of_eager(window, group, documents, dtype, relative_error):
     tensors = made(T, T, group=group, dtype=dtype)
-    ours, expected = gradients("sdpa", tensors, window), gradients("eager", tensors, window)
+    ours, expected = (gradients(name, tensors, window, documents) for name in ("sdpa", "eager"))
     for mine, theirs in zip(ours, expected, strict=True):
         if theirs.norm() < 1e-4:  # with a window of one, scores and so q and k change nothing
             assert mine.norm() < 1e-4
@@ -172,26 +279,36 @@ def test_sdpa_has_the_gradients_of_eager(window, group, dtype, relative_error):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="flex trains on CUDA; none is here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "starts", [None, ((128, 200), (1, 2, 64, 299))], ids=["whole", "documents"]
+)
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("window", [64, 100, 128, None])
-def test_flex_and_sdpa_have_the_gradients_of_eager_on_a_gpu(window, group, dtype, relative_error):
-    tensors = made(300, 300, group=group, head_dim=64, device=torch.device("cuda"))
-    exact = gradients("eager", tensors, window)
+def test_flex_and_sdpa_have_the_gradients_of_eager_on_a_gpu(
+    window, group, starts, dtype, relative_error
+):
+    cuda = torch.device("cuda")
+    tensors = made(300, 300, group=group, head_dim=64, device=cuda)
+    documents = starting_at(*starts, length=300, device=cuda) if starts else None
+    exact = gradients("eager", tensors, window, documents)
     tensors = [x.to(dtype) for x in tensors]
     bound = {torch.float32: 5e-3, torch.bfloat16: 3e-2}[dtype]  # tensor cores round to TF32
     for backend in ("flex", "sdpa"):
-        for mine, theirs in zip(gradients(backend, tensors, window), exact, strict=True):
+        ours = gradients(backend, tensors, window, documents)
+        for mine, theirs in zip(ours, exact, strict=True):
             assert relative_error(mine, theirs) < bound
 
 
 @pytest.mark.parametrize("window", [1, 3, 8, 9, None])
 def test_sdpa_makes_no_square_matrix_for_a_whole_sequence(window):
-    lowered = BACKENDS["sdpa"].lower(Mask(8, 8, window), CPU)
+    lowered = BACKENDS["sdpa"].lower(Mask(8, 8, window), CPU, torch.float32)
     assert not isinstance(lowered, torch.Tensor)
 
 
-def test_sdpa_sees_no_more_scores_than_the_window_needs(monkeypatch):
+@pytest.mark.parametrize("starts", [None, ((100,), (7, 8))], ids=["whole", "documents"])
+def test_sdpa_sees_no_more_scores_than_the_window_needs(monkeypatch, starts):
     """Length times twice the window, where a T × T mask would be the length squared."""
+    documents = starting_at(*starts, length=256) if starts else None
     scores = []
     fused = torch.nn.functional.scaled_dot_product_attention
 
@@ -201,12 +318,12 @@ def test_sdpa_sees_no_more_scores_than_the_window_needs(monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
     q, k, v = made(256, 256)
-    attend("sdpa", q, k, v, 8)
+    attend("sdpa", q, k, v, 8, documents=documents)
     assert sum(scores) <= q.shape[0] * 256 * 2 * 8
 
 
 def test_a_token_that_continues_a_cache_needs_no_mask():
-    assert BACKENDS["sdpa"].lower(Mask(1, 8, 8), CPU) is False
+    assert BACKENDS["sdpa"].lower(Mask(1, 8, 8), CPU, torch.float32) is False
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
+from pretrain_cli.model.attention_backends import BACKENDS
 from pretrain_cli.model.config import FULL, SLIDING
 from pretrain_cli.model.counting import activation_bytes_per_token
 from pretrain_cli.model.decoder import Decoder
@@ -138,6 +140,79 @@ def test_a_full_layer_reaches_all_later_tokens_and_no_earlier_one(make_config, w
     model = Decoder(make_config(layer_types=(FULL,)), attention=attention)
     wide(model)
     assert reached(model, 7) == list(range(7, 20))
+
+
+LENGTHS = ((9, 1, 16, 14), (40,), (3, 37), (7, 7, 1, 1, 24))
+"""Of the documents in four rows of 40 tokens: shorter than the window of 7, as long, and longer."""
+
+
+def packed(vocabulary=60):
+    """(tokens, the number of each one's document), each (4, 40)."""
+    tokens = torch.randint(1, vocabulary, (4, 40), generator=torch.Generator().manual_seed(0))
+    numbers = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in LENGTHS]
+    return tokens, torch.stack(numbers)
+
+
+def apart(rows):
+    """What each document has of these rows, alone: (1, its length) each."""
+    return [part for row, lengths in zip(rows, LENGTHS, strict=True)
+            for part in row.unsqueeze(0).split(lengths, dim=1)]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("attention", BACKENDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_documents_in_a_row_have_the_logits_that_each_has_alone(
+    make_config, wide, family, attention
+):
+    """So positions need not start anew, those that Gemma's full layers divide neither."""
+    model = Decoder(make_config(family), attention=attention)
+    wide(model)
+    tokens, documents = packed()
+    with torch.no_grad():
+        together = apart(model(tokens, documents=documents))
+        alone = [model(document) for document in apart(tokens)]
+        unmasked = apart(model(tokens))
+    for ours, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(unmasked[2], alone[2], atol=0.1)  # it does see what lies before
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_documents_in_a_row_have_the_gradients_that_they_have_alone(
+    make_config, wide, our_gradients, relative_error, family, attention, checkpointed
+):
+    model = Decoder(make_config(family), attention=attention, activation_checkpointing=checkpointed)
+    wide(model)
+    tokens, documents = packed()
+    targets = tokens.roll(-1, 1)
+    model(tokens, targets, documents=documents, normalizer=160).backward()
+    ours = our_gradients(model)
+    model.zero_grad()
+    for document, wanted in zip(apart(tokens), apart(targets), strict=True):
+        model(document, wanted, normalizer=160).backward()
+    for name, expected in our_gradients(model).items():
+        assert relative_error(ours[name], expected) < 1e-4, name
+
+
+@pytest.mark.parametrize("attention", BACKENDS)
+def test_other_documents_need_no_other_compiled_blocks(make_config, attention):
+    """One graph for each kind of layer at most, as without documents."""
+    torch.compiler.reset()
+    counter = CompileCounter()
+    model = Decoder(make_config(), attention=attention)
+    model.initialize(0)
+    for block in model.blocks:
+        block.compile(backend=counter, dynamic=False)
+    tokens, documents = packed()
+    graphs = []
+    with torch.no_grad():
+        for rows in range(3):
+            model(tokens, documents=documents.roll(rows, 0))
+            graphs.append(counter.frame_count)
+    assert graphs[0] == graphs[-1] <= 2
 
 
 def test_a_loss_is_the_mean_over_the_targets_given(make_config, wide):

@@ -1,0 +1,60 @@
+"""What there is to see in a tokenized dataset: how long its documents are, and where they end."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from pretrain_cli.data.dataset import Split
+from pretrain_cli.data.tokenizer import Tokenizer
+
+READ_AT_ONCE = 2**26
+"""Tokens whose documents are looked at together."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens per document, marks included."""
+
+    by_power: dict[int, int]
+    """Documents of at least this many tokens and less than twice as many."""
+    shortest: int
+    longest: int
+
+
+def document_lengths(split: Split) -> Lengths:
+    """How long a split's documents are; memory does not grow with their number."""
+    total = len(split.tokens)
+    counts: Counter[int] = Counter()
+    shortest, longest, open_since = total, 0, 0
+    for first in range(0, max(total, 1), READ_AT_ONCE):
+        starts = split.documents.between(first, min(first + READ_AT_ONCE, total))
+        borders = np.concatenate(([open_since], starts))
+        if first + READ_AT_ONCE >= total:
+            borders = np.append(borders, total)
+        lengths = np.diff(borders)
+        lengths = lengths[lengths > 0]  # the first document begins at 0
+        open_since = int(borders[-1])
+        if len(lengths):
+            powers, numbers = np.unique(np.log2(lengths).astype(int), return_counts=True)
+            counts.update(dict(zip(powers.tolist(), numbers.tolist(), strict=True)))
+            shortest = min(shortest, int(lengths.min()))
+            longest = max(longest, int(lengths.max()))
+    return Lengths({2**power: counts[power] for power in sorted(counts)}, shortest, longest)
+
+
+def documents_in(
+    tokens: np.ndarray, starts: np.ndarray, tokenizer: Tokenizer
+) -> list[tuple[bool, str]]:
+    """The texts of a row of tokens, document by document, and of each whether it begins there.
+
+    `starts` are the places in the row at which documents begin. Marks are shown as they are named.
+    """
+    begins = set(starts.tolist())
+    parts = np.split(tokens, [place for place in starts.tolist() if 0 < place < len(tokens)])
+    out, place = [], 0
+    for part in parts:
+        text = tokenizer.backend.decode(part.tolist(), skip_special_tokens=False)
+        out.append((place in begins, text))
+        place += len(part)
+    return out

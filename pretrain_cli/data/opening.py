@@ -1,0 +1,22 @@
+"""What --data names, opened: a dataset's folder, or other programs' token files."""
+
+from pathlib import Path
+
+from pretrain_cli.data.dataset import Dataset, open_dataset
+from pretrain_cli.data.foreign import is_foreign, open_foreign
+from pretrain_cli.data.tokenizer import load_tokenizer
+from pretrain_cli.errors import ConfigError
+
+
+def open_data(path: str, tokenizer: str | None) -> Dataset:
+    """Open the dataset, or the files by name, pattern or folder, of which `tokenizer` says what
+    made them. A dataset holds its own."""
+    if is_foreign(path):
+        return open_foreign(path, tokenizer)
+    dataset = open_dataset(Path(path))
+    if tokenizer and load_tokenizer(tokenizer).fingerprint != dataset.tokenizer.fingerprint:
+        raise ConfigError(
+            f"data.tokenizer: '{tokenizer}' is not {dataset.tokenizer.name}, which made {path}; "
+            "leave it out"
+        )
+    return dataset

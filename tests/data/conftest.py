@@ -17,10 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+import pretrain_cli
 from pretrain_cli.data.shards import Manifest, SplitName, TokenStream
 from pretrain_cli.data.tokenize import Tokenized, TokenizeRequest, tokenize
 from pretrain_cli.data.tokenizer import HUB, Tokenizer, load_tokenizer, train_bpe
 from pretrain_cli.data.writer import DatasetWriter
+
+ROOT = str(Path(pretrain_cli.__file__).parent.parent)
 
 # Runs a command line with some of the program's constants changed, and kills itself as SIGKILL does
 # when a function is called for so many a time.
@@ -130,7 +133,7 @@ def write() -> Callable[..., Manifest]:
             for split, documents in splits.items():
                 for document in documents:
                     writer.add(split, np.array([*document, 256]), [0])
-                    writer.count(split, bytes=len(document))
+                    writer.splits[split].bytes += len(document)
             return writer.finish(
                 paths=["corpus"], options={}, sources={}, duplicates=0, inexact_cuts=0, remarks={}
             )
@@ -223,7 +226,8 @@ def driven() -> Callable[..., subprocess.CompletedProcess[str]]:
         settings = json.dumps([changes, *killed_at])
         return subprocess.run(
             [sys.executable, "-c", DRIVER, settings, *arguments],
-            cwd=folder, capture_output=True, text=True, timeout=300, **options,
+            cwd=folder, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, text=True,
+            timeout=300, **options,
         )  # fmt: skip
 
     return run

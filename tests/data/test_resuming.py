@@ -1,23 +1,14 @@
-"""A run that was killed, wherever it was, is gone on with; and the dataset is the same in the end."""
+"""A run that was killed, wherever it was, is gone on with, and the dataset is the same."""
 
-import errno
 import gzip
 import json
-import os
 import random
-import shutil
 import signal
-import subprocess
-import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
 
-from pretrain_cli.data import encoding, pipeline, text, writer
-from pretrain_cli.data.text import Reading
-from pretrain_cli.errors import DataError
+from pretrain_cli.data import pipeline
 
 # All of what follows happens within some 100 kB of text.
 SMALL = {
@@ -101,10 +92,8 @@ def killed(driven, tmp_path):
     """The same command in a process that is killed at a call of a function."""
 
     def run(function, call, *options, out="killed/made", **changes):
-        print("DBG")
         arguments = ["tokenize", "corpus", "--out", out, *OPTIONS, *options]
         done = driven(arguments, tmp_path, SMALL | changes, killed_at=(function, call))
-        print(done, list(Path("killed").rglob("*")), [p.read_text() for p in Path("killed").rglob("progress.json")])
         assert done.returncode in (0, -signal.SIGKILL), done.stderr
         return done.returncode != 0
 

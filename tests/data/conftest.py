@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -22,6 +22,15 @@ from pretrain_cli.data.shards import Manifest, SplitName, TokenStream
 from pretrain_cli.data.tokenize import Tokenized, TokenizeRequest, tokenize
 from pretrain_cli.data.tokenizer import HUB, Tokenizer, load_tokenizer, train_bpe
 from pretrain_cli.data.writer import DatasetWriter
+
+
+class Outcome(NamedTuple):
+    """What a process did: its exit code, and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
 
 ROOT = str(Path(pretrain_cli.__file__).parent.parent)
 
@@ -211,7 +220,7 @@ def contents() -> Callable[[Path], dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def driven() -> Callable[..., subprocess.CompletedProcess[str]]:
+def start() -> Callable[..., subprocess.Popen[str]]:
     """`pretrain …` in a process of its own and in a folder, with constants of the program changed
     by their names; it is killed at a call of a function, by its name and the number of the call."""
 
@@ -219,15 +228,24 @@ def driven() -> Callable[..., subprocess.CompletedProcess[str]]:
         arguments: list[str],
         folder: Path,
         changes: dict[str, Any],
-        *,
         killed_at: tuple[str, int] = ("", 0),
-        **options: Any,
-    ) -> subprocess.CompletedProcess[str]:
-        settings = json.dumps([changes, *killed_at])
-        return subprocess.run(
-            [sys.executable, "-c", DRIVER, settings, *arguments],
-            cwd=folder, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, text=True,
-            timeout=300, **options,
+    ) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-c", DRIVER, json.dumps([changes, *killed_at]), *arguments],
+            cwd=folder, env={**os.environ, "PYTHONPATH": ROOT}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def driven(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., Outcome]:
+    """What such a process did, when it has ended."""
+
+    def run(*given: Any, **named: Any) -> Outcome:
+        with start(*given, **named) as process:
+            out, err = process.communicate(timeout=300)
+        return Outcome(process.returncode, out, err)
 
     return run

@@ -10,7 +10,7 @@ from pretrain_cli.data.corpus import Corpus, TextFile
 from pretrain_cli.data.pipeline import Earlier, Moment, Place, identity
 from pretrain_cli.data.request import TokenizeRequest
 from pretrain_cli.data.shards import FILES, MANIFEST, Manifest, read_manifest
-from pretrain_cli.data.tokenizer import BUILT_IN, load_tokenizer
+from pretrain_cli.data.tokenizer import BUILT_IN, Tokenizer, load_tokenizer
 from pretrain_cli.data.writer import Tally, Written, as_written, aside, noted_shards, read_progress
 from pretrain_cli.errors import DataError
 from pretrain_cli.files import sha256_of
@@ -96,6 +96,21 @@ def noted(request: TokenizeRequest, corpus: Corpus, there: Manifest | None) -> E
     progress = read_progress(request.out)
     if progress is None or corpus.has_streams:
         return None
+    try:
+        return _fitting(request, corpus, there, progress)
+    except (KeyError, TypeError, ValueError):  # noted by another version of the program
+        return None
+
+
+def was_begun_with(request: TokenizeRequest, tokenizer: Tokenizer) -> bool:
+    """Whether what a run before this one noted is of this tokenizer, which may be in a file."""
+    path = aside(request.out) / "tokenizer.json"
+    return path.is_file() and sha256_of(path) == tokenizer.fingerprint
+
+
+def _fitting(
+    request: TokenizeRequest, corpus: Corpus, there: Manifest | None, progress: dict[str, Any]
+) -> Earlier | None:
     appends_to = there.fingerprint if there else None
     if progress["options"] != request.options or progress["appends_to"] != appends_to:
         return None

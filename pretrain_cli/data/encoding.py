@@ -16,7 +16,6 @@ import os
 import signal
 import sys
 import threading
-import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -101,7 +100,7 @@ def encoders(tokenizer: Tokenizer, dtype: np.dtype, workers: int) -> Iterator[An
             pool, work = ThreadPoolExecutor(1), encode
         else:
             context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-            pool = ProcessPoolExecutor(workers, context, _begin, (encode, os.getpid()))
+            pool = ProcessPoolExecutor(workers, context, _begin, (encode,))
             work = _encode
         try:
             yield lambda batches: _in_order(pool, work, batches, AHEAD * workers)
@@ -143,19 +142,21 @@ _thread: ThreadPoolExecutor
 """Both of a worker process."""
 
 
-def _begin(encoder: Encoder, parent: int) -> None:
+def _begin(encoder: Encoder) -> None:
     """What a worker process does first."""
     global _encoder, _thread
     _encoder, _thread = encoder, ThreadPoolExecutor(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started it decides
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
-    """End this process when the one that started it is gone, killed perhaps."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone, killed perhaps: at once, since it
+    holds the lock on the dataset for as long."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 

@@ -14,7 +14,7 @@ import sqlite3
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,7 +112,7 @@ class Pipeline:
         self.progress = progress
         self.there = there
         here = earlier.here if earlier else Moment(Place(), Tally(), writer.written())
-        self.place, self.of_file = here.place, here.of_file
+        self.place, self.of_file = here.place, replace(here.of_file)
         self.file_began = earlier.file_began if earlier else here
         self.steps: deque[Step | FileDone] = deque()
         """Of the blocks under way, and of the files that end behind them."""
@@ -180,15 +180,17 @@ class Pipeline:
     # --- writing ---------------------------------------------------------------------------------
 
     def _take(self, encoded: Encoded) -> int:
-        """Write a batch, a run of blocks of one split at a time. -> bytes of the corpus read"""
+        """Write a batch, a run of blocks of one split and file at a time. -> bytes of the corpus
+        read"""
         first = last = raw = 0
         starts: list[int] = []
         split: SplitName = "train"
         for count in encoded.counts:
-            step = self._next_step()
-            if step.split != split:
+            if isinstance(coming := self.steps[0], FileDone) or coming.split != split:
                 self.writer.add(split, encoded.tokens[first:last], starts)
-                first, starts, split = last, [], step.split
+                first, starts = last, []
+            step = self._next_step()
+            split = step.split
             if step.begins:
                 starts.append(last - first)
             last += count
@@ -223,7 +225,7 @@ class Pipeline:
                 }
             )
             self.place, self.of_file = done.behind, Tally()
-            self.file_began = Moment(self.place, self.of_file, self.writer.written())
+            self.file_began = Moment(self.place, Tally(), self.writer.written())
 
     def _note(self) -> None:
         """Note how far everything is, and where the file at hand began, in case it is changed."""

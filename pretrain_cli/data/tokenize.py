@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain_cli.data.corpus import STANDARD_INPUT, Corpus, find_corpus, legible
-from pretrain_cli.data.earlier import existing, new_files, noted, rows_of
+from pretrain_cli.data.earlier import existing, new_files, noted, rows_of, was_begun_with
 from pretrain_cli.data.llm_c import write_llm_c
 from pretrain_cli.data.pipeline import Pipeline, Progress
 from pretrain_cli.data.request import TokenizeRequest, check
@@ -68,6 +68,8 @@ def tokenize(request: TokenizeRequest, progress: Progress) -> Tokenized:
 
     earlier = noted(request, corpus, there)
     tokenizer = _prepare_tokenizer(request, corpus, progress, resumed=earlier is not None)
+    if not was_begun_with(request, tokenizer):
+        earlier = None
     if there is not None and tokenizer.fingerprint != there.tokenizer_fingerprint:
         raise DataError(f"{request.out}: was made with another tokenizer; append with that one")
     if request.format == "llm.c" and token_dtype(tokenizer.vocab_size) != "uint16":

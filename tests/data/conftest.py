@@ -4,20 +4,35 @@ import functools
 import hashlib
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
+import pretrain_cli
 from pretrain_cli.data.shards import Manifest, SplitName, TokenStream
 from pretrain_cli.data.tokenize import Tokenized, TokenizeRequest, tokenize
 from pretrain_cli.data.tokenizer import HUB, Tokenizer, load_tokenizer, train_bpe
 from pretrain_cli.data.writer import DatasetWriter
+
+
+class Outcome(NamedTuple):
+    """What a process did: its exit code, and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+ROOT = str(Path(pretrain_cli.__file__).parent.parent)
 
 # Runs a command line with some of the program's constants changed, and kills itself as SIGKILL does
 # when a function is called for so many a time.
@@ -179,30 +194,33 @@ def read_back() -> Callable[[Path, str], list[list[int]]]:
             if shard["split"] == split:
                 starts += (begins + len(ids)).tolist()
                 ids += tokens.tolist()
-        assert not ids or starts[0] == 0
-        ends = [*starts[1:], len(ids)]
-        return [ids[start:end] for start, end in zip(starts, ends, strict=True)]
+        assert starts[:1] == ([0] if ids else [])
+        return [ids[start:end] for start, end in pairwise([*starts, len(ids)])]
 
     return read
 
 
 @pytest.fixture(scope="session")
-def contents() -> Callable[[Path], dict[str, bytes]]:
+def contents() -> Callable[[Path], dict[str, Any]]:
     """What every file below a folder holds; of a database its rows, since its bytes tell the
     number of times that it was written too."""
 
-    def read(folder: Path) -> dict[str, bytes]:
-        return {
-            path.relative_to(folder).as_posix(): path.read_bytes()
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        }
+    def read(folder: Path) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder).as_posix()
+            if path.suffix == ".sqlite":
+                with closing(sqlite3.connect(path)) as database:
+                    found[name] = database.execute("SELECT * FROM seen ORDER BY 1").fetchall()
+            elif path.is_file():
+                found[name] = path.read_bytes()
+        return found
 
     return read
 
 
 @pytest.fixture(scope="session")
-def driven() -> Callable[..., subprocess.CompletedProcess[str]]:
+def start() -> Callable[..., subprocess.Popen[str]]:
     """`pretrain …` in a process of its own and in a folder, with constants of the program changed
     by their names; it is killed at a call of a function, by its name and the number of the call."""
 
@@ -210,14 +228,24 @@ def driven() -> Callable[..., subprocess.CompletedProcess[str]]:
         arguments: list[str],
         folder: Path,
         changes: dict[str, Any],
-        *,
         killed_at: tuple[str, int] = ("", 0),
-        **options: Any,
-    ) -> subprocess.CompletedProcess[str]:
-        settings = json.dumps([changes, *killed_at])
-        return subprocess.run(
-            [sys.executable, "-c", DRIVER, settings, *arguments],
-            cwd=folder, capture_output=True, text=True, timeout=300, **options,
+    ) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-c", DRIVER, json.dumps([changes, *killed_at]), *arguments],
+            cwd=folder, env={**os.environ, "PYTHONPATH": ROOT}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def driven(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., Outcome]:
+    """What such a process did, when it has ended."""
+
+    def run(*given: Any, **named: Any) -> Outcome:
+        with start(*given, **named) as process:
+            out, err = process.communicate(timeout=300)
+        return Outcome(process.returncode, out, err)
 
     return run

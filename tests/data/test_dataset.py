@@ -58,14 +58,17 @@ def test_a_split_without_documents_is_empty(tmp_path, write):
 # --- what has happened to it since ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["train-00002.bin", "train-00002.idx", "val-00000.bin"])
+@pytest.mark.parametrize(
+    "name", ["train-00002.bin", "train-00002.idx", "train-00002.crc", "val-00000.bin"]
+)
 @pytest.mark.parametrize("position", [0, -1])
 def test_one_flipped_bit_is_found(dataset, name, position):
     data = bytearray((dataset / name).read_bytes())
     data[position] ^= 1
     (dataset / name).write_bytes(data)
     message = refusal(dataset)
-    assert message.startswith(f"{dataset / name}: checksum differs from dataset.json")
+    said = "damaged between bytes 0 and " if name.endswith("bin") else "checksum differs from dat"
+    assert message.startswith(f"{dataset / name}: {said}")
     assert "tokenize again" in message
 
 
@@ -84,15 +87,15 @@ def test_a_file_that_is_cut_short_or_longer_is_found(dataset, name, change):
 def test_sizes_are_checked_where_checksums_would_take_too_long(dataset, monkeypatch):
     monkeypatch.setattr(module, "VERIFIED_WHEN_OPENED", 10)
     opened = open_dataset(dataset)
-    assert opened.unverified_bytes == sum(
-        path.stat().st_size for kind in ("bin", "idx") for path in dataset.glob(f"*.{kind}")
-    )
+    assert opened.unverified_bytes == sum(path.stat().st_size for path in dataset.glob("*.bin"))
     with (dataset / "train-00000.bin").open("ab") as file:
         file.write(b"xx")
     assert "train-00000.bin" in refusal(dataset)
 
 
-@pytest.mark.parametrize("name", ["train-00000.bin", "val-00000.idx", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["train-00000.bin", "val-00000.idx", "val-00001.crc", "tokenizer.json", "files.jsonl"]
+)
 def test_a_missing_file_is_named(dataset, name):
     (dataset / name).unlink()
     assert refusal(dataset).startswith(f"{dataset / name}: ")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pretrain_cli.data.shards import (
     Amount,
     Checksums,
-    DocumentStarts,
+    IndexedStarts,
     read_manifest,
 )
 from pretrain_cli.errors import DataError
@@ -100,7 +100,7 @@ def test_documents_are_found_between_any_two_places(shards, data):
     whole = [
         int(at) + offset for shard, offset in zip(starts, offsets, strict=True) for at in shard
     ]
-    found = DocumentStarts(starts, offsets)
+    found = IndexedStarts(starts, offsets)
     first = data.draw(st.integers(0, 60))
     last = data.draw(st.integers(first, 60))
     assert found.between(first, last).tolist() == [at for at in whole if first <= at < last]

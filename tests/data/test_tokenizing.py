@@ -1,56 +1,38 @@
 """From a corpus to a dataset: every document, once, on the right side, or nothing at all."""
 
+import gzip
+import hashlib
 import json
+import os
 import sysconfig
+import threading
+from collections import Counter
 from pathlib import Path
 
-import numpy as np
+import pyarrow
 import pytest
 import tokenizers
+from backports import zstd
+from pyarrow import parquet
 
-from pretrain_cli.data import tokenize as module
+from pretrain_cli.data import encoding, pipeline, text
 from pretrain_cli.data.dataset import open_dataset
-from pretrain_cli.data.tokenize import TokenizeRequest, demo_request, tokenize
+from pretrain_cli.data.text import Reading
+from pretrain_cli.data.tokenize import demo_request, tokenize
+from pretrain_cli.data.tokenizer import load_tokenizer, read_tokenizer
 from pretrain_cli.errors import ConfigError, DataError
-
-
-def make(corpus, out, **options):
-    """Tokenize, in bytes where nothing else is asked for."""
-    paths = (corpus,) if isinstance(corpus, Path) else tuple(corpus)
-    options = {"tokenizer": "bytes"} | options
-    return tokenize(TokenizeRequest(paths=paths, out=out, **options), lambda *_: None)
-
-
-def write_documents(folder, texts):
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, text in enumerate(texts):
-        (folder / f"{number:05d}.txt").write_bytes(text.encode())
-    return folder
-
-
-def read_back(folder, split):
-    """The split's documents, as the ids between the starts in the index; without our reader."""
-    manifest = json.loads((folder / "dataset.json").read_text())
-    out = []
-    for shard in manifest["shards"]:
-        if shard["split"] == split:
-            path = folder / shard["file"]
-            tokens = np.fromfile(path, dtype={"uint16": "<u2", "uint32": "<u4"}[manifest["dtype"]])
-            starts = np.fromfile(path.with_suffix(".idx"), dtype="<u8").astype(int)
-            assert starts[0] == 0
-            out += [ids.tolist() for ids in np.split(tokens, starts[1:])]
-    return out
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
 
 TEXTS = [f"Document {number}: äöü, {'words ' * (number % 7)}\n" for number in range(40)]
 
 
+def tokens(texts):
+    return [[*text.encode(), 256] for text in texts]
+
+
 @pytest.mark.parametrize("kind", ["bytes", "bpe", "gpt2", "gemma3", "llama2"])
-def test_every_document_is_as_the_library_encodes_it(load, tmp_path, kind):
+def test_every_document_is_as_the_library_encodes_it(
+    load, tmp_path, kind, make, write_documents, read_back
+):
     if kind != "bpe":
         load(kind)  # or skip
     corpus = write_documents(tmp_path / "corpus", TEXTS)
@@ -70,23 +52,147 @@ def test_every_document_is_as_the_library_encodes_it(load, tmp_path, kind):
     assert 0 < len(val) < 24
     manifest = result.manifest
     sizes = sum(len(text.encode()) for text in TEXTS)
-    assert manifest.total("train", "bytes") + manifest.total("val", "bytes") == sizes
-    assert manifest.total("train", "tokens") == sum(map(len, train))
-    assert manifest.total("val", "documents") == len(val)
+    assert manifest.total.bytes == sizes
+    assert manifest.splits["train"].tokens == sum(map(len, train))
+    assert manifest.splits["val"].documents == len(val)
 
 
-def test_a_corpus_larger_than_a_batch_keeps_its_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "BATCH_BYTES", 100)
+def test_a_corpus_larger_than_a_batch_keeps_its_order(
+    tmp_path, monkeypatch, make, write_documents, read_back
+):
+    monkeypatch.setattr(pipeline, "BATCH_BYTES", 100)
     corpus = write_documents(tmp_path / "corpus", TEXTS)
     make(corpus, tmp_path / "made", val_fraction=0)
     assert read_back(tmp_path / "made", "train") == [[*text.encode(), 256] for text in TEXTS]
     assert read_back(tmp_path / "made", "val") == []
 
 
+def test_documents_of_every_kind_of_file_come_together(tmp_path, make, read_back):
+    """In the order of their names, and of what is in them."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in ("b1", "b2"))
+    (corpus / "a.txt.gz").write_bytes(gzip.compress(b"a1\n---\na2\n"))
+    (corpus / "b.jsonl.zst").write_bytes(zstd.compress(rows.encode()))
+    parquet.write_table(pyarrow.table({"text": ["c1", None, "c2"]}), corpus / "c.parquet")
+    (corpus / "d.bin").write_bytes(b"\xff\xfe")
+    (corpus / "e.txt").write_bytes(b"e1\r\n---\r\ne2")
+    result = make(corpus, tmp_path / "made", val_fraction=0, reading=Reading(separator="---"))
+    texts = ["a1\n", "a2\n", "b1", "b2", "c1", "c2", "e1\r\n", "e2"]
+    assert read_back(tmp_path / "made", "train") == tokens(texts)
+    assert result.manifest.remarks == {"not UTF-8, left out": 1}
+    assert result.remarked == {"not UTF-8, left out": ["corpus/d.bin"]}
+
+
+def test_streams_are_read_as_files_are(tmp_path, make, read_back):
+    for name, data in (("one.jsonl", b'{"text": "one"}\n'), ("two.gz", gzip.compress(b"two"))):
+        os.mkfifo(tmp_path / name)
+        threading.Thread(target=(tmp_path / name).write_bytes, args=(data,), daemon=True).start()
+    (tmp_path / "three.txt").write_text("three")
+    names = [tmp_path / name for name in ("one.jsonl", "two.gz", "three.txt")]
+    result = make(names, tmp_path / "made", val_fraction=0, workers=2)
+    assert read_back(tmp_path / "made", "train") == tokens(["one", "two", "three"])
+    assert result.manifest.total.bytes == 11
+
+
+def test_a_bpe_is_not_trained_on_a_stream(tmp_path, make):
+    """It would be empty when its turn comes to be tokenized, or wait for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    for name, shown in ((tmp_path / "pipe", tmp_path / "pipe"), ("-", "standard input")):
+        with pytest.raises(ConfigError) as error:
+            make(name, tmp_path / "made", tokenizer="bpe")
+        assert str(error.value) == (
+            f"--tokenizer bpe: is trained on the text first, and {shown} can be read once; "
+            "save it to a file"
+        )
+
+
+# --- long documents ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def long_documents_are_short(monkeypatch):
+    """Documents of some kB go the way of those that are not held in memory."""
+    monkeypatch.setattr(text, "BLOCK", 1000)
+    monkeypatch.setattr(text, "HELD", 3000)
+    monkeypatch.setattr(pipeline, "BLOCK_CHARACTERS", 2000)
+    monkeypatch.setattr(pipeline, "BATCH_BYTES", 5000)
+    monkeypatch.setattr(encoding, "PIECE", 500)
+
+
+LONG = [" ".join(f"word{number}, {'äöü' * (number % 5)}" for number in range(first, first + 900))
+        for first in (0, 100, 200)]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["bytes", "gpt2", "llama2"])
+@pytest.mark.parametrize("how", ["plain", "gz", "stream"])
+def test_long_documents_give_the_same_tokens_as_short_ones(
+    tmp_path, load, make, read_back, how, kind, request
+):
+    load(kind)  # or skip
+    joined = "\n---\n".join(["short", LONG[0], "also short", *LONG[1:]]).encode()
+    path = tmp_path / {"plain": "a.txt", "gz": "a.txt.gz", "stream": "pipe"}[how]
+
+    def tokenized(name):
+        if how == "stream":
+            path.unlink(missing_ok=True)
+            os.mkfifo(path)
+            threading.Thread(target=path.write_bytes, args=(joined,), daemon=True).start()
+        else:
+            path.write_bytes(gzip.compress(joined) if how == "gz" else joined)
+        result = make(path, tmp_path / name, tokenizer=kind, val_fraction=0.5,
+                      reading=Reading(separator="---"))  # fmt: skip
+        amounts = [result.manifest.splits, result.manifest.sources]
+        return [read_back(tmp_path / name, split) for split in ("train", "val")], amounts
+
+    expected = tokenized("short")
+    assert sum(map(len, expected[0])) == 5
+    request.getfixturevalue("long_documents_are_short")
+    assert tokenized("long") == expected
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_of_a_long_document_that_is_not_utf8_at_its_end_nothing_is_written(
+    tmp_path, make, read_back, long_documents_are_short, ending
+):
+    data = "\n---\n".join(["first", LONG[0]]).encode() + b"\xff\n---\nlast"
+    path = tmp_path / f"a.txt{ending}"
+    path.write_bytes(gzip.compress(data) if ending else data)
+    how = {"val_fraction": 0}
+    result = make(path, tmp_path / "made", reading=Reading(separator="---"), **how)
+    assert read_back(tmp_path / "made", "train") == tokens(["first\n", "last"])
+    assert result.manifest.remarks == {"not UTF-8, left out": 1}
+    assert result.manifest.total.bytes == len("first\nlast")
+    make(path, tmp_path / "replaced", reading=Reading(separator="---", errors="replace"), **how)
+    texts = ["first\n", f"{LONG[0]}\ufffd\n", "last"]
+    assert read_back(tmp_path / "replaced", "train") == tokens(texts)
+
+
 # --- held out for validation ---------------------------------------------------------------------
 
 
-def test_what_is_held_out_stays_so_when_the_corpus_grows(tmp_path):
+def test_a_document_is_held_out_by_the_hash_of_its_text_alone(
+    tmp_path, make, write_documents, read_back
+):
+    """Whatever it is called, and whatever lies beside it; the hash is BLAKE2b's."""
+    held_out = [
+        text for text in TEXTS
+        if int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest()[:8], "little")
+        < 0.25 * 2**64
+    ]  # fmt: skip
+    assert 3 < len(held_out) < 20
+    for name, texts in (("here", TEXTS), ("there", TEXTS[::-1] + TEXTS)):
+        make(write_documents(tmp_path / name, texts), tmp_path / "made", val_fraction=0.25,
+             force=True)  # fmt: skip
+        val = {bytes(ids[:-1]).decode() for ids in read_back(tmp_path / "made", "val")}
+        assert val == set(held_out)
+        train = {bytes(ids[:-1]).decode() for ids in read_back(tmp_path / "made", "train")}
+        assert train == set(TEXTS) - val
+
+
+def test_what_is_held_out_stays_so_when_the_corpus_grows(
+    tmp_path, make, write_documents, read_back
+):
     texts = [f"text number {number}" for number in range(600)]
     for count, name in ((300, "small"), (600, "large")):
         make(write_documents(tmp_path / name, texts[:count]), tmp_path / f"{name}-made",
@@ -101,7 +207,9 @@ def test_what_is_held_out_stays_so_when_the_corpus_grows(tmp_path):
     assert 30 < len(large["val"]) < 95  # of 600, a tenth within four standard deviations
 
 
-def test_a_larger_fraction_holds_out_more_and_never_less(tmp_path):
+def test_a_larger_fraction_holds_out_more_and_never_less(
+    tmp_path, make, write_documents, read_back
+):
     corpus = write_documents(tmp_path / "corpus", TEXTS)
     held_out = []
     for number, fraction in enumerate((0.1, 0.3, 0.6)):
@@ -110,50 +218,237 @@ def test_a_larger_fraction_holds_out_more_and_never_less(tmp_path):
     assert held_out[0] < held_out[1] < held_out[2]
 
 
-@pytest.mark.parametrize("held_out_by_hash", [False, True])
-def test_one_document_gives_its_last_tokens(tmp_path, monkeypatch, held_out_by_hash):
+@pytest.mark.parametrize("by_hash", ["train", "val"])
+def test_one_document_gives_its_last_tokens(tmp_path, monkeypatch, by_hash, make, read_back):
     """Whichever side its hash would put it on: neither may be empty."""
-    monkeypatch.setattr(module, "_is_held_out", lambda text, fraction: held_out_by_hash)
+    monkeypatch.setattr(pipeline, "split_of", lambda document, fraction: by_hash)
     text = "".join(chr(97 + number % 26) for number in range(999))
     (tmp_path / "book.txt").write_text(text)
     result = make(tmp_path / "book.txt", tmp_path / "made", val_fraction=0.1)
     (train,), (val,) = (read_back(tmp_path / "made", split) for split in ("train", "val"))
     assert train + val == [*text.encode(), 256]
     assert len(val) == 100  # a tenth of 1000 tokens
-    assert result.manifest.total("train", "bytes") == 900
-    assert result.manifest.total("val", "bytes") == 99
+    assert result.manifest.splits["train"].bytes == 900
+    assert result.manifest.splits["val"].bytes == 99
     open_dataset(tmp_path / "made")
 
 
-def test_whole_documents_at_the_end_are_held_out_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_is_held_out", lambda text, fraction: False)
+def test_whole_documents_at_the_end_are_held_out_whole(
+    tmp_path, monkeypatch, make, write_documents, read_back
+):
+    monkeypatch.setattr(pipeline, "split_of", lambda document, fraction: "train")
     texts = ["a" * 49] * 6  # 50 tokens each
     make(write_documents(tmp_path / "corpus", texts), tmp_path / "made", val_fraction=0.5)
     assert list(map(len, read_back(tmp_path / "made", "train"))) == [50, 50, 50]
     assert list(map(len, read_back(tmp_path / "made", "val"))) == [50, 50, 50]
 
 
-def test_a_cut_inside_a_character_loses_no_byte(tmp_path):
+def test_a_cut_inside_a_character_loses_no_byte(tmp_path, make, read_back):
     text = "é" * 500
     (tmp_path / "book.txt").write_text(text)
     for fraction in (0.1, 0.101):
         result = make(tmp_path / "book.txt", tmp_path / "made", val_fraction=fraction, force=True)
         (train,), (val,) = (read_back(tmp_path / "made", split) for split in ("train", "val"))
         assert bytes(train + val[:-1]).decode() == text
-        total = sum(result.manifest.total(split, "bytes") for split in ("train", "val"))
-        assert total == 1000
+        assert result.manifest.total.bytes == 1000
+
+
+def test_the_tail_of_one_document_in_several_shards_is_held_out(tmp_path, make, read_back):
+    """By their hashes some of these fall into train, and some into val."""
+    for number in range(20):
+        text = f"{number} " + "abcdefghij" * 250
+        (tmp_path / "book.txt").write_text(text)
+        result = make(tmp_path / "book.txt", tmp_path / "made", val_fraction=0.5, force=True,
+                      shard_tokens=1024)  # fmt: skip
+        (train,), (val,) = (read_back(tmp_path / "made", split) for split in ("train", "val"))
+        assert train + val == tokens([text])[0]
+        assert len(val) == round(len(train + val) / 2)
+        assert result.manifest.total.bytes == len(text)
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1, 1.5, float("nan")])
-def test_a_fraction_must_leave_something_to_train_on(tmp_path, fraction):
+def test_a_fraction_must_leave_something_to_train_on(tmp_path, fraction, make):
     with pytest.raises(ConfigError, match=f"--val-fraction: {fraction} is not from 0 up to 1"):
         make(tmp_path, tmp_path / "made", val_fraction=fraction)
+
+
+# --- seen before --------------------------------------------------------------------------------
+
+
+def test_duplicates_are_left_out_where_asked_for(tmp_path, make, write_documents, read_back):
+    """The first of each stays, within a file and across files, long ones too."""
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in ("one", "two", "one", "new"))
+    for name in ("a", "b"):
+        write_documents(tmp_path / f"corpus/{name}", ["one", LONG[0], f"only {name}", "one\n"])
+        (tmp_path / f"corpus/{name}/lines.jsonl").write_text(lines)
+    made = tmp_path / "made"
+    result = make(tmp_path / "corpus", made, dedup=True, val_fraction=0)
+    kept = ["one", LONG[0], "only a", "one\n", "two", "new", "only b"]
+    assert read_back(made, "train") == tokens(kept)
+    assert result.manifest.duplicates == 16 - 7
+    assert result.manifest.total.bytes == len("".join(kept).encode())
+    result = make(tmp_path / "corpus", tmp_path / "all", val_fraction=0)
+    assert len(read_back(tmp_path / "all", "train")) == 16
+    assert result.manifest.duplicates == 0
+
+
+def test_a_file_of_nothing_but_duplicates_has_its_row(tmp_path, make, write_documents, read_back):
+    corpus = write_documents(tmp_path / "corpus", ["one", "one", "one"])
+    made = tmp_path / "made"
+    result = make(corpus, made, dedup=True, val_fraction=0)
+    assert read_back(made, "train") == tokens(["one"])
+    assert [row["documents"] for row in rows(made)] == [1, 0, 0]
+    assert result.manifest.sources["corpus"].files == 3
+
+
+# --- marks and special tokens --------------------------------------------------------------------
+
+
+@pytest.fixture
+def marked(tmp_path):
+    """The folder of a tokenizer in bytes with three special tokens, 257 to 259."""
+    backend = tokenizers.Tokenizer.from_str(load_tokenizer("bytes").json)
+    backend.add_special_tokens(["<s>", "</s>", "<sep>"])
+    (tmp_path / "mine").mkdir()
+    backend.save(str(tmp_path / "mine/tokenizer.json"))
+    return tmp_path / "mine"
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_special_tokens_in_a_text_are_text_unless_allowed(
+    tmp_path, make, marked, read_back, allowed
+):
+    text = "a<sep>b <|endoftext|></s>"
+    (tmp_path / "a.txt").write_text(text)
+    make(tmp_path / "a.txt", tmp_path / "made", tokenizer=str(marked), allow_special=allowed,
+         val_fraction=0)  # fmt: skip
+    expected = [97, 259, 98, 32, 256, 258] if allowed else [*text.encode()]
+    assert read_back(tmp_path / "made", "train") == [[*expected, 256]]
+
+
+@pytest.mark.parametrize(
+    ("marks", "begin", "end"),
+    [
+        ({}, None, 256),
+        ({"bos": "<s>", "eos": "</s>"}, 257, 258),
+        ({"bos": "<sep>"}, 259, 256),
+        ({"bos": "none", "eos": "<sep>"}, None, 259),
+    ],
+)
+def test_marks_can_be_chosen_and_are_known_to_whoever_opens_the_dataset(
+    tmp_path, make, marked, read_back, marks, begin, end
+):
+    (tmp_path / "a.txt").write_text("text")
+    made = tmp_path / "made"
+    result = make(tmp_path / "a.txt", made, tokenizer=str(marked), val_fraction=0, **marks)
+    expected = [*([] if begin is None else [begin]), *b"text", end]
+    assert read_back(made, "train") == [expected]
+    assert result.manifest.beginning_of_document == begin
+    assert result.manifest.end_of_document == end
+    open_dataset(made).tokenizer.save(_made(tmp_path / "saved"))
+    for tokenizer in (
+        open_dataset(made).tokenizer,
+        read_tokenizer(made / "tokenizer.json", name="theirs"),
+        load_tokenizer(str(tmp_path / "saved")),
+    ):
+        assert (tokenizer.bos, tokenizer.eos) == (begin, end)
+        assert tokenizer.encode_documents(["text"]) == [expected]
+
+
+def test_a_tokenizers_own_beginning_can_be_left_out(tmp_path, make, load, read_back):
+    load("gemma3")  # or skip
+    (tmp_path / "a.txt").write_text("Hello world")
+    make(tmp_path / "a.txt", tmp_path / "made", tokenizer="gemma3", bos="none", eos="<end_of_turn>",
+         val_fraction=0)  # fmt: skip
+    assert read_back(tmp_path / "made", "train") == [[9259, 1902, 106]]
+    assert open_dataset(tmp_path / "made").tokenizer.bos is None
+
+
+@pytest.mark.parametrize("option", ["bos", "eos"])
+def test_a_mark_that_is_no_token_is_refused(tmp_path, make, marked, option):
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(ConfigError, match=f"--{option}: '<end>' is no token of .*; name one"):
+        make(tmp_path / "a.txt", tmp_path / "made", tokenizer=str(marked), **{option: "<end>"})
+    assert not (tmp_path / "made").exists()
+    assert not (tmp_path / "made.partial").exists()
+
+
+def _made(folder):
+    folder.mkdir()
+    return folder
+
+
+# --- what is said of it --------------------------------------------------------------------------
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "files.jsonl").read_text().splitlines()]
+
+
+def test_every_file_has_its_row_and_they_add_up(tmp_path, make, write_documents):
+    corpus = tmp_path / "corpus"
+    for name, texts in (("books", TEXTS[:9]), ("web/deep", TEXTS[9:20]), (".", TEXTS[20:])):
+        write_documents(corpus / name, texts)
+    (corpus / "web/many.jsonl").write_text('{"text": "one"}\n{"text": "caf\\ud800"}\n' * 5)
+    (corpus / "empty.txt").touch()
+    made = tmp_path / "made"
+    manifest = make(corpus, made, val_fraction=0.3).manifest
+    found = rows(made)
+    for row in found:
+        data = (tmp_path / row["name"]).read_bytes()
+        assert row["size"] == len(data)
+        assert row["sha256"] == hashlib.sha256(data).hexdigest()
+        assert row["modified"] == (tmp_path / row["name"]).stat().st_mtime_ns
+        if row["name"].endswith(".txt"):
+            count = int(row["size"] > 0)
+            assert (row["documents"], row["bytes"]) == (count, row["size"])
+            assert row["tokens"] == row["size"] + count
+            assert row["remarks"] == {}
+    (many,) = [row for row in found if row["name"] == "corpus/web/many.jsonl"]
+    assert (many["documents"], many["bytes"], many["tokens"]) == (5, 15, 20)
+    assert many["remarks"] == {"not UTF-8, left out": 5}
+    assert manifest.remarks == many["remarks"]
+    for key in ("documents", "bytes", "tokens"):
+        total = sum(row[key] for row in found)
+        assert total == getattr(manifest.total, key)
+        assert total == sum(getattr(amount, key) for amount in manifest.sources.values())
+        for source, amount in manifest.sources.items():
+            of = [row[key] for row in found if row["source"] == source]
+            assert sum(of) == getattr(amount, key)
+    files = Counter(row["source"] for row in found)
+    assert files == {name: amount.files for name, amount in manifest.sources.items()}
+    assert files == {"corpus": 21, "corpus/books": 9, "corpus/web": 12}
+
+
+def test_what_was_asked_for_is_recorded(tmp_path, make, write_documents):
+    corpus = write_documents(tmp_path / "corpus", TEXTS)
+    options = make(corpus, tmp_path / "made", val_fraction=0.2, dedup=True, bos="none",
+                   reading=Reading(separator="--", errors="replace")).manifest.options  # fmt: skip
+    assert options == {
+        "tokenizer": "bytes", "vocab_size": None, "bos": "none", "eos": None,
+        "allow_special": False, "val_fraction": 0.2, "dedup": True, "text_key": "text",
+        "document_separator": "--", "errors": "replace", "input": "auto",
+        "shard_tokens": 2**27, "format": "pretrain",
+    }  # fmt: skip
+
+
+def test_files_whose_names_are_not_utf8_have_legible_ones(tmp_path, make, read_back):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    (folder / os.fsdecode(b"\xff.txt")).write_text("text")
+    manifest = make(folder, tmp_path / "made", val_fraction=0).manifest
+    assert read_back(tmp_path / "made", "train") == tokens(["text"])
+    assert [row["name"] for row in rows(tmp_path / "made")] == [r"caf\xe9/\xff.txt"]
+    assert list(manifest.sources) == [r"caf\xe9"]
+    assert make(folder, tmp_path / "made", val_fraction=0).was_there
 
 
 # --- again ---------------------------------------------------------------------------------------
 
 
-def test_the_same_request_of_the_same_files_does_nothing(tmp_path, monkeypatch):
+def test_the_same_request_of_the_same_files_does_nothing(
+    tmp_path, monkeypatch, make, write_documents
+):
     corpus = write_documents(tmp_path / "corpus", TEXTS)
     first = make(corpus, tmp_path / "made")
     before = (tmp_path / "made/dataset.json").stat().st_mtime_ns
@@ -170,11 +465,13 @@ def test_the_same_request_of_the_same_files_does_nothing(tmp_path, monkeypatch):
     ("change", "what"),
     [
         ({"tokenizer": "bpe"}, "tokenizer"),
-        ({"val_fraction": 0.2}, "val_fraction"),
+        ({"val_fraction": 0.2}, "val-fraction"),
         ({"corpus": "other"}, "corpus"),
     ],
 )
-def test_another_request_does_not_replace_a_dataset_unasked(tmp_path, change, what):
+def test_another_request_does_not_replace_a_dataset_unasked(
+    tmp_path, change, what, make, write_documents, contents
+):
     corpus = write_documents(tmp_path / "corpus", TEXTS)
     make(corpus, tmp_path / "made")
     before = contents(tmp_path / "made")
@@ -189,7 +486,9 @@ def test_another_request_does_not_replace_a_dataset_unasked(tmp_path, change, wh
     assert contents(tmp_path / "made") != before
 
 
-def test_another_tokenizer_in_the_same_file_is_another_request(load, tmp_path):
+def test_another_tokenizer_in_the_same_file_is_another_request(
+    load, tmp_path, make, write_documents
+):
     corpus = write_documents(tmp_path / "corpus", TEXTS)
     (tmp_path / "mine").mkdir()
     load("bytes").save(tmp_path / "mine")
@@ -200,7 +499,7 @@ def test_another_tokenizer_in_the_same_file_is_another_request(load, tmp_path):
         make(corpus, tmp_path / "made", tokenizer=str(tmp_path / "mine"))
 
 
-def test_a_folder_that_is_no_dataset_is_never_replaced(tmp_path):
+def test_a_folder_that_is_no_dataset_is_never_replaced(tmp_path, make, write_documents, contents):
     corpus = write_documents(tmp_path / "corpus", TEXTS)
     mine = write_documents(tmp_path / "mine", ["my letters"])
     for force in (False, True):
@@ -212,8 +511,10 @@ def test_a_folder_that_is_no_dataset_is_never_replaced(tmp_path):
 # --- nothing half-written ------------------------------------------------------------------------
 
 
-def test_a_corpus_that_breaks_midway_leaves_what_was_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "BATCH_BYTES", 50)
+def test_a_corpus_that_breaks_midway_leaves_what_was_there(
+    tmp_path, monkeypatch, make, write_documents, contents
+):
+    monkeypatch.setattr(pipeline, "BATCH_BYTES", 50)
     corpus = write_documents(tmp_path / "corpus", TEXTS)
     make(corpus, tmp_path / "data/made")
     before = contents(tmp_path / "data/made")
@@ -229,12 +530,15 @@ def test_a_corpus_that_breaks_midway_leaves_what_was_there(tmp_path, monkeypatch
     ("files", "said"),
     [
         ({"a.txt": b"", "b.txt": b""}, "no text in its 2 files"),
-        ({"a.bin": b"\xff\x00", "b.bin": b"\xfe"}, r"none of its 2 files is UTF-8 text \(a\.bin"),
+        (
+            {"a.bin": b"\xff\x00", "b.bin": b"\xfe"},
+            r"none of its 2 files is UTF-8 text \(corpus/a\.bin",
+        ),
         ({"a.jsonl": b"\n\n"}, "no text in its 1 files"),
     ],
 )
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
-def test_a_corpus_without_text_is_refused(tmp_path, files, said, kind):
+def test_a_corpus_without_text_is_refused(tmp_path, files, said, kind, make):
     (tmp_path / "corpus").mkdir()
     for name, data in files.items():
         (tmp_path / "corpus" / name).write_bytes(data)
@@ -243,22 +547,23 @@ def test_a_corpus_without_text_is_refused(tmp_path, files, said, kind):
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
 
-def test_what_is_not_utf8_is_skipped_and_given_back(tmp_path):
+def test_what_is_not_utf8_is_skipped_and_given_back(tmp_path, make, write_documents, read_back):
     corpus = write_documents(tmp_path / "corpus", ["a text", "another"])
     (corpus / "picture.png").write_bytes(b"\x89PNG")
     result = make(corpus, tmp_path / "made", val_fraction=0)
-    assert result.skipped == [corpus / "picture.png"]
+    assert result.remarked == {"not UTF-8, left out": ["corpus/picture.png"]}
+    assert result.manifest.remarks == {"not UTF-8, left out": 1}
     assert len(read_back(tmp_path / "made", "train")) == 2
 
 
-def test_a_place_that_cannot_be_made_is_refused(tmp_path):
+def test_a_place_that_cannot_be_made_is_refused(tmp_path, make, write_documents):
     corpus = write_documents(tmp_path / "corpus", TEXTS)
     (tmp_path / "file").write_text("a file, not a folder")
     with pytest.raises(DataError, match=r"file/made: can't be made .*; choose another folder"):
         make(corpus, tmp_path / "file/made")
 
 
-def test_a_vocabulary_size_goes_with_bpe_alone(tmp_path):
+def test_a_vocabulary_size_goes_with_bpe_alone(tmp_path, make, write_documents):
     corpus = write_documents(tmp_path / "corpus", TEXTS)
     with pytest.raises(ConfigError, match="--vocab-size: 300 goes with --tokenizer bpe"):
         make(corpus, tmp_path / "made", vocab_size=300)
@@ -267,7 +572,7 @@ def test_a_vocabulary_size_goes_with_bpe_alone(tmp_path):
 # --- the demo ------------------------------------------------------------------------------------
 
 
-def test_the_demo_is_made_of_the_standard_librarys_sources(tmp_path, monkeypatch):
+def test_the_demo_is_made_of_the_standard_librarys_sources(tmp_path, monkeypatch, read_back):
     library = tmp_path / "python"
     for name in ("os.py", "json/decoder.py", "site-packages/torch/nn.py", "__pycache__/os.py",
                  "lib2to3/notes.txt"):  # fmt: skip
@@ -286,7 +591,8 @@ def test_the_demo_is_made_of_the_standard_librarys_sources(tmp_path, monkeypatch
 
 def test_the_running_pythons_own_sources_make_tens_of_megabytes():
     request = demo_request()
-    assert not [path for path in request.paths if "packages" in path.name]
-    files = [file for path in request.paths
+    paths = [Path(path) for path in request.paths]
+    assert not [path for path in paths if "packages" in path.name]
+    files = [file for path in paths
              for file in ([path] if path.is_file() else path.rglob("*.py"))]  # fmt: skip
     assert sum(file.stat().st_size for file in files) > 10_000_000

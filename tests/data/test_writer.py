@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
 
@@ -17,7 +18,13 @@ from pretrain_cli.data import writer as module
 from pretrain_cli.data.dataset import open_dataset
 from pretrain_cli.data.shards import read_manifest
 from pretrain_cli.data.tokenizer import load_tokenizer, read_tokenizer
-from pretrain_cli.data.writer import DatasetWriter, as_written, move_into_place, read_progress
+from pretrain_cli.data.writer import (
+    DatasetWriter,
+    as_written,
+    move_into_place,
+    noted_shards,
+    read_progress,
+)
 from pretrain_cli.errors import DataError
 
 DOCUMENTS = [b"first", b"the second one", "drittes – ü".encode(), b"4", b"and the fifth, long"]
@@ -33,7 +40,7 @@ def writer(folder, **options):
 def add(writer, split, documents):
     for document in documents:
         writer.add(split, np.array([*document, 256]), [0])
-        writer.count(split, bytes=len(document))
+        writer.splits[split].bytes += len(document)
 
 
 def row(documents):
@@ -199,32 +206,38 @@ def interrupted(folder, split="train", noted=3, lost=2):
     add(made, split, DOCUMENTS[:noted])
     made.file_done({"name": "kept"})
     written = made.written()
-    made.note({"written": written.model_dump()})
+    made.note({"written": asdict(written)})
     add(made, split, DOCUMENTS[noted : noted + lost])
     made.file_done({"name": "lost"})
     return made, written
 
 
+def found(folder):
+    """What was noted, as the next writer finds it."""
+    progress = read_progress(folder)
+    assert progress is not None
+    shards = noted_shards(progress)
+    written = as_written(folder, progress["written"], shards)
+    assert written is not None
+    return written, shards
+
+
 @pytest.mark.parametrize("noted", [1, 2, 3, 4])
-def test_what_was_written_behind_the_note_is_taken_back(tmp_path, write, contents, noted):
+def test_what_was_written_behind_the_note_is_taken_back(tmp_path, contents, noted):
     made, _ = interrupted(tmp_path / "made", noted=noted, lost=1)
     made.__exit__(KeyboardInterrupt, None, None)
-    progress = read_progress(tmp_path / "made")
-    assert progress is not None
-    written = as_written(tmp_path / "made", progress["written"])
-    assert written is not None
     with writer(tmp_path / "made") as again:
-        again.go_on(written)
+        again.go_on(*found(tmp_path / "made"))
         add(again, "train", DOCUMENTS[noted:])
         add(again, "val", HELD_OUT)
         again.finish(**FACTS)
-    write(tmp_path / "straight")
-    files = contents(tmp_path / "made")
-    assert files.pop("files.jsonl") == b'{"name": "kept"}\n'
-    assert files == {
-        name: data for name, data in contents(tmp_path / "straight").items()
-        if name != "files.jsonl"
-    }  # fmt: skip
+    with writer(tmp_path / "straight") as straight:
+        straight.begin()
+        add(straight, "train", DOCUMENTS)
+        straight.file_done({"name": "kept"})
+        add(straight, "val", HELD_OUT)
+        straight.finish(**FACTS)
+    assert contents(tmp_path / "made") == contents(tmp_path / "straight")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "straight"]
 
 
@@ -233,14 +246,14 @@ def test_holding_out_the_tail_leaves_what_is_noted_as_it_is(tmp_path, split):
     """It can be interrupted too."""
     folder = tmp_path / "made"
     made, written = interrupted(folder, split, noted=len(DOCUMENTS), lost=0)
-    noted = {shard.file for shard in written.closed} | {e.file for e in written.open.values()}
+    noted = {shard.file for shard in made.closed} | {e.file for e in written.open.values()}
     before = {name: (folder.with_name("made.partial") / name).read_bytes() for name in noted}
     made.hold_out_tail(0.6)
     made.__exit__(KeyboardInterrupt, None, None)
     for name, data in before.items():
         assert (folder.with_name("made.partial") / name).read_bytes()[: len(data)] == data, name
     with writer(folder) as again:
-        again.go_on(written)
+        again.go_on(*found(folder))
         again.hold_out_tail(0.6)
         again.finish(**FACTS)
     opened = open_dataset(folder)
@@ -251,12 +264,10 @@ def test_holding_out_the_tail_leaves_what_is_noted_as_it_is(tmp_path, split):
 def test_a_note_that_does_not_fit_the_files_is_not_gone_on_with(tmp_path):
     made, written = interrupted(tmp_path / "made")
     made.__exit__(KeyboardInterrupt, None, None)
-    noted = written.model_dump()
-    assert as_written(tmp_path / "made", noted) == written
-    assert as_written(tmp_path / "made", None) is None
-    assert as_written(tmp_path / "made", {"closed": []}) is None
+    again, shards = found(tmp_path / "made")
+    assert again == written
     os.truncate(tmp_path / "made.partial" / written.open["train"].file, 2)
-    assert as_written(tmp_path / "made", noted) is None
+    assert as_written(tmp_path / "made", asdict(written), shards) is None
 
 
 def test_a_progress_that_is_no_json_is_none(tmp_path):

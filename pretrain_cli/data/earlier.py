@@ -35,10 +35,10 @@ def existing(request: TokenizeRequest, corpus: Corpus) -> Manifest | None:
     changed = [
         name for name, value in request.options.items() if manifest.options.get(name) != value
     ]
-    is_file = request.tokenizer not in BUILT_IN and Path(request.tokenizer).exists()
-    if is_file:
-        same = load_tokenizer(request.tokenizer).fingerprint == manifest.tokenizer_fingerprint
-        changed = [name for name in changed if name != "tokenizer"] + ["tokenizer"] * (not same)
+    if request.tokenizer not in BUILT_IN and Path(request.tokenizer).exists():
+        same = _told_by_tokenizer(request, manifest)
+        changed = [name for name in changed if name not in same]
+        changed += [name for name, is_same in same.items() if not is_same]
     if not request.append and not _is_same_corpus(corpus, out):
         changed.append("corpus")
     if not changed:
@@ -49,6 +49,21 @@ def existing(request: TokenizeRequest, corpus: Corpus) -> Manifest | None:
         + ("add new files to it with --append, " if changed == ["corpus"] else "")
         + "or choose another folder with --out"
     )
+
+
+def _told_by_tokenizer(request: TokenizeRequest, manifest: Manifest) -> dict[str, bool]:
+    """Of the options that a tokenizer in a file answers, whether they are what the dataset was
+    made with: it may lie elsewhere, be the dataset's own, and have its marks recorded."""
+    tokenizer = load_tokenizer(request.tokenizer)
+    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+        return {"tokenizer": False}
+    marked = tokenizer.marked(bos=request.bos, eos=request.eos, allow_special=False)
+    return {
+        "tokenizer": True,
+        "vocab_size": True,
+        "bos": marked.bos == manifest.beginning_of_document,
+        "eos": marked.eos == manifest.end_of_document,
+    }
 
 
 def _is_same_corpus(corpus: Corpus, out: Path) -> bool:

@@ -13,7 +13,7 @@ import sysconfig
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pretrain_cli.data.corpus import STANDARD_INPUT, Corpus, find_corpus, legible
@@ -70,8 +70,10 @@ def tokenize(request: TokenizeRequest, progress: Progress) -> Tokenized:
     tokenizer = _prepare_tokenizer(request, corpus, progress, resumed=earlier is not None)
     if not was_begun_with(request, tokenizer):
         earlier = None
-    if there is not None and tokenizer.fingerprint != there.tokenizer_fingerprint:
-        raise DataError(f"{request.out}: was made with another tokenizer; append with that one")
+    if there is not None:
+        if tokenizer.fingerprint != there.tokenizer_fingerprint:
+            raise DataError(f"{request.out}: was made with another tokenizer; append with that one")
+        tokenizer = replace(tokenizer, name=there.tokenizer)
     if request.format == "llm.c" and token_dtype(tokenizer.vocab_size) != "uint16":
         raise ConfigError(
             f"--format llm.c: holds ids below 65,536, and {tokenizer.name} has "
@@ -153,7 +155,7 @@ def _finish(request: TokenizeRequest, corpus: Corpus, pipeline: Pipeline) -> Man
     paths = [*(there.paths if there else []), *map(legible, request.paths)]
     return writer.finish(
         paths=list(dict.fromkeys(paths)),
-        options=request.options,
+        options=there.options if there else request.options,
         sources=shares,
         duplicates=pipeline.place.duplicates + (there.duplicates if there else 0),
         inexact_cuts=pipeline.place.inexact_cuts + (there.inexact_cuts if there else 0),

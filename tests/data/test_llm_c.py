@@ -1,0 +1,85 @@
+"""What llm.c and modded-nanogpt read: a header of 256 words, and documents behind the separator."""
+
+import struct
+
+import numpy as np
+import pytest
+
+from pretrain_cli.errors import ConfigError
+
+TEXTS = [f"text {number}, {'äöü ' * number}" for number in range(60)]
+
+
+def parsed(path):
+    """(magic, version, number of tokens, the rest of the header, the tokens) of a file."""
+    data = path.read_bytes()
+    words = struct.unpack("<256i", data[:1024])
+    return (*words[:3], set(words[3:]), np.frombuffer(data[1024:], "<u2").tolist())
+
+
+def joined(folder, split):
+    """The split's tokens in all files, each of which is as it should be."""
+    found = []
+    for path in sorted(folder.glob(f"*_{split}_*.bin")):
+        magic, version, count, rest, tokens = parsed(path)
+        assert (magic, version, rest) == (20240520, 1, {0})
+        assert count == len(tokens)
+        found += tokens
+    return found
+
+
+def test_documents_stand_behind_the_separator(tmp_path, make, write_documents, read_back):
+    corpus = write_documents(tmp_path / "corpus", TEXTS)
+    made = tmp_path / "made"
+    make(corpus, made, format="llm.c", val_fraction=0.3, shard_tokens=1024)
+    names = [path.name for path in sorted((made / "llm.c").iterdir())]
+    trains = len(list(made.glob("train-*.bin")))
+    vals = len(list(made.glob("val-*.bin")))
+    assert min(trains, vals) > 1
+    assert names == [
+        *(f"made_train_{number:06d}.bin" for number in range(1, trains + 1)),
+        *(f"made_val_{number:06d}.bin" for number in range(1, vals + 1)),
+    ]
+    for split in ("train", "val"):
+        ours = [token for ids in read_back(made, split) for token in ids]
+        assert joined(made / "llm.c", split) == [256, *ours]  # the last separator ends the row
+
+
+def test_only_the_first_file_of_a_split_has_one_token_more(tmp_path, make, write_documents):
+    corpus = write_documents(tmp_path / "corpus", TEXTS)
+    make(corpus, tmp_path / "made", format="llm.c", val_fraction=0, shard_tokens=1024)
+    counts = [parsed(path)[2] for path in sorted((tmp_path / "made/llm.c").iterdir())]
+    assert counts[0] == 1025
+    assert set(counts[1:-1]) == {1024}
+    assert 0 < counts[-1] <= 1024
+
+
+def test_a_tokenizer_that_marks_beginnings_needs_no_separator_more(tmp_path, make, load, read_back):
+    load("llama2")  # or skip
+    (tmp_path / "a.txt").write_text("Hello world")
+    make(tmp_path / "a.txt", tmp_path / "made", tokenizer="llama2", format="llm.c", val_fraction=0)
+    (ids,) = read_back(tmp_path / "made", "train")
+    assert joined(tmp_path / "made/llm.c", "train") == ids == [1, 15043, 3186, 2]
+
+
+def test_what_is_appended_is_in_them_too(tmp_path, make, write_documents, read_back):
+    corpus = write_documents(tmp_path / "corpus/old", TEXTS[:30]).parent
+    made = tmp_path / "made"
+    make(corpus, made, format="llm.c", val_fraction=0.3)
+    write_documents(corpus / "new", TEXTS[30:])
+    make(corpus, made, format="llm.c", val_fraction=0.3, append=True)
+    for split in ("train", "val"):
+        ours = [token for ids in read_back(made, split) for token in ids]
+        assert joined(made / "llm.c", split) == [256, *ours]
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path, make, load):
+    load("qwen3")  # or skip
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(ConfigError) as error:
+        make(tmp_path / "a.txt", tmp_path / "made", tokenizer="qwen3", format="llm.c")
+    assert str(error.value) == (
+        "--format llm.c: holds ids below 65,536, and qwen3 has 151,669; leave it out, or choose "
+        "another tokenizer"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-FILES = {"dataset.json", "tokenizer.json", "tokenizer_config.json", "train-00000.bin",
-         "train-00000.idx", "val-00000.bin", "val-00000.idx"}  # fmt: skip
+FILES = {"dataset.json", "tokenizer.json", "tokenizer_config.json", "files.jsonl",
+         "train-00000.bin", "train-00000.idx", "train-00000.crc",
+         "val-00000.bin", "val-00000.idx", "val-00000.crc"}  # fmt: skip
 
 
 def manifest(folder="data/corpus"):
@@ -59,10 +60,12 @@ def test_bpe_is_trained_to_the_size_asked_for(pretrain, corpus):
 
 def test_a_local_tokenizer_is_given_by_path(pretrain, corpus):
     assert pretrain("tokenize --tokenizer bpe --vocab-size 300 corpus").code == 0
+    tokenizer = Path("data/corpus/tokenizer.json").read_bytes()
     for path in ("data/corpus", "data/corpus/tokenizer.json"):
         assert pretrain(f"tokenize --tokenizer {path} corpus --out again --force").code == 0
-        for name in ("tokenizer.json", "train-00000.bin"):
-            assert Path("again", name).read_bytes() == Path("data/corpus", name).read_bytes()
+        for made in Path("data/corpus").glob("*.bin"):
+            assert Path("again", made.name).read_bytes() == made.read_bytes()
+        assert Path("again/tokenizer.json").read_bytes() == tokenizer
 
 
 def test_again_on_the_same_files_it_says_so_and_does_nothing(pretrain, corpus):
@@ -103,7 +106,7 @@ def test_files_that_are_not_text_are_skipped_named_and_counted(pretrain, corpus)
     (corpus / "latin.txt").write_bytes("café".encode("latin-1"))
     outcome = pretrain("tokenize --tokenizer bytes corpus")
     assert outcome.code == 0, outcome.err
-    assert "Skipped 2 files that are not UTF-8: corpus/latin.txt, corpus/picture.png" in outcome.out
+    assert "2 × not UTF-8, left out: corpus/latin.txt, corpus/picture.png" in outcome.out
 
 
 def test_a_folder_named_in_markup_is_shown_as_it_is(pretrain, corpus):
@@ -133,7 +136,9 @@ def test_a_corpus_of_nothing_but_pictures(refused, tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / "pictures" / name).write_bytes(b"\x89PNG\xff")
     message = refused("tokenize --tokenizer bytes pictures")
-    assert message.startswith("pictures: none of its 2 files is UTF-8 text (a.png the first)")
+    assert message.startswith(
+        "pictures: none of its 2 files is UTF-8 text (pictures/a.png the first)"
+    )
 
 
 def test_a_broken_json_line(refused, tmp_path):

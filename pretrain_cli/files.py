@@ -1,9 +1,18 @@
 """Files that are whole or not there."""
 
+import errno
 import hashlib
 import os
+import sqlite3
 from pathlib import Path
 from typing import Any
+
+
+def is_disk_full(error: OSError | sqlite3.Error) -> bool:
+    """Whether something could not be written for want of space."""
+    if isinstance(error, sqlite3.Error):
+        return error.sqlite_errorcode == sqlite3.SQLITE_FULL
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_whole(path: Path, text: str) -> None:

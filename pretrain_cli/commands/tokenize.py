@@ -216,9 +216,11 @@ def tokenize(
             "them: no place was found where they don't"
         )
     held_out = manifest.splits["val"].tokens
+    # of the files: one that the end of a split is held out of is in both splits
+    documents = sum(part.documents for part in manifest.sources.values())
     console.print(
         f"[bold]{folder}[/]: {total.tokens:,} tokens of {escape(manifest.tokenizer)} "
-        f"({held_out:,} for validation) from {total.documents:,} documents, "
+        f"({held_out:,} for validation) from {documents:,} documents, "
         f"{size(total.bytes)} of text, {total.bytes / total.tokens:.2f} bytes a token",
         soft_wrap=True,
     )

@@ -14,6 +14,7 @@ import sqlite3
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,15 +125,18 @@ class Pipeline:
         if self.corpus.size < SMALL and not self.corpus.has_streams:
             workers = 1
         has_space = False
-        with encoders(self.writer.tokenizer, self.writer.dtype, workers) as encode:
+        with (
+            closing(self.seen),
+            encoders(self.writer.tokenizer, self.writer.dtype, workers) as encode,
+        ):
             for encoded in encode(self._batches()):
                 raw = self._take(encoded)
                 has_space = has_space or self._check_space(raw)
                 self.progress("tokenizing", raw, self.corpus.size, self._made())
                 if time.perf_counter() - self.noted > SECONDS_BETWEEN_NOTES:
                     self._note()
-        self._end_files()
-        self.seen.close()
+            self._end_files()
+            self.seen.commit()
 
     # --- reading, ahead of what is written -------------------------------------------------------
 
@@ -318,7 +322,6 @@ class Seen:
 
     def close(self) -> None:
         if self.database is not None:
-            self.database.commit()
             self.database.close()
 
 

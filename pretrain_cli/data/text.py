@@ -27,6 +27,7 @@ from typing import IO, Any, Literal
 
 from pretrain_cli.data.corpus import STANDARD_INPUT, TextFile
 from pretrain_cli.errors import DataError
+from pretrain_cli.files import is_disk_full
 
 BLOCK = 2**20
 """Bytes read at once."""
@@ -105,6 +106,8 @@ class FileReader:
         except _signs_of_damage() as error:
             self._damaged(str(error))
         except OSError as error:
+            if is_disk_full(error):  # by the copy of a long document
+                raise
             if error.errno is not None:
                 raise DataError(f"{self.file.path}: can't be read ({error.strerror})") from None
             self._damaged(str(error))  # bz2 has no exception of its own

@@ -8,7 +8,7 @@ Which documents are held out for validation is decided by a hash of each one's t
 change when the corpus grows. A corpus with too few documents for that gives its last tokens.
 """
 
-import errno
+import sqlite3
 import sysconfig
 import time
 from collections import Counter
@@ -26,6 +26,7 @@ from pretrain_cli.data.text import FileReader
 from pretrain_cli.data.tokenizer import Tokenizer, load_tokenizer, read_tokenizer, train_bpe
 from pretrain_cli.data.writer import DatasetWriter, aside, move_into_place
 from pretrain_cli.errors import ConfigError, DataError
+from pretrain_cli.files import is_disk_full
 
 BPE_TRAINING_BYTES = 2**25
 """A BPE is trained on this much of the corpus, spread over it: more changes little, and costs."""
@@ -81,18 +82,18 @@ def tokenize(request: TokenizeRequest, progress: Progress) -> Tokenized:
         )
     began = time.perf_counter()
     with DatasetWriter(request.out, tokenizer, shard_tokens=request.shard_tokens) as writer:
-        if earlier is not None:
-            writer.go_on(earlier.here.written, earlier.shards)
-        elif there is not None:
-            writer.begin_behind(there)
-        else:
-            writer.begin()
-        pipeline = Pipeline(request, corpus, writer, progress, earlier=earlier, there=there)
         try:
+            if earlier is not None:
+                writer.go_on(earlier.here.written, earlier.shards)
+            elif there is not None:
+                writer.begin_behind(there)
+            else:
+                writer.begin()
+            pipeline = Pipeline(request, corpus, writer, progress, earlier=earlier, there=there)
             pipeline.run()
             manifest = _finish(request, corpus, pipeline)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        except (OSError, sqlite3.Error) as error:
+            if not is_disk_full(error):
                 raise
             raise DataError(
                 f"{writer.aside}: the disk is full; free some space and run the command again: it "

@@ -378,7 +378,11 @@ def test_a_shard_that_has_changed(refused, dataset, tiny, change):
     data[100] ^= 1
     shard.write_bytes(data if change == "altered" else data[:-2])
     message = refused(f"train {tiny} --steps 1")
-    what = "checksum differs from dataset.json" if change == "altered" else f"{len(data) - 2:,} by"
+    what = (
+        f"damaged between bytes 0 and {len(data):,} ("
+        if change == "altered"
+        else f"{len(data) - 2:,} by"
+    )
     assert message.startswith(f"data/corpus/train-00000.bin: {what}")
     assert "tokenize again with --force" in message
 

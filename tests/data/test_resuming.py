@@ -7,7 +7,9 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
+import tempfile
 import threading
 from pathlib import Path
 
@@ -28,6 +30,10 @@ OPTIONS = [
     *("--tokenizer", "bytes", "--document-separator", "---"),
     *("--val-fraction", "0.2", "--shard-tokens", "10000"),
 ]
+FULL = (
+    "error: killed/made.partial: the disk is full; free some space and run the command again: it "
+    "goes on from what is finished\n"
+)
 WENT_ON = "Went on from what an earlier run had finished"
 
 ADD = "pretrain_cli.data.writer.DatasetWriter.add"
@@ -265,12 +271,41 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(writer.DatasetWriter, where, full)
         done = pretrain(" ".join(["tokenize corpus --out killed/made", *OPTIONS, *options]))
-    assert done.code == 2
-    assert done.err == (
-        "error: killed/made.partial: the disk is full; free some space and run the command again: "
-        "it goes on from what is finished\n"
-    )
+    assert (done.code, done.err) == (2, FULL)
     assert again(*options) == (straight(*options), True)
+
+
+def test_a_disk_that_the_copy_of_a_long_document_fills(
+    again, straight, pretrain, small, monkeypatch
+):
+    real = tempfile.TemporaryFile
+
+    def full(**options):
+        file = real(**options)
+        file.close()
+        return open("/dev/full", "wb+", buffering=0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "TemporaryFile", full)
+        done = pretrain(" ".join(["tokenize corpus --out killed/made", *OPTIONS]))
+    assert (done.code, done.err) == (2, FULL)
+    assert again() == (straight(), True)
+
+
+def test_a_disk_that_the_digests_of_documents_fill(again, straight, pretrain, small, monkeypatch):
+    real = sqlite3.connect
+
+    def small_one(path):
+        database = real(path)
+        database.execute("PRAGMA page_size = 512")
+        database.execute("PRAGMA max_page_count = 5")
+        return database
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite3, "connect", small_one)
+        done = pretrain(" ".join(["tokenize corpus --out killed/made --dedup", *OPTIONS]))
+    assert (done.code, done.err) == (2, FULL)
+    assert again("--dedup") == (straight("--dedup"), True)
 
 
 # --- something else has changed since ------------------------------------------------------------

@@ -37,7 +37,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.parent.mkdir(exist_ok=True)
         path.write_text(line)
     request = TokenizeRequest(
-        paths=(root / "corpus",), out=root / "cats", tokenizer="bytes", val_fraction=0.2
+        paths=(str(root / "corpus"),), out=root / "cats", tokenizer="bytes", val_fraction=0.2
     )
     tokenize(request, lambda *_: None)
     return request.out

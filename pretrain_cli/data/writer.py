@@ -291,7 +291,7 @@ class DatasetWriter:
         paths = [self.aside / shard.file for shard in self.closed]
         row = TokenStream(paths, self.name)
         index = [np.fromfile(index_path(path), "<u8") for path in paths]
-        offsets = [0, *row.ends.tolist()]
+        offsets = row.borders
         starts = IndexedStarts(index, offsets[:-1])
         text_bytes = 0
         self.ending = f"{NEW}.bin"  # what is noted is left as it is until the manifest is written
@@ -306,7 +306,7 @@ class DatasetWriter:
         self.splits["val"].bytes = min(text_bytes, whole.bytes)
 
         # likewise, of the shard that the cut is in a copy is cut
-        kept = int(np.searchsorted(row.ends, cut))
+        kept = int(np.searchsorted(offsets[1:], cut))
         extent = Extent(
             file=f"train-{kept:05d}{NEW}.bin",
             tokens=cut - offsets[kept],

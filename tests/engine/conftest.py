@@ -52,7 +52,7 @@ def other_dataset(dataset: Path) -> Path:
         path.parent.mkdir(exist_ok=True)
         path.write_text(f"{number}: " + "a dog, another dog, " * (3 * number + 1))
     request = TokenizeRequest(
-        paths=(root / "dogs.txt",), out=root / "dogs", tokenizer="bytes", val_fraction=0.0
+        paths=(str(root / "dogs.txt"),), out=root / "dogs", tokenizer="bytes", val_fraction=0.0
     )
     tokenize(request, lambda *_: None)
     return request.out

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+)
 from pydantic_core import PydanticCustomError
 
 from pretrain_cli.errors import ConfigError, did_you_mean
@@ -54,8 +61,19 @@ def _one_or_several(value: Any) -> Any:
     return tuple(map(str, several))
 
 
+def _as_given(paths: tuple[str, ...]) -> str | list[str]:
+    return paths[0] if len(paths) == 1 else list(paths)
+
+
+Paths = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_one_or_several),
+    PlainSerializer(_as_given, when_used="json"),
+]
+
+
 class DataSettings(Section):
-    path: Annotated[tuple[str, ...], BeforeValidator(_one_or_several)] | None = None
+    path: Paths | None = None
     """A tokenized dataset, or other programs' .bin files: one, a pattern of them, or their folder.
     Or several of these, each PATH or PATH:WEIGHT. The only dataset in data/ where none is named."""
     tokenizer: str | None = None

@@ -108,6 +108,22 @@ def test_what_is_dumped_is_read_back_the_same():
     assert check_config(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
 
 
+@pytest.mark.parametrize(
+    ("given", "paths", "dumped"),
+    [
+        ("data/a", ("data/a",), "data/a"),
+        (Path("data/a"), ("data/a",), "data/a"),
+        (["data/a"], ("data/a",), "data/a"),
+        (["data/a:0.7", "data/b:0.3"], ("data/a:0.7", "data/b:0.3"), ["data/a:0.7", "data/b:0.3"]),
+        (None, None, None),
+    ],
+)
+def test_data_is_one_path_or_a_list(given, paths, dumped):
+    config = check_config({"data": {"path": given}})
+    assert config.data.path == paths
+    assert config.model_dump(mode="json")["data"]["path"] == dumped
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 

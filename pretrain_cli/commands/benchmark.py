@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from click.core import ParameterSource
 from rich.markup import escape
 from rich.table import Table
 
@@ -26,6 +25,7 @@ OPTIONS = {
     "tokenize": {"tokenizer", "text", "rounds", "workers", "as_json"},
 }  # fmt: skip
 """What can be measured, and the options that say something about it."""
+DATA, TOKENIZE = "Of data", "Of tokenize"
 CPU_STEP_FLOPS = 1e12
 NOT_SET = ("speed.attention=", "model.name=", "model.init_from=", "speed.prefetch=")
 """--attn and --model say the first two; weights cost what random ones do; no batch is read."""
@@ -50,38 +50,52 @@ def benchmark(
         ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Read this dataset.", show_default="made, of --size")
+        str | None,
+        typer.Option(
+            help="Read this dataset.", show_default="made, of --size", rich_help_panel=DATA
+        ),
     ] = None,
-    size: Annotated[float | None, typer.Option(help="GB to make.", show_default="2")] = None,
+    size: Annotated[
+        float | None, typer.Option(help="GB to make.", show_default="2", rich_help_panel=DATA)
+    ] = None,
     packing: Annotated[
-        str | None, typer.Option(help="concat or best-fit.", show_default="concat")
+        str | None,
+        typer.Option(help="concat or best-fit.", show_default="concat", rich_help_panel=DATA),
     ] = None,
     text: Annotated[
         list[str] | None,
-        typer.Option(help="Tokenize these files. Repeatable.", show_default="Python's own sources"),
+        typer.Option(
+            help="Tokenize these files. Repeatable.",
+            show_default="Python's own sources",
+            rich_help_panel=TOKENIZE,
+        ),
     ] = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            help="One or several with commas; of data, what made its .bin files.",
+            help="One, or several with commas. With data: what made its .bin files.",
             show_default="the published ones",
+            rich_help_panel=TOKENIZE,
         ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Processes that tokenize.", show_default="as tokenize has")
-    ] = None,
-    rounds: Annotated[int, typer.Option(help="Times each is tokenized.")] = 3,
-    seq_len: Annotated[
         int | None,
         typer.Option(
-            help="Tokens a sample.", show_default="of a step 512 on a CPU, 1024 else; of data 1024"
+            help="Processes that tokenize.",
+            show_default="as pretrain tokenize has",
+            rich_help_panel=TOKENIZE,
         ),
+    ] = None,
+    rounds: Annotated[
+        int, typer.Option(help="Times each is tokenized.", rich_help_panel=TOKENIZE)
+    ] = 3,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(help="Tokens a sample.", show_default="512 for steps on a CPU, 1024 else"),
     ] = None,
     micro_batch_size: Annotated[
         int | None,
-        typer.Option(
-            help="Samples a step, or a batch.", show_default="of a step by the device; of data 8"
-        ),
+        typer.Option(help="Samples a step, or a batch.", show_default="by the device; 8 with data"),
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps that count.")] = 5,
     warmup: Annotated[int, typer.Option(help="Steps before, timed apart.")] = 2,
@@ -206,7 +220,8 @@ def _check_options(context: typer.Context, what: str) -> None:
         )
     for parameter in context.command.params:
         name = str(parameter.name)
-        typed = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        source = context.get_parameter_source(name)
+        typed = source is not None and source.name == "COMMANDLINE"
         if typed and name not in {"what", *OPTIONS[what]}:
             others = " and ".join(other for other in OPTIONS if name in OPTIONS[other])
             raise ConfigError(

@@ -56,6 +56,8 @@ class Measurement:
 def measure(split: Split, workload: Workload) -> Measurement:
     """Read batches of a split for some seconds."""
     seq_len, index_seconds, filled = workload.seq_len, None, None
+    if seq_len >= len(split.tokens):
+        raise ConfigError(f"data.seq_len: {seq_len:,} is beyond the {len(split.tokens):,} tokens")
     with tempfile.TemporaryDirectory() as folder:
         samples: Samples = Windows(
             split.tokens, seq_len=seq_len, fingerprint="benchmark", separator=0

@@ -147,6 +147,24 @@ def test_a_source_has_the_same_order_in_any_mixture(stream):
     assert mixed[mixed < 250].tolist() == alone.tolist()
 
 
+def test_each_sources_documents_are_told_by_its_own_separator(stream):
+    """In one dataset 9 ends a document, in the other 7 begins one."""
+    rows = stream([1, 9, 2, 3, 9, 4, 5]), stream([10, 7, 12, 13, 7, 7, 15])
+    sources = [
+        Windows(rows[0], seq_len=6, fingerprint="ends", separator=9),
+        Windows(rows[1], seq_len=6, fingerprint="leads", separator=7, separator_leads=True),
+    ]
+    options = {"seq_len": 6, "samples_per_step": 2, "seed": 0}
+    batch = Batches(sources, [1, 1], documents=True, **options).starting_at(0)
+    assert batch.documents is not None
+    rows = sorted(zip(batch.inputs.tolist(), batch.documents.tolist(), strict=True))
+    assert rows == [
+        ([1, 9, 2, 3, 9, 4], [0, 0, 1, 1, 1, 2]),
+        ([10, 7, 12, 13, 7, 7], [0, 1, 1, 1, 2, 3]),
+    ]
+    assert Batches(sources, [1, 1], **options).starting_at(0).documents is None
+
+
 # --- validation ----------------------------------------------------------------------------------
 
 

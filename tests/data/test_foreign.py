@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 
 from pretrain_cli.data import foreign
-from pretrain_cli.data.batches import Batches, validation_batches
+from pretrain_cli.data.batches import Batches, Windows, validation_batches
 from pretrain_cli.data.foreign import open_foreign
 from pretrain_cli.data.opening import open_data
 from pretrain_cli.errors import ConfigError, DataError
@@ -98,12 +98,10 @@ def test_a_batch_is_of_windows_of_the_files(tmp_path):
     write(tmp_path / "x_train_1.bin", range(0, 35))
     write(tmp_path / "x_train_2.bin", range(35, 101))
     opened = open_foreign(str(tmp_path / "x_train_*.bin"), "bytes")
-    batches = Batches(
-        opened.train.tokens, seq_len=7, samples_per_step=14, seed=0, fingerprint=opened.fingerprint
-    )
-    inputs, targets = batches.starting_at(0)
-    assert sorted(inputs.ravel().tolist()) == list(range(98))
-    assert np.array_equal(targets, inputs + 1)
+    windows = Windows(opened.train.tokens, seq_len=7, fingerprint="made", separator=END)
+    batch = Batches([windows], [1], seq_len=7, samples_per_step=14, seed=0).starting_at(0)
+    assert sorted(batch.inputs.ravel().tolist()) == list(range(98))
+    assert np.array_equal(batch.targets, batch.inputs + 1)
 
 
 def test_bare_tokens_are_as_wide_as_the_vocabulary_needs(tmp_path):
@@ -342,11 +340,10 @@ def test_an_id_beyond_the_vocabulary_is_found_in_a_batch(tmp_path, small_blocks)
     write(tmp_path / "x_train_2.bin", [1] * 12 + [300] + [1] * 387)
     write(tmp_path / "x_val_0.bin", [1] * 12 + [400] + [1] * 387)
     opened = open_foreign(str(tmp_path / "x_train_*.bin"), "bytes")
-    batches = Batches(
-        opened.train.tokens, seq_len=20, samples_per_step=1, seed=0, fingerprint=opened.fingerprint
-    )
+    windows = Windows(opened.train.tokens, seq_len=20, fingerprint="made", separator=END)
+    batches = Batches([windows], [1], seq_len=20, samples_per_step=1, seed=0)
     found = []
-    for sample in range(batches.windows):
+    for sample in range(len(windows)):
         try:
             batches.starting_at(sample)
         except DataError as error:

@@ -123,6 +123,21 @@ def test_the_targets_that_count_are_known_without_reading(stream, lengths, seq_l
     assert samples.targets(np.arange(len(samples))) == (targets != IGNORED).sum()
 
 
+@given(lengths=LENGTHS, seq_len=st.integers(1, 30))
+def test_each_piece_is_a_document_of_its_own(stream, lengths, seq_len):
+    """Told by the pieces, not by separators: what goes on may have none before it."""
+    samples = packed(stream, lengths, seq_len)
+    whole = Batches([samples], [1], seq_len=seq_len, samples_per_step=len(samples), seed=0,
+                    documents=True).starting_at(0)  # fmt: skip
+    assert whole.documents is not None
+    borders = np.cumsum([0, *lengths])
+    for row, numbers in zip(whole.inputs, whole.documents, strict=True):
+        held = np.flatnonzero(row)  # neither padding nor the first token of all
+        from_borders = np.searchsorted(borders, row[held], side="right")
+        numbered = list(zip(from_borders.tolist(), numbers[held].tolist(), strict=True))
+        assert len(set(numbered)) == len(set(from_borders.tolist())) == len(set(numbers[held]))
+
+
 def test_a_sample_is_as_drawn(stream):
     """Documents 0-6, 7-8 and 9-11 in samples of 5 tokens. The first is cut behind token 4; its rest
     begins with that token again, and the second fits behind it."""

@@ -37,7 +37,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.parent.mkdir(exist_ok=True)
         path.write_text(line)
     request = TokenizeRequest(
-        paths=(root / "corpus",), out=root / "cats", tokenizer="bytes", val_fraction=0.2
+        paths=(str(root / "corpus"),), out=root / "cats", tokenizer="bytes", val_fraction=0.2
     )
     tokenize(request, lambda *_: None)
     return request.out
@@ -52,7 +52,7 @@ def other_dataset(dataset: Path) -> Path:
         path.parent.mkdir(exist_ok=True)
         path.write_text(f"{number}: " + "a dog, another dog, " * (3 * number + 1))
     request = TokenizeRequest(
-        paths=(root / "dogs.txt",), out=root / "dogs", tokenizer="bytes", val_fraction=0.0
+        paths=(str(root / "dogs.txt"),), out=root / "dogs", tokenizer="bytes", val_fraction=0.0
     )
     tokenize(request, lambda *_: None)
     return request.out

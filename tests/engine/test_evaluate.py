@@ -85,7 +85,7 @@ def test_a_mixture_is_validated_together_and_source_by_source(dataset, other_dat
     for number in range(20):
         (tmp_path / f"birds/{number}.txt").write_text(f"{number} birds sing" * (number + 1))
     birds = TokenizeRequest(
-        paths=(tmp_path / "birds",), out=tmp_path / "b", tokenizer="bytes", val_fraction=0.3
+        paths=(str(tmp_path / "birds"),), out=tmp_path / "b", tokenizer="bytes", val_fraction=0.3
     )
     tokenize(birds, lambda *_: None)
     model = small_model()

@@ -172,7 +172,7 @@ def test_another_dataset_is_refused_on_resume(settings, run, tmp_path, dataset):
 
     (tmp_path / "dogs.txt").write_text("a dog, another dog, " * 200)
     other = TokenizeRequest(
-        paths=(tmp_path / "dogs.txt",), out=tmp_path / "dogs", tokenizer="bytes"
+        paths=(str(tmp_path / "dogs.txt"),), out=tmp_path / "dogs", tokenizer="bytes"
     )
     tokenize(other, lambda *_: None)
     run(settings(train__steps=1))

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from pretrain_cli.errors import ConfigError, did_you_mean
 from pretrain_cli.model.config import FIELDS, ModelConfig, variant
@@ -45,13 +46,23 @@ class ModelSettings(BaseModel):
         return dict(self.model_extra or {})
 
 
+def _one_or_several(value: Any) -> Any:
+    """A path or a list of them, as a tuple of text."""
+    several = value if isinstance(value, list | tuple) else [value]
+    if not several or not all(isinstance(path, str | Path) for path in several):
+        raise PydanticCustomError("paths", "Input should be a path or a list of paths")
+    return tuple(map(str, several))
+
+
 class DataSettings(Section):
-    path: Path | None = None
+    path: Annotated[tuple[str, ...], BeforeValidator(_one_or_several)] | None = None
     """A tokenized dataset, or other programs' .bin files: one, a pattern of them, or their folder.
-    The only dataset in data/ where none is named."""
+    Or several of these, each PATH or PATH:WEIGHT. The only dataset in data/ where none is named."""
     tokenizer: str | None = None
     """What made the .bin files, as `pretrain tokenize` takes it; a dataset knows its own."""
     seq_len: PositiveInt | Auto = "auto"
+    packing: Literal["concat", "best-fit"] = "concat"
+    """Samples are windows on the tokens in a row; or whole documents, packed and padded."""
     document_mask: bool = False
     """Whether a token sees those of its own document alone, and not the others in its sample."""
 

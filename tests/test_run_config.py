@@ -94,7 +94,7 @@ def test_values_of_set_are_yaml():
     assert config.optimizer.betas == (0.8, 0.99)
     assert config.optimizer.eps == 1e-6
     assert config.train.sample_prompt == "a = b"
-    assert config.data.path == Path("data/mine")
+    assert config.data.path == ("data/mine",)
     assert config.data.seq_len == "auto"
 
 

@@ -1,22 +1,45 @@
-"""`pretrain benchmark`: what a training step costs here, backend by backend."""
+"""`pretrain benchmark`: what a training step costs here, backend by backend; or how fast batches
+are read, or text is tokenized."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from click.core import ParameterSource
 from rich.markup import escape
 from rich.table import Table
 
-from pretrain_cli.commands.display import console, duration, notice, size
+from pretrain_cli.commands.benchmark_data import benchmark_data
+from pretrain_cli.commands.benchmark_tokenize import benchmark_tokenize
+from pretrain_cli.commands.display import console, duration, notice, write_json
+from pretrain_cli.commands.display import size as in_bytes
 
+OPTIONS = {
+    "step": {
+        "attn", "model", "seq_len", "micro_batch_size", "steps", "warmup", "device", "dtype",
+        "compile_", "set_", "as_json",
+    },
+    "data": {
+        "data", "tokenizer", "size", "packing", "seq_len", "micro_batch_size", "as_json",
+    },
+    "tokenize": {"tokenizer", "text", "rounds", "workers", "as_json"},
+}  # fmt: skip
+"""What can be measured, and the options that say something about it."""
 CPU_STEP_FLOPS = 1e12
 NOT_SET = ("speed.attention=", "model.name=", "model.init_from=", "speed.prefetch=")
 """--attn and --model say the first two; weights cost what random ones do; no batch is read."""
 
 
 def benchmark(
+    context: typer.Context,
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="step: the real training step on synthetic tokens. data: reading batches. "
+            "tokenize: text to tokens."
+        ),
+    ] = "step",
     attn: Annotated[
         str, typer.Option(help="eager, sdpa, flex, several with commas, or all.")
     ] = "all",
@@ -26,11 +49,39 @@ def benchmark(
             help="A name or a YAML file.", show_default="gemma3-tiny on a CPU, gemma3-270m else"
         ),
     ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Read this dataset.", show_default="made, of --size")
+    ] = None,
+    size: Annotated[float | None, typer.Option(help="GB to make.", show_default="2")] = None,
+    packing: Annotated[
+        str | None, typer.Option(help="concat or best-fit.", show_default="concat")
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Tokenize these files. Repeatable.", show_default="Python's own sources"),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="One or several with commas; of data, what made its .bin files.",
+            show_default="the published ones",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that tokenize.", show_default="as tokenize has")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Times each is tokenized.")] = 3,
     seq_len: Annotated[
-        int | None, typer.Option(help="Tokens a sample.", show_default="512 on a CPU, 1024 else")
+        int | None,
+        typer.Option(
+            help="Tokens a sample.", show_default="of a step 512 on a CPU, 1024 else; of data 1024"
+        ),
     ] = None,
     micro_batch_size: Annotated[
-        int | None, typer.Option(help="Samples a step.", show_default="by the device")
+        int | None,
+        typer.Option(
+            help="Samples a step, or a batch.", show_default="of a step by the device; of data 8"
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps that count.")] = 5,
     warmup: Annotated[int, typer.Option(help="Steps before, timed apart.")] = 2,
@@ -48,21 +99,26 @@ def benchmark(
         Path | None, typer.Option("--json", help="Also write the results to this file.")
     ] = None,
 ) -> None:
-    """Time the real training step on synthetic tokens.
+    """Time the real training step on synthetic tokens, the reading of batches, or tokenizing.
 
     Each backend runs in a fresh process, warm-up and compiling apart. One that can't train on this
-    device is timed forward only, and says so.
+    device is timed forward only, and says so. `pretrain benchmark data` reads a dataset, or one
+    that it makes and takes away again, from a warm page cache; `pretrain benchmark tokenize` takes
+    turns with the tokenizers library.
     """
     from pretrain_cli.config import build_config, find_model
     from pretrain_cli.errors import ConfigError
 
+    _check_options(context, what)
+    _check_output(as_json)
+    if what == "data":
+        return benchmark_data(data, tokenizer, size, packing, seq_len, micro_batch_size, as_json)
+    if what == "tokenize":
+        return benchmark_tokenize(tokenizer, text, rounds, workers, as_json)
+
     for name, value, least in (("steps", steps, 1), ("warmup", warmup, 0)):
         if value < least:
             raise ConfigError(f"--{name}: {value} is not at least {least}")
-    if as_json is not None and as_json.is_dir():
-        raise ConfigError(f"--json: {as_json} is a folder; give a file")
-    if as_json is not None and not as_json.parent.is_dir():
-        raise ConfigError(f"--json: no folder {as_json.parent} to write {as_json.name} in")
     flags = {"speed.dtype": dtype, "speed.compile": compile_, "model.name": model}
     flags |= {"train.micro_batch_size": micro_batch_size, "data.seq_len": seq_len}
     for assignment in set_ or []:
@@ -128,20 +184,44 @@ def benchmark(
         if result.reason:
             notice(f"{result.attention}: {result.reason}; its forward pass alone was timed")
     if as_json is not None:
-        as_json.write_text(
-            json.dumps(
-                {
-                    "machine": device_name(place),
-                    "torch": str(torch.__version__),
-                    "peak": asdict(peak),
-                    "workload": {"name": name, **asdict(workload)},
-                    "results": [asdict(result) for result in results],
-                },
-                indent=2,
-            )
-            + "\n"
+        write_json(
+            as_json,
+            {
+                "machine": device_name(place),
+                "torch": str(torch.__version__),
+                "peak": asdict(peak),
+                "workload": {"name": name, **asdict(workload)},
+                "results": [asdict(result) for result in results],
+            },
         )
-        console.print(f"Written to {escape(str(as_json))}", soft_wrap=True)
+
+
+def _check_options(context: typer.Context, what: str) -> None:
+    """Refuse what can't be measured, and options that say nothing about what is."""
+    from pretrain_cli.errors import ConfigError, did_you_mean
+
+    if what not in OPTIONS:
+        raise ConfigError(
+            f"benchmark: '{what}' is not one of {', '.join(OPTIONS)}{did_you_mean(what, OPTIONS)}"
+        )
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        typed = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if typed and name not in {"what", *OPTIONS[what]}:
+            others = " and ".join(other for other in OPTIONS if name in OPTIONS[other])
+            raise ConfigError(
+                f"{parameter.opts[0]}: an option of pretrain benchmark {others}, not of {what}; "
+                "leave it out"
+            )
+
+
+def _check_output(path: Path | None) -> None:
+    from pretrain_cli.errors import ConfigError
+
+    if path is not None and path.is_dir():
+        raise ConfigError(f"--json: {path} is a folder; give a file")
+    if path is not None and not path.parent.is_dir():
+        raise ConfigError(f"--json: no folder {path.parent} to write {path.name} in")
 
 
 def _table(results: list[Any]) -> Table:
@@ -158,7 +238,7 @@ def _table(results: list[Any]) -> Table:
             f"{result.step_fastest * 1e3:,.0f} – {result.step_slowest * 1e3:,.0f}",
             f"{result.tokens_per_second:,.0f}",
             f"{result.mfu:.1%}",
-            size(result.peak_memory),
+            in_bytes(result.peak_memory),
             duration(result.warmup),
         )
     return table

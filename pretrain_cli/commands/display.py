@@ -1,7 +1,9 @@
 """What the commands show: on a terminal live and in colour, elsewhere plain lines."""
 
+import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -47,6 +49,12 @@ def duration(seconds: float) -> str:
 def notice(text: str) -> None:
     """A choice made for the person, or a fallback."""
     console.print(f"[yellow]·[/] {escape(text)}", soft_wrap=not console.is_terminal)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A command's results, to a file that was asked for."""
+    path.write_text(json.dumps(value, indent=2) + "\n")
+    console.print(f"Written to {escape(str(path))}", soft_wrap=True)
 
 
 class TokenizeProgress:
@@ -96,6 +104,7 @@ class TrainDisplay:
         self.started: Any = None
         self.evaluation: Any = None
         self.printed = -SECONDS_A_LINE
+        self.sources: dict[str, int] = {}
 
     def __enter__(self) -> "TrainDisplay":
         return self
@@ -124,6 +133,7 @@ class TrainDisplay:
             self.live.start()
 
     def on_stepmetrics(self, event: Any) -> None:
+        self.sources = event.sources
         if self.live:
             self.live.update(self._panel(event))
             return
@@ -154,6 +164,12 @@ class TrainDisplay:
             f"{event.bits_per_byte:.4f} bits per byte[/] ({event.tokens:,} tokens)",
             soft_wrap=True,
         )
+        for name, source in event.sources.items():
+            console.print(
+                f"[dim]  {escape(name)}:[/] {source.loss:.4f}, {source.bits_per_byte:.4f} bits per "
+                f"byte ({source.tokens:,} tokens)",
+                soft_wrap=True,
+            )
 
     def on_saved(self, event: Any) -> None:
         console.print(f"[dim]saved {escape(str(event.path))}[/]", soft_wrap=True)
@@ -164,6 +180,9 @@ class TrainDisplay:
 
     def on_finished(self, event: Any) -> None:
         self._end_live()
+        if self.sources:
+            seen = ", ".join(f"{name} {amount(count)}" for name, count in self.sources.items())
+            console.print(f"Tokens seen: {escape(seen)}", soft_wrap=True)
         run = escape(str(event.run))
         if event.reason == "stopped":
             console.print(
@@ -199,6 +218,7 @@ class TrainDisplay:
             ("tokens", amount(event.tokens)),
             ("ETA", duration(self._remaining(event))),
             ("memory", size(event.memory)),
+            ("data wait", f"{event.data_wait * 1e3:.2f} ms"),
         ]
         if self.evaluation:
             cells.append(("validation loss", f"{self.evaluation.loss:.4f}"))

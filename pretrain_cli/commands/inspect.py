@@ -103,7 +103,12 @@ def _sample(folder: Path, number: int, seq_len: int, seed: int) -> dict[str, Any
     opened = open_dataset(folder)
     if number < 0:
         raise ConfigError(f"--sample: {number} is below 0")
-    windows = Windows(opened.train.tokens, seq_len=seq_len, fingerprint=opened.fingerprint)
+    windows = Windows(
+        opened.train.tokens,
+        seq_len=seq_len,
+        fingerprint=opened.fingerprint,
+        separator=opened.separator,
+    )
     if seq_len < 1 or not len(windows):
         raise ConfigError(
             f"--seq-len: {seq_len} is not from 1 to {max(len(opened.train.tokens) - 1, 1):,}"

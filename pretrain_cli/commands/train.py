@@ -20,18 +20,31 @@ def train(
         ),
     ] = None,
     data: Annotated[
-        Path | None,
+        list[str] | None,
         typer.Option(
+            metavar="DATASET[:WEIGHT] …",
             help="A tokenized dataset, or .bin files of llm.c, modded-nanogpt or nanoGPT: one, a "
-            "pattern in quotes, or their folder.",
+            "pattern in quotes, or their folder. Several are mixed, by weights (a:0.7 b:0.3) or by "
+            "size.",
             show_default="the one in data/, or a demo dataset",
         ),
+    ] = None,
+    more_data: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="DATASET", help="Those after the first, behind --data."),
     ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="What made the .bin files, as for pretrain tokenize.")
     ] = None,
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens a sample.", show_default="512 on a CPU, 1024 else")
+    ] = None,
+    packing: Annotated[
+        str | None,
+        typer.Option(
+            help="concat: windows on the tokens in a row. best-fit: whole documents, padded.",
+            show_default="concat",
+        ),
     ] = None,
     document_mask: Annotated[
         bool | None,
@@ -93,9 +106,10 @@ def train(
     flags: dict[str, Any] = {
         "model.name": model,
         "model.init_from": init_from,
-        "data.path": data,
+        "data.path": [*data, *(more_data or [])] if data else None,
         "data.tokenizer": tokenizer,
         "data.seq_len": seq_len,
+        "data.packing": packing,
         "data.document_mask": document_mask,
         "train.micro_batch_size": micro_batch_size,
         "train.tokens_per_step": tokens_per_step,
@@ -112,6 +126,8 @@ def train(
     from pretrain_cli.config import build_config, read_config
     from pretrain_cli.errors import ConfigError
 
+    if more_data and not data:
+        raise ConfigError(f"{more_data[0]}: is it a dataset? give it with --data {more_data[0]}")
     if resume is not None and config is not None:
         raise ConfigError(f"--config: {config} does not go with --resume, which has the run's own")
     if resume is None:

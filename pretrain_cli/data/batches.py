@@ -1,112 +1,130 @@
-"""Which tokens a step trains on: a pure function of the dataset, the seed and the sample's number.
+"""Which tokens a step trains on: a pure function of the datasets, the seed and the step's samples.
 
-The training tokens are cut into windows of `seq_len + 1`, one every `seq_len`, so that every token
-but the first is a target once. Each epoch goes through them in an order of its own, which is
-computed and not stored: a keyed permutation gives the k-th sample's window from k alone.
+    k-th sample ── order ──> (source, number of one of its samples) ──> inputs and targets
 
-    sample k ── epoch k // windows, place k % windows ── permutation ── window ── tokens
-
-So any batch is read at once, on any rank, and there is nothing to save but the count of samples.
+Any batch is read at once, on any rank, from memory-mapped shards, and there is nothing to save but
+the count of samples.
 """
 
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
+from pretrain_cli.data.documents import document_numbers
+from pretrain_cli.data.order import Interleaving, Order
 from pretrain_cli.data.shards import TokenStream
-from pretrain_cli.errors import ConfigError
 
 IGNORED = -100
-ROUNDS = 4
 
 
-class Permutation:
-    """A random-looking bijection of 0 … size − 1, by a key.
+class Samples(Protocol):
+    """One source's samples by number: seq_len inputs each and, one token on, targets."""
 
-    A Feistel network over the next even power of two, walked until it lands inside: at most four
-    steps on average, each a few multiplications, vectorized.
+    fingerprint: str
+    """Of the dataset: with the seed it fixes the order."""
+
+    def __len__(self) -> int: ...
+
+    def targets(self, numbers: np.ndarray) -> int:
+        """How many targets these samples have together that count."""
+        ...
+
+    def fill(self, numbers: np.ndarray, rows: np.ndarray, batch: "Batch") -> None:
+        """Write these samples into these rows."""
+        ...
+
+
+class Windows:
+    """The tokens in windows of seq_len + 1, one every seq_len, wherever documents begin and end.
+
+    Every token but the first is a target once; fewer than seq_len are left over at the end.
     """
-
-    def __init__(self, size: int, key: str) -> None:
-        self.size = size
-        self.half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
-        digest = hashlib.sha256(key.encode()).digest()
-        self.keys = np.frombuffer(digest, dtype="<u8")[:ROUNDS].astype(np.uint64)
-
-    def __call__(self, numbers: np.ndarray) -> np.ndarray:
-        """The places of these numbers. (n,) -> (n,) int64."""
-        out = self._mixed(numbers.astype(np.uint64))
-        while (outside := out >= self.size).any():
-            out[outside] = self._mixed(out[outside])
-        return out.astype(np.int64)
-
-    def _mixed(self, x: np.ndarray) -> np.ndarray:
-        half = np.uint64(self.half)
-        low = np.uint64((1 << self.half) - 1)
-        left, right = x >> half, x & low
-        for key in self.keys:
-            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)
-            mixed ^= mixed >> np.uint64(29)
-            mixed *= np.uint64(0xBF58476D1CE4E5B9)
-            left, right = right, left ^ ((mixed >> np.uint64(32)) & low)
-        return (left << half) | right
-
-
-class Batches:
-    """Training samples by number. One rank of `world` reads its share of every step."""
 
     def __init__(
         self,
         tokens: TokenStream,
         *,
         seq_len: int,
+        fingerprint: str,
+        separator: int,
+        separator_leads: bool = False,
+    ) -> None:
+        self.tokens, self.seq_len, self.fingerprint = tokens, seq_len, fingerprint
+        self.separator, self.separator_leads = separator, separator_leads
+
+    def __len__(self) -> int:
+        return max(len(self.tokens) - 1, 0) // self.seq_len
+
+    def targets(self, numbers: np.ndarray) -> int:
+        return len(numbers) * self.seq_len
+
+    def fill(self, numbers: np.ndarray, rows: np.ndarray, batch: "Batch") -> None:
+        for number, row in zip(numbers.tolist(), rows.tolist(), strict=True):
+            window = self.tokens.view(number * self.seq_len, self.seq_len + 1)
+            batch.inputs[row] = window[:-1]
+            batch.targets[row] = window[1:]
+        if batch.documents is not None:
+            batch.documents[rows] = document_numbers(
+                batch.inputs[rows], self.separator, leads=self.separator_leads
+            )
+
+
+@dataclass
+class Batch:
+    """A rank's share of a step: arrays of (B, T) int64."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    """IGNORED where there is nothing to predict."""
+    documents: np.ndarray | None
+    """Which document each input is of, where that is asked for."""
+    counted: int = 0
+    """Targets of the whole step, on all ranks, that are not IGNORED."""
+
+
+class Batches:
+    """Training samples by number, of sources that are mixed in proportion to their weights.
+
+    One rank of `world` reads its share of every step.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Samples],
+        weights: Sequence[int],
+        *,
+        seq_len: int,
         samples_per_step: int,
         seed: int,
-        fingerprint: str,
+        documents: bool = False,
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self.tokens = tokens
+        self.sources = sources
+        self.orders = [Order(len(samples), f"{samples.fingerprint} {seed}") for samples in sources]
+        self.interleaving = Interleaving(weights)
         self.seq_len = seq_len
-        self.windows = (len(tokens) - 1) // seq_len
-        if self.windows < 1:
-            raise ConfigError(
-                f"data.seq_len: {seq_len} is beyond the dataset, whose training split has "
-                f"{len(tokens):,} tokens; give at most {max(len(tokens) - 1, 0):,}, or more text"
-            )
-        self.seed = seed
-        self.fingerprint = fingerprint
-        share = samples_per_step // world
-        self.mine = slice(rank * share, (rank + 1) * share)
         self.samples_per_step = samples_per_step
+        self.documents = documents
+        share = samples_per_step // world
+        self.first, self.last = rank * share, (rank + 1) * share
 
-    def starting_at(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
-        """This rank's share of the step whose first sample has this number.
-
-        -> inputs and targets, each (samples_per_step / world, seq_len) int64.
-        """
-        numbers = np.arange(sample, sample + self.samples_per_step)[self.mine]
-        return split_windows([self.window(start) for start in self.windows_of(numbers)])
-
-    def windows_of(self, numbers: np.ndarray) -> np.ndarray:
-        """The windows that are samples of these numbers. (n,) -> (n,)."""
-        epochs, places = np.divmod(numbers, self.windows)
-        out = np.empty_like(numbers)
-        for epoch in np.unique(epochs):
-            key = f"{self.fingerprint} {self.seed} {epoch}"
-            chosen = epochs == epoch
-            out[chosen] = Permutation(self.windows, key)(places[chosen])
-        return out
-
-    def window(self, number: int) -> np.ndarray:
-        return self.tokens.read(int(number) * self.seq_len, self.seq_len + 1)
-
-
-def split_windows(windows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Windows of n + 1 tokens to inputs and, one token on, targets. -> two of (B, n)."""
-    rows = np.stack(windows)
-    return rows[:, :-1], rows[:, 1:]
+    def starting_at(self, sample: int) -> Batch:
+        """This rank's share of the step whose first sample has this number."""
+        shape = (self.last - self.first, self.seq_len)
+        inputs, targets = np.empty(shape, np.int64), np.empty(shape, np.int64)
+        batch = Batch(inputs, targets, np.empty(shape, np.int64) if self.documents else None)
+        step = np.arange(sample, sample + self.samples_per_step)
+        chosen, numbers = self.interleaving(step)
+        for source, (samples, order) in enumerate(zip(self.sources, self.orders, strict=True)):
+            (places,) = np.nonzero(chosen == source)
+            wanted = order(numbers[places])
+            batch.counted += samples.targets(wanted)
+            mine = slice(*np.searchsorted(places, (self.first, self.last)))
+            samples.fill(wanted[mine], places[mine] - self.first, batch)
+        return batch
 
 
 def validation_batches(

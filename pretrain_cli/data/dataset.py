@@ -150,5 +150,4 @@ def open_split(folder: Path, manifest: Manifest, name: SplitName) -> Split:
         else np.empty(0, "<u8")
         for path, shard in zip(paths, shards, strict=True)
     ]
-    offsets = [end - shard.tokens for end, shard in zip(tokens.ends.tolist(), shards, strict=True)]
-    return Split(tokens, IndexedStarts(starts, offsets), manifest.splits[name].bytes)
+    return Split(tokens, IndexedStarts(starts, tokens.borders[:-1]), manifest.splits[name].bytes)

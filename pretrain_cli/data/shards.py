@@ -16,8 +16,10 @@ falls; a document that goes on in the next is listed where it begins.
 import array
 import copy
 import hashlib
+import itertools
 import json
 import zlib
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -182,10 +184,13 @@ class TokenStream:
         is checked against it: for files that no manifest speaks for."""
         little_endian = np.dtype(dtype).newbyteorder("<")
         self.paths = paths
-        self.shards = [np.memmap(path, little_endian, "r", offset=header) for path in paths]
-        self.ends = np.cumsum([len(shard) for shard in self.shards], dtype=np.int64)
+        # plain arrays over the maps: a slice of a np.memmap costs several times as much
+        self.shards = [
+            np.asarray(np.memmap(path, little_endian, "r", offset=header)) for path in paths
+        ]
+        self.borders = [0, *itertools.accumulate(map(len, self.shards))]
         self.vocab_size = vocab_size
-        self.first, self.last = 0, int(self.ends[-1]) if paths else 0
+        self.first, self.last = 0, self.borders[-1]
 
     def __len__(self) -> int:
         return self.last - self.first
@@ -201,17 +206,24 @@ class TokenStream:
 
         -> (count,) int64. DataError where an id is beyond the vocabulary.
         """
+        return self.view(start, count).astype(np.int64)
+
+    def view(self, start: int, count: int) -> np.ndarray:
+        """The same in the type that they have on the disk, and not copied where one shard has all
+        of them."""
         parts = []
         count = min(count, len(self) - start)
         place = self.first + start
-        shard = int(np.searchsorted(self.ends, place, side="right"))
+        shard = bisect_right(self.borders, place) - 1
         while count > 0:
-            offset = place - (int(self.ends[shard - 1]) if shard else 0)
+            offset = place - self.borders[shard]
             part = self.shards[shard][offset : offset + count]
             self.check(part, shard, offset)
             parts.append(part)
             place, count, shard = place + len(part), count - len(part), shard + 1
-        return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
     def check(self, tokens: np.ndarray, shard: int, offset: int) -> None:
         """Refuse these tokens, which stand in this shard from `offset` on, where one of them is
@@ -249,7 +261,10 @@ class IndexedStarts:
 
     def between(self, first: int, last: int) -> np.ndarray:
         found = []
-        for starts, offset in zip(self.starts, self.offsets, strict=True):
+        shards = range(
+            max(bisect_right(self.offsets, first) - 1, 0), bisect_left(self.offsets, last)
+        )
+        for starts, offset in ((self.starts[shard], self.offsets[shard]) for shard in shards):
             # of their own type: else numpy would make a copy of all starts
             ends = np.clip((first - offset, last - offset), 0, None).astype("<u8")
             low, high = np.searchsorted(starts, ends)

@@ -38,6 +38,8 @@ from pretrain_cli.errors import DataError
 from pretrain_cli.files import flush, sha256_of, write_whole
 
 PROGRESS = "progress.json"
+NEW = ".new"
+"""In the name of a shard that takes the place of one of the same name when all is whole."""
 TAIL_BLOCK = 2**20
 """Tokens moved at once when the end of a split becomes the other."""
 
@@ -288,10 +290,10 @@ class DatasetWriter:
         paths = [self.aside / shard.file for shard in self.closed]
         row = TokenStream(paths, self.name)
         index = [np.fromfile(index_path(path), "<u8") for path in paths]
-        offsets = [0, *row.ends.tolist()]
+        offsets = row.borders
         starts = IndexedStarts(index, offsets[:-1])
         text_bytes = 0
-        self.ending = ".tail.bin"  # what is noted is left as it is until the manifest is written
+        self.ending = f"{NEW}.bin"  # what is noted is left as it is until the manifest is written
         for first in range(cut, whole.tokens, TAIL_BLOCK):
             last = min(first + TAIL_BLOCK, whole.tokens)
             begins = starts.between(first, last) - first
@@ -303,9 +305,9 @@ class DatasetWriter:
         self.splits["val"].bytes = min(text_bytes, whole.bytes)
 
         # likewise, of the shard that the cut is in a copy is cut
-        kept = int(np.searchsorted(row.ends, cut))
+        kept = int(np.searchsorted(offsets[1:], cut))
         extent = Extent(
-            file=f"train-{kept:05d}.cut.bin",
+            file=f"train-{kept:05d}{NEW}.bin",
             tokens=cut - offsets[kept],
             documents=len(starts.between(offsets[kept], cut)),
         )
@@ -338,7 +340,10 @@ class DatasetWriter:
             end_of_document=self.tokenizer.eos,
             files_sha256=sha256_of(self.aside / FILES),
             splits={name: Amount(**asdict(tally)) for name, tally in self.splits.items()},
-            shards=sorted(self.closed, key=lambda shard: shard.file),
+            shards=sorted(
+                (s.model_copy(update={"file": s.file.replace(NEW, "")}) for s in self.closed),
+                key=lambda shard: shard.file,
+            ),
             **facts,
         )
         write_whole(self.aside / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
@@ -407,6 +412,8 @@ def move_into_place(folder: Path) -> None:
     if not (whole / MANIFEST).exists():
         return
     shards = read_manifest(whole).shards
+    for path in whole.glob(f"*{NEW}.*"):
+        path.replace(path.with_name(path.name.replace(NEW, "")))
     _remove_shards(whole, but={f.name for s in shards for f in files_of(whole, s.file)})
     (whole / PROGRESS).unlink(missing_ok=True)
     if folder.exists():

@@ -1,12 +1,80 @@
-"""Batches on the device, the next one read while the current one trains."""
+"""From the plan's data to batches on the device, the next one read while the current one trains."""
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pretrain_cli.data.batches import Batches
+from pretrain_cli.data.batches import Batches, Samples, Windows
+from pretrain_cli.data.dataset import Dataset
+from pretrain_cli.data.packing import Packed, open_packed
+from pretrain_cli.engine.distributed import Ranks
+from pretrain_cli.engine.metrics import Notice, Report
+from pretrain_cli.engine.plan import Plan
+
+
+def open_batches(plan: Plan, ranks: Ranks, report: Report) -> Batches:
+    """The plan's training samples, in their order. An index of packed documents is built here,
+    where there is none."""
+    samples = [
+        _open_samples(source.dataset, plan, ranks, report) for source in plan.data.trained_on
+    ]
+    return Batches(
+        samples,
+        plan.data.weights([len(each) for each in samples]),
+        seq_len=plan.seq_len,
+        samples_per_step=plan.samples_per_step,
+        seed=plan.settings.train.seed,
+        documents=plan.settings.data.document_mask,
+        rank=ranks.rank,
+        world=ranks.world,
+    )
+
+
+def _open_samples(dataset: Dataset, plan: Plan, ranks: Ranks, report: Report) -> Samples:
+    seq_len = plan.seq_len
+    if plan.settings.data.packing == "concat":
+        return Windows(
+            dataset.train.tokens,
+            seq_len=seq_len,
+            fingerprint=dataset.fingerprint,
+            separator=dataset.separator,
+            separator_leads=dataset.separator_leads,
+        )
+    packed = None
+    if ranks.is_first:
+        packed = open_packed(dataset, seq_len, lambda text: report(Notice(text)))
+        report(Notice(f"{dataset.path}: {_what_became_of(packed)}"))
+    ranks.wait()
+    return packed or open_packed(dataset, seq_len, lambda text: report(Notice(text)))
+
+
+def _what_became_of(packed: Packed) -> str:
+    totals = packed.totals
+    return (
+        f"{totals.samples:,} samples of whole documents, {totals.share_filled(packed.seq_len):.2%} "
+        "of their places filled; "
+        f"{totals.cut_documents:,} documents are longer than a sample, and {totals.cut_tokens:,} "
+        f"of their tokens ({totals.cut_tokens / totals.tokens:.1%} of all) don't see the beginning"
+    )
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """A `Batch`, a rank's share of a step, in tensors."""
+
+    inputs: Tensor
+    targets: Tensor
+    documents: Tensor | None
+    counted: int
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Tensors":
+        """With every tensor changed so."""
+        documents = None if self.documents is None else change(self.documents)
+        return Tensors(change(self.inputs), change(self.targets), documents, self.counted)
 
 
 class Feed:
@@ -20,24 +88,28 @@ class Feed:
         self.sample = first_sample
         self.wait = 0.0
         self.reader = ThreadPoolExecutor(1, "batches") if prefetch else None
-        self.coming: Future[tuple[Tensor, Tensor]] | None = None
+        self.coming: Future[Tensors] | None = None
 
-    def next(self) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of this rank's share of the next step, on the device."""
+    def next(self) -> Tensors:
+        """This rank's share of the next step, on the device."""
         asked = time.perf_counter()
-        pair = self.coming.result() if self.coming else self._read(self.sample)
+        batch = self.coming.result() if self.coming else self._read(self.sample)
         self.sample += self.batches.samples_per_step
         if self.reader:
             self.coming = self.reader.submit(self._read, self.sample)
-        inputs, targets = (part.to(self.device, non_blocking=True) for part in pair)
+        batch = batch.each(lambda part: part.to(self.device, non_blocking=True))
         self.wait = time.perf_counter() - asked
-        return inputs, targets
+        return batch
 
-    def _read(self, sample: int) -> tuple[Tensor, Tensor]:
-        inputs, targets = (torch.from_numpy(part) for part in self.batches.starting_at(sample))
-        if self.device.type == "cuda":
-            return inputs.pin_memory(), targets.pin_memory()
-        return inputs, targets
+    def _read(self, sample: int) -> Tensors:
+        read = self.batches.starting_at(sample)
+        documents = None if read.documents is None else torch.from_numpy(read.documents)
+        batch = Tensors(
+            torch.from_numpy(read.inputs), torch.from_numpy(read.targets), documents, read.counted
+        )
+        if self.device.type == "cuda":  # a copy from pinned memory doesn't keep the CPU waiting
+            return batch.each(Tensor.pin_memory)
+        return batch
 
     def close(self) -> None:
         if self.reader:

@@ -51,7 +51,7 @@ class StepMetrics:
     learning_rate: float
     gradient_norm: float
     tokens: int
-    """Seen so far, by all ranks."""
+    """Seen so far, by all ranks: places in samples, of which packing leaves some empty."""
     tokens_per_second: float
     mfu: float | None
     """Model FLOPs by the exact mask, over the device's peak; None where no peak is known. With a
@@ -62,16 +62,29 @@ class StepMetrics:
     """Peak bytes so far: of the GPU, or of the process on a CPU."""
     seconds: float
     """Since the process began training."""
+    sources: dict[str, int]
+    """Tokens seen so far from each of several datasets, by name."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Of a validation split, every token once."""
+
+    loss: float
+    bits_per_byte: float
+    tokens: int
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The validation split, every token once."""
+    """The validation splits of all datasets together, every token once."""
 
     step: int
     loss: float
     bits_per_byte: float
     tokens: int
+    sources: dict[str, Validation]
+    """The same of each of several datasets, by name."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +129,8 @@ class MetricsFile:
 
     def write(self, event: StepMetrics | Evaluation) -> None:
         row: dict[str, Any] = {"kind": KINDS[type(event)], **asdict(event)}
+        if not event.sources:
+            del row["sources"]
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
 

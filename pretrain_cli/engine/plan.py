@@ -12,6 +12,7 @@ and whatever can't work is refused.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 
 from pretrain_cli.config import RunConfig, find_model
 from pretrain_cli.data.dataset import Dataset
+from pretrain_cli.data.mixture import Mixture, Source, mix, parse_sources
 from pretrain_cli.data.opening import open_data
 from pretrain_cli.data.shards import MANIFEST
 from pretrain_cli.data.tokenize import DEMO, demo_request, tokenize
@@ -51,7 +53,7 @@ class Plan:
     settings: RunConfig
     name: str
     model: ModelConfig
-    dataset: Dataset
+    data: Mixture
     speed: Speed
     seq_len: int
     micro_batch_size: int
@@ -74,15 +76,15 @@ def make_plan(
     """Decide everything. A resumed run passes the model that it has."""
     speed = resolve_speed(settings.speed, ranks.device)
     name, config = _find_model(settings, model)
-    dataset = _find_dataset(settings, ranks, report)
+    mixture = _find_data(settings, ranks, report)
     if model is None:
-        config = _fit_to_dataset(config, settings, dataset, report)
+        config = _fit_to_data(config, settings, mixture, report)
     if config.num_experts:
         report(Notice("Experts are trained without a balancing loss, and may come to be unused"))
     train, data, optimizer = settings.train, settings.data, settings.optimizer
     on_cpu = ranks.device.type == "cpu"
 
-    seq_len = _seq_len(data.seq_len, config, dataset, on_cpu)
+    seq_len = _seq_len(data.seq_len, config, mixture, on_cpu)
     flops = counting.training_flops(config, seq_len).exact
     samples = _samples_per_step(settings, ranks, seq_len, flops, on_cpu)
     micro = _micro_batch_size(settings, ranks, config, seq_len, samples, speed)
@@ -127,7 +129,7 @@ def make_plan(
         settings=settings,
         name=name,
         model=config,
-        dataset=dataset,
+        data=mixture,
         speed=speed,
         seq_len=seq_len,
         micro_batch_size=micro,
@@ -145,7 +147,8 @@ def resolved(plan: Plan) -> RunConfig:
     """The settings with the plan's numbers in the place of every `auto` that a resumed run must
     not decide anew, for run.yaml. The micro-batch is the machine's, and is."""
     tree: dict[str, Any] = plan.settings.model_dump()
-    tree["data"] |= {"path": plan.dataset.path, "seq_len": plan.seq_len}
+    asked = [source.asked for source in plan.data.sources]
+    tree["data"] |= {"path": asked, "seq_len": plan.seq_len}
     tree["optimizer"] |= {
         "learning_rate": plan.learning_rate,
         "warmup_steps": plan.warmup_steps,
@@ -163,14 +166,15 @@ def resolved(plan: Plan) -> RunConfig:
 # --- data and model ------------------------------------------------------------------------------
 
 
-def _find_dataset(settings: RunConfig, ranks: Ranks, report: Report) -> Dataset:
-    path = settings.data.path
-    if path is None and settings.data.tokenizer is not None:
+def _find_data(settings: RunConfig, ranks: Ranks, report: Report) -> Mixture:
+    """The datasets of data.path, or the only one in data/, or else the demo's, which is made."""
+    asked, tokenizer = settings.data.path, settings.data.tokenizer
+    if asked is None and tokenizer is not None:
         raise ConfigError(
-            f"data.tokenizer: '{settings.data.tokenizer}' says what made the .bin files of --data; "
-            "name them, or leave it out"
+            f"data.tokenizer: '{tokenizer}' says what made the .bin files of --data; name them, or "
+            "leave it out"
         )
-    if path is None:
+    if asked is None:
         found = sorted(p.parent for p in DATASETS.glob(f"*/{MANIFEST}"))
         found = [folder for folder in found if folder.suffix not in (".partial", ".old")]
         if len(found) > 1:
@@ -185,16 +189,28 @@ def _find_dataset(settings: RunConfig, ranks: Ranks, report: Report) -> Dataset:
             )
             tokenize(demo_request(), lambda *_: None)
         ranks.wait()
-        path = found[0] if found else DEMO
-    dataset = open_data(str(path), settings.data.tokenizer)
+        asked = (str(found[0] if found else DEMO),)
+
+    def say(text: str) -> None:
+        report(Notice(text))
+
+    return mix(
+        [
+            Source(text, weight, open_path(path, tokenizer, say))
+            for text, (path, weight) in zip(asked, parse_sources(asked), strict=True)
+        ]
+    )
+
+
+def open_path(path: str, tokenizer: str | None, say: Callable[[str], None]) -> Dataset:
+    """What one path of data.path names."""
+    dataset = open_data(path, tokenizer)
     for notice in dataset.notices:
-        report(Notice(notice))
+        say(notice)
     if dataset.unverified_bytes:
-        report(
-            Notice(
-                f"{path}: of {dataset.unverified_bytes / 2**30:.0f} GiB the sizes were checked, "
-                "the contents were not"
-            )
+        say(
+            f"{path}: of {dataset.unverified_bytes / 2**30:.0f} GiB the sizes were checked, the "
+            "contents were not"
         )
     return dataset
 
@@ -220,26 +236,26 @@ def _find_model(settings: RunConfig, known: ModelConfig | None) -> tuple[str, Mo
     return folder.resolve().name, variant(read_config(folder), settings.model.changes)
 
 
-def _fit_to_dataset(
-    config: ModelConfig, settings: RunConfig, dataset: Dataset, report: Report
+def _fit_to_data(
+    config: ModelConfig, settings: RunConfig, data: Mixture, report: Report
 ) -> ModelConfig:
-    """The model with a vocabulary that holds the dataset's; refuse one that can't."""
+    """The model with a vocabulary that holds the data's; refuse one that can't."""
     if settings.model.init_from is not None:
-        _same_tokenizer(settings.model.init_from, dataset, report)
+        _same_tokenizer(settings.model.init_from, data, report)
     elif "vocab_size" not in settings.model.changes:
-        config = _with_vocabulary(config, dataset, report)
-    if config.vocab_size <= dataset.largest_token:
+        config = _with_vocabulary(config, data, report)
+    if config.vocab_size <= data.largest_token:
         raise ConfigError(
-            f"model.vocab_size: {config.vocab_size:,} is too small for {dataset.path}, which "
-            f"holds token {dataset.largest_token:,} of {dataset.tokenizer.name}'s "
-            f"{dataset.tokenizer.vocab_size:,}; leave vocab_size out, or tokenize for this model"
+            f"model.vocab_size: {config.vocab_size:,} is too small for {data.name}, which "
+            f"holds token {data.largest_token:,} of {data.tokenizer.name}'s "
+            f"{data.tokenizer.vocab_size:,}; leave vocab_size out, or tokenize for this model"
         )
     return config
 
 
-def _with_vocabulary(config: ModelConfig, dataset: Dataset, report: Report) -> ModelConfig:
-    """The model with as many rows as the dataset's tokenizer has ids, and its padding id."""
-    size, largest = dataset.tokenizer.vocab_size, dataset.largest_token
+def _with_vocabulary(config: ModelConfig, data: Mixture, report: Report) -> ModelConfig:
+    """The model with as many rows as the data's tokenizer has ids, and its padding id."""
+    size, largest = data.tokenizer.vocab_size, data.largest_token
     has_pad = config.pad_token_id is not None
     config = replace(config, pad_token_id=None)
     if largest >= config.vocab_size or abs(size - config.vocab_size) > SAME_VOCABULARY:
@@ -247,26 +263,26 @@ def _with_vocabulary(config: ModelConfig, dataset: Dataset, report: Report) -> M
         report(
             Notice(
                 f"Vocabulary {rows:,} instead of the model's {config.vocab_size:,}: the dataset's "
-                f"tokenizer, {dataset.tokenizer.name}, has {size:,} tokens"
+                f"tokenizer, {data.tokenizer.name}, has {size:,} tokens"
             )
         )
         config = replace(config, vocab_size=rows)
-    return replace(config, pad_token_id=dataset.tokenizer.pad if has_pad else None)
+    return replace(config, pad_token_id=data.tokenizer.pad if has_pad else None)
 
 
-def _same_tokenizer(folder: Path, dataset: Dataset, report: Report) -> None:
+def _same_tokenizer(folder: Path, data: Mixture, report: Report) -> None:
     """Refuse weights that were trained on another tokenizer's ids."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         report(Notice(f"{folder}: no tokenizer.json; that it is the dataset's can't be checked"))
         return
     theirs = read_tokenizer(path, name=str(folder))
-    ours = dataset.tokenizer
+    ours = data.tokenizer
     if theirs.fingerprint != ours.fingerprint and (
         theirs.backend.get_vocab() != ours.backend.get_vocab()
     ):
         raise DataError(
-            f"{dataset.path}: made with the tokenizer {dataset.tokenizer.name}, and {folder} "
+            f"{data.name}: made with the tokenizer {data.tokenizer.name}, and {folder} "
             f"was trained with another; tokenize with --tokenizer {folder}"
         )
 
@@ -274,15 +290,21 @@ def _same_tokenizer(folder: Path, dataset: Dataset, report: Report) -> None:
 # --- numbers -------------------------------------------------------------------------------------
 
 
-def _seq_len(asked: int | str, config: ModelConfig, dataset: Dataset, on_cpu: bool) -> int:
-    available = len(dataset.train.tokens) - 1
+def _seq_len(asked: int | str, config: ModelConfig, data: Mixture, on_cpu: bool) -> int:
+    shortest = min(data.trained_on, key=lambda source: len(source.dataset.train.tokens))
+    tokens = len(shortest.dataset.train.tokens)
     if asked == "auto":
-        return max(1, min(512 if on_cpu else 1024, config.max_position_embeddings, available))
+        asked = max(1, min(512 if on_cpu else 1024, config.max_position_embeddings, tokens - 1))
     assert isinstance(asked, int)
     if asked > config.max_position_embeddings:
         raise ConfigError(
             f"data.seq_len: {asked:,} is beyond the model's {config.max_position_embeddings:,} "
             "positions; give less, or --set model.max_position_embeddings"
+        )
+    if asked >= tokens:
+        raise ConfigError(
+            f"data.seq_len: {asked:,} is beyond the dataset {shortest.name}, whose training split "
+            f"has {tokens:,} tokens; give at most {max(tokens - 1, 0):,}, or more text"
         )
     return asked
 

@@ -39,7 +39,8 @@ class Record:
     asked: dict[str, Any]
     model: ModelConfig
     model_name: str
-    dataset_fingerprint: str
+    data_name: str
+    data_fingerprint: str
 
 
 def read_record(run: Path) -> Record:
@@ -51,14 +52,14 @@ def read_record(run: Path) -> Record:
         raw = yaml.safe_load(path.read_text())
         model = dict(raw["model"])
         name = model.pop("name")
-        fingerprint = raw["dataset"]["fingerprint"]
+        data = raw["dataset"]["path"], raw["dataset"]["fingerprint"]
         settings, asked = raw["settings"], raw["asked"]
         if missing := set(FIELDS) - set(model):
             raise KeyError(missing)
     except (yaml.YAMLError, KeyError, TypeError, ValueError):
         raise CheckpointError(f"{path}: damaged; copy it back from a backup") from None
     # every field is in the file, so nothing of the preset it starts from is left
-    return Record(settings, asked, variant(preset("gemma3-tiny"), model), name, fingerprint)
+    return Record(settings, asked, variant(preset("gemma3-tiny"), model), name, *data)
 
 
 def resumed_settings(record: Record, changed: RunConfig) -> RunConfig:

@@ -37,7 +37,7 @@ def choose_folder(plan: Plan) -> Path:
         if asked.exists() and (not asked.is_dir() or any(asked.iterdir())):
             raise ConfigError(f"--out: {asked} is not an empty folder; choose another")
         return asked
-    base = f"{plan.name}-{plan.dataset.name}"
+    base = "-".join([plan.name, *(source.dataset.name for source in plan.data.sources)])
     number, folder = 1, RUNS / base
     while folder.exists():
         number += 1
@@ -56,10 +56,10 @@ def write_record(
         "model": {"name": plan.name}
         | {k: list(v) if isinstance(v, tuple) else v for k, v in _fields(plan.model).items()},
         "dataset": {
-            "path": str(plan.dataset.path),
-            "fingerprint": plan.dataset.fingerprint,
-            "tokenizer": plan.dataset.tokenizer.name,
-            "tokens": len(plan.dataset.train.tokens),
+            "path": plan.data.name,
+            "fingerprint": plan.data.fingerprint,
+            "tokenizer": plan.data.tokenizer.name,
+            "tokens": sum(len(source.dataset.train.tokens) for source in plan.data.sources),
         },
         "software": {
             "pretrain": __version__,

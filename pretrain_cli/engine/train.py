@@ -1,7 +1,8 @@
-"""Training: from a dataset to a run folder with checkpoints, metrics and a sample.
+"""Training: from datasets to a run folder with checkpoints, metrics and a sample.
 
-open the ranks → plan → build the model → set its weights → prepare it for speed → build the
-optimizer → resume → train_step until done or asked to stop, evaluating and saving when due
+open the ranks → plan → open the batches → build the model → set its weights → prepare it for speed
+→ build the optimizer → resume → train_step until done or asked to stop, evaluating and saving when
+due
 """
 
 import json
@@ -19,9 +20,8 @@ from pretrain_cli.data.batches import Batches
 from pretrain_cli.engine import checkpoint
 from pretrain_cli.engine.checkpoint import State
 from pretrain_cli.engine.distributed import Ranks, gradients_kept, open_ranks, share
-from pretrain_cli.engine.documents import documents_of
 from pretrain_cli.engine.evaluate import evaluate
-from pretrain_cli.engine.feed import Feed
+from pretrain_cli.engine.feed import Feed, open_batches
 from pretrain_cli.engine.metrics import (
     Evaluation,
     Event,
@@ -62,16 +62,8 @@ def train(
         if not ranks.is_first:
             report = _silent
         plan = make_plan(settings, ranks, report, model=resume[1].model if resume else None)
-        batches = Batches(
-            plan.dataset.train.tokens,
-            seq_len=plan.seq_len,
-            samples_per_step=plan.samples_per_step,
-            seed=plan.settings.train.seed,
-            fingerprint=plan.dataset.fingerprint,
-            rank=ranks.rank,
-            world=ranks.world,
-        )
         run, start = _choose_run(plan, report, resume, resume_from)
+        batches = open_batches(plan, ranks, report)
         torch.manual_seed(settings.train.seed)  # nothing draws from it yet; a checkpoint keeps it
         apply_process_settings(plan.speed)
         for decision in plan.speed.decisions.values():
@@ -110,16 +102,18 @@ def train_step(
     micro_batch_size: int,
     clip: float,
     world: int = 1,
+    counted: int | None = None,
     documents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step on this rank's share of its samples. -> (loss, gradient norm).
 
     inputs and targets (B, T) are taken `micro_batch_size` rows at a time, and with them `documents`
-    (B, T), where attention is kept inside each. Each part's loss is its sum over the count of all
-    of this rank's tokens, so the parts add up to the mean that one large batch would give;
-    gradients are then averaged over the ranks. The loss returned is this rank's part of the mean
-    over all ranks.
+    (B, T), where attention is kept inside each. Each part's loss is its sum over a rank's part of
+    the targets that count in the whole step, by default all, so the parts add up to the mean that
+    one large batch would give; gradients are then averaged over the ranks. The loss returned is
+    this rank's part of the mean over all ranks.
     """
+    normalizer = targets.numel() if counted is None else counted / world
     model.train()
     total = torch.zeros((), device=inputs.device)
     for start in range(0, len(inputs), micro_batch_size):
@@ -129,7 +123,7 @@ def train_step(
                 inputs[rows],
                 targets[rows],
                 documents=None if documents is None else documents[rows],
-                normalizer=targets.numel(),
+                normalizer=normalizer,
             )
             loss.backward()
         total += loss.detach() / world
@@ -173,14 +167,13 @@ class Trainer:
             self.metrics = MetricsFile(self.run / "metrics.jsonl", upto=state.step)
         flops = counting.training_flops(plan.model, plan.seq_len).exact
         peak = stated_peak(ranks.device, plan.speed.compute_dtype)
-        masked = plan.settings.data.document_mask
         self.saved_step = state.step if state.step else -1
         self.report(
             Started(
                 run=self.run,
                 model=plan.name,
                 parameters=counting.count_parameters(plan.model).total,
-                dataset=str(plan.dataset.path),
+                dataset=plan.data.name,
                 device=device_name(ranks.device),
                 first_step=state.step,
                 steps=steps,
@@ -212,17 +205,18 @@ class Trainer:
                     settings=plan.settings.optimizer,
                 )
                 set_learning_rate(self.optimizer, rate)
-                inputs, targets = feed.next()
+                batch = feed.next()
                 waited, since = waited + feed.wait, since + 1
                 loss, norm = train_step(
                     self.model,
                     self.optimizer,
-                    inputs,
-                    targets,
+                    batch.inputs,
+                    batch.targets,
                     micro_batch_size=plan.micro_batch_size,
                     clip=plan.settings.optimizer.clip,
                     world=ranks.world,
-                    documents=documents_of(inputs, plan.dataset) if masked else None,
+                    counted=batch.counted,
+                    documents=batch.documents,
                 )
                 state = State(
                     step=state.step + 1,
@@ -249,6 +243,7 @@ class Trainer:
                             data_wait=waited / since,
                             memory=peak_memory(ranks.device),
                             seconds=now - began,
+                            sources=self._tokens_by_source(state),
                         )
                     )
                     waited, since = 0.0, 0
@@ -274,6 +269,14 @@ class Trainer:
         self.report(finished)
         return finished
 
+    def _tokens_by_source(self, state: State) -> dict[str, int]:
+        """Seen so far of each dataset, where there are several."""
+        sources = self.plan.data.trained_on
+        counts = self.batches.interleaving.counts(state.samples)
+        tokens = [count * self.plan.seq_len for count in counts]
+        names = [source.name for source in sources]
+        return dict(zip(names, tokens, strict=True)) if len(self.plan.data.sources) > 1 else {}
+
     def _refuse_divergence(self, state: State, loss: float, norm: float) -> None:
         """Stop before weights that are not finite are saved over those that are."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -292,22 +295,21 @@ class Trainer:
 
     def evaluate(self, state: State) -> None:
         """Measure and report the validation loss, once for a step."""
-        dataset = self.plan.dataset
-        if self.evaluated_step == state.step or len(dataset.val.tokens) < 2:
+        if self.evaluated_step == state.step:
             return
         self.model.eval()
         self.evaluated_step = state.step
-        self.report(
-            evaluate(
-                self.model,
-                dataset,
-                step=state.step,
-                seq_len=self.plan.seq_len,
-                batch_size=self.plan.micro_batch_size,
-                ranks=self.ranks,
-                document_mask=self.plan.settings.data.document_mask,
-            )
+        evaluation = evaluate(
+            self.model,
+            self.plan.data,
+            step=state.step,
+            seq_len=self.plan.seq_len,
+            batch_size=self.plan.micro_batch_size,
+            ranks=self.ranks,
+            document_mask=self.plan.settings.data.document_mask,
         )
+        if evaluation is not None:
+            self.report(evaluation)
 
     def save(self, state: State) -> None:
         """Write a checkpoint, once for a step."""
@@ -321,7 +323,7 @@ class Trainer:
             self.decoder,
             self.optimizer,
             state,
-            tokenizer=self.plan.dataset.tokenizer,
+            tokenizer=self.plan.data.tokenizer,
             ranks=self.ranks,
         )
         self.saved_step = state.step
@@ -340,7 +342,7 @@ class Trainer:
             self.decoder.eval()
             controls = Controls(max_tokens=train.sample_tokens, seed=train.seed)
             pieces = sample_text(
-                self.decoder, self.plan.dataset.tokenizer, train.sample_prompt, controls
+                self.decoder, self.plan.data.tokenizer, train.sample_prompt, controls
             )
             try:
                 with torch.compiler.set_stance("force_eager"):  # each length would compile anew
@@ -364,10 +366,10 @@ def _choose_run(
     if resume is None:
         return choose_folder(plan), None
     run, record = resume
-    if plan.dataset.fingerprint != record.dataset_fingerprint:
+    if plan.data.fingerprint != record.data_fingerprint:
         raise DataError(
-            f"{plan.dataset.path}: not the dataset that {run} was trained on; give that one "
-            "with --data, or start a new run"
+            f"{plan.data.name}: not the dataset that {run} was trained on; give "
+            f"{record.data_name} with --data, or start a new run"
         )
     if resume_from and (reason := checkpoint.damage(resume_from)):
         raise CheckpointError(f"{reason}; resume from the run, {run}, to take another")

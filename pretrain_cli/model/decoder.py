@@ -104,7 +104,7 @@ class Decoder(nn.Module):
         targets: Tensor | None = None,
         *,
         documents: Tensor | None = None,
-        normalizer: int | None = None,
+        normalizer: float | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
     ) -> Tensor:

@@ -20,7 +20,7 @@ CHUNK_ELEMENTS = {"cpu": 2**27, "cuda": 2**30}
 
 
 def cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, normalizer: int | None, chunked: bool
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, normalizer: float | None, chunked: bool
 ) -> Tensor:
     """Summed cross entropy over `normalizer`, in float32: the mean where that is the target count.
 
@@ -29,7 +29,7 @@ def cross_entropy(
     means the targets given here.
     """
     hidden, targets = hidden.flatten(0, 1), targets.flatten()
-    count: Tensor | int = normalizer or (targets != IGNORED).sum().clamp(min=1)
+    count: Tensor | float = normalizer or (targets != IGNORED).sum().clamp(min=1)
     if not chunked:
         logits = F.linear(hidden, weight.to(hidden.dtype)).float()
         return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / count

@@ -162,6 +162,105 @@ def test_with_several_datasets_one_must_be_chosen(pretrain, refused, dataset, ti
     assert pretrain(f"train {tiny} --steps 1 --data data/other").code == 0
 
 
+# --- several datasets, and whole documents -------------------------------------------------------
+
+
+@pytest.fixture
+def other(pretrain, dataset):
+    """`data/other`: another part of the same text, nothing held out."""
+    line = "tokenize --tokenizer bytes --val-fraction 0 corpus/more corpus/verse-03.txt"
+    assert pretrain(f"{line} --out data/other").code == 0
+    return Path("data/other")
+
+
+@pytest.mark.usefixtures("other")
+@pytest.mark.parametrize(
+    "data", ["--data data/corpus:0.75 data/other:0.25", "--data data/corpus:3 --data data/other:1"]
+)
+def test_datasets_are_mixed_by_weight_as_it_is_typed(pretrain, tiny, data):
+    outcome = pretrain(f"train {data} {tiny} --steps 4 --out mixed --learning-rate 0.01")
+    assert outcome.code == 0, outcome.err
+    # 16 samples of 32 tokens, three of one to one of the other
+    assert metrics("mixed")[-1]["sources"] == {"data/corpus": 384, "data/other": 128}
+    assert "Tokens seen: data/corpus 384, data/other 128" in outcome.out
+    (evaluation,) = metrics("mixed", "evaluation")
+    assert list(evaluation["sources"]) == ["data/corpus"]  # the other holds nothing out
+    assert "data/corpus: " in outcome.out.split("validation loss")[1]
+    made = record("mixed")
+    assert made["dataset"]["path"] == data.replace("--data ", "")
+    assert pretrain("train --resume mixed --steps 5").code == 0
+    assert metrics("mixed")[-1]["step"] == 5
+
+
+@pytest.mark.usefixtures("other")
+def test_without_weights_an_epoch_of_the_mixture_is_one_of_each(pretrain, tiny):
+    sizes = {}
+    for name in ("corpus", "other"):
+        shards = json.loads(Path(f"data/{name}/dataset.json").read_text())["shards"]
+        tokens = sum(shard["tokens"] for shard in shards if shard["split"] == "train")
+        sizes[f"data/{name}"] = (tokens - 1) // 32 * 32
+    tokens = sum(sizes.values())
+    line = f"train {tiny} --tokens-per-step {tokens} --micro-batch-size 1 --steps 1 --out mixed"
+    outcome = pretrain(f"{line} --data data/corpus data/other --set train.sample_tokens=0")
+    assert outcome.code == 0, outcome.err
+    assert metrics("mixed")[-1]["sources"] == sizes
+
+
+def test_one_datasets_run_says_nothing_of_sources(pretrain, tiny, dataset):
+    outcome = pretrain(f"train {tiny} --data {dataset} --steps 1 --out made")
+    assert "sources" not in metrics("made")[0] | metrics("made", "evaluation")[0]
+    assert "Tokens seen" not in outcome.out
+
+
+@pytest.mark.usefixtures("other")
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("data/corpus", "data/corpus: is it a dataset? give it with --data data/corpus"),
+        ("--data data/corpus:0.7 data/other", "data.path: data/other has no weight"),
+        ("--data data/corpus:0 data/other:0", "data.path: the weights in data/corpus:0 data/other"),
+        ("--data data/corpus:1 data/other:-1", "data.path: the weight in data/other:-1 is below"),
+        ("--data data/corpus data/corpus", "data/corpus: the same tokens as data/corpus; give"),
+        ("--data data/corpus nowhere:0.5", "data.path: data/corpus has no weight"),
+        ("--data data/corpus:1 nowhere:0.5", "nowhere: no such dataset; make one with"),
+        ("--set data.path=3", "data.path: 3 is not a path or a list of paths"),
+        ("--data data/other --packing bestfit", "data.packing: 'bestfit' is not one of concat, be"),
+        ("--data data/other data/corpus --seq-len 2000",
+         "data.seq_len: 2,000 is beyond the dataset data/other, whose training split has 1,"),
+        ("--data data/other --packing best-fit --seq-len 2000", "data.seq_len: 2,000 is beyond th"),
+    ],
+)  # fmt: skip
+def test_datasets_that_cannot_be_trained_on_together(refused, tiny, options, said):
+    sizes = "--tokens-per-step 4000" if "2000" in options else "--steps 1"
+    assert refused(f"train {tiny} {sizes} --steps 1 {options}").startswith(said)
+
+
+def test_different_tokenizers_do_not_mix(pretrain, refused, dataset, tiny):
+    pretrain("tokenize --tokenizer bpe --vocab-size 300 corpus --out data/bpe")
+    message = refused(f"train {tiny} --data {dataset} data/bpe --steps 1")
+    assert message.startswith("data/bpe: made with the tokenizer bpe-300 (")
+    assert ", and data/corpus with bytes (" in message
+
+
+def test_whole_documents_are_packed_once_and_it_is_told_how_well(pretrain, tiny, dataset):
+    """Documents of some 400 tokens in samples of 33: each is cut."""
+    line = f"train {tiny} --data {dataset} --packing best-fit --steps 2 --out"
+    outcome = pretrain(f"{line} first")
+    assert outcome.code == 0, outcome.err
+    index = dataset / "packing-best-fit-32.idx"
+    built = index.stat().st_mtime_ns
+    assert "· data/corpus: packing documents into samples of 32 tokens, once" in outcome.out
+    assert " samples of whole documents, 9" in outcome.out
+    assert "documents are longer than a sample, and " in outcome.out
+    again = pretrain(f"{line} second")
+    assert "packing documents into samples" not in again.out
+    assert "% of their places filled" in again.out
+    assert index.stat().st_mtime_ns == built
+    losses = [[row["loss"] for row in metrics(run)] for run in ("first", "second")]
+    assert losses[0] == losses[1]
+    assert record("first")["settings"]["data"]["packing"] == "best-fit"
+
+
 # --- stopped, and gone on with -------------------------------------------------------------------
 
 
@@ -358,7 +457,7 @@ def test_a_wrong_option_is_refused_before_anything_is_written(refused, tiny, opt
 def test_a_length_beyond_the_dataset(refused, tiny):
     line = f"train {tiny} --seq-len 20000 --tokens-per-step 40000 --steps 1"
     message = refused(f"{line} --set model.max_position_embeddings=65536")
-    assert message.startswith("data.seq_len: 20000 is beyond the dataset")
+    assert message.startswith("data.seq_len: 20,000 is beyond the dataset data/corpus")
     assert "or more text" in message
 
 

@@ -1,74 +1,39 @@
 """Which tokens a step trains on: a pure function, every window once an epoch, for any ranks."""
 
 import math
-from itertools import pairwise
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain_cli.data.batches import IGNORED, Batches, Permutation, validation_batches
-from pretrain_cli.errors import ConfigError
-
-SIZES = st.one_of(st.integers(1, 70), st.integers(1, 5000))
-
-
-# --- the permutation -----------------------------------------------------------------------------
-
-
-@given(size=SIZES, key=st.text(max_size=8))
-def test_a_permutation_reaches_every_place_once(size, key):
-    places = Permutation(size, key)(np.arange(size))
-    assert np.array_equal(np.sort(places), np.arange(size))
-
-
-@given(size=st.integers(2**20, 2**50), data=st.data())
-def test_a_large_permutation_stays_inside_and_never_meets_itself(size, data):
-    start = data.draw(st.integers(0, size - 2000))
-    places = Permutation(size, "key")(np.arange(start, start + 2000))
-    assert places.min() >= 0
-    assert places.max() < size
-    assert len(set(places.tolist())) == 2000
-
-
-@given(size=SIZES, data=st.data())
-def test_a_permutation_is_a_function_of_each_number_alone(size, data):
-    numbers = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=20))
-    whole = Permutation(size, "key")(np.arange(size))
-    assert Permutation(size, "key")(np.array(numbers)).tolist() == whole[numbers].tolist()
-
-
-def test_a_permutation_is_as_irregular_as_a_random_one():
-    """Of 10,000 numbers about one stays, and about 1 in 10,000 pairs of neighbours; each key
-    gives another order."""
-    orders = [Permutation(10_000, f"key {number}")(np.arange(10_000)) for number in range(8)]
-    for order in orders:
-        assert (order == np.arange(10_000)).sum() < 10
-        assert (np.abs(np.diff(order)) == 1).sum() < 20
-        assert abs(np.corrcoef(order, np.arange(10_000))[0, 1]) < 0.05
-    for a, b in pairwise(orders):
-        assert (a == b).sum() < 10
-
+from pretrain_cli.data.batches import IGNORED, Batches, Windows, validation_batches
 
 # --- training ------------------------------------------------------------------------------------
 
 
-def batches_of(tokens, **changes):
-    options = {"seq_len": 4, "samples_per_step": 6, "seed": 0, "fingerprint": "made"} | changes
-    return Batches(tokens, **options)
+def batches_of(*rows, weights=None, seq_len=4, fingerprint="made", **changes):
+    """Batches of windows on these rows of tokens."""
+    sources = [
+        Windows(row, seq_len=seq_len, fingerprint=f"{fingerprint} {number}", separator=0)
+        for number, row in enumerate(rows)
+    ]
+    weights = weights or [len(samples) for samples in sources]
+    options = {"samples_per_step": 6, "seed": 0} | changes
+    return Batches(sources, weights, seq_len=seq_len, **options)
 
 
 def windows_seen(batches, first, steps):
     """The windows of `steps` steps from sample `first`, by the first token; tokens count up."""
     per_step = batches.samples_per_step
-    inputs = [batches.starting_at(first + step * per_step)[0] for step in range(steps)]
+    inputs = [batches.starting_at(first + step * per_step).inputs for step in range(steps)]
     return np.concatenate(inputs)[:, 0] // batches.seq_len
 
 
 def test_targets_are_the_inputs_one_token_on(stream):
     tokens = np.random.default_rng(0).integers(0, 60_000, 200)
-    inputs, targets = batches_of(stream(tokens)).starting_at(0)
+    batch = batches_of(stream(tokens)).starting_at(0)
+    inputs, targets = batch.inputs, batch.targets
+    assert batch.counted == 24
     assert inputs.shape == targets.shape == (6, 4)
     assert inputs.dtype == targets.dtype == np.int64
     whole = tokens.tolist()
@@ -80,7 +45,7 @@ def test_targets_are_the_inputs_one_token_on(stream):
 
 def test_every_window_is_seen_once_an_epoch(stream):
     batches = batches_of(stream(range(121)))  # 30 windows, and steps of 6
-    assert batches.windows == 30
+    assert len(batches.sources[0]) == 30
     epochs = [windows_seen(batches, 30 * epoch, 5) for epoch in range(3)]
     for epoch in epochs:
         assert sorted(epoch) == list(range(30))
@@ -89,7 +54,7 @@ def test_every_window_is_seen_once_an_epoch(stream):
 
 def test_every_token_but_the_first_is_a_target_once_an_epoch(stream):
     batches = batches_of(stream(range(121)))
-    targets = [batches.starting_at(6 * step)[1] for step in range(5)]
+    targets = [batches.starting_at(6 * step).targets for step in range(5)]
     assert sorted(np.concatenate(targets).ravel()) == list(range(1, 121))
 
 
@@ -111,15 +76,16 @@ def test_a_step_may_be_longer_than_an_epoch(stream):
     tokens=st.integers(6, 300),
 )
 def test_the_order_is_the_same_for_any_number_of_ranks(stream, world, first, tokens):
-    row = stream(range(tokens))
-    alone = batches_of(row, samples_per_step=12).starting_at(first)
+    rows = stream(range(tokens)), stream(range(1000, 1090))
+    alone = batches_of(*rows, samples_per_step=12).starting_at(first)
     shares = [
-        batches_of(row, samples_per_step=12, rank=rank, world=world).starting_at(first)
+        batches_of(*rows, samples_per_step=12, rank=rank, world=world).starting_at(first)
         for rank in range(world)
     ]
-    assert {share[0].shape for share in shares} == {(12 // world, 4)}
-    for whole, parts in zip(alone, zip(*shares, strict=True), strict=True):
-        assert np.array_equal(whole, np.concatenate(parts))
+    assert {share.inputs.shape for share in shares} == {(12 // world, 4)}
+    assert {share.counted for share in shares} == {alone.counted}  # of the whole step
+    assert np.array_equal(alone.inputs, np.concatenate([share.inputs for share in shares]))
+    assert np.array_equal(alone.targets, np.concatenate([share.targets for share in shares]))
 
 
 def test_any_step_is_read_at_once_whatever_was_read_before(stream):
@@ -128,14 +94,14 @@ def test_any_step_is_read_at_once_whatever_was_read_before(stream):
     steps = [straight.starting_at(6 * step) for step in range(40)]
     for step in (39, 0, 17, 17):
         again = batches_of(row).starting_at(6 * step)
-        assert np.array_equal(again[0], steps[step][0])
-        assert np.array_equal(straight.starting_at(6 * step)[0], steps[step][0])
+        assert np.array_equal(again.inputs, steps[step].inputs)
+        assert np.array_equal(straight.starting_at(6 * step).inputs, steps[step].inputs)
 
 
 def test_samples_do_not_depend_on_the_size_of_a_step(stream):
     row = stream(range(500))
-    by_six = [batches_of(row).starting_at(6 * step)[0] for step in range(4)]
-    by_eight = [batches_of(row, samples_per_step=8).starting_at(8 * s)[0] for s in range(3)]
+    by_six = [batches_of(row).starting_at(6 * step).inputs for step in range(4)]
+    by_eight = [batches_of(row, samples_per_step=8).starting_at(8 * s).inputs for s in range(3)]
     assert np.array_equal(np.concatenate(by_six), np.concatenate(by_eight))
 
 
@@ -149,13 +115,36 @@ def test_seed_and_dataset_each_give_another_order(stream):
 
 
 def test_the_longest_window_is_the_whole_split(stream):
-    inputs, targets = batches_of(stream(range(10)), seq_len=9).starting_at(0)
-    assert inputs[0].tolist() == list(range(9))
-    assert targets[0].tolist() == list(range(1, 10))
-    with pytest.raises(ConfigError) as error:
-        batches_of(stream(range(10)), seq_len=10)
-    assert str(error.value).startswith("data.seq_len: 10 is beyond the dataset")
-    assert "has 10 tokens; give at most 9" in str(error.value)
+    batch = batches_of(stream(range(10)), seq_len=9).starting_at(0)
+    assert batch.inputs[0].tolist() == list(range(9))
+    assert batch.targets[0].tolist() == list(range(1, 10))
+
+
+# --- several sources -----------------------------------------------------------------------------
+
+
+def test_an_epoch_of_a_mixture_without_weights_is_one_of_each(stream):
+    batches = batches_of(stream(range(81)), stream(range(1000, 1041)))  # 20 windows and 10
+    for epoch in range(3):
+        seen = windows_seen(batches, 30 * epoch, 5)
+        assert sorted(seen) == [*range(20), *range(250, 260)]
+
+
+def test_sources_go_through_their_own_epochs_by_weight(stream):
+    batches = batches_of(stream(range(81)), stream(range(1000, 1041)), weights=[1, 3])
+    seen = windows_seen(batches, 0, 20)  # 120 samples: 30 and 90 of them
+    first, second = seen[seen < 250], seen[seen >= 250]
+    assert sorted(first[:20]) == list(range(20))
+    assert len(first) == 30
+    for epoch in range(9):
+        assert sorted(second[10 * epoch : 10 * epoch + 10]) == list(range(250, 260))
+
+
+def test_a_source_has_the_same_order_in_any_mixture(stream):
+    row, other = stream(range(81)), stream(range(1000, 1041))
+    alone = windows_seen(batches_of(row), 0, 5)
+    mixed = windows_seen(batches_of(row, other, weights=[1, 1]), 0, 10)
+    assert mixed[mixed < 250].tolist() == alone.tolist()
 
 
 # --- validation ----------------------------------------------------------------------------------

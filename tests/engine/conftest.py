@@ -43,6 +43,21 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return request.out
 
 
+@pytest.fixture(scope="session")
+def other_dataset(dataset: Path) -> Path:
+    """Bytes of ten longer documents, none of them held out."""
+    root = dataset.parent
+    for number in range(10):
+        path = root / "dogs.txt" / f"{number}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"{number}: " + "a dog, another dog, " * (3 * number + 1))
+    request = TokenizeRequest(
+        paths=(root / "dogs.txt",), out=root / "dogs", tokenizer="bytes", val_fraction=0.0
+    )
+    tokenize(request, lambda *_: None)
+    return request.out
+
+
 @pytest.fixture
 def settings(dataset: Path, tmp_path: Path) -> Callable[..., RunConfig]:
     """Settings of a small run on the dataset, by dotted name; `out` is under tmp_path."""

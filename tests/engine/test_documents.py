@@ -1,44 +1,15 @@
-"""Documents in a sample: where they begin, and that a run with the mask keeps attention inside."""
+"""A run with the document mask keeps attention inside each document, and changes nothing else."""
 
 import pytest
 import torch
 
 from pretrain_cli.data.dataset import open_dataset
+from pretrain_cli.data.mixture import Source, mix
 from pretrain_cli.engine import train as training
 from pretrain_cli.engine.distributed import Ranks
-from pretrain_cli.engine.documents import document_numbers
 from pretrain_cli.engine.evaluate import evaluate
 from pretrain_cli.engine.metrics import Evaluation, StepMetrics
 from pretrain_cli.engine.sample import open_for_sampling
-
-END = 9
-
-
-def numbers(*rows, leads=False):
-    return document_numbers(torch.tensor(rows), END, leads=leads).tolist()
-
-
-def test_a_document_begins_after_the_end_of_the_one_before():
-    assert numbers([1, 2, END, 3, END, 4, 5]) == [[0, 0, 0, 1, 1, 2, 2]]
-
-
-def test_a_document_begins_at_its_separator_where_that_leads():
-    assert numbers([1, 2, END, 3, END, 4, 5], leads=True) == [[0, 0, 1, 1, 2, 2, 2]]
-
-
-def test_the_rest_of_a_document_that_a_sample_cuts_is_one():
-    assert numbers([3, 4, END, 5], [END, 3, 4, 5]) == [[0, 0, 0, 1], [0, 1, 1, 1]]
-    cut, whole = numbers([3, 4, END, 5], [END, 3, 4, 5], leads=True)
-    assert cut == [0, 0, 1, 1]
-    assert len(set(whole)) == 1
-
-
-def test_a_separator_alone_is_a_document():
-    assert numbers([END, END, 1, END]) == [[0, 1, 2, 2]]
-
-
-def test_rows_without_a_separator_are_one_document():
-    assert numbers([1, 2, 3], [4, 5, 6]) == [[0, 0, 0], [0, 0, 0]]
 
 
 @pytest.fixture
@@ -92,7 +63,7 @@ def test_a_masked_runs_validation_is_masked(settings, run, dataset, tmp_path):
     plain, masked = (
         evaluate(
             model,
-            open_dataset(dataset),
+            mix([Source(str(dataset), None, open_dataset(dataset))]),
             step=6,
             seq_len=32,
             batch_size=2,

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 from pretrain_cli.config import SpeedConfig
 from pretrain_cli.data.dataset import open_dataset
+from pretrain_cli.data.mixture import Source, mix
+from pretrain_cli.data.tokenize import TokenizeRequest, tokenize
 from pretrain_cli.engine.distributed import Ranks
 from pretrain_cli.engine.evaluate import evaluate
 from pretrain_cli.engine.speed import build_model, resolve_speed
@@ -18,11 +20,24 @@ from pretrain_cli.model.presets import preset
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_validation_is_the_mean_over_every_token_whatever_the_batch(dataset, batch_size):
-    config = variant(preset("qwen3-tiny"), {"hidden_size": 32, "vocab_size": 320})
+def small_model(name="qwen3-tiny"):
+    config = variant(preset(name), {"hidden_size": 32, "vocab_size": 320})
     model = build_model(config, resolve_speed(SpeedConfig(dtype="float32"), CPU), CPU)
     model.initialize(3)
+    return model
+
+
+def evaluated(model, *folders, batch_size=2, **options):
+    mixture = mix([Source(str(folder), None, open_dataset(folder)) for folder in folders])
+    ranks = Ranks(0, 1, CPU)
+    return evaluate(
+        model, mixture, step=7, seq_len=32, batch_size=batch_size, ranks=ranks, **options
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_validation_is_the_mean_over_every_token_whatever_the_batch(dataset, batch_size):
+    model = small_model()
     opened = open_dataset(dataset)
     stream = opened.val.tokens
     tokens = torch.from_numpy(stream.read(0, len(stream)))
@@ -32,9 +47,8 @@ def test_validation_is_the_mean_over_every_token_whatever_the_batch(dataset, bat
             window = tokens[start : start + 33]
             logits = model(window[None, :-1])[0]
             total += F.cross_entropy(logits, window[1:], reduction="sum").item()
-    result = evaluate(
-        model, opened, step=7, seq_len=32, batch_size=batch_size, ranks=Ranks(0, 1, CPU)
-    )
+    result = evaluated(model, dataset, batch_size=batch_size)
+    assert result.sources == {}
     assert result.tokens == len(tokens) - 1
     assert result.loss == pytest.approx(total / result.tokens, rel=1e-5)
     text = sum(len(path.read_bytes()) for path in held_out(dataset, opened))
@@ -43,9 +57,7 @@ def test_validation_is_the_mean_over_every_token_whatever_the_batch(dataset, bat
 
 def test_masked_validation_is_that_of_each_document_by_itself(dataset):
     """Of each part of one, that is, that a window of validation holds."""
-    config = variant(preset("gemma3-tiny"), {"hidden_size": 32, "vocab_size": 320})
-    model = build_model(config, resolve_speed(SpeedConfig(dtype="float32"), CPU), CPU)
-    model.initialize(3)
+    model = small_model("gemma3-tiny")
     opened = open_dataset(dataset)
     stream = opened.val.tokens
     tokens = torch.from_numpy(stream.read(0, len(stream)))
@@ -61,11 +73,40 @@ def test_masked_validation_is_that_of_each_document_by_itself(dataset):
                 total += F.cross_entropy(logits, targets[first:last], reduction="sum").item()
                 parts += 1
     assert parts > windows
-    result = evaluate(
-        model, opened, step=7, seq_len=32, batch_size=3, ranks=Ranks(0, 1, CPU), document_mask=True
-    )
+    result = evaluated(model, dataset, batch_size=3, document_mask=True)
     assert result.tokens == len(tokens) - 1
     assert result.loss == pytest.approx(total / result.tokens, rel=1e-5)
+
+
+def test_a_mixture_is_validated_together_and_source_by_source(dataset, other_dataset, tmp_path):
+    """Every token once: the whole is the sources' mean by their tokens, and of text by its bytes.
+    A source without a validation split has no part in it."""
+    (tmp_path / "birds").mkdir()
+    for number in range(20):
+        (tmp_path / f"birds/{number}.txt").write_text(f"{number} birds sing" * (number + 1))
+    birds = TokenizeRequest(
+        paths=(tmp_path / "birds",), out=tmp_path / "b", tokenizer="bytes", val_fraction=0.3
+    )
+    tokenize(birds, lambda *_: None)
+    model = small_model()
+    alone = {str(folder): evaluated(model, folder) for folder in (dataset, birds.out)}
+    both = evaluated(model, dataset, other_dataset, birds.out)
+    assert both.sources.keys() == alone.keys()
+    for name, result in both.sources.items():
+        assert result.loss == alone[name].loss
+        assert result.bits_per_byte == alone[name].bits_per_byte
+        assert result.tokens == alone[name].tokens
+    tokens = [result.tokens for result in alone.values()]
+    assert both.tokens == sum(tokens)
+    losses = [result.loss * count for result, count in zip(alone.values(), tokens, strict=True)]
+    assert both.loss == pytest.approx(sum(losses) / sum(tokens))
+    bits = [loss / math.log(2) for loss in losses]
+    sizes = [b / result.bits_per_byte for b, result in zip(bits, alone.values(), strict=True)]
+    assert both.bits_per_byte == pytest.approx(sum(bits) / sum(sizes))
+
+
+def test_without_a_validation_split_there_is_nothing_to_evaluate(other_dataset):
+    assert evaluated(small_model(), other_dataset) is None
 
 
 def held_out(dataset, opened):

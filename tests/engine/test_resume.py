@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from pretrain_cli.engine.metrics import Notice
 from pretrain_cli.engine.record import read_record, resumed_settings
 from pretrain_cli.errors import CheckpointError, ConfigError, DataError, PretrainError
 
-NUMBERS = ("step", "loss", "learning_rate", "gradient_norm", "tokens", "bits_per_byte")
+NUMBERS = ("step", "loss", "learning_rate", "gradient_norm", "tokens", "bits_per_byte", "sources")
 
 
 def numbers(run: Path) -> list[dict]:
@@ -63,6 +64,25 @@ def test_resuming_gives_the_same_losses_and_weights(settings, run, tmp_path, mod
     resume(run, tmp_path / "halves")
     assert numbers(tmp_path / "halves") == numbers(tmp_path / "straight")
     assert_same_weights(later, tmp_path / "straight/checkpoints/step-000006")
+
+
+@pytest.mark.parametrize("packing", ["concat", "best-fit"])
+def test_resuming_a_mixture_goes_on_in_the_middle_of_each_sources_epoch(
+    settings, run, tmp_path, dataset, other_dataset, packing
+):
+    common = {
+        "data__path": [f"{dataset}:0.7", f"{other_dataset}:0.3"],
+        "data__packing": packing,
+        "train__eval_every": 3,
+    }
+    run(settings("straight", **common))
+    run(settings("cut", train__checkpoint_every=2, train__keep_checkpoints=9, **common))
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / f"cut/checkpoints/step-{step:06d}")
+    resume(run, tmp_path / "cut")
+    assert numbers(tmp_path / "cut") == numbers(tmp_path / "straight")
+    last = "checkpoints/step-000006"
+    assert_same_weights(tmp_path / "cut" / last, tmp_path / "straight" / last)
 
 
 def test_resuming_with_other_speed_settings_keeps_the_optimizers_moments(settings, run, tmp_path):
@@ -138,7 +158,8 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(settings, run, tm
 @pytest.mark.parametrize(
     ("setting", "value"),
     [("optimizer.learning_rate", 1.0), ("train.seed", 5), ("data.seq_len", 16),
-     ("model.hidden_size", 64), ("train.tokens_per_step", 256), ("data.document_mask", True)],
+     ("model.hidden_size", 64), ("train.tokens_per_step", 256), ("data.document_mask", True),
+     ("data.packing", "best-fit")],
 )  # fmt: skip
 def test_what_would_change_the_run_is_refused_on_resume(settings, run, tmp_path, setting, value):
     run(settings(train__steps=1))
@@ -155,8 +176,23 @@ def test_another_dataset_is_refused_on_resume(settings, run, tmp_path, dataset):
     )
     tokenize(other, lambda *_: None)
     run(settings(train__steps=1))
-    with pytest.raises(DataError, match="not the dataset"):
-        resume(run, tmp_path / "run", data__path=tmp_path / "dogs", train__steps=2)
+    for path in (tmp_path / "dogs", [dataset, tmp_path / "dogs"]):
+        with pytest.raises(DataError, match="not the dataset"):
+            resume(run, tmp_path / "run", data__path=path, train__steps=2)
+
+
+def test_a_mixture_is_resumed_with_the_same_weights_alone(
+    settings, run, tmp_path, dataset, other_dataset
+):
+    run(settings(data__path=[f"{dataset}:2", f"{other_dataset}:1"], train__steps=1))
+    moved = tmp_path / "moved"
+    shutil.copytree(other_dataset, moved)
+    for weights in ((1, 2), (1, 1)):
+        path = [f"{folder}:{w}" for folder, w in zip((dataset, moved), weights, strict=True)]
+        with pytest.raises(DataError, match=r"not the dataset .*give .*:2 .*:1 with --data"):
+            resume(run, tmp_path / "run", data__path=path, train__steps=2)
+    path = [f"{dataset}:0.5", f"{moved}:0.25"]  # in the same proportion
+    assert resume(run, tmp_path / "run", data__path=path, train__steps=2)[-1].step == 2
 
 
 def test_going_on_from_an_earlier_checkpoint_leaves_the_later_ones_aside(settings, run, tmp_path):

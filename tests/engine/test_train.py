@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from pretrain_cli.config import OptimizerSettings, SpeedConfig
-from pretrain_cli.engine.documents import document_numbers
+from pretrain_cli.data.batches import IGNORED
+from pretrain_cli.data.documents import document_numbers
 from pretrain_cli.engine.metrics import Evaluation, Finished, Notice, Sample, Saved, StepMetrics
 from pretrain_cli.engine.optimizer import build_optimizer, set_learning_rate
 from pretrain_cli.engine.speed import build_model, resolve_speed
@@ -44,7 +46,8 @@ def test_accumulated_micro_batches_equal_one_large_batch(micro_batch_size, maske
     model = small_model()
     tokens = torch.randint(1, 64, (8, 25), generator=torch.Generator().manual_seed(0))
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    documents = document_numbers(inputs, 5, leads=False) if masked else None
+    numbers = torch.from_numpy(document_numbers(inputs.numpy(), 5, leads=False))
+    documents = numbers if masked else None
     whole = copy.deepcopy(model)
     results = []
     for one, rows in ((model, micro_batch_size), (whole, 8)):
@@ -67,6 +70,30 @@ def test_accumulated_micro_batches_equal_one_large_batch(micro_batch_size, maske
     for (loss, norm), (expected_loss, expected_norm) in zip(*results, strict=True):
         torch.testing.assert_close(loss, expected_loss, rtol=2e-6, atol=0)
         torch.testing.assert_close(norm, expected_norm, rtol=2e-5, atol=0)
+
+
+def test_what_is_not_counted_has_no_part_in_the_mean():
+    """Rows with few targets or none, in parts: the loss is the mean over those that count."""
+    model = small_model()
+    whole = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, 64, (6, 17), generator=generator)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
+    targets[0, 3:] = targets[2] = targets[5, :9] = IGNORED
+    counted = int((targets != IGNORED).sum())
+    assert counted == 3 + 3 * 16 + 7
+    results = []
+    for one, rows in ((model, 2), (whole, 6)):
+        optimizer = build_optimizer(one, OptimizerSettings(), fused=True)
+        set_learning_rate(optimizer, 1e-3)
+        options = {"micro_batch_size": rows, "clip": 1.0, "counted": counted}
+        with torch.no_grad():
+            logits = one(inputs).flatten(0, 1)
+        expected = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED)
+        loss, norm = train_step(one, optimizer, inputs, targets, **options)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        results.append(norm.item())
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
 
 
 def test_a_step_is_torchs_own_adamw_on_the_mean_loss_with_clipped_gradients():
@@ -156,11 +183,24 @@ def test_the_choices_made_for_a_person_are_told(settings, run):
     assert any("speed.float32_matmul: highest" in text for text in told)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_ranks_train_as_one_with_the_same_batch(settings, run, tmp_path, parallel):
+@pytest.mark.parametrize(("parallel", "packing"), [("ddp", "best-fit"), ("fsdp", "concat")])
+def test_two_ranks_train_as_one_with_the_same_batch(
+    settings, run, tmp_path, dataset, other_dataset, parallel, packing
+):
     """Two gloo processes on a CPU, the same global batch: the same losses and validation."""
-    config = settings("alone", train__steps=4, train__eval_every=2, data__document_mask=True)
+    shutil.copytree(dataset, tmp_path / "cats")  # without an index of packed documents
+    path = [f"{tmp_path / 'cats'}:0.6", f"{other_dataset}:0.4"]
+    config = settings(
+        "alone",
+        train__steps=4,
+        train__eval_every=2,
+        data__path=path,
+        data__packing=packing,
+        data__document_mask=True,
+    )
     alone = run(config)
+    for index in (tmp_path / "cats").glob("packing-*"):
+        index.unlink()  # the ranks build it again
     flags = [
         f"--set={section}.{name}={value}"
         for section, values in config.model_dump(mode="json", exclude_unset=True).items()

@@ -1,17 +1,10 @@
 """Which document each token of a sample belongs to, from the tokens themselves."""
 
-from torch import Tensor
-
-from pretrain_cli.data.dataset import Dataset
+import numpy as np
 
 
-def documents_of(tokens: Tensor, dataset: Dataset) -> Tensor:
-    """Number the documents in samples of this dataset. (B, T) -> (B, T)."""
-    return document_numbers(tokens, dataset.separator, leads=dataset.separator_leads)
-
-
-def document_numbers(tokens: Tensor, separator: int, *, leads: bool) -> Tensor:
-    """Number the documents of each row, in order. (B, T) -> (B, T).
+def document_numbers(tokens: np.ndarray, separator: int, *, leads: bool) -> np.ndarray:
+    """Number the documents of each row, in order. (..., T) -> (..., T) int64.
 
     A document ends with its separator or, where that `leads`, begins with it. Of a document that
     the row's start cuts, the rest is one.
@@ -25,5 +18,5 @@ def document_numbers(tokens: Tensor, separator: int, *, leads: bool) -> Tensor:
     every step's loss stays a mean over as many tokens.
     """
     separators = tokens == separator
-    numbers = separators.cumsum(1)
-    return numbers if leads else numbers - separators.long()
+    numbers = separators.cumsum(-1)
+    return numbers if leads else numbers - separators

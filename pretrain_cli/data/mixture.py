@@ -1,0 +1,123 @@
+"""The datasets that a run draws from, and in what proportion.
+
+data/a                     one dataset
+data/a data/b              two, by their size: an epoch of both together is one of each
+data/a:0.7 data/b:0.3      seven samples of the one to three of the other
+data/a:1 data/b:0          the other is only validated on
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+
+from pretrain_cli.data.dataset import Dataset
+from pretrain_cli.data.tokenizer import Tokenizer
+from pretrain_cli.errors import ConfigError, DataError
+
+WEIGHTED = re.compile(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d{1,2})?)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of the datasets."""
+
+    asked: str
+    """PATH or PATH:WEIGHT, as it was given."""
+    weight: Fraction | None
+    dataset: Dataset
+
+    @property
+    def name(self) -> str:
+        return str(self.dataset.path)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Datasets of one tokenizer. A single one is a mixture too."""
+
+    sources: tuple[Source, ...]
+
+    @property
+    def name(self) -> str:
+        return " ".join(source.asked for source in self.sources)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.sources[0].dataset.tokenizer
+
+    @property
+    def largest_token(self) -> int:
+        return max(source.dataset.largest_token for source in self.sources)
+
+    @property
+    def trained_on(self) -> list[Source]:
+        """The sources that aren't there for validation only."""
+        return [source for source in self.sources if source.weight != 0]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with that of any dataset, with their order and with their proportion."""
+        if len(self.sources) == 1:
+            return self.sources[0].dataset.fingerprint
+        total = sum(source.weight or 0 for source in self.sources)
+        parts = [
+            f"{source.dataset.fingerprint} {source.weight and source.weight / total}"
+            for source in self.sources
+        ]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def weights(self, samples: Sequence[int]) -> list[int]:
+        """Of the sources that are trained on, in whole numbers: as given, or else the samples that
+        each has."""
+        given = [source.weight for source in self.trained_on if source.weight is not None]
+        if not given:
+            return list(samples)
+        unit = math.lcm(*(weight.denominator for weight in given))
+        return [int(weight * unit) for weight in given]
+
+
+def parse_sources(asked: Sequence[str]) -> list[tuple[str, Fraction | None]]:
+    """Each PATH or PATH:WEIGHT as its path and its weight."""
+    parsed: list[tuple[str, Fraction | None]] = []
+    for text in asked:
+        found = WEIGHTED.fullmatch(text)
+        path, weight = (found[1], Fraction(found[2])) if found else (text, None)
+        if weight is not None and weight < 0:
+            raise ConfigError(f"data.path: the weight in {text} is below 0; give 0 or more")
+        parsed.append((path, weight))
+    bare = [path for path, weight in parsed if weight is None]
+    if bare and len(bare) < len(parsed):
+        raise ConfigError(
+            f"data.path: {bare[0]} has no weight, and others have; give one to each, for example "
+            f"{bare[0]}:0.5, or to none"
+        )
+    if not bare and not any(weight for _, weight in parsed):
+        raise ConfigError(
+            f"data.path: the weights in {' '.join(asked)} sum to 0; give at least one above 0"
+        )
+    return parsed
+
+
+def mix(sources: Sequence[Source]) -> Mixture:
+    """A mixture of these; DataError where they don't go together."""
+    first = sources[0]
+    seen: dict[str, Source] = {}
+    for source in sources:
+        tokenizer, other = source.dataset.tokenizer, first.dataset.tokenizer
+        if tokenizer.fingerprint != other.fingerprint:
+            raise DataError(
+                f"{source.name}: made with the tokenizer {tokenizer.name} "
+                f"({tokenizer.fingerprint[:8]}), and {first.name} with {other.name} "
+                f"({other.fingerprint[:8]}); tokenize its text again, with --tokenizer {first.name}"
+            )
+        twin = seen.setdefault(source.dataset.fingerprint, source)
+        if twin is not source:
+            raise DataError(
+                f"{source.name}: the same tokens as {twin.name}; give the dataset once, and a "
+                "higher weight if it is to be seen more often"
+            )
+    return Mixture(tuple(sources))

@@ -1,0 +1,150 @@
+"""Which sample is the k-th: computed from k, the seed and the dataset alone, and not stored.
+
+    k ── interleaving ──> a source, and a number within it
+         number // size ─> epoch       number % size ── the epoch's permutation ──> sample
+
+Everything takes and gives whole arrays of numbers, so that a step costs some microseconds, and the
+millionth as much as the first.
+"""
+
+import hashlib
+import heapq
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import count
+from typing import TypeVar
+
+import numpy as np
+
+ROUNDS = 6
+"""From four on, orders can't be told from random ones by the tests; an even number, so that the
+two halves end where they began."""
+MIX = np.uint64(0x9E3779B97F4A7C15)
+HALF = np.uint64(32)
+LARGEST_TOTAL = 2**31
+"""Of weights: products with them stay within 63 bits."""
+
+Numbers = TypeVar("Numbers", int, np.ndarray)
+
+
+class Permutation:
+    """A random-looking bijection of 0 … size − 1, by a key.
+
+    A Feistel network over the cells of a rectangle of about √size × √size: row and column are moved
+    in turn, each by a keyed hash of the other. The rectangle has less than a row too many; what
+    falls there is permuted again until it falls elsewhere.
+    """
+
+    def __init__(self, size: int, key: str) -> None:
+        self.size = size
+        rows = math.isqrt(size - 1) + 1
+        self.sides = np.uint64(rows), np.uint64(-(-size // rows))
+        digest = hashlib.shake_256(key.encode()).digest(16 * ROUNDS)
+        keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
+        self.keys = list(zip(keys[::2] | np.uint64(1), keys[1::2], strict=True))
+
+    def __call__(self, numbers: np.ndarray) -> np.ndarray:
+        """The places of these numbers. (n,) -> (n,) int64."""
+        places = self._mixed(numbers.astype(np.uint64))
+        while (outside := places >= self.size).any():
+            places[outside] = self._mixed(places[outside])
+        return places.astype(np.int64)
+
+    def _mixed(self, cells: np.ndarray) -> np.ndarray:
+        one, other = np.divmod(cells, self.sides[1])
+        for number, (factor, summand) in enumerate(self.keys):
+            moved = other * factor  # modulo 2⁶⁴, as is the next product
+            moved += summand
+            moved ^= moved >> HALF
+            moved *= MIX
+            moved >>= HALF
+            moved += one
+            moved %= self.sides[number % 2]
+            one, other = other, moved
+        return one * self.sides[1] + other
+
+
+class Order:
+    """The samples of one source without end: epoch after epoch, each in an order of its own."""
+
+    def __init__(self, size: int, key: str) -> None:
+        self.size = size
+        self.epoch = lru_cache(4)(lambda epoch: Permutation(size, f"{key} {epoch}"))
+
+    def __call__(self, numbers: np.ndarray) -> np.ndarray:
+        """The samples that have these numbers, which ascend. (n,) -> (n,) int64."""
+        epochs, places = np.divmod(numbers, self.size)
+        samples = np.empty_like(places)
+        first = 0
+        while first < len(numbers):
+            last = int(np.searchsorted(epochs, epochs[first], side="right"))
+            samples[first:last] = self.epoch(int(epochs[first]))(places[first:last])
+            first = last
+        return samples
+
+
+Tree = int | tuple["Tree", "Tree", int, int]
+"""A source, or two trees, the weight of the first and of both."""
+
+
+class Interleaving:
+    """Which source each sample is from, in proportion to weights and as evenly as can be.
+
+    Samples are parted in two, and each part again, down to the sources: of the first n of a node,
+    n · weight / total go to its first branch, rounded. The lightest are joined first (Huffman's
+    tree), so roundings along a branch hardly add up: any number of samples from the start has,
+    from each source, its share within 1 for up to three sources and within 1.7 for any number.
+    After as many samples as the weights' sum, it is exact.
+    """
+
+    def __init__(self, weights: Sequence[int]) -> None:
+        """Weights are whole numbers, not negative and not all 0."""
+        total = sum(weights)
+        if total > LARGEST_TOTAL:
+            weights = [-(-weight * LARGEST_TOTAL // total) for weight in weights]
+        self.sources = len(weights)
+        later = count(len(weights))
+        heap: list[tuple[int, int, Tree]] = [(w, n, n) for n, w in enumerate(weights) if w]
+        heapq.heapify(heap)
+        while len(heap) > 1:
+            (a, _, one), (b, _, other) = heapq.heappop(heap), heapq.heappop(heap)
+            heapq.heappush(heap, (a + b, next(later), (one, other, a, a + b)))
+        self.tree = heap[0][2]
+
+    def __call__(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The source of each sample, and its number within that. (n,) -> two of (n,) int64."""
+        sources = np.zeros(len(numbers), np.int64)
+        within = np.zeros(len(numbers), np.int64)
+        parts = [(self.tree, np.arange(len(numbers)), np.asarray(numbers, np.int64))]
+        while parts:
+            node, places, numbers = parts.pop()
+            if isinstance(node, int):
+                sources[places], within[places] = node, numbers
+                continue
+            one, other, weight, total = node
+            before = _share(numbers, weight, total)
+            first = _share(numbers + 1, weight, total) > before
+            parts.append((one, places[first], before[first]))
+            parts.append((other, places[~first], (numbers - before)[~first]))
+        return sources, within
+
+    def counts(self, samples: int) -> list[int]:
+        """How many of the first `samples` are from each source."""
+        counts = [0] * self.sources
+        parts = [(self.tree, samples)]
+        while parts:
+            node, number = parts.pop()
+            if isinstance(node, int):
+                counts[node] = number
+                continue
+            one, other, weight, total = node
+            first = _share(number, weight, total)
+            parts += [(one, first), (other, number - first)]
+        return counts
+
+
+def _share(numbers: Numbers, weight: int, total: int) -> Numbers:
+    """numbers · weight / total, rounded, without a product beyond 63 bits."""
+    whole, rest = numbers // total, numbers % total
+    return whole * weight + (rest * weight + total // 2) // total

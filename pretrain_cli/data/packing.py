@@ -1,0 +1,301 @@
+"""Whole documents packed into samples, best-fit decreasing, by an index that is built once.
+
+    DATASET/packing-best-fit-SEQ_LEN.idx
+    ├── header      JSON, padded to a page: what it was made from, totals, a checksum of the rest
+    ├── pieces      sample after sample: where a piece begins, its tokens, whether it goes on
+    └── samples     where the sample's pieces end, and how many targets it has
+
+A sample holds seq_len + 1 tokens. A document that fits is whole; a longer one is cut into pieces
+that overlap by one token, so that each of its tokens but the first is a target once. All but its
+last piece fill a sample each, so whatever stands before another piece ends its document.
+
+The index depends on the dataset and seq_len alone, not on the seed or on anything of the machine.
+Documents are packed a group at a time, neighbours together, in memory that doesn't grow.
+"""
+
+import hashlib
+import json
+import operator
+import os
+import tempfile
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, astuple, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pretrain_cli.data.batches import IGNORED, Batch
+from pretrain_cli.data.dataset import VERIFIED_WHEN_OPENED, Dataset, Split
+from pretrain_cli.data.shards import TokenStream
+from pretrain_cli.errors import DataError
+from pretrain_cli.files import flush
+
+FORMAT_VERSION = 1
+HEADER = 4096
+GROUP_TOKENS = 2**23
+GROUP_SAMPLES = 256
+"""A group of documents has so many tokens, and at least enough for so many samples."""
+PIECE = np.dtype([("start", "<u8"), ("tokens", "<u4"), ("goes_on", "<u4")])
+SAMPLE = np.dtype([("end", "<u8"), ("targets", "<u8")])
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What became of a split's tokens."""
+
+    tokens: int = 0
+    samples: int = 0
+    pieces: int = 0
+    filled: int = 0
+    """Places in samples that hold a token; the others are padding."""
+    cut_documents: int = 0
+    """Documents longer than a sample."""
+    cut_tokens: int = 0
+    """Those of their tokens that come after the first piece, and don't see the beginning."""
+
+    def share_filled(self, seq_len: int) -> float:
+        return self.filled / (self.samples * (seq_len + 1))
+
+    def __add__(self, other: "Totals") -> "Totals":
+        return Totals(*map(operator.add, astuple(self), astuple(other)))
+
+
+class Packed:
+    """Samples of whole documents, from a packing index."""
+
+    def __init__(
+        self,
+        tokens: TokenStream,
+        pieces: np.ndarray,
+        samples: np.ndarray,
+        *,
+        seq_len: int,
+        fingerprint: str,
+        totals: Totals,
+    ) -> None:
+        self.tokens, self.seq_len, self.fingerprint = tokens, seq_len, fingerprint
+        self.pieces, self.samples, self.totals = pieces, samples, totals
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def targets(self, numbers: np.ndarray) -> int:
+        return int(self.samples["targets"][numbers].sum())
+
+    def fill(self, numbers: np.ndarray, rows: np.ndarray, batch: Batch) -> None:
+        ends = self.samples["end"]
+        for number, row in zip(numbers.tolist(), rows.tolist(), strict=True):
+            inputs, targets = batch.inputs[row], batch.targets[row]
+            inputs[:], targets[:] = 0, IGNORED
+            first, last = int(ends[number - 1]) if number else 0, int(ends[number])
+            borders = [0]
+            for start, size, goes_on in self.pieces[first:last].tolist():
+                piece, at = self.tokens.view(start, size), borders[-1]
+                inputs[at : at + size] = piece[: self.seq_len - at]
+                skipped = 1 if goes_on or at == 0 else 0
+                targets[at + skipped - 1 : at + size - 1] = piece[skipped:]
+                borders.append(at + size)
+            if batch.documents is not None:
+                places = np.arange(self.seq_len)
+                batch.documents[row] = np.searchsorted(borders, places, side="right")
+
+
+# --- packing -------------------------------------------------------------------------------------
+
+
+def groups_of_documents(split: Split, group_tokens: int) -> Iterator[np.ndarray]:
+    """Borders of whole documents, so many tokens at a time: the first one's start, …, the last
+    one's end. Consecutive groups share a border."""
+    total, begin = len(split.tokens), 0
+    while begin < total:
+        end, borders = begin, np.empty(0, np.int64)
+        while not len(borders):  # a single document can be longer than a group
+            end = min(end + group_tokens, total)
+            borders = split.documents.between(begin + 1, end + 1)
+            if end == total:
+                borders = np.append(borders, total)
+        yield np.append(begin, borders)
+        begin = int(borders[-1])
+
+
+def cut(borders: np.ndarray, seq_len: int) -> tuple[np.ndarray, Totals]:
+    """Documents to pieces, in their order. -> (n,) PIECE, and what was cut."""
+    lengths = np.diff(borders)
+    parts = np.maximum(-(-(lengths - 1) // seq_len), 1)
+    documents = np.repeat(np.arange(len(parts)), parts)
+    numbers = np.arange(len(documents)) - (np.cumsum(parts) - parts)[documents]
+    pieces = np.empty(len(documents), PIECE)
+    pieces["start"] = borders[documents] + numbers * seq_len
+    pieces["tokens"] = np.minimum(lengths[documents] - numbers * seq_len, seq_len + 1)
+    pieces["goes_on"] = numbers > 0
+    long = lengths[parts > 1]
+    return pieces, Totals(
+        tokens=int(lengths.sum()),
+        pieces=len(pieces),
+        filled=int(pieces["tokens"].sum()),
+        cut_documents=len(long),
+        cut_tokens=int((long - seq_len - 1).sum()),
+    )
+
+
+def best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
+    """The bin of each piece, for sizes that don't ascend. (n,) -> (n,) int64.
+
+    Each piece goes where it leaves the least room, or into a new bin. A bin that a piece went into
+    is then the best for the next of the same size, until it has no room for one; and bins with the
+    same room are alike. So all the pieces of a size that bins of one room take are placed at once:
+    about three such moves a size, however many pieces there are.
+    """
+    bins = np.empty(len(sizes), np.int64)
+    rooms: list[int] = []  # that open bins have left, ascending
+    with_room: dict[int, list[np.ndarray]] = {}
+
+    def put(found: np.ndarray, room: int) -> None:
+        if len(found) and room:
+            if room not in with_room:
+                insort(rooms, room)
+                with_room[room] = []
+            with_room[room].append(found)
+
+    placed = opened = 0
+    sizes, counts = np.unique(sizes, return_counts=True)
+    for size, count in zip(sizes[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        while count:
+            index = bisect_left(rooms, size)
+            if index < len(rooms):
+                room = rooms.pop(index)
+                found = np.concatenate(with_room.pop(room))
+            else:
+                room = capacity
+                found = np.arange(opened, opened - (-count // (capacity // size)))
+                opened += len(found)
+            each = room // size
+            taken = min(count, len(found) * each)
+            filled, rest = divmod(taken, each)
+            used = filled + (rest > 0)
+            bins[placed : placed + taken] = np.repeat(found[:used], each)[:taken]
+            put(found[:filled], room - each * size)
+            put(found[filled:used], room - rest * size)
+            put(found[used:], room)
+            placed, count = placed + taken, count - taken
+    return bins
+
+
+def pack(borders: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, Totals]:
+    """A group of documents to samples. -> pieces (n,) PIECE, samples (m,) SAMPLE, totals."""
+    pieces, totals = cut(borders, seq_len)
+    pieces = pieces[np.argsort(-pieces["tokens"].astype(np.int64), kind="stable")]
+    bins = best_fit(pieces["tokens"], seq_len + 1)
+    order = np.argsort(bins, kind="stable")
+    pieces, bins = pieces[order], bins[order]
+    counts = np.bincount(bins)
+    samples = np.empty(len(counts), SAMPLE)
+    samples["end"] = ends = np.cumsum(counts)
+    # a token is a target, but a sample's first one and what a piece repeats of the one before it
+    repeats = pieces["goes_on"].astype(bool)
+    repeats[ends - counts] = True
+    targets = pieces["tokens"] - repeats.astype(np.int64)
+    samples["targets"] = np.add.reduceat(targets, ends - counts)
+    return pieces, samples, replace(totals, samples=len(samples))
+
+
+# --- the index on disk ---------------------------------------------------------------------------
+
+
+def open_packed(dataset: Dataset, seq_len: int, say: Callable[[str], None]) -> Packed:
+    """The training split's samples; their index beside the dataset is built where there is none."""
+    source = dataset.train, dataset.fingerprint, seq_len
+    name = f"packing-best-fit-{seq_len}.idx"
+    beside = dataset.path / name
+    if not dataset.path.is_dir():  # a file, or a pattern of some
+        beside = dataset.path.parent / f"{dataset.name}-{name}"
+    # where the dataset's folder can't be written
+    elsewhere = Path(tempfile.gettempdir()) / f"pretrain-{dataset.fingerprint[:16]}-{name}"
+    faults = []
+    for path in (beside, elsewhere):
+        try:
+            return read_index(path, *source)
+        except FileNotFoundError:
+            continue
+        except (OSError, DataError) as error:
+            faults.append(f"{error}; it is built again")
+    for fault in faults:
+        say(fault)
+    say(f"{dataset.path}: packing documents into samples of {seq_len:,} tokens, once")
+    try:
+        build_index(beside, *source)
+        return read_index(beside, *source)
+    except OSError as error:
+        say(f"{beside}: can't be written ({error.strerror}); the index is kept in {elsewhere}")
+    build_index(elsewhere, *source)
+    return read_index(elsewhere, *source)
+
+
+def build_index(path: Path, split: Split, fingerprint: str, seq_len: int) -> None:
+    """Write the index of a split aside, flush and rename it."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")  # two runs may build at once
+    totals, digest = Totals(), hashlib.sha256()
+    group = max(GROUP_TOKENS, GROUP_SAMPLES * seq_len)
+    try:
+        with aside.open("wb") as file, tempfile.TemporaryFile(dir=path.parent) as behind:
+            file.seek(HEADER)
+            for borders in groups_of_documents(split, group):
+                pieces, samples, part = pack(borders, seq_len)
+                samples["end"] += totals.pieces
+                totals += part
+                digest.update(pieces.tobytes())
+                file.write(pieces.tobytes())
+                behind.write(samples.tobytes())
+            behind.seek(0)
+            while block := behind.read(2**20):
+                digest.update(block)
+                file.write(block)
+            header = _made_from(fingerprint, seq_len)
+            header |= {"totals": asdict(totals), "sha256": digest.hexdigest()}
+            file.seek(0)
+            file.write(json.dumps(header).encode().ljust(HEADER))
+            flush(file)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_index(path: Path, split: Split, fingerprint: str, seq_len: int) -> Packed:
+    """The samples of an index; DataError where it is damaged or was made from something else."""
+    expected = _made_from(fingerprint, seq_len)
+    with path.open("rb") as file:
+        try:
+            header = json.loads(file.read(HEADER))
+            made_from = {name: header[name] for name in expected}
+            totals, checksum = Totals(**header["totals"]), header["sha256"]
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{path}: damaged") from None
+        if made_from != expected:
+            raise DataError(f"{path}: made from another dataset, or by another version")
+        size = path.stat().st_size
+        samples_at = HEADER + totals.pieces * PIECE.itemsize
+        if size != samples_at + totals.samples * SAMPLE.itemsize:
+            raise DataError(f"{path}: cut short")
+        if size <= VERIFIED_WHEN_OPENED:
+            file.seek(HEADER)
+            if hashlib.file_digest(file, "sha256").hexdigest() != checksum:
+                raise DataError(f"{path}: damaged")
+    return Packed(
+        split.tokens,
+        np.asarray(np.memmap(path, PIECE, "r", offset=HEADER, shape=totals.pieces)),
+        np.asarray(np.memmap(path, SAMPLE, "r", offset=samples_at, shape=totals.samples)),
+        seq_len=seq_len,
+        fingerprint=fingerprint,
+        totals=totals,
+    )
+
+
+def _made_from(fingerprint: str, seq_len: int) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "packing": "best-fit",
+        "dataset": fingerprint,
+        "seq_len": seq_len,
+    }

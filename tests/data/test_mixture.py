@@ -1,0 +1,101 @@
+"""Datasets together: paths and weights as they are given, and what doesn't go together."""
+
+from fractions import Fraction
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain_cli.data.mixture import Source, mix, parse_sources
+from pretrain_cli.errors import ConfigError, DataError
+
+
+def mixture(*asked, tokenizers=None):
+    """A mixture of datasets that are told apart by their paths."""
+    sources = []
+    for number, (text, (path, weight)) in enumerate(zip(asked, parse_sources(asked), strict=True)):
+        made_with = tokenizers[number] if tokenizers else "bytes"
+        tokenizer = SimpleNamespace(name=made_with, fingerprint=f"{made_with} 12345")
+        dataset = SimpleNamespace(path=path, fingerprint=path.lower(), tokenizer=tokenizer)
+        sources.append(Source(text, weight, dataset))
+    return mix(sources)
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "weight"),
+    [
+        ("data/a", "data/a", None),
+        ("data/a:0.7", "data/a", Fraction(7, 10)),
+        ("data/a:2", "data/a", 2),
+        ("data/a:.5", "data/a", Fraction(1, 2)),
+        ("data/a:1e-3", "data/a", Fraction(1, 1000)),
+        ("C:/data/a:3.", "C:/data/a", 3),
+        ("data/a:b", "data/a:b", None),
+        ("data/a:2:0.25", "data/a:2", Fraction(1, 4)),
+        ("data/v1.5", "data/v1.5", None),
+        ("a:nan", "a:nan", None),
+        (":1", ":1", None),
+    ],
+)
+def test_only_a_number_behind_the_last_colon_is_a_weight(text, path, weight):
+    assert parse_sources([text]) == [(path, weight)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["a:0.7", "b"], "data.path: b has no weight, and others have; give one to each, for "),
+        (["a:0.7", "b:-0.1"], "data.path: the weight in b:-0.1 is below 0"),
+        (["a:0", "b:0.0"], "data.path: the weights in a:0 b:0.0 sum to 0; give at least one"),
+        (["a:0"], "data.path: the weights in a:0 sum to 0"),
+    ],
+)
+def test_weights_that_say_nothing_are_refused(asked, said):
+    with pytest.raises(ConfigError) as error:
+        parse_sources(asked)
+    assert str(error.value).startswith(said)
+
+
+def test_weights_are_whole_numbers_in_the_proportion_given():
+    assert mixture("a:0.7", "b:0.3").weights([500, 100]) == [7, 3]
+    assert mixture("a:0.125", "b:2", "c:1").weights([1, 1, 1]) == [1, 16, 8]
+    assert mixture("a:5").weights([40]) == [5]
+    assert mixture("a", "b").weights([500, 100]) == [500, 100]
+
+
+def test_a_weight_of_0_leaves_a_dataset_for_validation():
+    mixed = mixture("a:2", "b:0", "c:1")
+    assert [source.name for source in mixed.trained_on] == ["a", "c"]
+    assert mixed.weights([7, 7]) == [2, 1]
+
+
+def test_different_tokenizers_are_refused_and_both_named():
+    with pytest.raises(DataError) as error:
+        mixture("data/a", "data/b", tokenizers=["gpt2", "bpe"])
+    assert str(error.value) == (
+        "data/b: made with the tokenizer bpe (bpe 1234), and data/a with gpt2 (gpt2 123); tokenize "
+        "its text again, with --tokenizer data/a"
+    )
+
+
+def test_the_same_tokens_twice_are_refused():
+    with pytest.raises(DataError, match="DATA/A: the same tokens as data/a; give the dataset once"):
+        mixture("data/a:1", "data/b:1", "DATA/A:2")
+
+
+def test_one_datasets_fingerprint_is_the_mixtures():
+    assert mixture("a").fingerprint == mixture("a:0.3").fingerprint == "a"
+
+
+@given(one=st.integers(1, 99), other=st.integers(1, 99), scale=st.integers(1, 9))
+def test_a_mixtures_fingerprint_is_that_of_its_datasets_in_their_proportion(one, other, scale):
+    fingerprint = mixture(f"a:{one}", f"b:{other}").fingerprint
+    assert mixture(f"a:{one * scale}", f"b:{other * scale}").fingerprint == fingerprint
+    for another in (
+        mixture(f"a:{one}", f"b:{other + 1}"),
+        mixture(f"a:{one}", f"c:{other}"),
+        mixture("a", "b"),
+        mixture(f"b:{one}", f"a:{other}"),
+    ):
+        assert another.fingerprint != fingerprint

@@ -1,0 +1,259 @@
+"""Packing: whole documents in samples, every token where it should be, an index built once."""
+
+import json
+import tempfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain_cli.data import packing
+from pretrain_cli.data.batches import IGNORED, Batch, Batches
+from pretrain_cli.data.packing import Packed, best_fit, open_packed, pack
+
+LENGTHS = st.lists(st.integers(1, 12) | st.integers(1, 60), min_size=1, max_size=80)
+
+
+def rooms_of_a_plain_packing(sizes, capacity):
+    """Best-fit decreasing, a piece at a time: the room that each bin is left with."""
+    rooms = []
+    for size in sorted(sizes, reverse=True):
+        fitting = [number for number, room in enumerate(rooms) if room >= size]
+        if fitting:
+            rooms[min(fitting, key=lambda number: rooms[number])] -= size
+        else:
+            rooms.append(capacity - size)
+    return sorted(rooms)
+
+
+def packed(stream, lengths, seq_len):
+    """Documents of these lengths, whose tokens count up, as samples."""
+    pieces, samples, totals = pack(np.cumsum([0, *lengths]), seq_len)
+    tokens = stream(range(sum(lengths)))
+    return Packed(tokens, pieces, samples, seq_len=seq_len, fingerprint="made", totals=totals)
+
+
+def rows_of(samples):
+    """All samples, read. -> inputs and targets, (samples, seq_len)."""
+    inputs = np.full((len(samples), samples.seq_len), 7777)
+    batch = Batch(inputs, inputs.copy(), documents=None)
+    numbers = np.arange(len(samples))
+    samples.fill(numbers, numbers, batch)
+    return batch.inputs, batch.targets
+
+
+# --- which piece goes where ----------------------------------------------------------------------
+
+
+@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=150), capacity=st.integers(40, 60))
+def test_bins_are_filled_as_by_placing_one_piece_at_a_time(sizes, capacity):
+    sizes = np.sort(sizes)[::-1]
+    bins = best_fit(sizes, capacity)
+    rooms = capacity - np.bincount(bins, weights=sizes)
+    assert sorted(rooms) == rooms_of_a_plain_packing(sizes.tolist(), capacity)
+
+
+@given(
+    many=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 3000)), min_size=1, max_size=6),
+    capacity=st.integers(20, 90),
+)
+def test_many_pieces_of_few_sizes(many, capacity):
+    sizes = np.concatenate([np.full(count, size) for size, count in many])
+    sizes = np.sort(sizes)[::-1]
+    bins = best_fit(sizes, capacity)
+    filled = np.bincount(bins, weights=sizes)
+    assert filled.max() <= capacity
+    # two bins at most half full would be one: best fit leaves a single one
+    assert (filled <= capacity / 2).sum() <= 1
+
+
+# --- what is in a sample -------------------------------------------------------------------------
+
+
+@given(lengths=LENGTHS, seq_len=st.integers(1, 30))
+def test_every_token_is_a_target_once_after_the_one_before_it(stream, lengths, seq_len):
+    inputs, targets = rows_of(packed(stream, lengths, seq_len))
+    counted = targets != IGNORED
+    borders = np.cumsum([0, *lengths])
+    begins = np.isin(targets, borders[:-1])
+    inside = counted & ~begins
+    assert sorted(targets[inside]) == sorted(set(range(sum(lengths))) - set(borders.tolist()))
+    assert np.array_equal(inputs[inside], targets[inside] - 1)
+    # a document's first token is a target behind the end of another document, and once at most
+    assert set(inputs[begins].tolist()) <= set((borders[1:] - 1).tolist())
+    assert len(set(targets[begins].tolist())) == begins.sum()
+
+
+@given(lengths=LENGTHS, seq_len=st.integers(1, 30))
+def test_a_document_that_fits_a_sample_is_whole_in_one(stream, lengths, seq_len):
+    _, targets = rows_of(packed(stream, lengths, seq_len))
+    begin = 0
+    for length in lengths:
+        rest = set(range(begin + 1, begin + length))
+        begin += length
+        if 1 < length <= seq_len + 1:
+            assert len([row for row in targets.tolist() if rest & set(row)]) == 1
+
+
+@given(lengths=LENGTHS, seq_len=st.integers(1, 30))
+def test_no_two_samples_could_be_one(stream, lengths, seq_len):
+    """As many samples as best-fit decreasing has, done plainly on the pieces."""
+    sizes = []
+    for length in lengths:
+        while length > seq_len + 1:
+            sizes.append(seq_len + 1)
+            length -= seq_len
+        sizes.append(length)
+    samples = packed(stream, lengths, seq_len)
+    assert len(samples) == len(rooms_of_a_plain_packing(sizes, seq_len + 1))
+    assert samples.totals.filled == sum(sizes)
+    long = [length for length in lengths if length > seq_len + 1]
+    assert samples.totals.cut_documents == len(long)
+    assert samples.totals.cut_tokens == sum(length - seq_len - 1 for length in long)
+
+
+@given(lengths=LENGTHS, seq_len=st.integers(1, 30))
+def test_the_targets_that_count_are_known_without_reading(stream, lengths, seq_len):
+    samples = packed(stream, lengths, seq_len)
+    _, targets = rows_of(samples)
+    for number, row in enumerate(targets):
+        assert samples.targets(np.array([number])) == (row != IGNORED).sum()
+    assert samples.targets(np.arange(len(samples))) == (targets != IGNORED).sum()
+
+
+def test_a_sample_is_as_drawn(stream):
+    """Documents 0-6, 7-8 and 9-11 in samples of 5 tokens. The first is cut behind token 4; its rest
+    begins with that token again, and the second fits behind it."""
+    inputs, targets = rows_of(packed(stream, [7, 2, 3], 4))
+    assert inputs.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [9, 10, 11, 0]]
+    assert targets.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [10, 11, IGNORED, IGNORED]]
+
+
+def test_what_goes_on_behind_another_document_does_not_follow_from_it(stream):
+    """A document of 3 and the last 2 tokens of one of 6: token 7 follows from 6, not from 2."""
+    inputs, targets = rows_of(packed(stream, [3, 6], 4))
+    assert inputs.tolist() == [[3, 4, 5, 6], [0, 1, 2, 7]]
+    assert targets.tolist() == [[4, 5, 6, 7], [1, 2, IGNORED, 8]]
+
+
+# --- the index on disk ---------------------------------------------------------------------------
+
+
+class Documents:
+    """Where documents begin, as a dataset gives it."""
+
+    def __init__(self, borders):
+        self.starts = np.array(borders[:-1])
+
+    def between(self, first, last):
+        return self.starts[(self.starts >= first) & (self.starts < last)]
+
+
+@pytest.fixture
+def dataset(stream, tmp_path):
+    """400 documents of 1 to 300 tokens."""
+    lengths = np.random.default_rng(0).integers(1, 300, 400)
+    lengths[17] = 2000
+    borders = np.cumsum([0, *lengths])
+    split = SimpleNamespace(tokens=stream(range(borders[-1])), documents=Documents(borders))
+    (tmp_path / "data").mkdir()
+    return SimpleNamespace(path=tmp_path / "data", fingerprint="made", train=split)
+
+
+def name(seq_len):
+    return f"packing-best-fit-{seq_len}.idx"
+
+
+def test_the_index_is_built_once_and_is_the_same_whenever_it_is_built(dataset):
+    said = []
+    first = rows_of(open_packed(dataset, 128, said.append))
+    path = dataset.path / name(128)
+    data, written = path.read_bytes(), path.stat().st_mtime_ns
+    assert np.array_equal(rows_of(open_packed(dataset, 128, said.append)), first)
+    assert path.stat().st_mtime_ns == written
+    assert len(said) == 1
+    assert said[0].endswith("packing documents into samples of 128 tokens, once")
+    path.unlink()
+    open_packed(dataset, 128, said.append)
+    assert path.read_bytes() == data
+    open_packed(dataset, 64, said.append)
+    assert sorted(file.name for file in dataset.path.iterdir()) == [name(128), name(64)]
+
+
+def test_a_dataset_larger_than_a_group_is_packed_group_by_group(dataset, monkeypatch):
+    monkeypatch.setattr(packing, "GROUP_TOKENS", 1000)
+    monkeypatch.setattr(packing, "GROUP_SAMPLES", 1)
+    samples = open_packed(dataset, 128, lambda _: None)
+    inputs, targets = rows_of(samples)
+    starts = dataset.train.documents.starts.tolist()
+    inside = (targets != IGNORED) & ~np.isin(targets, starts)
+    total = len(dataset.train.tokens)
+    assert sorted(targets[inside]) == sorted(set(range(total)) - set(starts))
+    assert np.array_equal(inputs[inside], targets[inside] - 1)
+    assert samples.totals.tokens == total
+    assert samples.totals.samples == len(samples)
+    # neighbours stay together: 1000 tokens and a document, or the longest one alone
+    spread = inputs.max(1) - np.where(inputs, inputs, total).min(1)
+    assert spread.max() < 1300
+
+
+@pytest.mark.parametrize("change", ["cut", "altered", "no header", "of another dataset", "older"])
+def test_an_index_that_can_not_be_relied_on_is_built_again(dataset, change):
+    made = rows_of(open_packed(dataset, 128, lambda _: None))
+    path = dataset.path / name(128)
+    intact = path.read_bytes()
+    data = bytearray(intact)
+    if change == "cut":
+        del data[-1:]
+    elif change == "altered":
+        data[-20] ^= 1
+    elif change == "no header":
+        data[:10] = bytes(10)
+    else:
+        header = json.loads(data[:4096])
+        header |= {"dataset": "other"} if change == "of another dataset" else {"format_version": 0}
+        data[:4096] = json.dumps(header).encode().ljust(4096)
+    path.write_bytes(data)
+    said = []
+    assert np.array_equal(rows_of(open_packed(dataset, 128, said.append)), made)
+    assert len(said) == 2
+    assert said[0].startswith(f"{path}: ")
+    assert said[0].endswith("it is built again")
+    assert path.read_bytes() == intact
+
+
+def test_where_the_datasets_folder_can_not_be_written_the_index_is_kept_elsewhere(
+    dataset, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    expected = rows_of(open_packed(dataset, 128, lambda _: None))
+    (dataset.path / name(128)).unlink()
+    (dataset.path / name(128)).mkdir()  # in the way of the file
+    for times in (1, 2):
+        said = []
+        assert np.array_equal(rows_of(open_packed(dataset, 128, said.append)), expected)
+        assert any("the index is kept in" in text for text in said) == (times == 1)
+    assert not [path for path in dataset.path.iterdir() if path.suffix == ".partial"]
+    assert list(tmp_path.glob("pretrain-*.idx"))
+
+
+# --- in batches ----------------------------------------------------------------------------------
+
+
+@given(world=st.sampled_from([1, 2, 4, 8]), first=st.integers(0, 10**9))
+def test_a_steps_samples_and_its_count_of_targets_are_the_same_for_any_ranks(stream, world, first):
+    rng = np.random.default_rng(1)
+    sources = [packed(stream, rng.integers(1, 40, 50).tolist(), 16) for _ in range(2)]
+    sources[1].fingerprint = "another"
+    options = {"seq_len": 16, "samples_per_step": 8, "seed": 0}
+    alone = Batches(sources, [3, 2], **options).starting_at(first)
+    assert alone.counted == (alone.targets != IGNORED).sum()
+    shares = [
+        Batches(sources, [3, 2], rank=rank, world=world, **options).starting_at(first)
+        for rank in range(world)
+    ]
+    assert {share.counted for share in shares} == {alone.counted}
+    assert np.array_equal(alone.inputs, np.concatenate([share.inputs for share in shares]))
+    assert np.array_equal(alone.targets, np.concatenate([share.targets for share in shares]))

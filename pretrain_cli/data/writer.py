@@ -100,11 +100,10 @@ class _OpenShard:
         os.truncate(path, extent.tokens * dtype.itemsize)
         os.truncate(index_path(path), extent.documents * 8)
         shard = cls(split, path, dtype, extent.tokens, extent.documents)
-        written = np.memmap(path, dtype, "r") if extent.tokens else np.empty(0, dtype)
-        for start in range(0, extent.tokens, TAIL_BLOCK):
-            part = written[start : start + TAIL_BLOCK]
-            shard.checksums.add(part)
-            shard.largest = max(shard.largest, int(part.max()))
+        with path.open("rb") as file:  # read, since what is mapped counts as memory taken
+            while len(part := np.fromfile(file, dtype, TAIL_BLOCK)):
+                shard.checksums.add(part)
+                shard.largest = max(shard.largest, int(part.max()))
         return shard
 
     def add(self, tokens: np.ndarray, starts: np.ndarray) -> None:

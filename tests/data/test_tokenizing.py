@@ -4,8 +4,10 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import sysconfig
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -596,3 +598,40 @@ def test_the_running_pythons_own_sources_make_tens_of_megabytes():
     files = [file for path in paths
              for file in ([path] if path.is_file() else path.rglob("*.py"))]  # fmt: skip
     assert sum(file.stat().st_size for file in files) > 10_000_000
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [".txt", ".txt.gz"])
+def test_memory_does_not_grow_with_a_document(tmp_path, start, ending):
+    """The most that the processes took in physical memory, for one line of 20 MB and of 100: were
+    it held but once, that would be 80 MB more."""
+    peaks = []
+    for megabytes in (20, 100):
+        words = b"words and more words, " * (megabytes * 10**6 // 22)
+        data = gzip.compress(words, compresslevel=1) if ending.endswith("gz") else words
+        (tmp_path / f"long{ending}").write_bytes(data)
+        arguments = ["tokenize", f"long{ending}", "--tokenizer", "bytes", "--workers", "2",
+                     "--val-fraction", "0", "--out", "made", "--force"]  # fmt: skip
+        with start(arguments, tmp_path, {"pretrain_cli.data.pipeline.SMALL": 0}) as process:
+            peaks.append(peak_memory(process))
+        assert process.returncode == 0
+    assert peaks[1] - peaks[0] < 60e6, peaks
+
+
+def peak_memory(process):
+    """The sum of what a process and those it starts took at most, in bytes."""
+    most = Counter()
+    while process.poll() is None:
+        try:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            for number in (process.pid, *children):
+                status = Path(f"/proc/{number}/status").read_text()
+                if kilobytes := re.search(r"VmHWM:\s+(\d+)", status):
+                    most[int(number)] = int(kilobytes[1]) * 1024
+        except (FileNotFoundError, ProcessLookupError):
+            pass  # it has ended
+        time.sleep(0.02)
+    return most.total()

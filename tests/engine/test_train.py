@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from pretrain_cli.config import OptimizerSettings, SpeedConfig
 from pretrain_cli.data.batches import IGNORED
 from pretrain_cli.data.documents import document_numbers
+from pretrain_cli.engine import train as training
 from pretrain_cli.engine.metrics import Evaluation, Finished, Notice, Sample, Saved, StepMetrics
 from pretrain_cli.engine.optimizer import build_optimizer, set_learning_rate
 from pretrain_cli.engine.speed import build_model, resolve_speed
@@ -94,6 +95,22 @@ def test_what_is_not_counted_has_no_part_in_the_mean():
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
         results.append(norm.item())
     assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
+def test_a_run_on_packed_documents_leaves_padding_out_of_its_loss(settings, run, monkeypatch):
+    real, steps = training.train_step, []
+
+    def spied(model, optimizer, inputs, targets, **options):
+        logits = model(inputs).flatten(0, 1)
+        mean = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED).item()
+        steps.append((int((targets == IGNORED).sum()), mean))
+        return real(model, optimizer, inputs, targets, **options)
+
+    monkeypatch.setattr(training, "train_step", spied)
+    events = run(settings(train__steps=6, data__packing="best-fit"))
+    padding, means = zip(*steps, strict=True)
+    assert sum(padding) > 6
+    assert losses(events) == pytest.approx(means, rel=1e-5)
 
 
 def test_a_step_is_torchs_own_adamw_on_the_mean_loss_with_clipped_gradients():

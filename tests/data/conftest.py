@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import tokenizers
 
 import pretrain_cli
 from pretrain_cli.data.shards import Manifest, SplitName, TokenStream
@@ -35,10 +36,14 @@ class Outcome(NamedTuple):
 ROOT = str(Path(pretrain_cli.__file__).parent.parent)
 
 # Runs a command line with some of the program's constants changed, and kills itself as SIGKILL does
-# when a function is called for so many a time.
+# when a function is called for so many a time. Without arguments it does so again and again, each
+# time in a fork of itself, for commands that come in as lines of JSON: starting Python takes long.
 DRIVER = """
 import importlib, json, os, signal, sys
+import pretrain_cli.data.tokenize
 from pretrain_cli.cli import app
+
+os.fsync = lambda file: None  # which takes long too: a process that is killed loses no write
 
 def find(name):
     parts = name.split(".")
@@ -52,21 +57,35 @@ def find(name):
         return place, parts[-1]
     raise LookupError(name)
 
-changes, victim, calls = json.loads(sys.argv[1])
-for name, value in changes.items():
-    setattr(*find(name), value)
-if victim:
-    place, name = find(victim)
-    real = getattr(place, name)
+def kill_at(call, real):
     def counted(*given, **named):
-        global calls
-        calls -= 1
-        if calls <= 0:
+        nonlocal call
+        call -= 1
+        if call <= 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*given, **named)
-    setattr(place, name, counted)
-sys.argv[1:] = sys.argv[2:]
-app()
+    return counted
+
+def run(arguments, changes, function, call):
+    for name, value in changes.items():
+        setattr(*find(name), value)
+    if function:
+        place, name = find(function)
+        setattr(place, name, kill_at(call, getattr(place, name)))
+    app(arguments)
+
+if sys.argv[1:]:
+    run(*json.loads(sys.argv[1]))
+for line in sys.stdin:
+    folder, place, command = json.loads(line)
+    if child := os.fork():
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+        continue
+    os.chdir(folder)
+    for number, name in enumerate((os.devnull, place + "/out", place + "/err")):
+        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
+    run(*command)
 """
 
 
@@ -89,6 +108,25 @@ def load() -> Callable[[str], Tokenizer]:
         return _loaded(kind)
 
     return tokenizer
+
+
+@pytest.fixture
+def marked(tmp_path: Path) -> Callable[..., Path]:
+    """A tokenizer's file: in bytes, with <s>, </s> and <sep> as the ids 257 to 259; and one that
+    puts <s> before every text, if asked for."""
+
+    def make(*, begins: bool = False) -> Path:
+        backend = tokenizers.Tokenizer.from_str(load_tokenizer("bytes").json)
+        backend.add_special_tokens(["<s>", "</s>", "<sep>"])
+        if begins:
+            mark = tokenizers.processors.TemplateProcessing(
+                single="<s> $A", special_tokens=[("<s>", 257)]
+            )
+            backend.post_processor = mark  # pyright: ignore[reportAttributeAccessIssue]
+        backend.save(str(tmp_path / "marked.json"))
+        return tmp_path / "marked.json"
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -222,30 +260,44 @@ def contents() -> Callable[[Path], dict[str, Any]]:
 @pytest.fixture(scope="session")
 def start() -> Callable[..., subprocess.Popen[str]]:
     """`pretrain …` in a process of its own and in a folder, with constants of the program changed
-    by their names; it is killed at a call of a function, by its name and the number of the call."""
+    by their names."""
 
     def run(
-        arguments: list[str],
-        folder: Path,
-        changes: dict[str, Any],
-        killed_at: tuple[str, int] = ("", 0),
+        arguments: list[str], folder: Path | None, changes: dict[str, Any]
     ) -> subprocess.Popen[str]:
+        command = [json.dumps([arguments, changes, "", 0])] if arguments else []
         return subprocess.Popen(
-            [sys.executable, "-c", DRIVER, json.dumps([changes, *killed_at]), *arguments],
-            cwd=folder, env={**os.environ, "PYTHONPATH": ROOT}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [sys.executable, "-c", DRIVER, *command],
+            cwd=folder, env={**os.environ, "PYTHONPATH": ROOT, "OPENBLAS_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
     return run
 
 
 @pytest.fixture(scope="session")
-def driven(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., Outcome]:
-    """What such a process did, when it has ended."""
+def driven(
+    start: Callable[..., subprocess.Popen[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Outcome]]:
+    """What `pretrain …` did in such a process; it is killed at a call of a function, by its name
+    and the number of the call."""
+    place = tmp_path_factory.mktemp("driven")
+    with start([], None, {}) as server:
+        assert server.stdin
+        assert server.stdout
 
-    def run(*given: Any, **named: Any) -> Outcome:
-        with start(*given, **named) as process:
-            out, err = process.communicate(timeout=300)
-        return Outcome(process.returncode, out, err)
+        def run(
+            arguments: list[str],
+            folder: Path,
+            changes: dict[str, Any],
+            killed_at: tuple[str, int] = ("", 0),
+        ) -> Outcome:
+            print(
+                json.dumps([str(folder), str(place), [arguments, changes, *killed_at]]),
+                file=server.stdin, flush=True,
+            )  # fmt: skip
+            code = int(server.stdout.readline())
+            return Outcome(code, (place / "out").read_text(), (place / "err").read_text())
 
-    return run
+        yield run
+        server.stdin.close()

@@ -243,14 +243,13 @@ def test_a_datasets_own_bpe_tokenizes_what_is_new(tmp_path, make, write_document
     assert make("corpus", Path("made"), tokenizer="made", append=True).was_there
 
 
-def test_a_datasets_own_tokenizer_has_its_marks(tmp_path, make, load, write_documents, read_back):
-    load("gemma3")  # or skip
-    corpus = write_documents(tmp_path / "corpus", ["Hello world"])
+def test_a_datasets_own_tokenizer_has_its_marks(tmp_path, make, marked, write_documents, read_back):
+    corpus = write_documents(tmp_path / "corpus", ["one"])
     made = tmp_path / "made"
-    make(corpus, made, tokenizer="gemma3", bos="none", val_fraction=0)
-    (corpus / "new.txt").write_text("Hello")
+    make(corpus, made, tokenizer=str(marked(begins=True)), bos="none", val_fraction=0)
+    (corpus / "two.txt").write_text("two")
     make(corpus, made, tokenizer=str(made), append=True, val_fraction=0)
-    assert read_back(made, "train") == [[9259, 1902, 1], [9259, 1]]
-    (corpus / "more.txt").write_text("Hello")
+    assert read_back(made, "train") == [[*b"one", 256], [*b"two", 256]]
+    (corpus / "three.txt").write_text("three")
     with pytest.raises(DataError, match="made with another bos; replace it"):
-        make(corpus, made, tokenizer=str(made), bos="<bos>", append=True, val_fraction=0)
+        make(corpus, made, tokenizer=str(made), bos="<s>", append=True, val_fraction=0)

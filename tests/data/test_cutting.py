@@ -104,7 +104,7 @@ CUTS = {
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "qwen3 special"])
-@settings(max_examples=6)
+@settings(max_examples=5)
 @given(text=texts(size=18_000), **CUTS)
 def test_ids_are_those_of_encoding_the_document_whole(tokenizer, kind, text, piece, size, parts):
     check(tokenizer(kind), text, piece, size, parts)
@@ -125,8 +125,9 @@ RUNS = ["a", ">", "=", "\n", "▁", "ab", "你", "><", "é\t\t\t", f"x{' ' * 7}"
 @pytest.mark.parametrize("run", RUNS)
 def test_a_run_that_goes_on_across_many_cuts_has_the_same_ids(tokenizer, kind, run):
     """The ids of a run go by its length, and it has no place that is sure."""
-    check(tokenizer(kind), f"begins {run * 12_001} ends", 300, 8192, 5000)
-    check(tokenizer(kind), "_".join(run * (140 + n) for n in range(30)), 200, 8192, 5000)
+    count = 18_000 // len(run)
+    check(tokenizer(kind), f"begins {run * count} ends", 300, 8192, 5000)
+    check(tokenizer(kind), "_".join(run * (140 + n) for n in range(20)), 200, 8192, 5000)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -46,6 +46,7 @@ def small(monkeypatch):
     """In this process what `driven` changes in another."""
     for name, value in SMALL.items():
         monkeypatch.setattr(name, value)
+    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 def sentences(number, count):

@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pretrain_cli.data.aside import Tally, Written, as_written, aside, noted_shards, read_progress
 from pretrain_cli.data.corpus import Corpus, TextFile
 from pretrain_cli.data.pipeline import Earlier, Moment, Place, identity
 from pretrain_cli.data.request import TokenizeRequest
 from pretrain_cli.data.shards import FILES, MANIFEST, Manifest, read_manifest
 from pretrain_cli.data.tokenizer import BUILT_IN, Tokenizer, load_tokenizer
-from pretrain_cli.data.writer import Tally, Written, as_written, aside, noted_shards, read_progress
 from pretrain_cli.errors import DataError
 from pretrain_cli.files import sha256_of
 

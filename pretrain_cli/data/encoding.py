@@ -29,7 +29,7 @@ from pretrain_cli.data.cutting import Cutter
 from pretrain_cli.data.tokenizer import Tokenizer
 from pretrain_cli.errors import DataError
 
-PIECE = 2**15
+PIECE = 2**13
 """Characters encoded at once; see cutting.py."""
 AHEAD = 3
 """Batches under way for each worker."""

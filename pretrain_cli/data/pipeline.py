@@ -19,13 +19,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pretrain_cli.data.aside import Tally, Written
 from pretrain_cli.data.corpus import Corpus, TextFile
 from pretrain_cli.data.cutting import Cutter
 from pretrain_cli.data.encoding import Block, Encoded, encoders
 from pretrain_cli.data.request import TokenizeRequest
 from pretrain_cli.data.shards import Manifest, Shard, SplitName
 from pretrain_cli.data.text import Document, FileReader
-from pretrain_cli.data.writer import DatasetWriter, Tally, Written
+from pretrain_cli.data.writer import DatasetWriter
 from pretrain_cli.errors import DataError
 
 BATCH_BYTES = 2**19

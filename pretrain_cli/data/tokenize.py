@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pretrain_cli.data.aside import aside, move_into_place
 from pretrain_cli.data.corpus import STANDARD_INPUT, Corpus, find_corpus, legible
 from pretrain_cli.data.earlier import existing, new_files, noted, rows_of, was_begun_with
 from pretrain_cli.data.llm_c import write_llm_c
@@ -24,7 +25,7 @@ from pretrain_cli.data.request import TokenizeRequest, check
 from pretrain_cli.data.shards import FILES, Amount, Manifest, token_dtype
 from pretrain_cli.data.text import FileReader
 from pretrain_cli.data.tokenizer import Tokenizer, load_tokenizer, read_tokenizer, train_bpe
-from pretrain_cli.data.writer import DatasetWriter, aside, move_into_place
+from pretrain_cli.data.writer import DatasetWriter
 from pretrain_cli.errors import ConfigError, DataError
 from pretrain_cli.files import is_disk_full
 
@@ -80,8 +81,9 @@ def tokenize(request: TokenizeRequest, progress: Progress) -> Tokenized:
             f"--format llm.c: holds ids below 65,536, and {tokenizer.name} has "
             f"{tokenizer.vocab_size:,}; leave it out, or choose another tokenizer"
         )
+    writer = DatasetWriter(request.out, tokenizer, shard_tokens=request.shard_tokens)
     began = time.perf_counter()
-    with DatasetWriter(request.out, tokenizer, shard_tokens=request.shard_tokens) as writer:
+    with writer:
         try:
             if earlier is not None:
                 writer.go_on(earlier.here.written, earlier.shards)

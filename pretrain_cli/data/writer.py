@@ -8,20 +8,30 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
+from pretrain_cli.data.aside import (
+    NEW,
+    PROGRESS,
+    Tally,
+    Written,
+    aside,
+    files_of,
+    move_into_place,
+    remove_shards,
+)
+from pretrain_cli.data.open_shard import Extent, OpenShard, close_anyhow
 from pretrain_cli.data.shards import (
     FILES,
     FORMAT_VERSION,
     MANIFEST,
     Amount,
-    Checksums,
     IndexedStarts,
     Manifest,
     Shard,
@@ -30,118 +40,16 @@ from pretrain_cli.data.shards import (
     TokenType,
     blocks_path,
     index_path,
-    read_manifest,
     token_dtype,
 )
 from pretrain_cli.data.tokenizer import Tokenizer
 from pretrain_cli.errors import DataError
 from pretrain_cli.files import flush, sha256_of, write_whole
 
-PROGRESS = "progress.json"
-NEW = ".new"
-"""In the name of a shard that takes the place of one of the same name when all is whole."""
+SECONDS_FOR_LOCK = 2.0
+"""The processes of a writer that was killed hold its lock until they notice, a moment later."""
 TAIL_BLOCK = 2**20
 """Tokens moved at once when the end of a split becomes the other."""
-
-
-@dataclass
-class Tally:
-    """How much text something is so far."""
-
-    documents: int = 0
-    bytes: int = 0
-    """Of whole documents."""
-    tokens: int = 0
-
-
-@dataclass(frozen=True)
-class Extent:
-    """How far an unfinished shard goes."""
-
-    file: str
-    tokens: int
-    documents: int
-
-
-@dataclass(frozen=True)
-class Written:
-    """What a dataset holds at one moment of its writing."""
-
-    dtype: TokenType
-    closed: int
-    """Shards that are finished; none is ever changed."""
-    open: dict[SplitName, Extent]
-    splits: dict[SplitName, Tally]
-    files_bytes: int
-    """Length of files.jsonl."""
-
-
-@dataclass
-class _OpenShard:
-    """A shard being written."""
-
-    split: SplitName
-    path: Path
-    dtype: np.dtype
-    tokens: int = 0
-    documents: int = 0
-    largest: int = 0
-    checksums: Checksums = field(default_factory=Checksums)
-
-    def __post_init__(self) -> None:
-        self.data: IO[bytes] = self.path.open("ab")
-        self.index: IO[bytes] = index_path(self.path).open("ab")
-
-    @classmethod
-    def reopened(
-        cls, split: SplitName, path: Path, dtype: np.dtype, extent: Extent
-    ) -> "_OpenShard":
-        """A shard cut back to what it was."""
-        os.truncate(path, extent.tokens * dtype.itemsize)
-        os.truncate(index_path(path), extent.documents * 8)
-        shard = cls(split, path, dtype, extent.tokens, extent.documents)
-        with path.open("rb") as file:  # read, since what is mapped counts as memory taken
-            while len(part := np.fromfile(file, dtype, TAIL_BLOCK)):
-                shard.checksums.add(part)
-                shard.largest = max(shard.largest, int(part.max()))
-        return shard
-
-    def add(self, tokens: np.ndarray, starts: np.ndarray) -> None:
-        self.data.write(tokens.data)
-        self.checksums.add(tokens)
-        if len(starts):
-            self.index.write((starts + self.tokens).astype("<u8").tobytes())
-        self.tokens += len(tokens)
-        self.documents += len(starts)
-        self.largest = max(self.largest, int(tokens.max()))
-
-    @property
-    def extent(self) -> Extent:
-        return Extent(self.path.name, self.tokens, self.documents)
-
-    def flush(self) -> None:
-        flush(self.data)
-        flush(self.index)
-
-    def close(self) -> Shard:
-        self.flush()
-        self.abandon()
-        blocks = self.checksums.blocks_bytes()
-        blocks_path(self.path).write_bytes(blocks)
-        return Shard(
-            file=self.path.name,
-            split=self.split,
-            tokens=self.tokens,
-            documents=self.documents,
-            largest_token=self.largest,
-            sha256=self.checksums.whole.hexdigest(),
-            index_sha256=sha256_of(index_path(self.path)),
-            blocks_sha256=sha256_of(blocks_path(self.path)),
-        )
-
-    def abandon(self) -> None:
-        _close(self.data)
-        _close(self.index)
 
 
 class DatasetWriter:
@@ -155,7 +63,7 @@ class DatasetWriter:
         self.shard_tokens = shard_tokens
         self.name: TokenType = token_dtype(tokenizer.vocab_size)
         self.dtype = np.dtype(self.name).newbyteorder("<")
-        self.open: dict[SplitName, _OpenShard] = {}
+        self.open: dict[SplitName, OpenShard] = {}
         self.closed: list[Shard] = []
         self.splits: dict[SplitName, Tally] = {"train": Tally(), "val": Tally()}
         self.ending = ".bin"
@@ -169,21 +77,22 @@ class DatasetWriter:
                 f"{self.folder}: can't be made ({error.strerror}); choose another folder with --out"
             ) from None
         self.lock = os.open(self.aside, os.O_RDONLY)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self.lock)
-            raise DataError(
-                f"{self.aside}: another process is writing it; wait for it, or choose another "
-                "folder with --out"
-            ) from None
+        until = time.monotonic() + SECONDS_FOR_LOCK
+        while not _is_locked(self.lock):
+            if time.monotonic() > until:
+                os.close(self.lock)
+                raise DataError(
+                    f"{self.aside}: another process is writing it; wait for it, or choose another "
+                    "folder with --out"
+                )
+            time.sleep(0.02)
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         for shard in self.open.values():
             shard.abandon()
         if hasattr(self, "files"):
-            _close(self.files)
+            close_anyhow(self.files)
         if not any((self.aside / name).exists() for name in (PROGRESS, MANIFEST)):
             shutil.rmtree(self.aside, ignore_errors=True)
         os.close(self.lock)
@@ -219,12 +128,12 @@ class DatasetWriter:
         kept = {file.name for shard in closed for file in files_of(self.aside, shard.file)}
         for extent in written.open.values():
             kept |= {extent.file, index_path(self.aside / extent.file).name}
-        _remove_shards(self.aside, but=kept)
+        remove_shards(self.aside, but=kept)
         self.closed = closed
         self.splits = {name: replace(tally) for name, tally in written.splits.items()}
         for split, extent in written.open.items():
             path = self.aside / extent.file
-            self.open[split] = _OpenShard.reopened(split, path, self.dtype, extent)
+            self.open[split] = OpenShard.reopened(split, path, self.dtype, extent)
         os.truncate(self.aside / FILES, written.files_bytes)
         self.files = (self.aside / FILES).open("ab")
 
@@ -314,7 +223,7 @@ class DatasetWriter:
         path = self.aside / extent.file
         shutil.copyfile(paths[kept], path)
         shutil.copyfile(index_path(paths[kept]), index_path(path))
-        self.open["train"] = _OpenShard.reopened("train", path, self.dtype, extent)
+        self.open["train"] = OpenShard.reopened("train", path, self.dtype, extent)
         before = sum(shard.documents for shard in self.closed[:kept])
         self.closed = [
             *self.closed[:kept],
@@ -350,12 +259,12 @@ class DatasetWriter:
         move_into_place(self.folder)
         return manifest
 
-    def _next_shard(self, split: SplitName) -> _OpenShard:
+    def _next_shard(self, split: SplitName) -> OpenShard:
         number = sum(shard.split == split for shard in self.closed)
         name = f"{split}-{number:05d}{self.ending}"
         for path in files_of(self.aside, name):
             path.unlink(missing_ok=True)
-        return _OpenShard(split, self.aside / name, self.dtype)
+        return OpenShard(split, self.aside / name, self.dtype)
 
     def _as_training(self, shard: Shard) -> Shard:
         if shard.split == "train":
@@ -367,73 +276,13 @@ class DatasetWriter:
         return shard.model_copy(update={"file": new.name, "split": "train"})
 
 
-def files_of(folder: Path, shard: str) -> tuple[Path, Path, Path]:
-    """The files that a shard consists of."""
-    path = folder / shard
-    return path, index_path(path), blocks_path(path)
-
-
-def aside(folder: Path) -> Path:
-    """Where a dataset is written before it is whole."""
-    return folder.with_name(folder.name + ".partial")
-
-
-def read_progress(folder: Path) -> dict[str, Any] | None:
-    """What a writer of this dataset noted before it was ended, if one was."""
+def _is_locked(folder: int) -> bool:
+    """Whether this process now holds the lock on a folder."""
     try:
-        return json.loads((aside(folder) / PROGRESS).read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def noted_shards(progress: dict[str, Any]) -> list[Shard]:
-    """The shards that were finished when this was noted."""
-    return [Shard.model_validate(shard) for shard in progress["shards"]]
-
-
-def as_written(folder: Path, noted: dict[str, Any], shards: Sequence[Shard]) -> Written | None:
-    """What was noted; None where it isn't there."""
-    extents = {split: Extent(**extent) for split, extent in noted["open"].items()}
-    there = aside(folder)
-    sizes = {file: 0 for s in shards[: noted["closed"]] for file in files_of(there, s.file)}
-    for extent in extents.values():
-        sizes[there / extent.file] = extent.tokens * np.dtype(noted["dtype"]).itemsize
-        sizes[index_path(there / extent.file)] = extent.documents * 8
-    if not all(path.exists() and path.stat().st_size >= size for path, size in sizes.items()):
-        return None
-    splits = {name: Tally(**tally) for name, tally in noted["splits"].items()}
-    return Written(noted["dtype"], noted["closed"], extents, splits, noted["files_bytes"])
-
-
-def move_into_place(folder: Path) -> None:
-    """Put a dataset that is whole, but lies aside, where it belongs; where there is none, nothing
-    is done. It is whole when it has a manifest."""
-    whole, old = aside(folder), folder.with_name(folder.name + ".old")
-    if not (whole / MANIFEST).exists():
-        return
-    shards = read_manifest(whole).shards
-    for path in whole.glob(f"*{NEW}.*"):
-        path.replace(path.with_name(path.name.replace(NEW, "")))
-    _remove_shards(whole, but={f.name for s in shards for f in files_of(whole, s.file)})
-    (whole / PROGRESS).unlink(missing_ok=True)
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    whole.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _close(file: IO[bytes]) -> None:
-    """Close a file whose contents are on the disk, or not needed: where the disk is full, it can't
-    be written to its end."""
-    with suppress(OSError):
-        file.close()
-
-
-def _remove_shards(folder: Path, *, but: set[str]) -> None:
-    for path in folder.iterdir():
-        if path.suffix in (".bin", ".idx", ".crc") and path.name not in but:
-            path.unlink()
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _link(source: Path, target: Path) -> None:

@@ -4,18 +4,22 @@
     library    `encode_batch_fast` of the tokenizers library, the same documents held in memory
 
 Both have the tokenizer loaded, and as many cores. They take turns, so that a machine that is busy
-for a while is so for both.
+for a while is so for both; each turn in a fresh process, since what the library leaves behind in
+a process's memory slows whatever it encodes there next, and every process forked from it.
 """
 
+import multiprocessing
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
-from pretrain_cli.data.corpus import find_corpus
+from pretrain_cli.data.corpus import Corpus, find_corpus
 from pretrain_cli.data.request import TokenizeRequest
 from pretrain_cli.data.text import FileReader
 from pretrain_cli.data.tokenize import demo_request, tokenize
@@ -57,30 +61,56 @@ def measure(request: TokenizeRequest, rounds: int, progress: Callable[[str], Non
     corpus = find_corpus(request.paths, include=request.include)
     if corpus.has_streams:
         raise DataError(f"{', '.join(request.paths)}: can be read once; give files or folders")
-    texts = [
-        b"".join(document.blocks).decode()
-        for file in corpus.files
-        for document in FileReader(file, request.reading).documents()
-    ]
-    backend = load_tokenizer(request.tokenizer).backend
     workers = request.workers or len(os.sched_getaffinity(0))
-    os.environ["RAYON_NUM_THREADS"] = str(workers)
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    ours, library, tokens = [], [], 0
+    request = replace(request, workers=workers)
+    ours: list[Turn] = []
+    library: list[Turn] = []
     for number in range(rounds):
         progress(f"{request.tokenizer}: round {number + 1} of {rounds}")
-        began = time.perf_counter()
-        backend.encode_batch_fast(texts, add_special_tokens=False)
-        library.append(time.perf_counter() - began)
-        with tempfile.TemporaryDirectory() as folder:
-            made = tokenize(replace(request, out=Path(folder) / "made"), lambda *_: None)
-        ours.append(made.seconds)
-        tokens = made.manifest.total.tokens
+        library.append(_in_a_fresh_process(library_turn, request))
+        ours.append(_in_a_fresh_process(our_turn, request))
     return Measurement(
         tokenizer=request.tokenizer,
         workers=workers,
-        bytes=sum(len(text.encode()) for text in texts),
-        tokens=tokens,
-        seconds=statistics.median(ours),
-        library_seconds=statistics.median(library),
+        bytes=ours[0].bytes,
+        tokens=ours[0].tokens,
+        seconds=statistics.median(turn.seconds for turn in ours),
+        library_seconds=statistics.median(turn.seconds for turn in library),
     )
+
+
+class Turn(NamedTuple):
+    seconds: float
+    bytes: int
+    """Of text."""
+    tokens: int
+
+
+def our_turn(request: TokenizeRequest) -> Turn:
+    with tempfile.TemporaryDirectory() as folder:
+        made = tokenize(replace(request, out=Path(folder) / "made"), lambda *_: None)
+    return Turn(made.seconds, made.manifest.total.bytes, made.manifest.total.tokens)
+
+
+def library_turn(request: TokenizeRequest) -> Turn:
+    """The tokens are without the marks around documents."""
+    os.environ["RAYON_NUM_THREADS"] = str(request.workers)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    texts = list(_texts(find_corpus(request.paths, include=request.include), request))
+    backend = load_tokenizer(request.tokenizer).backend
+    began = time.perf_counter()
+    encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+    seconds = time.perf_counter() - began
+    return Turn(seconds, sum(len(text.encode()) for text in texts), sum(map(len, encodings)))
+
+
+def _texts(corpus: Corpus, request: TokenizeRequest) -> Iterator[str]:
+    for file in corpus.files:
+        for document in FileReader(file, request.reading).documents():
+            yield b"".join(document.blocks).decode()
+
+
+def _in_a_fresh_process(turn: Callable[[TokenizeRequest], Turn], request: TokenizeRequest) -> Turn:
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=fresh) as process:
+        return process.submit(turn, request).result()

@@ -126,7 +126,7 @@ def killed(driven, tmp_path):
         (NOTE, 2, True),
         ("os.fsync", 100, True),
         ("pathlib.Path.replace", 10, True),
-        ("pretrain_cli.data.writer._OpenShard.close", 3, True),
+        ("pretrain_cli.data.open_shard.OpenShard.close", 3, True),
         ("pretrain_cli.data.writer.DatasetWriter.close_shards", 1, True),
         (FINISH, 1, True),
     ],

@@ -15,16 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain_cli.data import writer as module
+from pretrain_cli.data.aside import as_written, move_into_place, noted_shards, read_progress
 from pretrain_cli.data.dataset import open_dataset
 from pretrain_cli.data.shards import read_manifest
 from pretrain_cli.data.tokenizer import load_tokenizer, read_tokenizer
-from pretrain_cli.data.writer import (
-    DatasetWriter,
-    as_written,
-    move_into_place,
-    noted_shards,
-    read_progress,
-)
+from pretrain_cli.data.writer import DatasetWriter
 from pretrain_cli.errors import DataError
 
 DOCUMENTS = [b"first", b"the second one", "drittes – ü".encode(), b"4", b"and the fifth, long"]

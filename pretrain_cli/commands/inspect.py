@@ -94,10 +94,9 @@ def _sample(folder: Path, number: int, seq_len: int, seed: int) -> dict[str, Any
     """The training sample of this number in a run on this dataset alone, by documents."""
     import numpy as np
 
-    from pretrain_cli.data.batches import Windows
+    from pretrain_cli.data.batches import Windows, order_of
     from pretrain_cli.data.dataset import open_dataset
     from pretrain_cli.data.inspection import documents_in
-    from pretrain_cli.data.order import Order
     from pretrain_cli.errors import ConfigError
 
     opened = open_dataset(folder)
@@ -113,7 +112,7 @@ def _sample(folder: Path, number: int, seq_len: int, seed: int) -> dict[str, Any
         raise ConfigError(
             f"--seq-len: {seq_len} is not from 1 to {max(len(opened.train.tokens) - 1, 1):,}"
         )
-    window = int(Order(len(windows), f"{opened.fingerprint} {seed}")(np.array([number]))[0])
+    window = int(order_of(windows, seed)(np.array([number]))[0])
     start = window * seq_len
     starts = opened.train.documents.between(start, start + seq_len + 1) - start
     tokens = opened.train.tokens.read(start, seq_len + 1)

@@ -71,6 +71,11 @@ class Windows:
             )
 
 
+def order_of(samples: Samples, seed: int) -> Order:
+    """The order in which a run of this seed takes a source's samples."""
+    return Order(len(samples), f"{samples.fingerprint} {seed}")
+
+
 @dataclass
 class Batch:
     """A rank's share of a step: arrays of (B, T) int64."""
@@ -103,7 +108,7 @@ class Batches:
         world: int = 1,
     ) -> None:
         self.sources = sources
-        self.orders = [Order(len(samples), f"{samples.fingerprint} {seed}") for samples in sources]
+        self.orders = [order_of(samples, seed) for samples in sources]
         self.interleaving = Interleaving(weights)
         self.seq_len = seq_len
         self.samples_per_step = samples_per_step

@@ -1,0 +1,193 @@
+"""`pretrain inspect` says what is in a dataset, and finds what is wrong with it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pretrain_cli.data.batches import Batches, Windows
+from pretrain_cli.data.dataset import open_dataset
+
+LINES = [f"line {number} of the corpus, {'x' * number}" for number in range(40)]
+
+
+@pytest.fixture
+def dataset(pretrain):
+    """`data/mixed`, of a folder and a file of lines, 40 documents in all, the bytes as tokens."""
+    Path("texts").mkdir()
+    for number, line in enumerate(LINES[:10]):
+        Path(f"texts/{number}.txt").write_text(line)
+    Path("rows.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in LINES[10:]))
+    done = pretrain(
+        "tokenize texts rows.jsonl --tokenizer bytes --val-fraction 0.2 --out data/mixed"
+    )
+    assert done.code == 0, done.err
+    return Path("data/mixed")
+
+
+def inspected(pretrain, options=""):
+    done = pretrain(f"inspect data/mixed --json {options}")
+    assert done.code == 0, done.err
+    return json.loads(done.out)
+
+
+def test_totals_are_those_of_the_texts(pretrain, dataset):
+    facts = inspected(pretrain)
+    total = sum(map(len, LINES))
+    splits = facts["splits"].values()
+    assert sum(part["documents"] for part in splits) == len(LINES)
+    assert sum(part["bytes"] for part in splits) == total
+    assert sum(part["tokens"] for part in splits) == total + len(LINES)  # each ends with a mark
+    assert facts["bytes_per_token"] == pytest.approx(total / (total + len(LINES)))
+    assert facts["end_of_document"] == 256
+    assert facts["beginning_of_document"] is None
+
+
+def test_every_source_has_its_share(pretrain, dataset):
+    sources = inspected(pretrain)["sources"]
+    tokens = {"texts": LINES[:10], "rows.jsonl": LINES[10:]}
+    tokens = {name: sum(len(line) + 1 for line in lines) for name, lines in tokens.items()}
+    assert {name: part["tokens"] for name, part in sources.items()} == tokens
+    shares = {name: part["share"] for name, part in sources.items()}
+    assert shares == pytest.approx({n: t / sum(tokens.values()) for n, t in tokens.items()})
+
+
+def test_lengths_are_counted_by_powers_of_two(pretrain, dataset):
+    lengths = inspected(pretrain)["document_tokens"]
+    counted = sum(sum(part["by_power"].values()) for part in lengths.values())
+    assert counted == len(LINES)
+    assert max(part["longest"] for part in lengths.values()) == max(map(len, LINES)) + 1
+    shown = pretrain("inspect data/mixed").out
+    assert f"{lengths['train']['longest']:,}" in shown
+    assert "rows.jsonl" in shown
+    assert "█" in shown
+
+
+def test_the_samples_of_an_epoch_are_its_windows_in_the_order_of_the_seed(pretrain, dataset):
+    tokens = np.fromfile(dataset / "train-00000.bin", "<u2")
+    windows = (len(tokens) - 1) // 32
+    seen = []
+    for number in range(windows):
+        sample = inspected(pretrain, f"--sample {number} --seq-len 32")["sample"]
+        first = sample["first_token"]
+        assert sample["tokens"] == tokens[first : first + 33].tolist()
+        seen.append(first)
+        text = "".join(document["text"] for document in sample["documents"])
+        assert text == "".join("<|endoftext|>" if t == 256 else chr(t) for t in sample["tokens"])
+        for document in sample["documents"][1:]:
+            assert document["begins"]
+    assert sorted(seen) == [32 * window for window in range(windows)]
+    assert seen != sorted(seen)
+    again = inspected(pretrain, f"--sample {windows} --seq-len 32")["sample"]
+    assert again["epoch"] == 1
+    other = [
+        inspected(pretrain, f"--sample {n} --seq-len 32 --seed 1")["sample"]["first_token"]
+        for n in range(windows)
+    ]
+    assert other != seen
+
+
+def test_a_sample_is_the_one_that_a_run_trains_on(pretrain, dataset):
+    opened = open_dataset(dataset)
+    windows = Windows(
+        opened.train.tokens,
+        seq_len=32,
+        fingerprint=opened.fingerprint,
+        separator=opened.separator,
+    )
+    run = Batches([windows], [1], seq_len=32, samples_per_step=2, seed=7)
+    for first in (0, 2):
+        batch = run.starting_at(first)
+        for row, number in enumerate((first, first + 1)):
+            sample = inspected(pretrain, f"--sample {number} --seq-len 32 --seed 7")["sample"]
+            assert sample["tokens"][:-1] == batch.inputs[row].tolist()
+            assert sample["tokens"][1:] == batch.targets[row].tolist()
+
+
+def test_a_sample_shows_where_documents_begin(pretrain, dataset):
+    shown = pretrain("inspect data/mixed --sample 0 --seq-len 200").out
+    assert "── a document begins ──" in shown
+    assert "<|endoftext|>" in shown
+
+
+def test_a_whole_dataset_is_verified(pretrain, dataset):
+    done = pretrain("inspect data/mixed --verify")
+    assert done.code == 0
+    assert "whole" in done.out
+    assert inspected(pretrain, "--verify")["verified"] == "every checksum"
+
+
+@pytest.mark.parametrize("place", [0, 501])
+def test_a_flipped_bit_is_found_with_its_shard_and_place(pretrain, dataset, place):
+    path = dataset / "train-00000.bin"
+    data = bytearray(path.read_bytes())
+    data[place] ^= 4
+    path.write_bytes(data)
+    done = pretrain("inspect data/mixed --verify")
+    assert done.code == 1
+    assert f"train-00000.bin: damaged between bytes 0 and {len(data):,}" in done.out  # of a block
+    assert pretrain("inspect data/mixed").code == 0  # the size is right
+    done = pretrain("inspect data/mixed --verify --json")
+    assert done.code == 1
+    assert "train-00000.bin" in json.loads(done.out)["damage"][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("train-00000.bin", "train-00000.bin: missing"),
+        ("train-00000.idx", "train-00000.idx: missing"),
+        ("tokenizer.json", "tokenizer.json: missing"),
+        ("files.jsonl", "files.jsonl: missing"),
+    ],
+)
+def test_a_missing_file_is_named(pretrain, dataset, name, said):
+    (dataset / name).unlink()
+    done = pretrain("inspect data/mixed")
+    assert done.code == 1
+    assert said in done.out
+
+
+def test_a_cut_shard_is_found_without_reading_it(pretrain, dataset):
+    path = dataset / "train-00000.bin"
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-2])
+    done = pretrain("inspect data/mixed")
+    assert done.code == 1
+    assert f"train-00000.bin: {size - 2:,} bytes where dataset.json says {size:,}" in done.out
+
+
+def test_another_tokenizer_in_its_place_is_found(pretrain, dataset):
+    path = dataset / "tokenizer.json"
+    path.write_text(path.read_text() + "\n")
+    done = pretrain("inspect data/mixed")
+    assert done.code == 1
+    assert "not the tokenizer that made this dataset" in done.out
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("inspect nowhere", "nowhere"),
+        ("inspect data/mixed --sample -1", "--sample: -1 is below 0"),
+        ("inspect data/mixed --sample 0 --seq-len 0", "--seq-len: 0 is not from 1 to"),
+        ("inspect data/mixed --sample 0 --seq-len 100000", "--seq-len: 100000 is not from 1 to"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused(refused, dataset, line, said):
+    assert said in refused(line)
+
+
+def test_a_manifest_of_a_later_format_is_refused(refused, dataset):
+    path = dataset / "dataset.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"format_version": 99}))
+    assert "99" in refused("inspect data/mixed")
+
+
+def test_a_folder_that_is_no_dataset_is_refused(refused, dataset):
+    shutil.rmtree("texts")
+    Path("texts").mkdir()
+    assert "texts" in refused("inspect texts")

@@ -27,7 +27,7 @@ from pretrain_cli.engine.speed import (
     compile_blocks,
     resolve_speed,
 )
-from pretrain_cli.engine.train import train_step
+from pretrain_cli.engine.step import train_step
 from pretrain_cli.errors import ConfigError, did_you_mean
 from pretrain_cli.model import counting
 from pretrain_cli.model.attention_backends import BACKENDS

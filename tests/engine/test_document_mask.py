@@ -5,7 +5,7 @@ import torch
 
 from pretrain_cli.data.dataset import open_dataset
 from pretrain_cli.data.mixture import Source, mix
-from pretrain_cli.engine import train as training
+from pretrain_cli.engine import trainer as training
 from pretrain_cli.engine.distributed import Ranks
 from pretrain_cli.engine.evaluate import evaluate
 from pretrain_cli.engine.metrics import Evaluation, StepMetrics

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from pretrain_cli.config import OptimizerSettings, SpeedConfig
 from pretrain_cli.data.batches import IGNORED
 from pretrain_cli.data.documents import document_numbers
-from pretrain_cli.engine import train as training
+from pretrain_cli.engine import trainer as training
 from pretrain_cli.engine.metrics import Evaluation, Finished, Notice, Sample, Saved, StepMetrics
 from pretrain_cli.engine.optimizer import build_optimizer, set_learning_rate
 from pretrain_cli.engine.speed import build_model, resolve_speed
-from pretrain_cli.engine.train import train_step
+from pretrain_cli.engine.step import train_step
 from pretrain_cli.model.config import variant
 from pretrain_cli.model.presets import preset
 

@@ -1,0 +1,263 @@
+"""A run in progress: steps, and what is evaluated, saved and reported around them."""
+
+import json
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from pretrain_cli.data.batches import Batches
+from pretrain_cli.engine import checkpoint
+from pretrain_cli.engine.checkpoint import State
+from pretrain_cli.engine.distributed import Ranks
+from pretrain_cli.engine.evaluate import evaluate
+from pretrain_cli.engine.feed import Feed
+from pretrain_cli.engine.metrics import (
+    Evaluation,
+    Event,
+    Finished,
+    MetricsFile,
+    Notice,
+    Report,
+    Sample,
+    Saved,
+    Started,
+    StepMetrics,
+    peak_memory,
+    stated_peak,
+)
+from pretrain_cli.engine.optimizer import learning_rate, set_learning_rate
+from pretrain_cli.engine.plan import Plan
+from pretrain_cli.engine.run import device_name
+from pretrain_cli.engine.sample import Controls, sample_text
+from pretrain_cli.engine.step import train_step
+from pretrain_cli.engine.stop import StopRequest
+from pretrain_cli.errors import PretrainError
+from pretrain_cli.model import counting
+from pretrain_cli.model.decoder import Decoder
+
+
+class Trainer:
+    """A run in progress: what is written, reported and saved around its steps."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        run: Path,
+        ranks: Ranks,
+        report: Report,
+        batches: Batches,
+        decoder: Decoder,
+        model: nn.Module,
+        optimizer: Optimizer,
+    ) -> None:
+        self.plan, self.run, self.ranks, self.batches = plan, run, ranks, batches
+        self.decoder, self.model, self.optimizer = decoder, model, optimizer
+        self.tell = report
+        self.saved_step = -1
+        self.evaluated_step = -1
+        self.metrics: MetricsFile | None = None
+
+    def report(self, event: Event) -> None:
+        if self.metrics and isinstance(event, StepMetrics | Evaluation):
+            self.metrics.write(event)
+        self.tell(event)
+
+    def run_until(self, steps: int, state: State, stop: StopRequest) -> Finished:
+        """Steps until there have been so many, or a stop is asked for; saved either way."""
+        plan, ranks = self.plan, self.ranks
+        if ranks.is_first:
+            self.metrics = MetricsFile(self.run / "metrics.jsonl", upto=state.step)
+        flops = counting.training_flops(plan.model, plan.seq_len).exact
+        peak = stated_peak(ranks.device, plan.speed.compute_dtype)
+        self.saved_step = state.step if state.step else -1
+        self.report(
+            Started(
+                run=self.run,
+                model=plan.name,
+                parameters=counting.count_parameters(plan.model).total,
+                dataset=plan.data.name,
+                device=device_name(ranks.device),
+                first_step=state.step,
+                steps=steps,
+                tokens_per_step=plan.tokens_per_step,
+                flops_per_token=flops,
+                peak_flops=peak,
+            )
+        )
+        feed = Feed(
+            self.batches,
+            first_sample=state.samples,
+            device=ranks.device,
+            prefetch=plan.speed.prefetch,
+        )
+        first, stopped = state.step, False
+        waited, since, mean, now = 0.0, 0, 0.0, 0.0
+        if state.step >= steps:
+            self.report(Notice(f"{self.run} has its {steps:,} steps; --steps with more goes on"))
+        try:
+            if self._missed_evaluation(state):
+                self.evaluate(state)
+            began = logged = time.perf_counter()
+            while state.step < steps and not stopped:
+                rate = learning_rate(
+                    state.step,
+                    peak=plan.learning_rate,
+                    steps=steps,
+                    warmup_steps=plan.warmup_steps,
+                    settings=plan.settings.optimizer,
+                )
+                set_learning_rate(self.optimizer, rate)
+                batch = feed.next()
+                waited, since = waited + feed.wait, since + 1
+                loss, norm = train_step(
+                    self.model,
+                    self.optimizer,
+                    batch.inputs,
+                    batch.targets,
+                    micro_batch_size=plan.micro_batch_size,
+                    clip=plan.settings.optimizer.clip,
+                    world=ranks.world,
+                    counted=batch.counted,
+                    documents=batch.documents,
+                )
+                state = State(
+                    step=state.step + 1,
+                    samples=state.samples + plan.samples_per_step,
+                    tokens=state.tokens + plan.tokens_per_step,
+                )
+                save_due = state.step % plan.checkpoint_every == 0
+                log_due = state.step % plan.log_every == 0 or state.step == steps
+                if log_due or save_due or (stop and ranks.world == 1):
+                    mean = ranks.sum(loss).item()  # waits for the device
+                    self._refuse_divergence(state, mean, float(norm))
+                if log_due:
+                    now = time.perf_counter()
+                    speed = since * plan.tokens_per_step / (now - logged)
+                    self.report(
+                        StepMetrics(
+                            step=state.step,
+                            loss=mean,
+                            learning_rate=rate,
+                            gradient_norm=float(norm),
+                            tokens=state.tokens,
+                            tokens_per_second=speed,
+                            mfu=speed * flops / (peak * ranks.world) if peak else None,
+                            data_wait=waited / since,
+                            memory=peak_memory(ranks.device),
+                            seconds=now - began,
+                            sources=self._tokens_by_source(state),
+                        )
+                    )
+                    waited, since = 0.0, 0
+                paused = time.perf_counter()
+                if ranks.world == 1 or log_due or save_due:
+                    stopped = ranks.any(bool(stop))
+                if state.step % plan.eval_every == 0 and not stopped:
+                    self.evaluate(state)
+                if save_due:
+                    self.save(state)
+                logged = now if log_due else logged
+                logged += time.perf_counter() - paused  # evaluating and saving are not training
+            if state.step > first and not stopped:
+                self.evaluate(state)
+            self.save(state)
+            if state.step > first and not stopped:
+                self.sample(state)
+        finally:
+            feed.close()
+            if self.metrics:
+                self.metrics.close()
+        finished = Finished(self.run, state.step, steps, "stopped" if stopped else "done")
+        self.report(finished)
+        return finished
+
+    def _tokens_by_source(self, state: State) -> dict[str, int]:
+        """Seen so far of each dataset, where there are several."""
+        sources = self.plan.data.trained_on
+        counts = self.batches.interleaving.counts(state.samples)
+        tokens = [count * self.plan.seq_len for count in counts]
+        names = [source.name for source in sources]
+        return dict(zip(names, tokens, strict=True)) if len(self.plan.data.sources) > 1 else {}
+
+    def _refuse_divergence(self, state: State, loss: float, norm: float) -> None:
+        """Stop before weights that are not finite are saved over those that are."""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise PretrainError(
+                f"step {state.step}: loss {loss}, gradient norm {norm}; training diverged, this is "
+                "not saved. Start again with a lower --learning-rate, or with --init-from an "
+                f"earlier checkpoint of {self.run}"
+            )
+
+    def _missed_evaluation(self, state: State) -> bool:
+        """Whether this run was stopped at a step whose evaluation was due, and is resumed there."""
+        last = state.step == self.plan.steps
+        due = state.step > 0 and (last or state.step % self.plan.eval_every == 0)
+        done = self.metrics is not None and state.step in self.metrics.evaluated
+        return due and self.ranks.any(self.ranks.is_first and not done)
+
+    def evaluate(self, state: State) -> None:
+        """Measure and report the validation loss, once for a step."""
+        if self.evaluated_step == state.step:
+            return
+        self.model.eval()
+        self.evaluated_step = state.step
+        evaluation = evaluate(
+            self.model,
+            self.plan.data,
+            step=state.step,
+            seq_len=self.plan.seq_len,
+            batch_size=self.plan.micro_batch_size,
+            ranks=self.ranks,
+            document_mask=self.plan.settings.data.document_mask,
+        )
+        if evaluation is not None:
+            self.report(evaluation)
+
+    def save(self, state: State) -> None:
+        """Write a checkpoint, once for a step."""
+        if self.saved_step == state.step:
+            return
+        if self.metrics:
+            self.metrics.sync()
+        folder = self.run / "checkpoints"
+        path = checkpoint.save_checkpoint(
+            folder,
+            self.decoder,
+            self.optimizer,
+            state,
+            tokenizer=self.plan.data.tokenizer,
+            ranks=self.ranks,
+        )
+        self.saved_step = state.step
+        if self.ranks.is_first:
+            checkpoint.rotate(self.run, self.plan.settings.train.keep_checkpoints)
+        self.report(Saved(state.step, path))
+
+    def sample(self, state: State) -> None:
+        """A text from the model as it is now, shown and kept in samples.jsonl."""
+        train = self.plan.settings.train
+        if train.sample_tokens and train.parallel == "fsdp":
+            self.report(Notice("No sample: the model is parted among the ranks. pretrain sample"))
+        if not train.sample_tokens or train.parallel == "fsdp":
+            return
+        if self.ranks.is_first:
+            self.decoder.eval()
+            controls = Controls(max_tokens=train.sample_tokens, seed=train.seed)
+            pieces = sample_text(
+                self.decoder, self.plan.data.tokenizer, train.sample_prompt, controls
+            )
+            try:
+                with torch.compiler.set_stance("force_eager"):  # each length would compile anew
+                    sample = Sample(state.step, train.sample_prompt, "".join(pieces))
+            except PretrainError as error:  # nothing of the run depends on it
+                self.report(Notice(f"No sample: {error}"))
+            else:
+                with (self.run / "samples.jsonl").open("a") as file:
+                    file.write(json.dumps(asdict(sample)) + "\n")
+                self.report(sample)
+        self.ranks.wait()

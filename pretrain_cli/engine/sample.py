@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pretrain_cli.config import build_config
 from pretrain_cli.data.tokenizer import Tokenizer, read_tokenizer
-from pretrain_cli.engine.checkpoint import find_model_folder
 from pretrain_cli.engine.distributed import find_device
+from pretrain_cli.engine.keeping import find_model_folder
 from pretrain_cli.engine.speed import apply_process_settings, build_model, resolve_speed
 from pretrain_cli.errors import CheckpointError, ConfigError
 from pretrain_cli.model.config_json import read_config

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from pretrain_cli.config import RunConfig
-from pretrain_cli.engine import checkpoint
+from pretrain_cli.engine import checkpoint, keeping
 from pretrain_cli.engine.checkpoint import State
 from pretrain_cli.engine.distributed import open_ranks, share
 from pretrain_cli.engine.feed import open_batches
@@ -55,7 +55,7 @@ def train(
         optimizer = build_optimizer(
             model, plan.settings.optimizer, fused=plan.speed.fused_optimizer
         )
-        state = State(step=0, samples=0, tokens=0)
+        state = State()
         if start is not None:
             state = checkpoint.load_training_state(start, decoder, optimizer, ranks.device)
         if state.step > plan.steps:
@@ -65,7 +65,7 @@ def train(
             )
         if ranks.is_first:
             write_record(run, plan, ranks.device, resume[1].asked if resume else None)
-            for left in checkpoint.abandon_later(run, state.step):
+            for left in keeping.abandon_later(run, state.step):
                 report(Notice(f"{left}: beyond step {state.step:,}, renamed to abandoned-…"))
         trainer = Trainer(plan, run, ranks, report, batches, decoder, model, optimizer)
         return trainer.run_until(plan.steps, state, stop)
@@ -88,7 +88,7 @@ def _choose_run(
         )
     if resume_from and (reason := checkpoint.damage(resume_from)):
         raise CheckpointError(f"{reason}; resume from the run, {run}, to take another")
-    start = resume_from or checkpoint.newest_intact(run, lambda text: report(Notice(text)))
+    start = resume_from or keeping.newest_intact(run, lambda text: report(Notice(text)))
     if start is None:
         report(Notice(f"{run}: no checkpoint yet; starting again from step 0"))
     return run, start

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pretrain_cli.data.batches import Batches
-from pretrain_cli.engine import checkpoint
+from pretrain_cli.engine import checkpoint, keeping
 from pretrain_cli.engine.checkpoint import State
 from pretrain_cli.engine.distributed import Ranks
 from pretrain_cli.engine.evaluate import evaluate
@@ -125,7 +125,8 @@ class Trainer:
                     counted=batch.counted,
                     documents=batch.documents,
                 )
-                state = State(
+                state = replace(
+                    state,
                     step=state.step + 1,
                     samples=state.samples + plan.samples_per_step,
                     tokens=state.tokens + plan.tokens_per_step,
@@ -235,7 +236,7 @@ class Trainer:
         )
         self.saved_step = state.step
         if self.ranks.is_first:
-            checkpoint.rotate(self.run, self.plan.settings.train.keep_checkpoints)
+            keeping.rotate(self.run, self.plan.settings.train.keep_checkpoints)
         self.report(Saved(state.step, path))
 
     def sample(self, state: State) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pretrain_cli.config import SpeedConfig
-from pretrain_cli.engine import checkpoint
+from pretrain_cli.engine import checkpoint, keeping
 from pretrain_cli.engine.metrics import Evaluation, StepMetrics
 from pretrain_cli.engine.sample import open_for_sampling
 from pretrain_cli.engine.speed import build_model, resolve_speed
@@ -84,5 +84,5 @@ def test_a_save_that_dies_leaves_the_checkpoints_as_they_were(settings, run, tmp
     monkeypatch.setattr(checkpoint, "seal", dies)
     with pytest.raises(OSError, match="went away"):
         run(settings("second", train__steps=2))
-    assert checkpoint.checkpoints(tmp_path / "second") == []
-    assert checkpoint.newest_intact(tmp_path / "run", print) is not None
+    assert keeping.checkpoints(tmp_path / "second") == []
+    assert keeping.newest_intact(tmp_path / "run", print) is not None

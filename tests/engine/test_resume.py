@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from pretrain_cli.config import build_config
-from pretrain_cli.engine import checkpoint
+from pretrain_cli.engine import keeping
 from pretrain_cli.engine.metrics import Notice
 from pretrain_cli.engine.record import read_record, resumed_settings
 from pretrain_cli.errors import CheckpointError, ConfigError, DataError, PretrainError
@@ -89,7 +89,7 @@ def test_resuming_with_other_speed_settings_keeps_the_optimizers_moments(setting
     run(settings("straight"))
     run(settings("changed", train__checkpoint_every=3, train__keep_checkpoints=5))
     for name in ("checkpoints/step-000006",):
-        checkpoint.rotate(tmp_path / "changed", 5)
+        keeping.rotate(tmp_path / "changed", 5)
         (tmp_path / "changed" / name).rename(tmp_path / "aside")
     resume(run, tmp_path / "changed", speed__merged_projections=False, speed__attention="eager",
            train__micro_batch_size=1)  # fmt: skip
@@ -204,7 +204,7 @@ def test_going_on_from_an_earlier_checkpoint_leaves_the_later_ones_aside(setting
     events = run(resumed_settings(record, build_config(record.settings, {"train.steps": 3}, [])),
                  resume=(folder, record), resume_from=early)  # fmt: skip
     assert any("step-000004: beyond step 2" in e.text for e in events if isinstance(e, Notice))
-    assert [path.name for path in checkpoint.checkpoints(folder)] == [
+    assert [path.name for path in keeping.checkpoints(folder)] == [
         "step-000003", "step-000002", "step-000001",
     ]  # fmt: skip
     resume(run, folder, train__steps=4)
@@ -218,7 +218,7 @@ def test_going_on_from_an_earlier_checkpoint_leaves_the_later_ones_aside(setting
 def test_the_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path):
     for step in (999_900, 1_000_000, 999_950):
         (tmp_path / f"checkpoints/step-{step:06d}").mkdir(parents=True)
-    assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path)] == [
+    assert [keeping.step_of(path) for path in keeping.checkpoints(tmp_path)] == [
         1_000_000, 999_950, 999_900,
     ]  # fmt: skip
 
@@ -227,7 +227,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_checkpoints(settings, run, tmp_
     config = settings(train__steps=40, train__checkpoint_every=1, optimizer__learning_rate=1e30)
     with pytest.raises(PretrainError, match="training diverged"):
         run(config)
-    for path in checkpoint.checkpoints(tmp_path / "run"):
+    for path in keeping.checkpoints(tmp_path / "run"):
         assert all(t.isfinite().all() for t in load_file(path / "model.safetensors").values())
 
 

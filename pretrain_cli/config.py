@@ -90,14 +90,19 @@ class OptimizerSettings(Section):
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: Positive = 1e-8
     weight_decay: NotNegative = 0.1
-    """On matrices; norms are not decayed."""
+    """On matrices, the embedding and the head among them; norms are not decayed."""
+    embedding_rate_scale: Positive = 1.0
+    """Times the learning rate, for the embedding, and for the head where it is tied to it."""
+    head_rate_scale: Positive = 1.0
+    norm_rate_scale: Positive = 1.0
     clip: NotNegative = 1.0
     """Largest gradient norm; 0 leaves gradients alone."""
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """After warm-up: down a cosine; constant and then linearly down; or constant."""
+    schedule: Literal["cosine", "linear", "wsd", "wsd-sqrt", "constant"] = "cosine"
+    """After warm-up: down a cosine or a line; constant and then down, linearly or as 1 − √;
+    or constant."""
     warmup_steps: Count | Auto = "auto"
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """The share of the steps that `wsd` decays in."""
+    """The share of the steps after warm-up in which wsd and wsd-sqrt decay."""
     final_fraction: Share = 0.1
     """The last learning rate, as a share of the highest."""
 
@@ -184,7 +189,22 @@ def check_config(tree: dict[str, Any]) -> RunConfig:
             f"train.tokens: {config.train.tokens} and train.steps: {config.train.steps} are both "
             "given; give one of them"
         )
+    _refuse_unused(config.optimizer)
     return config
+
+
+def _refuse_unused(optimizer: OptimizerSettings) -> None:
+    """Refuse a setting that was changed and that another one leaves without a meaning."""
+    schedule = optimizer.schedule
+    for setting, is_used, reason in (
+        ("decay_fraction", schedule.startswith("wsd"), f"optimizer.schedule '{schedule}'"),
+        ("final_fraction", schedule != "constant", f"optimizer.schedule '{schedule}'"),
+    ):
+        value = getattr(optimizer, setting)
+        if not is_used and value != OptimizerSettings.model_fields[setting].default:
+            raise ConfigError(
+                f"optimizer.{setting}: {value} has no meaning with {reason}; leave it out"
+            )
 
 
 def read_config(name: str) -> dict[str, Any]:

@@ -153,7 +153,7 @@ def test_data_is_one_path_or_a_list(given, paths, dumped):
         ),
         (
             "optimizer.schedule=cosin",
-            "optimizer.schedule: 'cosin' is not one of cosine, wsd, const",
+            "optimizer.schedule: 'cosin' is not one of cosine, linear, wsd, ",
         ),
         ("train.keep_checkpoints=0", "train.keep_checkpoints: 0 is not greater than 0"),
         ("train.parallel=zero", "train.parallel: 'zero' is not one of ddp, fsdp"),

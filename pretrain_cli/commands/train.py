@@ -64,6 +64,13 @@ def train(
     learning_rate: Annotated[
         float | None, typer.Option(help="The highest.", show_default="by the model's size")
     ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the rate, after warm-up: cosine, linear, wsd, wsd-sqrt, constant.",
+            show_default="cosine",
+        ),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Of weights and data order.", show_default="0")
     ] = None,
@@ -116,6 +123,7 @@ def train(
         "train.steps": steps,
         "train.tokens": tokens,
         "optimizer.learning_rate": learning_rate,
+        "optimizer.schedule": schedule,
         "train.seed": seed,
         "train.device": device,
         "speed.attention": attn,

@@ -1,46 +1,58 @@
-"""AdamW with decay on matrices only, and the learning rate of each step."""
+"""AdamW, and which settings each kind of parameter has."""
 
-import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import AdamW
 
 from pretrain_cli.config import OptimizerSettings
+from pretrain_cli.model.decoder import Decoder
+from pretrain_cli.model.layout import EMBEDDING, HEAD, layout
 
 
-def build_optimizer(model: nn.Module, settings: OptimizerSettings, *, fused: bool) -> AdamW:
-    """AdamW over every parameter: matrices decayed, norms not. The rate is set at each step."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {
-            "params": [p for p in parameters if p.ndim >= 2],
-            "weight_decay": settings.weight_decay,
-        },
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=fused)
+def build_optimizer(model: Decoder, settings: OptimizerSettings, *, fused: bool) -> AdamW:
+    """AdamW over every parameter. The rate is set at each step, by `set_learning_rate`.
+
+    Fused, a group's update is one pass over its parameters; else a pass for each operation.
+    """
+    groups = list(parameter_groups(model, settings))
+    return AdamW(
+        groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=fused, foreach=not fused
+    )
+
+
+def parameter_groups(model: Decoder, settings: OptimizerSettings) -> Iterator[dict[str, Any]]:
+    """What AdamW's settings differ by:
+
+    |            |                                               | decayed | rate ×               |
+    |------------|-----------------------------------------------|---------|----------------------|
+    | embedding  | and the head where it is tied to it           | yes     | embedding_rate_scale |
+    | head       | where it is not                               | yes     | head_rate_scale      |
+    | matrices   | of attention, MLPs, experts, and the routers  | yes     | 1                    |
+    | norms      |                                               | no      | norm_rate_scale      |
+    """
+    kinds: dict[str, dict[str, nn.Parameter]] = {}
+    parameters = dict(model.named_parameters())
+    for piece in layout(model.config, merged_projections=model.merged_projections):
+        kind = {EMBEDDING: "embedding", HEAD: "head"}.get(piece.name, "matrices")
+        kind = "norms" if piece.is_norm else kind
+        kinds.setdefault(kind, {})[piece.parameter] = parameters[piece.parameter]
+    scales = {
+        "embedding": settings.embedding_rate_scale,
+        "head": settings.head_rate_scale,
+        "norms": settings.norm_rate_scale,
+    }
+    for kind, members in kinds.items():
+        yield {
+            "name": kind,
+            "params": list(members.values()),
+            "weight_decay": 0.0 if kind == "norms" else settings.weight_decay,
+            "rate_scale": scales.get(kind, 1.0),
+        }
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
-def learning_rate(
-    step: int, *, peak: float, steps: int, warmup_steps: int, settings: OptimizerSettings
-) -> float:
-    """The rate of a step (counted from 0) out of `steps`.
-
-    cosine    ╱‾╲_      wsd    ╱‾‾‾╲      constant    ╱‾‾‾‾
-    """
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    last = settings.final_fraction
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    if settings.schedule == "constant":
-        return peak
-    if settings.schedule == "wsd":
-        left = min(1.0, (1.0 - progress) / settings.decay_fraction)
-        return peak * (last + (1 - last) * left)
-    return peak * (last + (1 - last) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+        group["lr"] = rate * group["rate_scale"]

@@ -81,6 +81,11 @@ def make_plan(
         config = _fit_to_data(config, settings, mixture, report)
     if config.num_experts:
         report(Notice("Experts are trained without a balancing loss, and may come to be unused"))
+    if config.tie_word_embeddings and settings.optimizer.head_rate_scale != 1:
+        raise ConfigError(
+            f"optimizer.head_rate_scale: {settings.optimizer.head_rate_scale:g}, and this model's "
+            "head is its embedding; set embedding_rate_scale"
+        )
     train, data, optimizer = settings.train, settings.data, settings.optimizer
     on_cpu = ranks.device.type == "cpu"
 

@@ -53,7 +53,7 @@ def train(
         compile_blocks(decoder, plan.speed)
         model = share(decoder, ranks, plan.settings.train.parallel)
         optimizer = build_optimizer(
-            model, plan.settings.optimizer, fused=plan.speed.fused_optimizer
+            decoder, plan.settings.optimizer, fused=plan.speed.fused_optimizer
         )
         state = State()
         if start is not None:

@@ -30,10 +30,11 @@ from pretrain_cli.engine.metrics import (
     peak_memory,
     stated_peak,
 )
-from pretrain_cli.engine.optimizer import learning_rate, set_learning_rate
+from pretrain_cli.engine.optimizer import set_learning_rate
 from pretrain_cli.engine.plan import Plan
 from pretrain_cli.engine.run import device_name
 from pretrain_cli.engine.sample import Controls, sample_text
+from pretrain_cli.engine.schedule import learning_rate
 from pretrain_cli.engine.step import train_step
 from pretrain_cli.engine.stop import StopRequest
 from pretrain_cli.errors import PretrainError

@@ -1,54 +1,102 @@
-"""Learning rates against closed forms, and what is decayed."""
-
-import math
+"""AdamW against PyTorch's own on each published tensor apart, and what is decayed."""
 
 import pytest
+import torch
 
 from pretrain_cli.config import OptimizerSettings
-from pretrain_cli.engine.optimizer import build_optimizer, learning_rate
+from pretrain_cli.engine.optimizer import build_optimizer, set_learning_rate
 from pretrain_cli.engine.plan import suggested_learning_rate
+from pretrain_cli.errors import ConfigError
+from pretrain_cli.model.config import variant
 from pretrain_cli.model.decoder import Decoder
+from pretrain_cli.model.layout import layout
 from pretrain_cli.model.presets import preset
 
-
-def rates(steps=100, warmup=10, **settings):
-    optimizer = OptimizerSettings(**settings)
-    return [
-        learning_rate(step, peak=2.0, steps=steps, warmup_steps=warmup, settings=optimizer)
-        for step in range(steps)
-    ]
+TINY = {"hidden_size": 16, "intermediate_size": 24, "head_dim": 8, "vocab_size": 30}
+SPARSE = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 
 
-def test_warm_up_is_linear_and_reaches_the_peak():
-    assert rates()[:10] == pytest.approx([0.2 * i for i in range(1, 11)])
+def tiny(name="gemma3-tiny", *, merged=True, **changes):
+    """A model of a few small layers with weights and gradients drawn wide."""
+    model = Decoder(variant(preset(name), TINY | changes), merged_projections=merged)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(generator=generator)
+    return model
 
 
-def test_cosine_ends_near_the_final_fraction():
-    after = rates(final_fraction=0.1)[10:]
-    expected = [2 * (0.1 + 0.9 * (1 + math.cos(math.pi * i / 90)) / 2) for i in range(90)]
-    assert after == pytest.approx(expected)
+def pieces(model):
+    """(published name, its part of the parameter) of every published tensor."""
+    parameters = dict(model.named_parameters())
+    for piece in layout(model.config, merged_projections=model.merged_projections):
+        yield piece.name, piece.of(parameters[piece.parameter])
 
 
-def test_wsd_is_constant_and_then_linear():
-    after = rates(schedule="wsd", decay_fraction=0.5, final_fraction=0.0)[10:]
-    assert after[:45] == pytest.approx([2.0] * 45)
-    assert after[45:] == pytest.approx([2.0 * (1 - i / 45) for i in range(45)])
+def give_gradients(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        shape = parameter.shape
+        parameter.grad = torch.randn(shape, generator=generator, dtype=torch.float64).to(
+            parameter.dtype
+        )
 
 
-def test_constant_stays():
-    assert set(rates(schedule="constant")[10:]) == {2.0}
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_each_group_is_torchs_adamw_with_that_groups_rate_and_decay(tied, fused):
+    model = tiny(tie_word_embeddings=tied).double()
+    settings = OptimizerSettings(
+        betas=(0.8, 0.97),
+        eps=1e-3,
+        weight_decay=0.3,
+        embedding_rate_scale=3.0,
+        head_rate_scale=0.5,
+        norm_rate_scale=0.25,
+    )
+    references = {}
+    for name, view in pieces(model):
+        apart = view.detach().clone().requires_grad_()
+        scale = {"model.embed_tokens.weight": 3.0, "lm_head.weight": 0.5}.get(name, 1.0)
+        scale = 0.25 if "norm" in name else scale
+        decay = 0.0 if "norm" in name else 0.3
+        references[name] = apart, torch.optim.AdamW(
+            [apart], lr=0.01 * scale, betas=(0.8, 0.97), eps=1e-3, weight_decay=decay,
+            foreach=False, fused=False,
+        )  # fmt: skip
+    optimizer = build_optimizer(model, settings, fused=fused)
+    for step in range(4):
+        give_gradients(model, step)
+        gradients = {p: p.grad for p in model.parameters()}
+        for piece in layout(model.config, merged_projections=True):
+            apart, reference = references[piece.name]
+            apart.grad = piece.of(gradients[dict(model.named_parameters())[piece.parameter]])
+            reference.step()
+        set_learning_rate(optimizer, 0.01)
+        optimizer.step()
+    for name, view in pieces(model):
+        torch.testing.assert_close(view, references[name][0], rtol=1e-12, atol=1e-13)
 
 
-def test_a_run_of_warm_up_only_has_a_rate_for_every_step():
-    assert rates(steps=5, warmup=10) == pytest.approx([0.2 * i for i in range(1, 6)])
+@pytest.mark.parametrize("name", ["gemma3-tiny", "qwen3-tiny"])
+def test_every_parameter_is_in_one_group(name):
+    model = tiny(name)
+    groups = build_optimizer(model, OptimizerSettings(), fused=True).param_groups
+    held = [id(p) for group in groups for p in group["params"]]
+    assert sorted(held) == sorted(map(id, model.parameters()))
 
 
 def test_matrices_are_decayed_and_norms_are_not():
-    model = Decoder(preset("gemma3-tiny"))
+    model = tiny()
     groups = build_optimizer(model, OptimizerSettings(), fused=True).param_groups
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     for name, parameter in model.named_parameters():
         assert (id(parameter) in decayed) == ("norm" not in name), name
+
+
+def test_a_rate_of_its_own_for_a_head_that_is_the_embedding_is_refused(settings, run):
+    with pytest.raises(ConfigError, match=r"optimizer.head_rate_scale: 2, and this model's head"):
+        run(settings(optimizer__head_rate_scale=2.0))
 
 
 def test_the_suggested_rate_falls_with_size():

@@ -134,6 +134,7 @@ class SpeedConfig(Section):
     attention: Literal["auto", "eager", "sdpa", "flex"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     float32_matmul: Literal["auto", "highest", "high", "medium"] = "auto"
+    onednn_matmul: bool | Auto = "auto"
     compile: bool | Auto = "auto"
     merged_projections: bool = True
     fused_optimizer: bool | Auto = "auto"

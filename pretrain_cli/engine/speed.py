@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pretrain_cli.config import SpeedConfig
-from pretrain_cli.engine import process
+from pretrain_cli.engine import cpu_matmul, process
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.model.attention_backends import BACKENDS
 from pretrain_cli.model.config import ModelConfig
@@ -61,6 +61,7 @@ def resolve_speed(asked: SpeedConfig, device: torch.device, *, training: bool = 
         "attention": _attention,
         "dtype": _dtype,
         "float32_matmul": _float32_matmul,
+        "onednn_matmul": cpu_matmul.onednn_matmul,
         "compile": _compile,
         "fused_optimizer": _fused_optimizer,
         "passive_threads": lambda asked, _: process.passive_threads(asked),
@@ -84,6 +85,7 @@ def apply_process_settings(speed: Speed) -> None:
     """Set what holds for the whole process. Before any tensor is made."""
     process.apply_memory(speed.keep_freed_memory)
     torch.set_float32_matmul_precision(speed.float32_matmul)
+    cpu_matmul.apply(speed.onednn_matmul)
     torch.backends.cudnn.benchmark = speed.cudnn_benchmark
     if torch.cuda.is_available():
         # The environment is read when CUDA starts, which was when the device was looked for.

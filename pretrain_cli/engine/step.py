@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pretrain_cli.engine.distributed import gradients_kept
+from pretrain_cli.engine.guard import Guard
 
 
 def train_step(
@@ -18,14 +19,48 @@ def train_step(
     world: int = 1,
     counted: int | None = None,
     documents: Tensor | None = None,
+    guard: Guard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step on this rank's share of its samples. -> (loss, gradient norm).
+
+    The loss returned is this rank's part of the mean over all ranks. A guard decides whether the
+    step is taken; without one it is.
+    """
+    total = add_gradients(
+        model,
+        inputs,
+        targets,
+        micro_batch_size=micro_batch_size,
+        world=world,
+        counted=counted,
+        documents=documents,
+    )
+    limit = clip if clip > 0 else float("inf")
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    if guard is None:
+        optimizer.step()
+    else:
+        guard.step(optimizer, total, norm)
+    optimizer.zero_grad(set_to_none=True)
+    return total, norm
+
+
+def add_gradients(
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    micro_batch_size: int,
+    world: int = 1,
+    counted: int | None = None,
+    documents: Tensor | None = None,
+) -> Tensor:
+    """The gradients of a step, and this rank's part of its loss.
 
     inputs and targets (B, T) are taken `micro_batch_size` rows at a time, and with them `documents`
     (B, T), where attention is kept inside each. Each part's loss is its sum over a rank's part of
     the targets that count in the whole step, by default all, so the parts add up to the mean that
-    one large batch would give; gradients are then averaged over the ranks. The loss returned is
-    this rank's part of the mean over all ranks.
+    one large batch would give; gradients are then averaged over the ranks.
     """
     normalizer = targets.numel() if counted is None else counted / world
     model.train()
@@ -41,8 +76,4 @@ def train_step(
             )
             loss.backward()
         total += loss.detach() / world
-    limit = clip if clip > 0 else float("inf")
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return total, norm
+    return total

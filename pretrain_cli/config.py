@@ -123,6 +123,11 @@ class TrainSettings(Section):
     eval_every: PositiveInt | Auto = "auto"
     checkpoint_every: PositiveInt | Auto = "auto"
     keep_checkpoints: PositiveInt = 2
+    """The newest so many. The last one known finite stays, whatever else is kept."""
+    keep_best: bool = True
+    """And the one with the lowest validation loss, of those saved at a step that was evaluated."""
+    keep_every: PositiveInt | None = None
+    """And one every so many steps."""
     sample_prompt: str = ""
     sample_tokens: Count = 100
     """Length of the text sampled at the end."""

@@ -88,6 +88,13 @@ def train(
         bool | None,
         typer.Option("--compile/--no-compile", help="torch.compile.", show_default="on a GPU"),
     ] = None,
+    keep: Annotated[
+        int | None,
+        typer.Option(help="Newest checkpoints to keep, beside the best.", show_default="2"),
+    ] = None,
+    keep_every: Annotated[
+        int | None, typer.Option(help="Keep one every so many steps, too.", show_default="none")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Run folder.", show_default="runs/MODEL-DATASET")
     ] = None,
@@ -129,6 +136,8 @@ def train(
         "speed.attention": attn,
         "speed.dtype": dtype,
         "speed.compile": compile_,
+        "train.keep_checkpoints": keep,
+        "train.keep_every": keep_every,
         "train.out": out,
     }
     from pretrain_cli.config import build_config, read_config

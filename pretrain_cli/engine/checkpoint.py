@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from torch.optim import Optimizer
 
 from pretrain_cli.data.tokenizer import Tokenizer
 from pretrain_cli.engine.distributed import Ranks, is_parted, place_like, whole
+from pretrain_cli.errors import CheckpointError
 from pretrain_cli.files import flush
 from pretrain_cli.model.config_json import to_config_json
 from pretrain_cli.model.decoder import Decoder
@@ -38,7 +38,7 @@ from pretrain_cli.model.layout import layout
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 CHECKSUMS = Path("training/checksums.json")
-MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+STATE = Path("training/state.json")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def save_checkpoint(
         tokenizer.save(aside)
         moments["rng"] = torch.get_rng_state()
         save_file(moments, aside / "training/optimizer.safetensors")
-        _write_json(aside / "training/state.json", asdict(state))
+        _write_json(aside / STATE, asdict(state))
         seal(aside)
         shutil.rmtree(place, ignore_errors=True)
         aside.rename(place)
@@ -120,7 +120,11 @@ def load_training_state(
 
 
 def read_state(folder: Path) -> State:
-    return State(**json.loads((folder / "training/state.json").read_text()))
+    path = folder / STATE
+    try:
+        return State(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); use another checkpoint") from None
 
 
 def _published_moments(model: Decoder, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -140,8 +144,12 @@ def _published_moments(model: Decoder, optimizer: Optimizer) -> dict[str, Tensor
 # --- on disk -------------------------------------------------------------------------------------
 
 
+def _as_json(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    path.write_text(_as_json(value))
 
 
 def seal(folder: Path) -> None:
@@ -152,7 +160,7 @@ def seal(folder: Path) -> None:
             flush(file)
             sums[path.relative_to(folder).as_posix()] = _checksum(path)
     with (folder / CHECKSUMS).open("w") as file:
-        file.write(json.dumps(sums, indent=2) + "\n")
+        file.write(_as_json(sums))
         flush(file)
     _flush_folder(folder / "training")
     _flush_folder(folder)
@@ -171,16 +179,18 @@ def _checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def damage(folder: Path, only: Collection[str] | None = None) -> str | None:
-    """What is wrong with a checkpoint, or None; `only` limits which files are read."""
+def damage(folder: Path, *, model_only: bool = False) -> str | None:
+    """What is wrong with a checkpoint, or None; `model_only` leaves unread what only training
+    needs."""
     try:
-        sums = json.loads((folder / CHECKSUMS).read_text())
-        if not isinstance(sums, dict):
+        text = (folder / CHECKSUMS).read_text()
+        sums = json.loads(text)
+        if not isinstance(sums, dict) or text != _as_json(sums):  # one byte can hide in a space
             raise ValueError
     except (OSError, ValueError):
         return f"{folder / CHECKSUMS}: missing or damaged"
     for name, expected in sums.items():
-        if only is not None and name not in only:
+        if model_only and name.startswith("training/"):
             continue
         path = folder / name
         if not path.is_file():

@@ -111,6 +111,7 @@ def make_plan(
         steps = max(20, math.ceil(20 * parameters.active / per_step))
         report(Notice(f"{steps:,} steps: 20 tokens a parameter; --steps or --tokens sets it"))
 
+    eval_every = _interval(train.eval_every, steps, at_least=50)
     rate = optimizer.learning_rate
     if rate == "auto":
         rate = suggested_learning_rate(parameters.active - parameters.embeddings)
@@ -143,8 +144,8 @@ def make_plan(
         learning_rate=rate,
         warmup_steps=warmup,
         log_every=(1 if on_cpu else 10) if train.log_every == "auto" else train.log_every,
-        eval_every=_interval(train.eval_every, steps, at_least=50),
-        checkpoint_every=_interval(train.checkpoint_every, steps, at_least=100),
+        eval_every=eval_every,
+        checkpoint_every=_checkpoint_every(train.checkpoint_every, steps, eval_every),
     )
 
 
@@ -373,6 +374,14 @@ def _micro_batch_size(
 def _interval(asked: int | str, steps: int, *, at_least: int) -> int:
     """Every so many steps: a fifth of the run, but not more often than makes sense."""
     return max(at_least, math.ceil(steps / 5)) if asked == "auto" else int(asked)
+
+
+def _checkpoint_every(asked: int | str, steps: int, eval_every: int) -> int:
+    """A fifth of the run, up to a step that is evaluated, so that the best can be told."""
+    every = _interval(asked, steps, at_least=100)
+    if asked != "auto" or eval_every > every:
+        return every
+    return math.ceil(every / eval_every) * eval_every
 
 
 def suggested_learning_rate(parameters: int) -> float:

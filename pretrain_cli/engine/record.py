@@ -26,6 +26,8 @@ CHANGEABLE = {
     "train.eval_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.keep_best",
+    "train.keep_every",
     "train.sample_prompt",
     "train.sample_tokens",
 }

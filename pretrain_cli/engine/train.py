@@ -64,6 +64,7 @@ def train(
                 "more, or resume from an earlier checkpoint of it"
             )
         if ranks.is_first:
+            keeping.sweep(run)
             write_record(run, plan, ranks.device, resume[1].asked if resume else None)
             for left in keeping.abandon_later(run, state.step):
                 report(Notice(f"{left}: beyond step {state.step:,}, renamed to abandoned-…"))

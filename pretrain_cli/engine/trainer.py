@@ -61,6 +61,7 @@ class Trainer:
         self.tell = report
         self.saved_step = -1
         self.evaluated_step = -1
+        self.evaluation: Evaluation | None = None
         self.metrics: MetricsFile | None = None
 
     def report(self, event: Event) -> None:
@@ -103,6 +104,7 @@ class Trainer:
         try:
             if self._missed_evaluation(state):
                 self.evaluate(state)
+                state = self._with_best(state)
             began = logged = time.perf_counter()
             while state.step < steps and not stopped:
                 rate = learning_rate(
@@ -162,12 +164,12 @@ class Trainer:
                 if state.step % plan.eval_every == 0 and not stopped:
                     self.evaluate(state)
                 if save_due:
-                    self.save(state)
+                    state = self.save(state)
                 logged = now if log_due else logged
                 logged += time.perf_counter() - paused  # evaluating and saving are not training
             if state.step > first and not stopped:
                 self.evaluate(state)
-            self.save(state)
+            state = self.save(state)
             if state.step > first and not stopped:
                 self.sample(state)
         finally:
@@ -218,12 +220,22 @@ class Trainer:
             document_mask=self.plan.settings.data.document_mask,
         )
         if evaluation is not None:
+            self.evaluation = evaluation
             self.report(evaluation)
 
-    def save(self, state: State) -> None:
-        """Write a checkpoint, once for a step."""
+    def _with_best(self, state: State) -> State:
+        """The state of a checkpoint, with itself as the best where its validation loss is."""
+        last = self.evaluation
+        best = math.inf if state.best_loss is None else state.best_loss
+        if last is not None and last.step == state.step and last.loss < best:
+            return replace(state, best_step=last.step, best_loss=last.loss)
+        return state
+
+    def save(self, state: State) -> State:
+        """Write a checkpoint, once for a step. Returns the state that it has."""
         if self.saved_step == state.step:
-            return
+            return state
+        state = self._with_best(state)
         if self.metrics:
             self.metrics.sync()
         folder = self.run / "checkpoints"
@@ -237,8 +249,9 @@ class Trainer:
         )
         self.saved_step = state.step
         if self.ranks.is_first:
-            keeping.rotate(self.run, self.plan.settings.train.keep_checkpoints)
+            keeping.rotate(self.run, self.plan.settings.train)
         self.report(Saved(state.step, path))
+        return state
 
     def sample(self, state: State) -> None:
         """A text from the model as it is now, shown and kept in samples.jsonl."""

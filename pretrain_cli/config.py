@@ -86,9 +86,13 @@ class DataSettings(Section):
 
 
 class OptimizerSettings(Section):
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: for the matrices of the layers; what else there is has AdamW."""
     learning_rate: Positive | Auto = "auto"
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: Positive = 1e-8
+    momentum: Beta = 0.95
+    """Muon's."""
     weight_decay: NotNegative = 0.1
     """On matrices, the embedding and the head among them; norms are not decayed."""
     embedding_rate_scale: Positive = 1.0
@@ -203,6 +207,7 @@ def _refuse_unused(optimizer: OptimizerSettings) -> None:
     """Refuse a setting that was changed and that another one leaves without a meaning."""
     schedule = optimizer.schedule
     for setting, is_used, reason in (
+        ("momentum", optimizer.name == "muon", f"optimizer.name '{optimizer.name}'"),
         ("decay_fraction", schedule.startswith("wsd"), f"optimizer.schedule '{schedule}'"),
         ("final_fraction", schedule != "constant", f"optimizer.schedule '{schedule}'"),
     ):

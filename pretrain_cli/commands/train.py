@@ -64,6 +64,10 @@ def train(
     learning_rate: Annotated[
         float | None, typer.Option(help="The highest.", show_default="by the model's size")
     ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(help="adamw, or muon for the layers' matrices.", show_default="adamw"),
+    ] = None,
     schedule: Annotated[
         str | None,
         typer.Option(
@@ -130,6 +134,7 @@ def train(
         "train.steps": steps,
         "train.tokens": tokens,
         "optimizer.learning_rate": learning_rate,
+        "optimizer.name": optimizer,
         "optimizer.schedule": schedule,
         "train.seed": seed,
         "train.device": device,

@@ -4,7 +4,7 @@
     ├── config.json, model.safetensors, generation_config.json      transformers opens these
     ├── tokenizer.json, tokenizer_config.json
     └── training/
-        ├── optimizer.safetensors    AdamW's moments under the published tensor names, and the RNG
+        ├── optimizer.safetensors    AdamW's two moments, or Muon's, of each published tensor; RNG
         ├── state.json               step, samples consumed, tokens seen
         └── checksums.json           of every file above; written last
 
@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 
 from pretrain_cli.data.tokenizer import Tokenizer
 from pretrain_cli.engine.distributed import Ranks, is_parted, place_like, whole
+from pretrain_cli.engine.optimizer import kept_for
 from pretrain_cli.errors import CheckpointError
 from pretrain_cli.files import flush
 from pretrain_cli.model.config_json import to_config_json
@@ -36,7 +37,6 @@ from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.huggingface import published_tensors, write_weights
 from pretrain_cli.model.layout import layout
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 CHECKSUMS = Path("training/checksums.json")
 STATE = Path("training/state.json")
 
@@ -98,24 +98,25 @@ def load_training_state(
 ) -> State:
     """Set the optimizer to where it was. Weights are read by `load_weights`, like any model's."""
     parameters = dict(model.named_parameters())
-    values: dict[str, dict[str, Tensor]] = {}
+    kept, values = kept_for(optimizer), dict[str, dict[str, Tensor]]()
     with safe_open(folder / "training/optimizer.safetensors", framework="pt") as file:
         for piece in layout(model.config, merged_projections=model.merged_projections):
             parameter = parameters[piece.parameter]
             slot = values.setdefault(
-                piece.parameter, {m: torch.empty(parameter.shape) for m in MOMENTS}
+                piece.parameter, {m: torch.empty(parameter.shape) for m in kept[parameter]}
             )
-            for moment in MOMENTS:
+            for moment in slot:
                 piece.of(slot[moment]).copy_(file.get_tensor(f"{moment}.{piece.name}"))
         torch.set_rng_state(file.get_tensor("rng"))
     state = read_state(folder)
     fused = optimizer.defaults["fused"]
     for name, slot in values.items():
         parameter = parameters[name]
-        optimizer.state[parameter] = {
-            "step": torch.tensor(float(state.step), device=device if fused else "cpu"),
-            **{moment: place_like(value, parameter) for moment, value in slot.items()},
-        }
+        moments = {moment: place_like(value, parameter) for moment, value in slot.items()}
+        optimizer.state[parameter] = moments
+        if "exp_avg" in moments:  # AdamW counts; Muon doesn't
+            steps = torch.tensor(float(state.step), device=device if fused else "cpu")
+            optimizer.state[parameter]["step"] = steps
     return state
 
 
@@ -128,12 +129,12 @@ def read_state(folder: Path) -> State:
 
 
 def _published_moments(model: Decoder, optimizer: Optimizer) -> dict[str, Tensor]:
-    """AdamW's two moments under `exp_avg.NAME` and `exp_avg_sq.NAME`."""
-    parameters = dict(model.named_parameters())
+    """What the optimizer keeps, under `exp_avg.NAME`, `exp_avg_sq.NAME`, `momentum_buffer.NAME`."""
+    parameters, kept = dict(model.named_parameters()), kept_for(optimizer)
     gathered: dict[tuple[str, str], Tensor] = {}
     out = {}
     for piece in layout(model.config, merged_projections=model.merged_projections):
-        for moment in MOMENTS:
+        for moment in kept[parameters[piece.parameter]]:
             key = (piece.parameter, moment)
             if key not in gathered:
                 gathered[key] = whole(optimizer.state[parameters[piece.parameter]][moment])

@@ -1,30 +1,37 @@
-"""AdamW, and which settings each kind of parameter has."""
+"""AdamW, or Muon with it, and which settings each kind of parameter has."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 from pretrain_cli.config import OptimizerSettings
+from pretrain_cli.engine.muon import Muon, MuonWithAdamW
 from pretrain_cli.model.decoder import Decoder
-from pretrain_cli.model.layout import EMBEDDING, HEAD, layout
+from pretrain_cli.model.layout import EMBEDDING, HEAD, layout, row_blocks
 
 
-def build_optimizer(model: Decoder, settings: OptimizerSettings, *, fused: bool) -> AdamW:
-    """AdamW over every parameter. The rate is set at each step, by `set_learning_rate`.
+def build_optimizer(
+    model: Decoder, settings: OptimizerSettings, *, fused: bool
+) -> AdamW | MuonWithAdamW:
+    """AdamW over every parameter, or Muon for the matrices of the layers and AdamW for the rest.
 
-    Fused, a group's update is one pass over its parameters; else a pass for each operation.
+    The rate is set at each step, by `set_learning_rate`. Fused, AdamW's update of a group is one
+    pass over its parameters; else a pass for each operation.
     """
     groups = list(parameter_groups(model, settings))
-    return AdamW(
-        groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=fused, foreach=not fused
+    muons = [group for group in groups if settings.name == "muon" and group["name"] == "matrices"]
+    others = [group for group in groups if group["name"] not in {each["name"] for each in muons}]
+    adamw = AdamW(
+        others, lr=0.0, betas=settings.betas, eps=settings.eps, fused=fused, foreach=not fused
     )
+    return MuonWithAdamW(Muon(muons, momentum=settings.momentum), adamw) if muons else adamw
 
 
 def parameter_groups(model: Decoder, settings: OptimizerSettings) -> Iterator[dict[str, Any]]:
-    """What AdamW's settings differ by:
+    """What the settings differ by:
 
     |            |                                               | decayed | rate ×               |
     |------------|-----------------------------------------------|---------|----------------------|
@@ -35,7 +42,9 @@ def parameter_groups(model: Decoder, settings: OptimizerSettings) -> Iterator[di
     """
     kinds: dict[str, dict[str, nn.Parameter]] = {}
     parameters = dict(model.named_parameters())
-    for piece in layout(model.config, merged_projections=model.merged_projections):
+    pieces = list(layout(model.config, merged_projections=model.merged_projections))
+    blocks = row_blocks(pieces)
+    for piece in pieces:
         kind = {EMBEDDING: "embedding", HEAD: "head"}.get(piece.name, "matrices")
         kind = "norms" if piece.is_norm else kind
         kinds.setdefault(kind, {})[piece.parameter] = parameters[piece.parameter]
@@ -48,6 +57,7 @@ def parameter_groups(model: Decoder, settings: OptimizerSettings) -> Iterator[di
         yield {
             "name": kind,
             "params": list(members.values()),
+            "blocks": [blocks[name] for name in members],
             "weight_decay": 0.0 if kind == "norms" else settings.weight_decay,
             "rate_scale": scales.get(kind, 1.0),
         }
@@ -56,3 +66,12 @@ def parameter_groups(model: Decoder, settings: OptimizerSettings) -> Iterator[di
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate * group["rate_scale"]
+
+
+def kept_for(optimizer: torch.optim.Optimizer) -> dict[Tensor, tuple[str, ...]]:
+    """What an optimizer keeps for each parameter, in its shape: names in its state."""
+    return {
+        parameter: ("momentum_buffer",) if "momentum" in group else ("exp_avg", "exp_avg_sq")
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }

@@ -81,6 +81,11 @@ def make_plan(
         config = _fit_to_data(config, settings, mixture, report)
     if config.num_experts:
         report(Notice("Experts are trained without a balancing loss, and may come to be unused"))
+    if settings.optimizer.name == "muon" and settings.train.parallel == "fsdp":
+        raise ConfigError(
+            "optimizer.name: 'muon' makes whole matrices orthogonal, and train.parallel 'fsdp' "
+            "leaves each rank a part of them; use adamw, or ddp"
+        )
     if config.tie_word_embeddings and settings.optimizer.head_rate_scale != 1:
         raise ConfigError(
             f"optimizer.head_rate_scale: {settings.optimizer.head_rate_scale:g}, and this model's "

@@ -9,7 +9,7 @@ through this table, so none of them depends on whether projections are merged.
 optimizer's moments, initialization and sharded parameters need the same split.)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,18 @@ def layout(config: ModelConfig, *, merged_projections: bool) -> Iterator[Piece]:
     yield whole("model.norm.weight", "norm.weight", D)
     if not config.tie_word_embeddings:
         yield whole(HEAD, "head.weight", config.vocab_size, D)
+
+
+def row_blocks(pieces: Iterable[Piece]) -> dict[str, list[slice]]:
+    """The rows of each parameter that are one published matrix; of each expert's, where it stacks
+    them."""
+    blocks: dict[str, list[slice]] = {}
+    for piece in pieces:
+        rows = next((part for part in piece.index if isinstance(part, slice)), slice(None))
+        found = blocks.setdefault(piece.parameter, [])
+        if rows not in found:
+            found.append(rows)
+    return blocks
 
 
 def block_norm_names(config: ModelConfig) -> dict[str, str]:

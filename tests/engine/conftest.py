@@ -5,11 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pretrain_cli.config import RunConfig, build_config
 from pretrain_cli.data.tokenize import TokenizeRequest, tokenize
 from pretrain_cli.engine.metrics import Event
 from pretrain_cli.engine.train import train
+from pretrain_cli.model.config import variant
+from pretrain_cli.model.decoder import Decoder
+from pretrain_cli.model.layout import layout
+from pretrain_cli.model.presets import preset
 
 SMALL = {
     "model.hidden_size": 32,
@@ -85,3 +90,47 @@ def run() -> Callable[..., list[Event]]:
         return events
 
     return go
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., Decoder]:
+    """A model by name, of tiny width, its weights drawn wide. A mixture has three experts."""
+    changes = {"hidden_size": 16, "intermediate_size": 24, "head_dim": 8, "vocab_size": 30}
+    changes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    experts = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+
+    def make(name: str = "gemma3-tiny", *, merged: bool = True, **more: Any) -> Decoder:
+        sparse = {**experts, "num_hidden_layers": 2} if "-a" in name else {}
+        config = variant(preset(name), changes | sparse | more)
+        model = Decoder(config, merged_projections=merged)
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(generator=generator)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def published() -> Callable[..., dict[str, torch.Tensor]]:
+    """Each published tensor of a model by name: a part of a parameter, or of its gradient."""
+
+    def find(model: Decoder, what: str = "data") -> dict[str, torch.Tensor]:
+        parameters = dict(model.named_parameters())
+        pieces = layout(model.config, merged_projections=model.merged_projections)
+        return {p.name: p.of(getattr(parameters[p.parameter], what)) for p in pieces}
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def give_gradients() -> Callable[[Decoder, int], None]:
+    """Set every gradient to random numbers."""
+
+    def give(model: Decoder, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter).normal_(generator=generator)
+
+    return give

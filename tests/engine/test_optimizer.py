@@ -7,45 +7,14 @@ from pretrain_cli.config import OptimizerSettings
 from pretrain_cli.engine.optimizer import build_optimizer, set_learning_rate
 from pretrain_cli.engine.plan import suggested_learning_rate
 from pretrain_cli.errors import ConfigError
-from pretrain_cli.model.config import variant
-from pretrain_cli.model.decoder import Decoder
-from pretrain_cli.model.layout import layout
-from pretrain_cli.model.presets import preset
-
-TINY = {"hidden_size": 16, "intermediate_size": 24, "head_dim": 8, "vocab_size": 30}
-SPARSE = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
-
-
-def tiny(name="gemma3-tiny", *, merged=True, **changes):
-    """A model of a few small layers with weights and gradients drawn wide."""
-    model = Decoder(variant(preset(name), TINY | changes), merged_projections=merged)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(generator=generator)
-    return model
-
-
-def pieces(model):
-    """(published name, its part of the parameter) of every published tensor."""
-    parameters = dict(model.named_parameters())
-    for piece in layout(model.config, merged_projections=model.merged_projections):
-        yield piece.name, piece.of(parameters[piece.parameter])
-
-
-def give_gradients(model, seed):
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        shape = parameter.shape
-        parameter.grad = torch.randn(shape, generator=generator, dtype=torch.float64).to(
-            parameter.dtype
-        )
 
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
-def test_each_group_is_torchs_adamw_with_that_groups_rate_and_decay(tied, fused):
-    model = tiny(tie_word_embeddings=tied).double()
+def test_each_group_is_torchs_adamw_with_that_groups_rate_and_decay(
+    tiny_model, published, give_gradients, tied, fused
+):
+    model = tiny_model(tie_word_embeddings=tied).double()
     settings = OptimizerSettings(
         betas=(0.8, 0.97),
         eps=1e-3,
@@ -55,7 +24,7 @@ def test_each_group_is_torchs_adamw_with_that_groups_rate_and_decay(tied, fused)
         norm_rate_scale=0.25,
     )
     references = {}
-    for name, view in pieces(model):
+    for name, view in published(model).items():
         apart = view.detach().clone().requires_grad_()
         scale = {"model.embed_tokens.weight": 3.0, "lm_head.weight": 0.5}.get(name, 1.0)
         scale = 0.25 if "norm" in name else scale
@@ -67,27 +36,26 @@ def test_each_group_is_torchs_adamw_with_that_groups_rate_and_decay(tied, fused)
     optimizer = build_optimizer(model, settings, fused=fused)
     for step in range(4):
         give_gradients(model, step)
-        gradients = {p: p.grad for p in model.parameters()}
-        for piece in layout(model.config, merged_projections=True):
-            apart, reference = references[piece.name]
-            apart.grad = piece.of(gradients[dict(model.named_parameters())[piece.parameter]])
+        for name, gradient in published(model, "grad").items():
+            apart, reference = references[name]
+            apart.grad = gradient
             reference.step()
         set_learning_rate(optimizer, 0.01)
         optimizer.step()
-    for name, view in pieces(model):
+    for name, view in published(model).items():
         torch.testing.assert_close(view, references[name][0], rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["gemma3-tiny", "qwen3-tiny"])
-def test_every_parameter_is_in_one_group(name):
-    model = tiny(name)
+@pytest.mark.parametrize("name", ["gemma3-tiny", "qwen3-tiny", "qwen3-30b-a3b"])
+def test_every_parameter_is_in_one_group(tiny_model, name):
+    model = tiny_model(name)
     groups = build_optimizer(model, OptimizerSettings(), fused=True).param_groups
     held = [id(p) for group in groups for p in group["params"]]
     assert sorted(held) == sorted(map(id, model.parameters()))
 
 
-def test_matrices_are_decayed_and_norms_are_not():
-    model = tiny()
+def test_matrices_are_decayed_and_norms_are_not(tiny_model):
+    model = tiny_model()
     groups = build_optimizer(model, OptimizerSettings(), fused=True).param_groups
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     for name, parameter in model.named_parameters():

@@ -49,11 +49,17 @@ def assert_same_weights(one: Path, other: Path, files=("model", "training/optimi
 
 @pytest.mark.parametrize("model", ["gemma3-tiny", "qwen3-tiny"])
 @pytest.mark.parametrize(
-    ("dtype", "masked"), [("float32", False), ("bfloat16", False), ("float32", True)]
+    "changes",
+    [
+        {},
+        {"speed__dtype": "bfloat16"},
+        {"data__document_mask": True},
+        {"optimizer__name": "muon", "optimizer__schedule": "wsd-sqrt"},
+    ],
+    ids=str,
 )
-def test_resuming_gives_the_same_losses_and_weights(settings, run, tmp_path, model, dtype, masked):
-    common = {"model__name": model, "speed__dtype": dtype, "train__eval_every": 3,
-              "data__document_mask": masked}  # fmt: skip
+def test_resuming_gives_the_same_losses_and_weights(settings, run, tmp_path, model, changes):
+    common = {"model__name": model, "train__eval_every": 3, **changes}
     run(settings("straight", **common))
     # The first half is a whole run of three steps, of a schedule made for six.
     run(settings("halves", train__checkpoint_every=3, **common))

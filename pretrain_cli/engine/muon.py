@@ -1,0 +1,107 @@
+"""Muon: momentum, then the nearest orthogonal matrix, as the step of a hidden matrix.
+
+Jordan et al. 2024 (kellerjordan.github.io/posts/muon), with the size of Liu et al. 2025
+(arXiv 2502.16982): a step of root mean square 0.2, about AdamW's, so that AdamW's learning rate and
+weight decay serve for both. The arithmetic is torch.optim.Muon's with adjust_lr_fn
+"match_rms_adamw", which the tests compare it with. It is written anew because that one
+
+- takes a parameter for a matrix. Ours hold several: q, k, v; gate, up; an expert each. Every one of
+  them is orthogonalized by itself, as if it were stored alone;
+- takes one at a time. An expert's three matrices are small, and a model has thousands: stacked, all
+  experts of a layer go through each product together;
+- has no `found_inf`, by which a step is left out without the CPU knowing, as in fused AdamW.
+
+It keeps one tensor for each parameter where AdamW keeps two. A step costs at most
+30·rows·columns·min(rows, columns) FLOPs a matrix, whatever the number of tokens.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the quintic iteration: steepest at zero, so that small singular values grow fast."""
+ITERATIONS = 5
+TINY = 1e-7
+
+
+class Muon(Optimizer):
+    """Muon for groups of parameters, which say in `blocks` what rows of each are a matrix.
+
+    Parameters are (..., rows, columns), any leading dimension a stack of matrices.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], *, momentum: float, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(groups, {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay})
+        self.found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter, blocks in zip(group["params"], group["blocks"], strict=True):
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                whole = parameter, parameter.grad, state["momentum_buffer"]
+                for rows in blocks:
+                    weight, grad, buffer = (tensor[..., rows, :] for tensor in whole)
+                    self._step_block(weight, grad, buffer, group)
+
+    def _step_block(
+        self, weight: Tensor, grad: Tensor, buffer: Tensor, group: dict[str, Any]
+    ) -> None:
+        rate, momentum = group["lr"], group["momentum"]
+        mean = buffer.lerp(grad, 1 - momentum)
+        update = orthogonalize(grad.lerp(mean, momentum))  # Nesterov's
+        size = rate * 0.2 * math.sqrt(max(weight.shape[-2:]))
+        stepped = (weight * (1 - rate * group["weight_decay"])).add_(update, alpha=-size)
+        if self.found_inf is not None:
+            mean = torch.where(self.found_inf > 0, buffer, mean)
+            stepped = torch.where(self.found_inf > 0, weight, stepped)
+        buffer.copy_(mean)
+        weight.copy_(stepped)
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """U V^T, roughly, of each matrix U S V^T. (..., rows, columns), in bfloat16.
+
+    Newton-Schulz: a polynomial in X X^T, so that only products are needed. It leaves singular
+    values between about 0.7 and 1.2, which does as well as one.
+    """
+    a, b, c = COEFFICIENTS
+    shape = matrices.shape
+    x = matrices.reshape(-1, *shape[-2:]).bfloat16()
+    is_tall = shape[-2] > shape[-1]
+    if is_tall:
+        x = x.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=TINY)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if is_tall else x).reshape(shape)
+
+
+class MuonWithAdamW(Optimizer):
+    """Both, each for its parameters, with one list of groups and one state, as one optimizer.
+
+    `_step_supports_amp_scaling` is PyTorch's word for honouring `found_inf`, which AdamW does only
+    where it is fused."""
+
+    def __init__(self, muon: Muon, adamw: AdamW) -> None:
+        super().__init__([*muon.param_groups, *adamw.param_groups], adamw.defaults)
+        self.parts = muon, adamw
+        muon.state = adamw.state = self.state
+        self.found_inf: Tensor | None = None
+        self._step_supports_amp_scaling = bool(adamw.defaults["fused"])
+
+    def step(self, closure: Any = None) -> Any:
+        for part in self.parts:
+            part.found_inf = self.found_inf  # pyright: ignore[reportAttributeAccessIssue]
+            part.step()

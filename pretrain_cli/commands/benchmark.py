@@ -27,6 +27,7 @@ OPTIONS = {
 """What can be measured, and the options that say something about it."""
 DATA, TOKENIZE = "Of data", "Of tokenize"
 CPU_STEP_FLOPS = 1e12
+PEAK_SECONDS = 1.0
 NOT_SET = ("speed.attention=", "model.name=", "model.init_from=", "speed.prefetch=")
 """--attn and --model say the first two; weights cost what random ones do; no batch is read."""
 
@@ -150,6 +151,7 @@ def benchmark(
 
     from pretrain_cli.engine import benchmark as engine
     from pretrain_cli.engine.distributed import find_device
+    from pretrain_cli.engine.peak import find_peak
     from pretrain_cli.engine.run import device_name
     from pretrain_cli.engine.speed import apply_process_settings, resolve_speed
     from pretrain_cli.model.counting import count_parameters, training_flops
@@ -182,11 +184,14 @@ def benchmark(
     asked = settings.speed
     resolved = resolve_speed(asked, place, training=False)
     apply_process_settings(resolved)
-    peak = engine.find_peak(place, resolved.compute_dtype)
+    peak = find_peak(place, resolved.compute_dtype, seconds=PEAK_SECONDS)
+    source = peak.source
+    if peak.measured != peak.flops:
+        source += f"; {peak.measured / 1e12:.3g} measured"
     console.print(
         f"[bold]{escape(name)}[/] {count_parameters(config).total:,} parameters, "
         f"{micro_batch_size} × {seq_len} tokens a step, {resolved.dtype}, {device_name(place)}, "
-        f"torch {torch.__version__}\nPeak {peak.flops / 1e12:.3g} TFLOP/s ({peak.source})",
+        f"torch {torch.__version__}\nPeak {peak.flops / 1e12:.3g} TFLOP/s ({source})",
         soft_wrap=True,
     )
     results = []

@@ -125,7 +125,8 @@ class TrainDisplay:
             f"[bold]{escape(event.model)}[/] {amount(event.parameters)} parameters on "
             f"{escape(event.dataset)}, {escape(event.device)}\n"
             f"{event.tokens_per_step:,} tokens a step, {event.flops_per_token / 1e9:.3g} GFLOP a "
-            f"token, steps {event.first_step:,} to {event.steps:,}  →  {escape(str(event.run))}",
+            f"token, steps {event.step:,} to {event.steps:,}  →  {escape(str(event.run))}\n"
+            f"MFU of {event.peak_flops / 1e12:.3g} TFLOP/s, {escape(event.peak_source)}",
             soft_wrap=True,
         )
         if console.is_terminal:
@@ -147,10 +148,7 @@ class TrainDisplay:
             f"lr {event.learning_rate:.2e}",
             f"norm {event.gradient_norm:.2f}",
             f"{event.tokens_per_second:,.0f} tokens/s",
-        ]
-        if event.mfu is not None:
-            parts.append(f"MFU {event.mfu:.1%}")
-        parts += [
+            f"MFU {event.mfu:.1%}",
             f"{amount(event.tokens)} tokens",
             f"ETA {duration(self._remaining(event))}",
             f"memory {size(event.memory)}",
@@ -214,7 +212,7 @@ class TrainDisplay:
             ("learning rate", f"{event.learning_rate:.2e}"),
             ("gradient norm", f"{event.gradient_norm:.2f}"),
             ("tokens/s", f"{event.tokens_per_second:,.0f}"),
-            ("MFU", "no peak known" if event.mfu is None else f"{event.mfu:.1%}"),
+            ("MFU", f"{event.mfu:.1%}"),
             ("tokens", amount(event.tokens)),
             ("ETA", duration(self._remaining(event))),
             ("memory", size(event.memory)),

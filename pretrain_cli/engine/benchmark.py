@@ -17,9 +17,9 @@ import torch
 
 from pretrain_cli.config import OptimizerSettings, SpeedConfig
 from pretrain_cli.engine.distributed import find_device
-from pretrain_cli.engine.metrics import peak_memory, stated_peak
+from pretrain_cli.engine.metrics import peak_memory
 from pretrain_cli.engine.optimizer import build_optimizer, set_learning_rate
-from pretrain_cli.engine.run import device_name
+from pretrain_cli.engine.peak import Peak
 from pretrain_cli.engine.speed import (
     Speed,
     apply_process_settings,
@@ -66,14 +66,6 @@ class Measurement:
     peak_memory: int
     loss: float
     speed: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Peak:
-    """The FLOP/s that MFU is a share of, and where the figure is from."""
-
-    flops: float
-    source: str
 
 
 def parse_backends(text: str) -> list[str]:
@@ -161,19 +153,3 @@ def _time_steps(
         loss = step()
         times.append(time.perf_counter() - began)
     return times, warmup, loss
-
-
-def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
-    """What the maker states for a GPU in the table; elsewhere what a matrix product reaches."""
-    stated = stated_peak(device, dtype)
-    if stated is not None:
-        return Peak(stated, f"stated for {device_name(device)}, dense bfloat16")
-    size = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(size, size, device=device).to(dtype)
-    best = 0.0
-    until = time.perf_counter() + 1.0
-    while time.perf_counter() < until:
-        began = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = max(best, 2 * size**3 / (time.perf_counter() - began))
-    return Peak(best, f"measured, {size}³ matrix product in {str(dtype).removeprefix('torch.')}")

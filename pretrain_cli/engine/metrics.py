@@ -6,7 +6,6 @@ shows them, and metrics.jsonl keeps those that are numbers.
 
 import json
 import os
-import re
 import resource
 import sys
 from collections.abc import Callable
@@ -28,40 +27,59 @@ class Notice:
 
 @dataclass(frozen=True)
 class Started:
-    """The run as it was resolved, before its first step."""
+    """The run as it was resolved, before this process's first step."""
 
+    step: int
+    """Those done before."""
+    time: float
     run: Path
     model: str
     parameters: int
     dataset: str
     device: str
-    first_step: int
+    ranks: int
     steps: int
     tokens_per_step: int
     flops_per_token: float
-    peak_flops: float | None
+    """By the exact mask, a sample taken as one document."""
+    flops_per_token_conventional: float
+    peak_flops: float
+    """Of one device: what MFU is a share of."""
+    peak_source: str
+    peak_measured: float
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step. `loss` is the mean over all its tokens, on all ranks."""
+    """One optimizer step, and the time since the line before. Lines leave evaluating, sampling and
+    saving out of `tokens_per_second` and MFU; those of the run count all of its time."""
 
     step: int
+    time: float
+    """Seconds since 1970."""
+    seconds: float
+    """The run has taken so far, all in all; what was done again after a kill counts once."""
     loss: float
+    """The mean over all tokens of the step, on all ranks."""
     learning_rate: float
     gradient_norm: float
     tokens: int
     """Seen so far, by all ranks: places in samples, of which packing leaves some empty."""
     tokens_per_second: float
-    mfu: float | None
-    """Model FLOPs by the exact mask, over the device's peak; None where no peak is known. With a
-    document mask, which needs fewer, the mask is still counted as if a sample were one document."""
+    run_tokens_per_second: float
+    mfu: float
+    """Model FLOPs by the exact mask, over the devices' peak. With a document mask, which needs
+    fewer, the mask is still counted as if a sample were one document."""
+    mfu_conventional: float
+    """The same with every token taken to see the whole sample."""
     data_wait: float
-    """Seconds of the step spent waiting for its batch."""
+    """Seconds a step spent waiting for its batch, on average."""
+    save_stall: float
+    """Seconds that saving kept training waiting since the last line."""
+    evaluation_time: float
+    """Seconds spent evaluating and sampling since the last line."""
     memory: int
     """Peak bytes so far: of the GPU, or of the process on a CPU."""
-    seconds: float
-    """Since the process began training."""
     sources: dict[str, int]
     """Tokens seen so far from each of several datasets, by name."""
 
@@ -111,27 +129,30 @@ class Finished:
 Event = Notice | Started | StepMetrics | Evaluation | Saved | Sample | Finished
 Report = Callable[[Event], None]
 
-KINDS: dict[type, str] = {StepMetrics: "step", Evaluation: "evaluation"}
+KINDS: dict[type, str] = {Started: "start", StepMetrics: "step", Evaluation: "evaluation"}
 
 
 class MetricsFile:
-    """metrics.jsonl: a line for each step reported and each evaluation."""
+    """metrics.jsonl: a line for each start, each step reported and each evaluation."""
 
     def __init__(self, path: Path, *, upto: int) -> None:
         """Opens for appending; lines beyond step `upto` are of a future that was lost, and go."""
         self.path = path
         kept = [line for line in _rows(path) if json.loads(line)["step"] <= upto]
-        rows = map(json.loads, kept)
+        rows = [json.loads(line) for line in kept]
         self.evaluated = {row["step"] for row in rows if row["kind"] == KINDS[Evaluation]}
         """Steps whose evaluation is in the file."""
+        steps = [row for row in rows if row["kind"] == KINDS[StepMetrics]]
+        self.before = (steps[-1]["tokens"], steps[-1]["seconds"]) if steps else (0, 0.0)
+        """Tokens and seconds of the run up to the last line."""
         write_whole(path, "".join(kept))
         self.file: IO[str] = path.open("a")
 
-    def write(self, event: StepMetrics | Evaluation) -> None:
+    def write(self, event: Started | StepMetrics | Evaluation) -> None:
         row: dict[str, Any] = {"kind": KINDS[type(event)], **asdict(event)}
-        if not event.sources:
+        if not row.get("sources", True):
             del row["sources"]
-        self.file.write(json.dumps(row) + "\n")
+        self.file.write(json.dumps(row, default=str) + "\n")
         self.file.flush()
 
     def sync(self) -> None:
@@ -156,27 +177,3 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-# Dense bfloat16 FLOP/s as the makers state them, by what the device calls itself.
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "GH200": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
-
-
-def stated_peak(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The peak in the table above; None for a device that is not in it, or another type."""
-    if device.type != "cuda" or dtype != torch.bfloat16:
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((p for part, p in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from pretrain_cli import __version__
+from pretrain_cli.engine.peak import Peak
 from pretrain_cli.engine.plan import Plan, resolved
 from pretrain_cli.engine.record import RECORD
 from pretrain_cli.errors import ConfigError
@@ -46,7 +47,11 @@ def choose_folder(plan: Plan) -> Path:
 
 
 def write_record(
-    folder: Path, plan: Plan, device: torch.device, asked: dict[str, Any] | None = None
+    folder: Path,
+    plan: Plan,
+    device: torch.device,
+    peak: Peak,
+    asked: dict[str, Any] | None = None,
 ) -> None:
     """run.yaml, replaced in one step. A resumed run passes what was asked for at its start."""
     record = {
@@ -70,6 +75,7 @@ def write_record(
             "device": device_name(device),
             "threads": torch.get_num_threads(),
             "micro_batch_size": plan.micro_batch_size,
+            "peak": dataclasses.asdict(peak),
         },
     }
     try:

@@ -16,6 +16,7 @@ from pretrain_cli.engine.distributed import open_ranks, share
 from pretrain_cli.engine.feed import open_batches
 from pretrain_cli.engine.metrics import Event, Finished, Notice, Report
 from pretrain_cli.engine.optimizer import build_optimizer
+from pretrain_cli.engine.peak import find_peak
 from pretrain_cli.engine.plan import Plan, make_plan
 from pretrain_cli.engine.record import Record
 from pretrain_cli.engine.run import choose_folder, write_record
@@ -25,6 +26,10 @@ from pretrain_cli.engine.trainer import Trainer
 from pretrain_cli.errors import CheckpointError, ConfigError, DataError
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.huggingface import load_weights
+
+PEAK_SECONDS = 0.2
+"""Measuring the device's peak: the best of a few products is within some percent of what a longer
+search finds, and a run of seconds hardly waits."""
 
 
 def train(
@@ -48,6 +53,7 @@ def train(
             if decision.asked not in ("auto", decision.in_force):
                 report(Notice(f"speed.{decision.setting}: {decision.in_force}, {decision.reason}"))
 
+        peak = find_peak(ranks.device, plan.speed.compute_dtype, seconds=PEAK_SECONDS)
         decoder = build_model(plan.model, plan.speed, ranks.device)
         _set_weights(decoder, plan, start, report)
         compile_blocks(decoder, plan.speed)
@@ -65,10 +71,10 @@ def train(
             )
         if ranks.is_first:
             keeping.sweep(run)
-            write_record(run, plan, ranks.device, resume[1].asked if resume else None)
+            write_record(run, plan, ranks.device, peak, resume[1].asked if resume else None)
             for left in keeping.abandon_later(run, state.step):
                 report(Notice(f"{left}: beyond step {state.step:,}, renamed to abandoned-…"))
-        trainer = Trainer(plan, run, ranks, report, batches, decoder, model, optimizer)
+        trainer = Trainer(plan, run, ranks, report, batches, decoder, model, optimizer, peak)
         return trainer.run_until(plan.steps, state, stop)
 
 

@@ -16,6 +16,7 @@ from pretrain_cli.engine.checkpoint import State
 from pretrain_cli.engine.distributed import Ranks
 from pretrain_cli.engine.evaluate import evaluate
 from pretrain_cli.engine.feed import Feed
+from pretrain_cli.engine.meter import Meter
 from pretrain_cli.engine.metrics import (
     Evaluation,
     Event,
@@ -27,10 +28,9 @@ from pretrain_cli.engine.metrics import (
     Saved,
     Started,
     StepMetrics,
-    peak_memory,
-    stated_peak,
 )
 from pretrain_cli.engine.optimizer import set_learning_rate
+from pretrain_cli.engine.peak import Peak
 from pretrain_cli.engine.plan import Plan
 from pretrain_cli.engine.run import device_name
 from pretrain_cli.engine.sample import Controls, sample_text
@@ -55,8 +55,9 @@ class Trainer:
         decoder: Decoder,
         model: nn.Module,
         optimizer: Optimizer,
+        peak: Peak,
     ) -> None:
-        self.plan, self.run, self.ranks, self.batches = plan, run, ranks, batches
+        self.plan, self.run, self.ranks, self.batches, self.peak = plan, run, ranks, batches, peak
         self.decoder, self.model, self.optimizer = decoder, model, optimizer
         self.tell = report
         self.saved_step = -1
@@ -74,22 +75,35 @@ class Trainer:
         plan, ranks = self.plan, self.ranks
         if ranks.is_first:
             self.metrics = MetricsFile(self.run / "metrics.jsonl", upto=state.step)
-        flops = counting.training_flops(plan.model, plan.seq_len).exact
-        peak = stated_peak(ranks.device, plan.speed.compute_dtype)
+        flops = counting.training_flops(plan.model, plan.seq_len)
         self.saved_step = state.step if state.step else -1
-        self.report(
-            Started(
-                run=self.run,
-                model=plan.name,
-                parameters=counting.count_parameters(plan.model).total,
-                dataset=plan.data.name,
-                device=device_name(ranks.device),
-                first_step=state.step,
-                steps=steps,
-                tokens_per_step=plan.tokens_per_step,
-                flops_per_token=flops,
-                peak_flops=peak,
-            )
+        started = Started(
+            step=state.step,
+            time=time.time(),
+            run=self.run,
+            model=plan.name,
+            parameters=counting.count_parameters(plan.model).total,
+            dataset=plan.data.name,
+            device=device_name(ranks.device),
+            ranks=ranks.world,
+            steps=steps,
+            tokens_per_step=plan.tokens_per_step,
+            flops_per_token=flops.exact,
+            flops_per_token_conventional=flops.conventional,
+            peak_flops=self.peak.flops,
+            peak_source=self.peak.source,
+            peak_measured=self.peak.measured,
+        )
+        self.report(started)
+        if self.metrics and state.step < steps:
+            self.metrics.write(started)
+        meter = Meter(
+            ranks,
+            flops=flops,
+            peak=self.peak.flops,
+            tokens_per_step=plan.tokens_per_step,
+            tokens=state.tokens,
+            before=self.metrics.before if self.metrics else (0, 0.0),
         )
         feed = Feed(
             self.batches,
@@ -98,14 +112,14 @@ class Trainer:
             prefetch=plan.speed.prefetch,
         )
         first, stopped = state.step, False
-        waited, since, mean, now = 0.0, 0, 0.0, 0.0
+        mean = 0.0
         if state.step >= steps:
             self.report(Notice(f"{self.run} has its {steps:,} steps; --steps with more goes on"))
         try:
             if self._missed_evaluation(state):
-                self.evaluate(state)
+                with meter.held_up("evaluation"):
+                    self.evaluate(state)
                 state = self._with_best(state)
-            began = logged = time.perf_counter()
             while state.step < steps and not stopped:
                 rate = learning_rate(
                     state.step,
@@ -116,7 +130,6 @@ class Trainer:
                 )
                 set_learning_rate(self.optimizer, rate)
                 batch = feed.next()
-                waited, since = waited + feed.wait, since + 1
                 loss, norm = train_step(
                     self.model,
                     self.optimizer,
@@ -134,39 +147,32 @@ class Trainer:
                     samples=state.samples + plan.samples_per_step,
                     tokens=state.tokens + plan.tokens_per_step,
                 )
+                meter.stepped(feed.wait)
                 save_due = state.step % plan.checkpoint_every == 0
+                eval_due = state.step % plan.eval_every == 0
                 log_due = state.step % plan.log_every == 0 or state.step == steps
-                if log_due or save_due or (stop and ranks.world == 1):
+                if log_due or save_due or eval_due or (stop and ranks.world == 1):
                     mean = ranks.sum(loss).item()  # waits for the device
                     self._refuse_divergence(state, mean, float(norm))
                 if log_due:
-                    now = time.perf_counter()
-                    speed = since * plan.tokens_per_step / (now - logged)
                     self.report(
-                        StepMetrics(
-                            step=state.step,
-                            loss=mean,
-                            learning_rate=rate,
-                            gradient_norm=float(norm),
+                        meter.read(
+                            state.step,
                             tokens=state.tokens,
-                            tokens_per_second=speed,
-                            mfu=speed * flops / (peak * ranks.world) if peak else None,
-                            data_wait=waited / since,
-                            memory=peak_memory(ranks.device),
-                            seconds=now - began,
+                            loss=mean,
+                            gradient_norm=float(norm),
+                            learning_rate=rate,
                             sources=self._tokens_by_source(state),
                         )
                     )
-                    waited, since = 0.0, 0
-                paused = time.perf_counter()
                 if ranks.world == 1 or log_due or save_due:
                     stopped = ranks.any(bool(stop))
-                if state.step % plan.eval_every == 0 and not stopped:
-                    self.evaluate(state)
+                if eval_due and not stopped:
+                    with meter.held_up("evaluation"):
+                        self.evaluate(state)
                 if save_due:
-                    state = self.save(state)
-                logged = now if log_due else logged
-                logged += time.perf_counter() - paused  # evaluating and saving are not training
+                    with meter.held_up("save"):
+                        state = self.save(state)
             if state.step > first and not stopped:
                 self.evaluate(state)
             state = self.save(state)

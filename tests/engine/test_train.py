@@ -167,9 +167,10 @@ def test_a_run_reports_saves_evaluates_and_samples(settings, run, tmp_path):
     assert events[-1] == Finished(tmp_path / "run", 4, 4, "done")
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [(row["kind"], row["step"]) for row in rows] == [
-        ("step", 1), ("step", 2), ("evaluation", 2), ("step", 3), ("step", 4), ("evaluation", 4),
+        ("start", 0), ("step", 1), ("step", 2), ("evaluation", 2), ("step", 3), ("step", 4),
+        ("evaluation", 4),
     ]  # fmt: skip
-    assert rows[0]["tokens"] == 128
+    assert rows[1]["tokens"] == 128
     assert rows[-2]["tokens"] == 4 * 128
     assert (tmp_path / "run/samples.jsonl").is_file()
 

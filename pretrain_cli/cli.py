@@ -7,7 +7,15 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from pretrain_cli import __version__
-from pretrain_cli.commands import benchmark, count_params, inspect, sample, tokenize, train
+from pretrain_cli.commands import (
+    benchmark,
+    count_params,
+    evaluate,
+    inspect,
+    sample,
+    tokenize,
+    train,
+)
 from pretrain_cli.commands.display import error_console
 from pretrain_cli.errors import PretrainError
 
@@ -34,6 +42,7 @@ app = typer.Typer(
 app.command("tokenize", rich_help_panel="The main line")(tokenize.tokenize)
 app.command("train", rich_help_panel="The main line")(train.train)
 app.command("sample", rich_help_panel="The main line")(sample.sample)
+app.command("evaluate", rich_help_panel="What there is")(evaluate.evaluate)
 app.command("inspect", rich_help_panel="What there is")(inspect.inspect)
 app.command("benchmark", rich_help_panel="What it costs")(benchmark.benchmark)
 app.command("count-params", rich_help_panel="What it costs")(count_params.count_params)

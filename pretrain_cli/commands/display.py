@@ -51,6 +51,11 @@ def notice(text: str) -> None:
     console.print(f"[yellow]·[/] {escape(text)}", soft_wrap=not console.is_terminal)
 
 
+def aside(text: str) -> None:
+    """The same where standard output is a result that another program reads."""
+    error_console.print(f"[yellow]·[/] {escape(text)}", soft_wrap=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """A command's results, to a file that was asked for."""
     path.write_text(json.dumps(value, indent=2) + "\n")

@@ -26,6 +26,9 @@ from pretrain_cli.files import sha256_of
 
 VERIFIED_WHEN_OPENED = 4 * 2**30
 """Checksums of datasets up to this size are verified at every opening: a second a gigabyte."""
+DECODED = 2**21
+"""Tokens of a split that are decoded, at most, to know the bytes of its text."""
+DECODED_AT_ONCE = 2**16
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,14 @@ class Dataset:
     """Whether the separator stands before each document, and not behind it."""
     notices: tuple[str, ...] = ()
     """What was chosen in opening it that a person should know."""
+
+    def validated_on(self, targets: int) -> "Dataset":
+        """The same with no more than the first so many targets of its validation split."""
+        if targets >= len(self.val.tokens) - 1:
+            return self
+        tokens = self.val.tokens.part(0, targets + 1)
+        size = text_bytes(tokens, self.val.documents, self.tokenizer)
+        return replace(self, val=Split(tokens, self.val.documents, size))
 
 
 def open_dataset(folder: Path) -> Dataset:
@@ -151,3 +162,19 @@ def open_split(folder: Path, manifest: Manifest, name: SplitName) -> Split:
         for path, shard in zip(paths, shards, strict=True)
     ]
     return Split(tokens, IndexedStarts(starts, tokens.borders[:-1]), manifest.splits[name].bytes)
+
+
+def text_bytes(row: TokenStream, documents: DocumentStarts, tokenizer: Tokenizer) -> int:
+    """UTF-8 bytes of the row's text: decoded where it is short, else estimated from parts of it
+    that are evenly spaced."""
+    few = len(row) <= DECODED
+    count, parts = (len(row), 1) if few else (DECODED_AT_ONCE, DECODED // DECODED_AT_ONCE)
+    size = 0
+    for first in np.linspace(0, len(row) - count, parts, dtype=np.int64).tolist():
+        cuts = documents.between(first, first + count) - first
+        texts = tokenizer.backend.decode_batch(
+            [part.tolist() for part in np.split(row.read(first, count), cuts)],
+            skip_special_tokens=True,
+        )
+        size += sum(len(text.encode()) for text in texts)
+    return size if few else round(size * len(row) / (count * parts))

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain_cli.data.dataset import VERIFIED_WHEN_OPENED, Dataset, Split
+from pretrain_cli.data.dataset import VERIFIED_WHEN_OPENED, Dataset, Split, text_bytes
 from pretrain_cli.data.llm_c import HEADER_BYTES, MAGIC, VERSION
-from pretrain_cli.data.shards import MANIFEST, DocumentStarts, TokenStream, token_dtype
+from pretrain_cli.data.shards import MANIFEST, TokenStream, token_dtype
 from pretrain_cli.data.tokenizer import Tokenizer, load_tokenizer
 from pretrain_cli.errors import ConfigError, DataError
 
@@ -29,9 +29,6 @@ BLOCK = 2**20
 """Bytes read at once when files are opened, and tokens looked through when counting documents."""
 SAMPLED = 2**30
 """Of files too large to be read whole when they are opened, about so many bytes are."""
-DECODED = 2**21
-"""Tokens of a split that are decoded, at most, to know the bytes of its text."""
-DECODED_AT_ONCE = 2**16
 HELD_OUT = 100
 """Where nothing else is there to validate on, one token in so many, the last ones."""
 HELD_OUT_AT_MOST = 10_000_000
@@ -290,20 +287,4 @@ def _read_through(rows: list[TokenStream], form: Format, key: str) -> tuple[str,
 
 def _split(row: TokenStream, tokenizer: Tokenizer, separator: int, *, leads: bool) -> Split:
     documents = SeparatedStarts(row, separator, leads=leads)
-    return Split(row, documents, _text_bytes(row, documents, tokenizer))
-
-
-def _text_bytes(row: TokenStream, documents: DocumentStarts, tokenizer: Tokenizer) -> int:
-    """UTF-8 bytes of the row's text: decoded where it is short, else estimated from parts of it
-    that are evenly spaced."""
-    few = len(row) <= DECODED
-    count, parts = (len(row), 1) if few else (DECODED_AT_ONCE, DECODED // DECODED_AT_ONCE)
-    size = 0
-    for first in np.linspace(0, len(row) - count, parts, dtype=np.int64).tolist():
-        cuts = documents.between(first, first + count) - first
-        texts = tokenizer.backend.decode_batch(
-            [part.tolist() for part in np.split(row.read(first, count), cuts)],
-            skip_special_tokens=True,
-        )
-        size += sum(len(text.encode()) for text in texts)
-    return size if few else round(size * len(row) / (count * parts))
+    return Split(row, documents, text_bytes(row, documents, tokenizer))

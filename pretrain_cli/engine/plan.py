@@ -12,7 +12,7 @@ and whatever can't work is refused.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -202,9 +202,13 @@ def _find_data(settings: RunConfig, ranks: Ranks, report: Report) -> Mixture:
         ranks.wait()
         asked = (str(found[0] if found else DEMO),)
 
-    def say(text: str) -> None:
-        report(Notice(text))
+    return open_mixture(asked, tokenizer, lambda text: report(Notice(text)))
 
+
+def open_mixture(
+    asked: Sequence[str], tokenizer: str | None, say: Callable[[str], None]
+) -> Mixture:
+    """The datasets that these texts, each PATH or PATH:WEIGHT, name."""
     return mix(
         [
             Source(text, weight, open_path(path, tokenizer, say))
@@ -252,7 +256,7 @@ def _fit_to_data(
 ) -> ModelConfig:
     """The model with a vocabulary that holds the data's; refuse one that can't."""
     if settings.model.init_from is not None:
-        _same_tokenizer(settings.model.init_from, data, report)
+        check_tokenizer(settings.model.init_from, data, lambda text: report(Notice(text)))
     elif "vocab_size" not in settings.model.changes:
         config = _with_vocabulary(config, data, report)
     if config.vocab_size <= data.largest_token:
@@ -281,11 +285,11 @@ def _with_vocabulary(config: ModelConfig, data: Mixture, report: Report) -> Mode
     return replace(config, pad_token_id=data.tokenizer.pad if has_pad else None)
 
 
-def _same_tokenizer(folder: Path, data: Mixture, report: Report) -> None:
+def check_tokenizer(folder: Path, data: Mixture, say: Callable[[str], None]) -> None:
     """Refuse weights that were trained on another tokenizer's ids."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        report(Notice(f"{folder}: no tokenizer.json; that it is the dataset's can't be checked"))
+        say(f"{folder}: no tokenizer.json; that it is the dataset's can't be checked")
         return
     theirs = read_tokenizer(path, name=str(folder))
     ours = data.tokenizer

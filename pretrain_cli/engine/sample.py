@@ -9,14 +9,13 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from pretrain_cli.config import build_config
-from pretrain_cli.data.tokenizer import Tokenizer, read_tokenizer
+from pretrain_cli.data.tokenizer import Tokenizer
 from pretrain_cli.engine.distributed import find_device
 from pretrain_cli.engine.keeping import find_model_folder
-from pretrain_cli.engine.speed import apply_process_settings, build_model, resolve_speed
+from pretrain_cli.engine.open_model import folder_tokenizer, open_model
+from pretrain_cli.engine.speed import resolve_speed
 from pretrain_cli.errors import CheckpointError, ConfigError
-from pretrain_cli.model.config_json import read_config
 from pretrain_cli.model.decoder import Decoder
-from pretrain_cli.model.huggingface import load_weights
 from pretrain_cli.model.kv_cache import KVCache
 
 
@@ -26,21 +25,13 @@ def open_for_sampling(
     """The model and tokenizer of a run, a checkpoint or a Hugging Face folder."""
     place = find_device(device)
     folder = find_model_folder(where, report)
-    tokenizer_file = folder / "tokenizer.json"
-    if not tokenizer_file.is_file():
-        raise CheckpointError(f"{folder}: no tokenizer.json; put the model's beside its weights")
-    tokenizer = read_tokenizer(tokenizer_file, name=folder.name)
+    tokenizer = folder_tokenizer(folder)
     asked = build_config({}, {"speed.dtype": dtype, "speed.compile": False}, []).speed
-    speed = resolve_speed(asked, place, training=False)
-    apply_process_settings(speed)
-    model = build_model(read_config(folder), speed, place)
-    left_out = load_weights(model, folder)
-    if left_out:
-        report(f"{folder}: {len(left_out)} tensors are not the text model's: {left_out[0]}, …")
+    model = open_model(folder, resolve_speed(asked, place, training=False), place, report)
     for parameter in model.parameters():
         if parameter.ndim >= 2:  # cast once, and not again at every token
             parameter.data = parameter.data.to(model.dtype)
-    return folder, model.eval(), tokenizer
+    return folder, model, tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

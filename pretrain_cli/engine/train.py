@@ -25,7 +25,7 @@ from pretrain_cli.engine.stop import StopRequest
 from pretrain_cli.engine.trainer import Trainer
 from pretrain_cli.errors import CheckpointError, ConfigError, DataError
 from pretrain_cli.model.decoder import Decoder
-from pretrain_cli.model.huggingface import load_weights
+from pretrain_cli.model.huggingface import load_weights, say_left_out
 
 PEAK_SECONDS = 0.2
 """Measuring the device's peak: the best of a few products is within some percent of what a longer
@@ -109,9 +109,7 @@ def _set_weights(decoder: Decoder, plan: Plan, start: Path | None, report: Repor
         return
     left_out = load_weights(decoder, folder)
     if left_out:
-        report(
-            Notice(f"{folder}: {len(left_out)} tensors are not the text model's: {left_out[0]}, …")
-        )
+        report(Notice(say_left_out(folder, left_out)))
 
 
 def _silent(event: Event) -> None:

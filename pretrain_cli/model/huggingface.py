@@ -5,6 +5,8 @@ those that multimodal Gemma folders keep their text part under.
 """
 
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,17 @@ def load_weights(model: Decoder, folder: Path) -> list[str]:
                 with torch.no_grad():
                     piece.of(parameters[piece.parameter]).copy_(file.get_tensor(name))
     return sorted(set(where) - {piece.name for piece in pieces})
+
+
+def say_left_out(folder: Path, names: list[str]) -> str:
+    """A line about tensors that `load_weights` left out, alike ones counted: other towers by their
+    first name, the text model's by all but their numbers."""
+    kinds = Counter(
+        re.sub(r"\.\d+\.", ".*.", name) if name.startswith("model.") else f"{name.split('.')[0]}.*"
+        for name in names
+    )
+    listed = ", ".join(f"{kind} ({count})" for kind, count in kinds.items())
+    return f"{folder}: {len(names)} tensors are not the text model's and are left out: {listed}"
 
 
 def weight_files(folder: Path) -> dict[Path, list[str]]:

@@ -1,0 +1,145 @@
+"""`pretrain evaluate`: the validation loss of any checkpoint, on any dataset of its tokenizer."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from pretrain_cli.commands.display import aside, console, notice
+
+
+def evaluate(
+    where: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A run, a checkpoint or a Hugging Face model folder.",
+            show_default="the newest run",
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DATASET",
+            help="A tokenized dataset, or .bin files, as for pretrain train. Repeatable.",
+            show_default="the run's",
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="What made the .bin files, as for pretrain tokenize.")
+    ] = None,
+    eval_tokens: Annotated[
+        int | None,
+        typer.Option(help="Of each dataset the first so many.", show_default="all"),
+    ] = None,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(help="Tokens a window.", show_default="the run's; else 512 on a CPU, 1024"),
+    ] = None,
+    document_mask: Annotated[
+        bool | None,
+        typer.Option(
+            "--document-mask/--no-document-mask",
+            help="A token sees its own document alone.",
+            show_default="the run's",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, mps or auto.")] = "auto",
+    attn: Annotated[
+        str | None, typer.Option(help="Attention: eager, sdpa, flex.", show_default="the run's")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Compute in float32 or bfloat16.", show_default="the run's"),
+    ] = None,
+    compile_: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="torch.compile.", show_default="no"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Measure loss, perplexity and bits per byte on validation splits: every token once.
+
+    As training measures it; a checkpoint has the loss that its run's metrics.jsonl has for its
+    step. A dataset that another tokenizer made is refused.
+    """
+    from pretrain_cli.engine.process import wait_passively
+
+    wait_passively("auto")
+    from pretrain_cli.engine.evaluate_checkpoint import Request, evaluate_checkpoint
+
+    request = Request(
+        where=where,
+        data=tuple(data) if data else None,
+        tokenizer=tokenizer,
+        eval_tokens=eval_tokens,
+        seq_len=seq_len,
+        document_mask=document_mask,
+        device=device,
+        dtype=dtype,
+        attention=attn,
+        compile=compile_,
+    )
+    result = evaluate_checkpoint(request, aside if as_json else notice)
+    if result is None:  # a rank that is not the first
+        return
+    facts = _facts(result)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    masked = ", documents masked" if result.document_mask else ""
+    console.print(
+        f"[bold]{escape(str(result.folder))}[/] on {escape(result.data)}, windows of "
+        f"{result.seq_len:,}{masked}, {result.attention}, {result.dtype}",
+        soft_wrap=True,
+    )
+    console.print(_table(result.data, facts))
+
+
+def _facts(result: Any) -> dict[str, Any]:
+    whole = result.evaluation
+    return {
+        "checkpoint": str(result.folder),
+        "data": result.data,
+        "seq_len": result.seq_len,
+        "document_mask": result.document_mask,
+        "attention": result.attention,
+        "dtype": result.dtype,
+        **_measures(whole),
+        "sources": {name: _measures(source) for name, source in whole.sources.items()},
+    }
+
+
+def _measures(part: Any) -> dict[str, Any]:
+    from pretrain_cli.engine.evaluate_checkpoint import perplexity
+
+    return {
+        "loss": part.loss,
+        "perplexity": perplexity(part.loss),
+        "bits_per_byte": part.bits_per_byte,
+        "tokens": part.tokens,
+    }
+
+
+def _table(data: str, facts: dict[str, Any]) -> Table:
+    table = Table()
+    table.add_column("dataset")
+    for heading in ("loss", "perplexity", "bits per byte", "tokens"):
+        table.add_column(heading, justify="right")
+    for name, part in facts["sources"].items():
+        table.add_row(escape(name), *_cells(part))
+    if facts["sources"]:
+        table.add_section()
+    table.add_row("all" if facts["sources"] else escape(data), *_cells(facts))
+    return table
+
+
+def _cells(part: dict[str, Any]) -> list[str]:
+    return [
+        f"{part['loss']:.4f}",
+        f"{part['perplexity']:,.4g}",
+        f"{part['bits_per_byte']:.4f}",
+        f"{part['tokens']:,}",
+    ]

@@ -19,6 +19,9 @@ def evaluate(
             show_default="the newest run",
         ),
     ] = None,
+    best: Annotated[
+        bool, typer.Option("--best", help="The run's checkpoint of lowest validation loss.")
+    ] = False,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -72,6 +75,7 @@ def evaluate(
 
     request = Request(
         where=where,
+        best=best,
         data=tuple(data) if data else None,
         tokenizer=tokenizer,
         eval_tokens=eval_tokens,

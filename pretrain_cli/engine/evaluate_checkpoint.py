@@ -35,6 +35,8 @@ class Request:
     """What to evaluate, and how. None is as in the checkpoint's run, or by the device."""
 
     where: Path | None = None
+    best: bool = False
+    """Of a run, the checkpoint with the lowest validation loss, not the newest."""
     data: tuple[str, ...] | None = None
     tokenizer: str | None = None
     eval_tokens: int | None = None
@@ -67,7 +69,7 @@ def evaluate_checkpoint(request: Request, report: Callable[[str], None]) -> Resu
             raise ConfigError(f"--{name}: {value} is not at least 1")
     with open_ranks(request.device) as ranks:
         say = report if ranks.is_first else _silent
-        folder = find_model_folder(request.where, say)
+        folder = find_model_folder(request.where, say, best=request.best)
         settings = _as_in_its_run(folder)
         flags = {
             "data.path": request.data,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pretrain_cli.config import TrainSettings
 from pretrain_cli.engine.checkpoint import State, damage, read_state
-from pretrain_cli.errors import CheckpointError
+from pretrain_cli.errors import CheckpointError, ConfigError
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -63,9 +63,12 @@ def best_checkpoint(run: Path) -> Path | None:
     return next(folder for folder in checkpoints(run) if step_of(folder) == newest.best_step)
 
 
-def find_model_folder(where: Path | None, skipped: Callable[[str], None]) -> Path:
+def find_model_folder(
+    where: Path | None, skipped: Callable[[str], None], *, best: bool = False
+) -> Path:
     """A model folder from a run, a checkpoint or a Hugging Face folder; without any, from the
-    newest run in runs/."""
+    newest run in runs/. Of a run, its newest checkpoint, or with `best` the one with the lowest
+    validation loss."""
     if where is None:
         runs = [path.parent for path in Path("runs").glob("*/run.yaml") if checkpoints(path.parent)]
         if not runs:
@@ -75,6 +78,8 @@ def find_model_folder(where: Path | None, skipped: Callable[[str], None]) -> Pat
         where = max(runs, key=lambda run: checkpoints(run)[0].stat().st_mtime)
     if not where.exists():
         raise CheckpointError(f"{where}: no such run, checkpoint or model folder")
+    if best:
+        where = _best(where)
     if (where / "config.json").is_file():
         if (where / "training").is_dir() and (reason := damage(where, model_only=True)):
             raise CheckpointError(f"{reason}; use another checkpoint")
@@ -85,6 +90,17 @@ def find_model_folder(where: Path | None, skipped: Callable[[str], None]) -> Pat
             f"{where}: neither a run with checkpoints nor a model folder (no config.json)"
         )
     return newest
+
+
+def _best(run: Path) -> Path:
+    if (run / "config.json").is_file():
+        raise ConfigError(f"--best: {run} is one model folder; give a run, or leave --best out")
+    best = best_checkpoint(run)
+    if best is None:
+        raise CheckpointError(
+            f"{run}: none of its checkpoints has a validation loss; leave --best out"
+        )
+    return best
 
 
 # --- which are kept ------------------------------------------------------------------------------

@@ -77,6 +77,26 @@ def test_a_run_a_checkpoint_and_a_model_folder_have_the_same_loss(pretrain):
     assert older["loss"] != found[0][0]
 
 
+@pytest.mark.usefixtures("trained")
+def test_the_best_checkpoint_is_the_one_of_lowest_validation_loss(pretrain, refused):
+    """Of a run that grows worse, from good weights at a rate that grows too high."""
+    done = pretrain(
+        f"train --init-from {CHECKPOINT} --seq-len 32 --tokens-per-step 128 --micro-batch-size 2 "
+        "--dtype float32 --steps 4 --learning-rate 0.3 --keep 1 --out worse "
+        "--set optimizer.warmup_steps=6 --set train.eval_every=2 --set train.checkpoint_every=2"
+    )
+    assert done.code == 0, done.err
+    rows = map(json.loads, Path("worse/metrics.jsonl").read_text().splitlines())
+    losses = {row["step"]: row["loss"] for row in rows if row["kind"] == "evaluation"}
+    best = min((step for step in losses if step), key=losses.__getitem__)
+    assert best != 4
+    result = evaluated(pretrain, "worse --best")
+    assert result["checkpoint"] == f"worse/checkpoints/step-{best:06d}"
+    assert result["loss"] == pytest.approx(losses[best], rel=1e-6)
+    assert evaluated(pretrain, "worse")["checkpoint"] == "worse/checkpoints/step-000004"
+    assert refused(f"evaluate {CHECKPOINT} --best").startswith(f"--best: {CHECKPOINT} is one model")
+
+
 def test_the_loss_is_that_of_transformers_dataset_by_dataset(pretrain, birds):
     result = evaluated(pretrain, "--data data/corpus --data data/birds")
     sums = {name: plainly(CHECKPOINT, Path(name)) for name in ("data/corpus", str(birds))}

@@ -125,6 +125,8 @@ class TrainSettings(Section):
     out: Path | None = None
     log_every: PositiveInt | Auto = "auto"
     eval_every: PositiveInt | Auto = "auto"
+    eval_tokens: PositiveInt | None = None
+    """Validate on the first so many tokens of each validation split; else on all."""
     checkpoint_every: PositiveInt | Auto = "auto"
     keep_checkpoints: PositiveInt = 2
     """The newest so many. The last one known finite stays, whatever else is kept."""

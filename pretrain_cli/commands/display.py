@@ -162,9 +162,11 @@ class TrainDisplay:
 
     def on_evaluation(self, event: Any) -> None:
         self.evaluation = event
+        of = f" of {event.split_tokens:,}" if event.split_tokens > event.tokens else ""
         console.print(
-            f"[cyan]step {event.step:,}: validation loss {event.loss:.4f}, "
-            f"{event.bits_per_byte:.4f} bits per byte[/] ({event.tokens:,} tokens)",
+            f"[cyan]step {event.step:,}: validation loss {event.loss:.4f}, perplexity "
+            f"{event.perplexity:.4g}, {event.bits_per_byte:.4f} bits per byte[/] "
+            f"({event.tokens:,}{of} tokens)",
             soft_wrap=True,
         )
         for name, source in event.sources.items():

@@ -99,6 +99,10 @@ def train(
     keep_every: Annotated[
         int | None, typer.Option(help="Keep one every so many steps, too.", show_default="none")
     ] = None,
+    eval_tokens: Annotated[
+        int | None,
+        typer.Option(help="Validate on the first so many of each split.", show_default="all"),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Run folder.", show_default="runs/MODEL-DATASET")
     ] = None,
@@ -143,6 +147,7 @@ def train(
         "speed.compile": compile_,
         "train.keep_checkpoints": keep,
         "train.keep_every": keep_every,
+        "train.eval_tokens": eval_tokens,
         "train.out": out,
     }
     from pretrain_cli.config import build_config, read_config

@@ -24,6 +24,9 @@ from pretrain_cli.data.tokenizer import Tokenizer, read_tokenizer
 from pretrain_cli.errors import DataError
 from pretrain_cli.files import sha256_of
 
+DECODED = 2**21
+"""Tokens that are decoded, at most, to know the bytes of their text."""
+DECODED_AT_ONCE = 2**16
 VERIFIED_WHEN_OPENED = 4 * 2**30
 """Checksums of datasets up to this size are verified at every opening: a second a gigabyte."""
 DECODED = 2**21
@@ -39,6 +42,16 @@ class Split:
     documents: DocumentStarts
     bytes: int
     """Of the text, in UTF-8, without document marks."""
+    left_out: int = 0
+    """Tokens of the whole split behind these, where this is a prefix of it."""
+
+    def prefix(self, tokens: int, tokenizer: Tokenizer) -> "Split":
+        """The first so many tokens, where there are more; the bytes of their text are decoded."""
+        if tokens >= len(self.tokens):
+            return self
+        row = self.tokens.part(0, tokens)
+        size = text_bytes(row, self.documents, tokenizer)
+        return Split(row, self.documents, size, left_out=len(self.tokens) - tokens)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import hashlib
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 
@@ -69,6 +69,17 @@ class Mixture:
             for source in self.sources
         ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def validated_on(self, targets: int) -> "Mixture":
+        """The same with at most the first so many targets of each validation split."""
+        cut = [
+            replace(
+                source.dataset, val=source.dataset.val.prefix(targets + 1, source.dataset.tokenizer)
+            )
+            for source in self.sources
+        ]
+        both = zip(self.sources, cut, strict=True)
+        return Mixture(tuple(replace(source, dataset=dataset) for source, dataset in both))
 
     def weights(self, samples: Sequence[int]) -> list[int]:
         """Of the sources that are trained on, in whole numbers: as given, or else the samples that

@@ -1,12 +1,14 @@
 """The loss of the validation splits: every token once, whatever the batch shape and the ranks."""
 
 import math
+import time
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 
 from pretrain_cli.data.batches import IGNORED, validation_batches
-from pretrain_cli.data.dataset import Dataset
+from pretrain_cli.data.dataset import Dataset, Split
 from pretrain_cli.data.documents import document_numbers
 from pretrain_cli.data.mixture import Mixture
 from pretrain_cli.engine.distributed import Ranks, part_again
@@ -24,11 +26,12 @@ def evaluate(
     ranks: Ranks,
     document_mask: bool = False,
 ) -> Evaluation | None:
-    """Mean loss over all validation tokens, and bits per byte of their text; where there are
-    several datasets, of each as well. None where no dataset has anything to validate on."""
+    """Mean loss over all validation tokens, perplexity, and bits per byte of their text; where
+    there are several datasets, of each as well. None where none has anything to validate on."""
     sources = [source for source in data.sources if len(source.dataset.val.tokens) > 1]
     if not sources:
         return None
+    began = time.perf_counter()
     shape = {"seq_len": seq_len, "batch_size": batch_size}
     sums = torch.stack(  # (sources, 2)
         [_summed(model, source.dataset, ranks, document_mask, **shape) for source in sources]
@@ -36,17 +39,16 @@ def evaluate(
     part_again(model)
     if ranks.world > 1:
         sums = ranks.sum(sums.to(ranks.device))
-    sizes = [source.dataset.val.bytes for source in sources]
-    total = _mean(sums.sum(0), sum(sizes))
+    splits = [source.dataset.val for source in sources]
     each = {
-        source.name: _mean(row, size)
-        for source, row, size in zip(sources, sums, sizes, strict=True)
+        source.name: _mean(row, [split])
+        for source, row, split in zip(sources, sums, splits, strict=True)
     }
     return Evaluation(
+        **asdict(_mean(sums.sum(0), splits)),
         step=step,
-        loss=total.loss,
-        bits_per_byte=total.bits_per_byte,
-        tokens=total.tokens,
+        time=time.time(),
+        evaluation_time=time.perf_counter() - began,
         sources=each if len(data.sources) > 1 else {},
     )
 
@@ -73,10 +75,13 @@ def _summed(
     return total
 
 
-def _mean(sums: Tensor, size: int) -> Validation:
+def _mean(sums: Tensor, splits: list[Split]) -> Validation:
     summed, count = sums.tolist()
+    loss = summed / count
     return Validation(
-        loss=summed / count,
-        bits_per_byte=summed / math.log(2) / max(size, 1),
+        loss=loss,
+        perplexity=torch.tensor(loss, dtype=torch.float64).exp().item(),  # inf, not an error
+        bits_per_byte=summed / math.log(2) / max(sum(split.bytes for split in splits), 1),
         tokens=int(count),
+        split_tokens=sum(len(split.tokens) - 1 + split.left_out for split in splits),
     )

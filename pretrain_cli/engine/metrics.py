@@ -84,23 +84,27 @@ class StepMetrics:
     """Tokens seen so far from each of several datasets, by name."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Validation:
-    """Of a validation split, every token once."""
+    """Of a validation split, every token once; or of its first ones, with train.eval_tokens."""
 
     loss: float
+    perplexity: float
     bits_per_byte: float
     tokens: int
+    split_tokens: int
+    """Of the whole split."""
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """The validation splits of all datasets together, every token once."""
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Validation):
+    """The validation splits of all datasets together."""
 
     step: int
-    loss: float
-    bits_per_byte: float
-    tokens: int
+    time: float
+    """Seconds since 1970, when it was done."""
+    evaluation_time: float
+    """Seconds that it took."""
     sources: dict[str, Validation]
     """The same of each of several datasets, by name."""
 

@@ -77,6 +77,8 @@ def make_plan(
     speed = resolve_speed(settings.speed, ranks.device)
     name, config = _find_model(settings, model)
     mixture = _find_data(settings, ranks, report)
+    if settings.train.eval_tokens is not None:
+        mixture = mixture.validated_on(settings.train.eval_tokens)
     if model is None:
         config = _fit_to_data(config, settings, mixture, report)
     if config.num_experts:

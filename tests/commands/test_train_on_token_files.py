@@ -35,7 +35,7 @@ def files(pretrain):
 
 def losses(run):
     rows = map(json.loads, Path(run, "metrics.jsonl").read_text().splitlines())
-    return [(row["kind"], row["step"], row["loss"]) for row in rows]
+    return [(row["kind"], row["step"], row["loss"]) for row in rows if "loss" in row]
 
 
 @pytest.mark.usefixtures("files")
@@ -121,7 +121,7 @@ def test_a_single_file_whose_end_is_held_out(pretrain, tiny):
     assert (done.code, done.err) == (0, "")
     held_out = (40 * len(VERSE) + 1) // 100
     assert f"validation on the last {held_out} tokens, held out\n" in done.out
-    evaluation = json.loads(Path("runs/gemma3-tiny-song/metrics.jsonl").read_text().splitlines()[1])
+    evaluation = json.loads(Path("runs/gemma3-tiny-song/metrics.jsonl").read_text().splitlines()[2])
     assert evaluation["tokens"] == held_out - 1
 
 

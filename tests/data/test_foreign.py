@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+from pretrain_cli.data import dataset as datasets
 from pretrain_cli.data import foreign
 from pretrain_cli.data.batches import Batches, Windows, validation_batches
 from pretrain_cli.data.foreign import open_foreign
@@ -60,8 +61,8 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(foreign, "BLOCK", 16)
     monkeypatch.setattr(foreign, "VERIFIED_WHEN_OPENED", 0)
     monkeypatch.setattr(foreign, "SAMPLED", 200)
-    monkeypatch.setattr(foreign, "DECODED", 8)
-    monkeypatch.setattr(foreign, "DECODED_AT_ONCE", 8)
+    monkeypatch.setattr(datasets, "DECODED", 8)
+    monkeypatch.setattr(datasets, "DECODED_AT_ONCE", 8)
 
 
 # --- the tokens ----------------------------------------------------------------------------------
@@ -260,8 +261,8 @@ def test_a_space_that_a_tokenizer_puts_before_each_document_is_not_of_its_text(t
 
 
 def test_the_bytes_of_a_long_text_are_estimated_from_parts_of_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(foreign, "DECODED", 400)
-    monkeypatch.setattr(foreign, "DECODED_AT_ONCE", 50)
+    monkeypatch.setattr(datasets, "DECODED", 400)
+    monkeypatch.setattr(datasets, "DECODED_AT_ONCE", 50)
     tokens = [END, *b"nineteen characters"] * 250
     write(tmp_path / "train.bin", tokens)
     write(tmp_path / "val.bin", tokens)
@@ -322,8 +323,8 @@ def test_of_large_files_first_last_and_evenly_spaced_blocks_count(tmp_path, smal
 
 
 def test_an_id_beyond_the_vocabulary_is_found_when_the_files_are_opened(tmp_path, monkeypatch):
-    monkeypatch.setattr(foreign, "DECODED", 8)
-    monkeypatch.setattr(foreign, "DECODED_AT_ONCE", 8)
+    monkeypatch.setattr(datasets, "DECODED", 8)
+    monkeypatch.setattr(datasets, "DECODED_AT_ONCE", 8)
     write(tmp_path / "x_1.bin", range(50))
     write(tmp_path / "x_2.bin", [*range(50), 300, 1000, 5])
     assert refusal(tmp_path / "x_*.bin") == (

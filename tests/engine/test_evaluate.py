@@ -13,6 +13,7 @@ from pretrain_cli.data.mixture import Source, mix
 from pretrain_cli.data.tokenize import TokenizeRequest, tokenize
 from pretrain_cli.engine.distributed import Ranks
 from pretrain_cli.engine.evaluate import evaluate
+from pretrain_cli.engine.metrics import Evaluation
 from pretrain_cli.engine.speed import build_model, resolve_speed
 from pretrain_cli.model.config import variant
 from pretrain_cli.model.presets import preset
@@ -27,12 +28,25 @@ def small_model(name="qwen3-tiny"):
     return model
 
 
-def evaluated(model, *folders, batch_size=2, **options):
+def evaluated(model, *folders, batch_size=2, at_most=None, **options):
     mixture = mix([Source(str(folder), None, open_dataset(folder)) for folder in folders])
+    if at_most is not None:
+        mixture = mixture.validated_on(at_most)
     ranks = Ranks(0, 1, CPU)
     return evaluate(
         model, mixture, step=7, seq_len=32, batch_size=batch_size, ranks=ranks, **options
     )
+
+
+def plainly(model, tokens):
+    """The loss over all tokens but the first, summed: window by window, as plainly as can be."""
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, len(tokens) - 1, 32):
+            window = tokens[start : start + 33]
+            logits = model(window[None, :-1])[0]
+            total += F.cross_entropy(logits, window[1:], reduction="sum").item()
+    return total
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
@@ -41,18 +55,39 @@ def test_validation_is_the_mean_over_every_token_whatever_the_batch(dataset, bat
     opened = open_dataset(dataset)
     stream = opened.val.tokens
     tokens = torch.from_numpy(stream.read(0, len(stream)))
-    total = 0.0
-    with torch.no_grad():  # window by window, as plainly as can be
-        for start in range(0, len(tokens) - 1, 32):
-            window = tokens[start : start + 33]
-            logits = model(window[None, :-1])[0]
-            total += F.cross_entropy(logits, window[1:], reduction="sum").item()
+    total = plainly(model, tokens)
     result = evaluated(model, dataset, batch_size=batch_size)
     assert result.sources == {}
-    assert result.tokens == len(tokens) - 1
+    assert result.tokens == result.split_tokens == len(tokens) - 1
     assert result.loss == pytest.approx(total / result.tokens, rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(total / result.tokens), rel=1e-4)
+    assert result.evaluation_time > 0
     text = sum(len(path.read_bytes()) for path in held_out(dataset, opened))
     assert result.bits_per_byte == pytest.approx(total / math.log(2) / text, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_prefix_of_each_split_is_validated_on_and_said(dataset, other_dataset, batch_size):
+    """100 targets, whatever the batch, and bits per byte of their own text."""
+    model = small_model()
+    stream = open_dataset(dataset).val.tokens
+    tokens = stream.read(0, 101)
+    total = plainly(model, torch.from_numpy(tokens))
+    result = evaluated(model, dataset, other_dataset, batch_size=batch_size, at_most=100)
+    (source,) = result.sources.values()
+    for each in (result, source):
+        assert (each.tokens, each.split_tokens) == (100, len(stream) - 1)
+        assert each.loss == pytest.approx(total / 100, rel=1e-5)
+        size = int((tokens < 256).sum())  # a byte is a token, and what is above ends a document
+        assert each.bits_per_byte == pytest.approx(total / math.log(2) / size, rel=1e-5)
+    whole = evaluated(model, dataset, at_most=10**6)
+    assert whole.tokens == whole.split_tokens == len(stream) - 1
+
+
+def test_a_run_validates_on_the_prefix_that_is_asked_for(settings, run):
+    events = run(settings(train__steps=1, train__eval_tokens=50))
+    (evaluation,) = [event for event in events if isinstance(event, Evaluation)]
+    assert evaluation.tokens == 50 < evaluation.split_tokens
 
 
 def test_masked_validation_is_that_of_each_document_by_itself(dataset):

@@ -101,6 +101,9 @@ class OptimizerSettings(Section):
     norm_rate_scale: Positive = 1.0
     clip: NotNegative = 1.0
     """Largest gradient norm; 0 leaves gradients alone."""
+    z_loss: NotNegative = 0.0
+    """Times the mean of (log Σ exp logits)², minimized beside the loss; 1e-4 is usual. The loss
+    that is logged stays the cross entropy."""
     schedule: Literal["cosine", "linear", "wsd", "wsd-sqrt", "constant"] = "cosine"
     """After warm-up: down a cosine or a line; constant and then down, linearly or as 1 − √;
     or constant."""

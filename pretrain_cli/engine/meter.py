@@ -7,7 +7,7 @@ began ── step step step ── line ── evaluating ── step step ─�
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from pretrain_cli.engine.distributed import Ranks
 from pretrain_cli.engine.metrics import StepMetrics, peak_memory
@@ -64,6 +64,7 @@ class Meter:
         gradient_norm: float,
         learning_rate: float,
         sources: dict[str, int],
+        others: dict[str, Any],
     ) -> StepMetrics:
         """The line of this step; the next interval begins."""
         now = time.perf_counter()
@@ -88,6 +89,7 @@ class Meter:
             evaluation_time=self.held["evaluation"],
             memory=peak_memory(self.ranks.device),
             sources=sources,
+            **others,
         )
         self._next_interval(now)
         return line

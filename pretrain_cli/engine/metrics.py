@@ -82,6 +82,13 @@ class StepMetrics:
     """Peak bytes so far: of the GPU, or of the process on a CPU."""
     sources: dict[str, int]
     """Tokens seen so far from each of several datasets, by name."""
+    z_loss: float | None = None
+    """What is minimized is the sum: loss + z_loss + balancing_loss. None where there is none."""
+    balancing_loss: float | None = None
+    expert_load: list[float] | None = None
+    """The share of the step's choices that fell on each expert, in all layers."""
+    expert_overload: float | None = None
+    """The choices of the busiest expert over the mean, in the layer where that is highest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +163,9 @@ class MetricsFile:
         row: dict[str, Any] = {"kind": KINDS[type(event)], **asdict(event)}
         if not row.get("sources", True):
             del row["sources"]
+        for name in ("z_loss", "balancing_loss", "expert_load", "expert_overload"):
+            if row.get(name, 0) is None:
+                del row[name]
         self.file.write(json.dumps(row, default=str) + "\n")
         self.file.flush()
 

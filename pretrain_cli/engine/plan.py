@@ -33,6 +33,7 @@ from pretrain_cli.errors import CheckpointError, ConfigError, DataError
 from pretrain_cli.model import counting
 from pretrain_cli.model.config import ModelConfig, variant
 from pretrain_cli.model.config_json import read_config
+from pretrain_cli.model.decoder import Coefficients
 from pretrain_cli.model.loss import CHUNK_ELEMENTS
 
 DATASETS = Path("data")
@@ -69,6 +70,14 @@ class Plan:
     def tokens_per_step(self) -> int:
         return self.samples_per_step * self.seq_len
 
+    @property
+    def coefficients(self) -> Coefficients | None:
+        """Of what is minimized beside the cross entropy, where there is anything, or experts."""
+        z_loss = self.settings.optimizer.z_loss
+        if not z_loss and not self.model.num_experts:
+            return None
+        return Coefficients(z_loss, self.model.router_aux_loss_coef)
+
 
 def make_plan(
     settings: RunConfig, ranks: Ranks, report: Report, *, model: ModelConfig | None = None
@@ -81,7 +90,7 @@ def make_plan(
         mixture = mixture.validated_on(settings.train.eval_tokens)
     if model is None:
         config = _fit_to_data(config, settings, mixture, report)
-    if config.num_experts:
+    if config.num_experts and not config.router_aux_loss_coef:
         report(Notice("Experts are trained without a balancing loss, and may come to be unused"))
     if settings.optimizer.name == "muon" and settings.train.parallel == "fsdp":
         raise ConfigError(
@@ -237,10 +246,6 @@ def _find_model(settings: RunConfig, known: ModelConfig | None) -> tuple[str, Mo
     folder = settings.model.init_from
     if known is not None:
         return settings.model.name, known
-    if "router_aux_loss_coef" in settings.model.changes:
-        raise ConfigError(
-            "model.router_aux_loss_coef: no balancing loss is computed for experts; leave it out"
-        )
     if folder is None:
         return find_model(settings.model)
     if "name" in settings.model.model_fields_set:

@@ -6,6 +6,7 @@ from torch.optim import Optimizer
 
 from pretrain_cli.engine.distributed import gradients_kept
 from pretrain_cli.engine.guard import Guard
+from pretrain_cli.engine.terms import OtherTerms
 
 
 def train_step(
@@ -20,10 +21,12 @@ def train_step(
     counted: int | None = None,
     documents: Tensor | None = None,
     guard: Guard | None = None,
+    terms: OtherTerms | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step on this rank's share of its samples. -> (loss, gradient norm).
 
-    The loss returned is this rank's part of the mean over all ranks. A guard decides whether the
+    The loss returned is this rank's part of the mean over all ranks. What is minimized beside it is
+    said by `terms`, and added up there. A guard decides whether the
     step is taken; without one it is.
     """
     total = add_gradients(
@@ -34,6 +37,7 @@ def train_step(
         world=world,
         counted=counted,
         documents=documents,
+        terms=terms,
     )
     limit = clip if clip > 0 else float("inf")
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
@@ -54,6 +58,7 @@ def add_gradients(
     world: int = 1,
     counted: int | None = None,
     documents: Tensor | None = None,
+    terms: OtherTerms | None = None,
 ) -> Tensor:
     """The gradients of a step, and this rank's part of its loss.
 
@@ -68,12 +73,15 @@ def add_gradients(
     for start in range(0, len(inputs), micro_batch_size):
         rows = slice(start, start + micro_batch_size)
         with gradients_kept(model, last=rows.stop >= len(inputs)):
-            loss = model(
+            found = model(
                 inputs[rows],
                 targets[rows],
                 documents=None if documents is None else documents[rows],
                 normalizer=normalizer,
+                coefficients=terms.coefficients if terms else None,
             )
-            loss.backward()
-        total += loss.detach() / world
+            (found.minimized if terms else found).backward()
+        if terms:
+            terms.add(found)
+        total += (found.cross_entropy if terms else found.detach()) / world
     return total

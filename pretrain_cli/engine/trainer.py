@@ -37,6 +37,7 @@ from pretrain_cli.engine.sample import Controls, sample_text
 from pretrain_cli.engine.schedule import learning_rate
 from pretrain_cli.engine.step import train_step
 from pretrain_cli.engine.stop import StopRequest
+from pretrain_cli.engine.terms import OtherTerms
 from pretrain_cli.errors import PretrainError
 from pretrain_cli.model import counting
 from pretrain_cli.model.decoder import Decoder
@@ -130,6 +131,7 @@ class Trainer:
                 )
                 set_learning_rate(self.optimizer, rate)
                 batch = feed.next()
+                terms = OtherTerms(plan.coefficients) if plan.coefficients else None
                 loss, norm = train_step(
                     self.model,
                     self.optimizer,
@@ -140,6 +142,7 @@ class Trainer:
                     world=ranks.world,
                     counted=batch.counted,
                     documents=batch.documents,
+                    terms=terms,
                 )
                 state = replace(
                     state,
@@ -163,6 +166,7 @@ class Trainer:
                             gradient_norm=float(norm),
                             learning_rate=rate,
                             sources=self._tokens_by_source(state),
+                            others=terms.read(ranks) if terms else {},
                         )
                     )
                 if ranks.world == 1 or log_due or save_due:

@@ -1,6 +1,7 @@
 """ModelConfig: the numbers that make one architecture, in config.json's own words."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -136,6 +137,10 @@ class ModelConfig:
             raise ConfigError(
                 f"model.moe_intermediate_size: {self.moe_intermediate_size} is not above zero"
             )
+        coefficient = self.router_aux_loss_coef
+        if coefficient and not (self.num_experts and 0 < coefficient < math.inf):
+            reason = "is not 0 or more" if self.num_experts else "with no experts to balance"
+            raise ConfigError(f"model.router_aux_loss_coef: {coefficient} {reason}")
         for name in ("hidden_size", "moe_intermediate_size") if self.num_experts else ():
             if getattr(self, name) % 8:
                 raise ConfigError(

@@ -10,7 +10,7 @@ Sublayers compute in `dtype` and the parameters stay as they are stored (float32
 
 import hashlib
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +23,16 @@ from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.kv_cache import KVCache, LayerCache
 from pretrain_cli.model.layers import GatedMLP, Linear, RMSNorm
 from pretrain_cli.model.layout import layout
-from pretrain_cli.model.loss import cross_entropy
-from pretrain_cli.model.moe import MixtureOfExperts
+from pretrain_cli.model.loss import IGNORED, cross_entropy, with_z_loss
+from pretrain_cli.model.moe import MixtureOfExperts, balancing_loss
 from pretrain_cli.model.rope import rope_table
 
 
 class Block(nn.Module):
     """x + post_norm(sublayer(pre_norm(x))), for attention and then for the MLP.
 
-    (B, T, D) -> (B, T, D). Without post-norms (Qwen 3) that step is the identity.
+    (B, T, D) -> (B, T, D), and of experts their use by the tokens `counted` (see moe.py). Without
+    post-norms (Qwen 3) that step is the identity.
     """
 
     def __init__(
@@ -52,11 +53,38 @@ class Block(nn.Module):
         self.post_mlp_norm = RMSNorm(D, config) if config.has_post_norms else nn.Identity()
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Any, cache: LayerCache | None = None
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Any,
+        cache: LayerCache | None = None,
+        counted: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
         attended = self.attention(self.attention_norm(x), rope, mask, cache)
         x = x + self.post_attention_norm(attended)
-        return x + self.post_mlp_norm(self.mlp(self.mlp_norm(x)))
+        if isinstance(self.mlp, MixtureOfExperts):
+            out, use = self.mlp(self.mlp_norm(x), counted)
+        else:
+            out, use = self.mlp(self.mlp_norm(x)), None
+        return x + self.post_mlp_norm(out), use
+
+
+class Coefficients(NamedTuple):
+    """Of what is minimized beside the cross entropy; 0 leaves it out."""
+
+    z_loss: float
+    balancing: float
+
+
+class Terms(NamedTuple):
+    """What is minimized, with gradients, and without them the parts that it is the sum of."""
+
+    minimized: Tensor
+    cross_entropy: Tensor
+    z_loss: Tensor
+    balancing: Tensor
+    choices: Tensor | None
+    """How often each expert of each sparse layer was chosen. (layers, E)"""
 
 
 class Decoder(nn.Module):
@@ -105,9 +133,10 @@ class Decoder(nn.Module):
         *,
         documents: Tensor | None = None,
         normalizer: float | None = None,
+        coefficients: Coefficients | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
-    ) -> Tensor:
+    ) -> Tensor | Terms:
         """tokens (B, T) -> the loss of `targets` (B, T), a scalar; without targets the logits,
         (B, T, V) in the compute type, or (B, 1, V) with `last_only`.
 
@@ -115,8 +144,11 @@ class Decoder(nn.Module):
         from one to the next: in both families they act by their differences alone (RoPE), so a
         document's logits are those that it has by itself, to rounding.
 
-        With a cache, tokens continue what it holds. `normalizer`: see `cross_entropy`.
+        With a cache, tokens continue what it holds. `normalizer`: see `cross_entropy`. With
+        `coefficients`, all that training minimizes, as Terms.
         """
+        if targets is not None and coefficients is not None:
+            return self._terms(tokens, targets, documents, normalizer, coefficients)
         hidden = self.hidden(tokens, cache, documents)
         if targets is not None:
             return cross_entropy(
@@ -126,10 +158,52 @@ class Decoder(nn.Module):
             hidden = hidden[:, -1:]
         return F.linear(hidden, self.head_weight.to(hidden.dtype))
 
+    def _terms(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        documents: Tensor | None,
+        normalizer: float | None,
+        coefficients: Coefficients,
+    ) -> Terms:
+        """The balancing loss is that of the tokens given here, by their share of `normalizer`."""
+        counted = targets != IGNORED
+        hidden, uses = self._hidden_and_use(tokens, None, documents, counted)
+        loss = with_z_loss(
+            hidden,
+            self.head_weight,
+            targets,
+            normalizer=normalizer,
+            chunked=self.chunked_loss,
+            z_loss=coefficients.z_loss,
+        )
+        if not uses:
+            return Terms(*loss, balancing=torch.zeros_like(loss.z_loss), choices=None)
+        use = torch.stack(uses)
+        share = 1.0 if normalizer is None else counted.sum() / normalizer
+        balancing = coefficients.balancing * share * balancing_loss(use, counted)
+        return Terms(
+            loss.minimized + balancing,
+            loss.cross_entropy,
+            loss.z_loss,
+            balancing.detach(),
+            use[:, 0].detach(),
+        )
+
     def hidden(
         self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
     ) -> Tensor:
         """Normed hidden states of the last layer. (B, T) -> (B, T, D)."""
+        return self._hidden_and_use(tokens, cache, documents)[0]
+
+    def _hidden_and_use(
+        self,
+        tokens: Tensor,
+        cache: KVCache | None,
+        documents: Tensor | None,
+        counted: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """With `counted` (B, T), also the use of each sparse layer's experts by those tokens."""
         assert cache is None or documents is None, "a cache remembers no documents"
         T, device = tokens.shape[1], tokens.device
         past = cache.length if cache else 0
@@ -145,17 +219,20 @@ class Decoder(nn.Module):
             mask = Mask(T, remembered + T, window, documents)
             masks[kind] = self.backend.lower(mask, device, self.dtype)
 
-        x = self.embed(tokens)
+        x, uses = self.embed(tokens), []
         for layer, block in enumerate(self.blocks):
             kind = self.config.layer_types[layer]
-            inputs = (x, ropes[kind], masks[kind], cache.layers[layer] if cache else None)
+            of_layer = cache.layers[layer] if cache else None
+            inputs = (x, ropes[kind], masks[kind], of_layer, counted)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, *inputs, use_reentrant=False)
+                x, use = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                x = block(*inputs)
+                x, use = block(*inputs)
+            if use is not None:
+                uses.append(use)
         if cache:
             cache.length += T
-        return self.norm(x)
+        return self.norm(x), uses
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, T, D). The scale is rounded to the type of the weights, as published."""

@@ -3,6 +3,10 @@
 The experts' matrices are stacked and multiplied group by group with `grouped_mm`: tokens are sorted
 by expert, so each expert meets one run of rows. No loop over experts, no host synchronization, no
 capacity limit, no token dropped.
+
+What keeps the experts evenly used is a loss of its own, as published (Fedus et al. 2021, equations
+4 to 6, over all sparse layers together): E · Σ_e f_e P_e, where f_e counts the choices of expert e
+per token and P_e is its mean probability. Even use gives K. Gradients flow through P alone.
 """
 
 import torch
@@ -14,7 +18,11 @@ from pretrain_cli.model.layers import Linear, activate
 
 
 class MixtureOfExperts(nn.Module):
-    """The sum of the K chosen experts' outputs, weighted by the router. (B, T, D) -> (B, T, D)."""
+    """The sum of the K chosen experts' outputs, weighted by the router. (B, T, D) -> (B, T, D).
+
+    With `counted` (B, T), true where a token is, also the use of the experts by those tokens,
+    (2, E): how often each was chosen, and the sum of its probabilities.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -27,9 +35,10 @@ class MixtureOfExperts(nn.Module):
         self.normalized = config.norm_topk_prob
         self.activation = config.hidden_activation
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         rows = x.reshape(-1, x.shape[-1])  # (N, D)
-        weights, experts = self.route(rows)  # (N, K) each
+        probabilities = self.router(rows).float().softmax(-1)  # (N, E)
+        weights, experts = self.choose(probabilities)  # (N, K) each
         order = experts.flatten().argsort(stable=True)  # pairs of token and expert, by expert
         token = order // self.chosen
         ends = F.one_hot(experts.flatten(), self.experts).sum(0).cumsum(0).to(torch.int32)
@@ -39,13 +48,28 @@ class MixtureOfExperts(nn.Module):
         hidden = activate(self.activation, gate) * up
         out = F.grouped_mm(hidden, self.down.to(x.dtype).transpose(1, 2), offs=ends)  # (N·K, D)
 
-        out = out * weights.flatten()[order].unsqueeze(-1)
-        return torch.zeros_like(rows).index_add(0, token, out).view_as(x)
+        out = out * weights.to(x.dtype).flatten()[order].unsqueeze(-1)
+        out = torch.zeros_like(rows).index_add(0, token, out).view_as(x)
+        return out, None if counted is None else _use(probabilities, experts, counted.flatten())
 
-    def route(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Each token's K experts and their weights, from a softmax over all E in float32."""
-        probabilities = self.router(rows).float().softmax(-1)
+    def choose(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        """Each token's K experts and their weights, from its probabilities of all E in float32."""
         weights, experts = probabilities.topk(self.chosen, dim=-1)
         if self.normalized:
             weights = weights / weights.sum(-1, keepdim=True)
-        return weights.to(rows.dtype), experts
+        return weights, experts
+
+
+def _use(probabilities: Tensor, experts: Tensor, counted: Tensor) -> Tensor:
+    """(N, E), (N, K), (N,) -> (2, E)."""
+    each = counted.float()
+    chosen = torch.zeros_like(probabilities[0])
+    chosen = chosen.scatter_add(0, experts.flatten(), each.repeat_interleave(experts.shape[1]))
+    return torch.stack([chosen, (probabilities * each.unsqueeze(-1)).sum(0)])
+
+
+def balancing_loss(use: Tensor, counted: Tensor) -> Tensor:
+    """The use of the experts by each sparse layer, (layers, 2, E), and its tokens -> a scalar."""
+    layers, _, experts = use.shape
+    chosen, probability = use.sum(0) / (layers * counted.sum().clamp(min=1))
+    return experts * (chosen.detach() * probability).sum()

@@ -35,7 +35,13 @@ def clock(monkeypatch):
 
 def read(meter, step):
     return meter.read(
-        step, tokens=1000 * step, loss=2.0, gradient_norm=1.0, learning_rate=0.1, sources={}
+        step,
+        tokens=1000 * step,
+        loss=2.0,
+        gradient_norm=1.0,
+        learning_rate=0.1,
+        sources={},
+        others={},
     )
 
 

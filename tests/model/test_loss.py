@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from pretrain_cli.model import loss
 from pretrain_cli.model.decoder import Decoder
-from pretrain_cli.model.loss import cross_entropy
+from pretrain_cli.model.loss import cross_entropy, with_z_loss
 
 B, T, D, V = 3, 9, 12, 40
 
@@ -165,3 +165,37 @@ def test_tied_weights_sum_the_gradients_of_lookup_and_head(family, make_config, 
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
     unseen = sorted(set(range(60)) - set(tokens.flatten().tolist()))
     assert found[0][unseen].abs().sum() > 0  # the head reaches every row
+
+
+@pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "whole"])
+@pytest.mark.parametrize("count", [None, 17])
+def test_the_z_loss_and_its_gradients_are_those_of_whole_logits(case, chunked, count):
+    hidden, weight, targets = case
+    logits = (hidden.double() @ weight.double().T).flatten(0, 1)
+    counts = targets.flatten() != -100
+    over = count or counts.sum()
+    entropy = F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum") / over
+    z_term = 0.3 * (logits.exp().sum(-1).log().square() * counts).sum() / over
+    ours = with_z_loss(*case, normalizer=count, chunked=chunked, z_loss=0.3)
+    for a, b in zip(ours, (entropy + z_term, entropy, z_term), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=0)
+    assert not ours.cross_entropy.requires_grad
+    assert not ours.z_loss.requires_grad
+    mine = torch.autograd.grad(ours.minimized, (hidden, weight))
+    theirs = torch.autograd.grad(entropy + z_term, (hidden, weight))
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=1e-5, atol=2e-6)
+
+
+def test_the_z_loss_of_logits_far_below_zero_has_a_gradient(case):
+    """Where 1 + 2 z · log Σ exp logits is negative."""
+    hidden, weight, targets = case
+    ones = torch.ones_like(weight, requires_grad=True)
+    low = (-(hidden.detach().abs() + 1) * 100).requires_grad_()
+    ours = with_z_loss(low, ones, targets, normalizer=None, chunked=True, z_loss=1e-2)
+    whole = with_z_loss(low, ones, targets, normalizer=None, chunked=False, z_loss=1e-2)
+    mine = torch.autograd.grad(ours.minimized, (low, ones))
+    theirs = torch.autograd.grad(whole.minimized, (low, ones))
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

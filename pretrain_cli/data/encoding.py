@@ -31,6 +31,8 @@ from pretrain_cli.errors import DataError
 
 PIECE = 2**13
 """Characters encoded at once; see cutting.py."""
+START = "fork" if sys.platform == "linux" else "spawn"
+"""How processes begin; a fork isn't safe elsewhere."""
 AHEAD = 3
 """Batches under way for each worker."""
 
@@ -87,6 +89,13 @@ class Encoder:
         return Encoded(np.frombuffer(ids, dtype=np.uint32).astype(self.dtype), counts)
 
 
+def cores() -> int:
+    """That this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on a Mac
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @contextmanager
 def encoders(tokenizer: Tokenizer, dtype: np.dtype, workers: int) -> Iterator[Any]:
     """-> a function from batches to what each is encoded to, in their order."""
@@ -98,8 +107,9 @@ def encoders(tokenizer: Tokenizer, dtype: np.dtype, workers: int) -> Iterator[An
         if workers == 1:
             pool, work = ThreadPoolExecutor(1), encode
         else:
-            context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-            pool = ProcessPoolExecutor(workers, context, _begin, (encode,))
+            context = multiprocessing.get_context(START)
+            are_text = tokenizer.backend.encode_special_tokens
+            pool = ProcessPoolExecutor(workers, context, _begin, (encode, are_text))
             work = _encode
         try:
             yield lambda batches: _in_order(pool, work, batches, AHEAD * workers)
@@ -141,10 +151,12 @@ _thread: ThreadPoolExecutor
 """Both of a worker process."""
 
 
-def _begin(encoder: Encoder) -> None:
-    """What a worker process does first."""
+def _begin(encoder: Encoder, are_text: bool) -> None:
+    """What a worker process does first. `are_text` says what special tokens in texts are, which a
+    tokenizer forgets on its way to a process that was not forked."""
     global _encoder, _thread
     _encoder, _thread = encoder, ThreadPoolExecutor(1)
+    encoder.tokenizer.backend.encode_special_tokens = are_text
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started it decides
     threading.Thread(target=_end_with_parent, daemon=True).start()

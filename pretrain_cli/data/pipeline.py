@@ -8,7 +8,6 @@ Reading runs ahead of writing by what is being encoded. Each block's Step says w
 the text behind it begins; with how far the shards go, that is a place to go on from.
 """
 
-import os
 import shutil
 import sqlite3
 import time
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 from pretrain_cli.data.aside import Tally, Written
 from pretrain_cli.data.corpus import Corpus, TextFile
 from pretrain_cli.data.cutting import Cutter
-from pretrain_cli.data.encoding import Block, Encoded, encoders
+from pretrain_cli.data.encoding import Block, Encoded, cores, encoders
 from pretrain_cli.data.request import TokenizeRequest
 from pretrain_cli.data.shards import Manifest, Shard, SplitName
 from pretrain_cli.data.text import Document, FileReader
@@ -122,7 +121,7 @@ class Pipeline:
         self.noted = time.perf_counter()
 
     def run(self) -> None:
-        workers = self.request.workers or len(os.sched_getaffinity(0))
+        workers = self.request.workers or cores()
         if self.corpus.size < SMALL and not self.corpus.has_streams:
             workers = 1
         has_space = False

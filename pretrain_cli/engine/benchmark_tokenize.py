@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pretrain_cli.data.corpus import Corpus, find_corpus
+from pretrain_cli.data.encoding import cores
 from pretrain_cli.data.request import TokenizeRequest
 from pretrain_cli.data.text import FileReader
 from pretrain_cli.data.tokenize import demo_request, tokenize
@@ -61,7 +62,7 @@ def measure(request: TokenizeRequest, rounds: int, progress: Callable[[str], Non
     corpus = find_corpus(request.paths, include=request.include)
     if corpus.has_streams:
         raise DataError(f"{', '.join(request.paths)}: can be read once; give files or folders")
-    workers = request.workers or len(os.sched_getaffinity(0))
+    workers = request.workers or cores()
     request = replace(request, workers=workers)
     ours: list[Turn] = []
     library: list[Turn] = []

@@ -63,6 +63,19 @@ def test_any_number_of_processes_makes_the_same_dataset(
     assert len([name for name in seen[0] if name.endswith(".bin")]) > 2
 
 
+def test_special_tokens_are_text_in_processes_that_were_not_forked(load, monkeypatch):
+    monkeypatch.setattr(encoding, "START", "spawn")
+    texts = [b"<|endoftext|>", b"before <|endoftext|> behind"]
+    with encoders(load("bytes"), DTYPE, 2) as encode:
+        encoded = list(encode([[Block(text, True, True)] for text in texts]))
+    assert [batch.tokens.tolist() for batch in encoded] == [[*text, 256] for text in texts]
+
+
+def test_cores_are_counted_where_a_system_does_not_tell_which_may_be_used(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert encoding.cores() == os.cpu_count()
+
+
 def test_reading_runs_ahead_by_a_few_batches(load):
     """And no further: memory holds what is under way."""
     begun = []

@@ -23,6 +23,9 @@ from pretrain_cli.data.shards import (
 PROGRESS = "progress.json"
 NEW = ".new"
 """In the name of a shard that takes the place of one of the same name when all is whole."""
+REPLACED = "replaced"
+"""The dataset that one takes the place of, for the moment that takes: inside the new one, where it
+is in nobody's way, whatever else lies beside the dataset."""
 
 
 @dataclass
@@ -83,8 +86,9 @@ def as_written(folder: Path, noted: dict[str, Any], shards: Sequence[Shard]) -> 
 def move_into_place(folder: Path) -> None:
     """Put a dataset that is whole, but lies aside, where it belongs; where there is none, nothing
     is done. It is whole when it has a manifest."""
-    whole, old = aside(folder), folder.with_name(folder.name + ".old")
+    whole = aside(folder)
     if not (whole / MANIFEST).exists():
+        shutil.rmtree(folder / REPLACED, ignore_errors=True)
         return
     shards = read_manifest(whole).shards
     for path in whole.glob(f"*{NEW}.*"):
@@ -92,10 +96,10 @@ def move_into_place(folder: Path) -> None:
     remove_shards(whole, but={f.name for s in shards for f in files_of(whole, s.file)})
     (whole / PROGRESS).unlink(missing_ok=True)
     if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
+        shutil.rmtree(whole / REPLACED, ignore_errors=True)
+        folder.rename(whole / REPLACED)
     whole.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(folder / REPLACED, ignore_errors=True)
 
 
 def files_of(folder: Path, shard: str) -> tuple[Path, Path, Path]:

@@ -198,7 +198,7 @@ def _find_data(settings: RunConfig, ranks: Ranks, report: Report) -> Mixture:
         )
     if asked is None:
         found = sorted(p.parent for p in DATASETS.glob(f"*/{MANIFEST}"))
-        found = [folder for folder in found if folder.suffix not in (".partial", ".old")]
+        found = [folder for folder in found if folder.suffix != ".partial"]
         if len(found) > 1:
             listed = ", ".join(map(str, found))
             raise ConfigError(f"data/: holds several datasets ({listed}); choose one with --data")

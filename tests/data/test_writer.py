@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
@@ -325,6 +326,17 @@ def test_a_new_dataset_replaces_an_old_one_whole(tmp_path, write):
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
     assert [path.name for path in (tmp_path / "made").glob("train*.bin")] == ["train-00000.bin"]
     open_dataset(tmp_path / "made")
+
+
+def test_what_lies_beside_a_dataset_stays_when_it_is_replaced(tmp_path, write):
+    write(tmp_path / "made")
+    beside = [tmp_path / "made.old", tmp_path / "made.new"]
+    for copy in beside:
+        shutil.copytree(tmp_path / "made", copy)
+    write(tmp_path / "made", training=[b"new"])
+    for copy in beside:
+        assert open_dataset(copy).train.tokens.read(0, 9).tolist() == row(DOCUMENTS)[:9]
+    assert not any(path.is_dir() for path in (tmp_path / "made").iterdir())
 
 
 @pytest.mark.parametrize("renames", [0, 1])

@@ -72,6 +72,17 @@ Paths = Annotated[
 ]
 
 
+def _text_or_several(value: Any) -> Any:
+    """A text or a list of them, as a tuple."""
+    several = value if isinstance(value, list | tuple) else [value]
+    if not several or not all(isinstance(text, str) for text in several):
+        raise PydanticCustomError("texts", "Input should be a text or a list of texts")
+    return tuple(several)
+
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(_text_or_several)]
+
+
 class DataSettings(Section):
     path: Paths | None = None
     """A tokenized dataset, or other programs' .bin files: one, a pattern of them, or their folder.
@@ -137,9 +148,12 @@ class TrainSettings(Section):
     """And the one with the lowest validation loss, of those saved at a step that was evaluated."""
     keep_every: PositiveInt | None = None
     """And one every so many steps."""
-    sample_prompt: str = ""
+    sample_prompts: Texts = ("",)
+    """What text is sampled from, each time; or a single one."""
     sample_tokens: Count = 100
-    """Length of the text sampled at the end."""
+    """Length of the texts; 0 for none."""
+    sample_every: Count = 0
+    """Steps from one time to the next; 0 for the end alone."""
 
 
 class SpeedConfig(Section):
@@ -203,6 +217,11 @@ def check_config(tree: dict[str, Any]) -> RunConfig:
         raise ConfigError(
             f"train.tokens: {config.train.tokens} and train.steps: {config.train.steps} are both "
             "given; give one of them"
+        )
+    if config.train.sample_every and not config.train.sample_tokens:
+        raise ConfigError(
+            f"train.sample_every: {config.train.sample_every} is how often to sample, and "
+            "train.sample_tokens is 0; give it a length, or leave sample_every out"
         )
     _refuse_unused(config.optimizer)
     return config

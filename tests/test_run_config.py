@@ -85,7 +85,7 @@ def test_values_of_set_are_yaml():
             "speed.compile=false",
             "optimizer.betas=[0.8, 0.99]",
             "optimizer.eps=1.0e-6",
-            "train.sample_prompt=a = b",
+            "train.sample_prompts=a = b",
             "data.path=data/mine",
             "data.seq_len=auto",
         ],
@@ -93,7 +93,7 @@ def test_values_of_set_are_yaml():
     assert config.speed.compile is False
     assert config.optimizer.betas == (0.8, 0.99)
     assert config.optimizer.eps == 1e-6
-    assert config.train.sample_prompt == "a = b"
+    assert config.train.sample_prompts == ("a = b",)
     assert config.data.path == ("data/mine",)
     assert config.data.seq_len == "auto"
 

@@ -149,14 +149,12 @@ class MetricsFile:
     def __init__(self, path: Path, *, upto: int) -> None:
         """Opens for appending; lines beyond step `upto` are of a future that was lost, and go."""
         self.path = path
-        kept = [line for line in _rows(path) if json.loads(line)["step"] <= upto]
-        rows = [json.loads(line) for line in kept]
+        rows = keep_upto(path, upto)
         self.evaluated = {row["step"] for row in rows if row["kind"] == KINDS[Evaluation]}
         """Steps whose evaluation is in the file."""
         steps = [row for row in rows if row["kind"] == KINDS[StepMetrics]]
         self.before = (steps[-1]["tokens"], steps[-1]["seconds"]) if steps else (0, 0.0)
         """Tokens and seconds of the run up to the last line."""
-        write_whole(path, "".join(kept))
         self.file: IO[str] = path.open("a")
 
     def write(self, event: Started | StepMetrics | Evaluation) -> None:
@@ -178,11 +176,16 @@ class MetricsFile:
         self.file.close()
 
 
-def _rows(path: Path) -> list[str]:
-    """The whole lines of a metrics file; a kill can cut the last one short."""
+def keep_upto(path: Path, step: int) -> list[dict[str, Any]]:
+    """Cut a file of JSON lines to those up to this step, and give them. A kill can have cut the
+    last line short."""
     if not path.is_file():
         return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    rows = [json.loads(line) for line in lines]
+    kept = [i for i, row in enumerate(rows) if row["step"] <= step]
+    write_whole(path, "".join(lines[i] for i in kept))
+    return [rows[i] for i in kept]
 
 
 def peak_memory(device: torch.device) -> int:

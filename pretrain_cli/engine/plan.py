@@ -105,6 +105,15 @@ def make_plan(
     train, data, optimizer = settings.train, settings.data, settings.optimizer
     on_cpu = ranks.device.type == "cpu"
 
+    for prompt in train.sample_prompts if train.sample_tokens else ():
+        length = len(mixture.tokenizer.encode_prompt(prompt))
+        positions = config.max_position_embeddings
+        if length >= positions:
+            raise ConfigError(
+                f"train.sample_prompts: '{prompt[:30]}…' has {length:,} tokens, and the model "
+                f"{positions:,} positions; shorten it"
+            )
+
     seq_len = _seq_len(data.seq_len, config, mixture, on_cpu)
     flops = counting.training_flops(config, seq_len).exact
     samples = _samples_per_step(settings, ranks, seq_len, flops, on_cpu)

@@ -28,8 +28,9 @@ CHANGEABLE = {
     "train.keep_checkpoints",
     "train.keep_best",
     "train.keep_every",
-    "train.sample_prompt",
+    "train.sample_prompts",
     "train.sample_tokens",
+    "train.sample_every",
 }
 
 

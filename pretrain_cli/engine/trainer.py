@@ -1,12 +1,10 @@
 """A run in progress: steps, and what is evaluated, saved and reported around them."""
 
-import json
 import math
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -24,7 +22,6 @@ from pretrain_cli.engine.metrics import (
     MetricsFile,
     Notice,
     Report,
-    Sample,
     Saved,
     Started,
     StepMetrics,
@@ -33,7 +30,7 @@ from pretrain_cli.engine.optimizer import set_learning_rate
 from pretrain_cli.engine.peak import Peak
 from pretrain_cli.engine.plan import Plan
 from pretrain_cli.engine.run import device_name
-from pretrain_cli.engine.sample import Controls, sample_text
+from pretrain_cli.engine.samples import Samples
 from pretrain_cli.engine.schedule import learning_rate
 from pretrain_cli.engine.step import train_step
 from pretrain_cli.engine.stop import StopRequest
@@ -112,6 +109,7 @@ class Trainer:
             device=ranks.device,
             prefetch=plan.speed.prefetch,
         )
+        samples = Samples(plan, self.run, ranks, self.report, upto=state.step)
         first, stopped = state.step, False
         mean = 0.0
         if state.step >= steps:
@@ -121,6 +119,9 @@ class Trainer:
                 with meter.held_up("evaluation"):
                     self.evaluate(state)
                 state = self._with_best(state)
+            if samples.due(state.step):  # a stop came before
+                with meter.held_up("evaluation"):
+                    samples.take(self.decoder, state.step)
             while state.step < steps and not stopped:
                 rate = learning_rate(
                     state.step,
@@ -153,8 +154,10 @@ class Trainer:
                 meter.stepped(feed.wait)
                 save_due = state.step % plan.checkpoint_every == 0
                 eval_due = state.step % plan.eval_every == 0
+                sample_due = samples.due(state.step)
                 log_due = state.step % plan.log_every == 0 or state.step == steps
-                if log_due or save_due or eval_due or (stop and ranks.world == 1):
+                pause_due = save_due or eval_due or sample_due
+                if log_due or pause_due or (stop and ranks.world == 1):
                     mean = ranks.sum(loss).item()  # waits for the device
                     self._refuse_divergence(state, mean, float(norm))
                 if log_due:
@@ -177,11 +180,14 @@ class Trainer:
                 if save_due:
                     with meter.held_up("save"):
                         state = self.save(state)
+                if sample_due and state.step < steps and not stopped:
+                    with meter.held_up("evaluation"):
+                        samples.take(self.decoder, state.step)
             if state.step > first and not stopped:
                 self.evaluate(state)
             state = self.save(state)
-            if state.step > first and not stopped:
-                self.sample(state)
+            if samples.due(state.step) and not stopped:
+                samples.take(self.decoder, state.step)
         finally:
             feed.close()
             if self.metrics:
@@ -262,27 +268,3 @@ class Trainer:
             keeping.rotate(self.run, self.plan.settings.train)
         self.report(Saved(state.step, path))
         return state
-
-    def sample(self, state: State) -> None:
-        """A text from the model as it is now, shown and kept in samples.jsonl."""
-        train = self.plan.settings.train
-        if train.sample_tokens and train.parallel == "fsdp":
-            self.report(Notice("No sample: the model is parted among the ranks. pretrain sample"))
-        if not train.sample_tokens or train.parallel == "fsdp":
-            return
-        if self.ranks.is_first:
-            self.decoder.eval()
-            controls = Controls(max_tokens=train.sample_tokens, seed=train.seed)
-            pieces = sample_text(
-                self.decoder, self.plan.data.tokenizer, train.sample_prompt, controls
-            )
-            try:
-                with torch.compiler.set_stance("force_eager"):  # each length would compile anew
-                    sample = Sample(state.step, train.sample_prompt, "".join(pieces))
-            except PretrainError as error:  # nothing of the run depends on it
-                self.report(Notice(f"No sample: {error}"))
-            else:
-                with (self.run / "samples.jsonl").open("a") as file:
-                    file.write(json.dumps(asdict(sample)) + "\n")
-                self.report(sample)
-        self.ranks.wait()

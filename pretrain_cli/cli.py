@@ -12,6 +12,7 @@ from pretrain_cli.commands import (
     count_params,
     evaluate,
     inspect,
+    report,
     sample,
     tokenize,
     train,
@@ -42,6 +43,7 @@ app = typer.Typer(
 app.command("tokenize", rich_help_panel="The main line")(tokenize.tokenize)
 app.command("train", rich_help_panel="The main line")(train.train)
 app.command("sample", rich_help_panel="The main line")(sample.sample)
+app.command("report", rich_help_panel="What there is")(report.report)
 app.command("evaluate", rich_help_panel="What there is")(evaluate.evaluate)
 app.command("inspect", rich_help_panel="What there is")(inspect.inspect)
 app.command("benchmark", rich_help_panel="What it costs")(benchmark.benchmark)

@@ -9,9 +9,10 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from pretrain_cli.amounts import duration
 from pretrain_cli.commands.benchmark_data import benchmark_data
 from pretrain_cli.commands.benchmark_tokenize import benchmark_tokenize
-from pretrain_cli.commands.display import console, duration, notice, write_json
+from pretrain_cli.commands.display import console, notice, write_json
 from pretrain_cli.commands.display import size as in_bytes
 
 OPTIONS = {

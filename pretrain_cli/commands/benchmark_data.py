@@ -6,7 +6,8 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from pretrain_cli.commands.display import amount, console, notice, write_json
+from pretrain_cli.amounts import amount
+from pretrain_cli.commands.display import console, notice, write_json
 from pretrain_cli.commands.display import size as in_bytes
 
 GIGABYTES = 2.0

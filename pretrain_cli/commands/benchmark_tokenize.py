@@ -5,7 +5,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from pretrain_cli.commands.display import amount, console, size, write_json
+from pretrain_cli.amounts import amount, size
+from pretrain_cli.commands.display import console, write_json
 
 
 def benchmark_tokenize(

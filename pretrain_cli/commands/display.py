@@ -13,6 +13,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from pretrain_cli.amounts import amount, duration, size
+
 # Where the output is not a terminal, tables get the room they need rather than 80 columns.
 console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 120)
 error_console = Console(stderr=True, highlight=False, emoji=False)
@@ -20,30 +22,6 @@ error_console = Console(stderr=True, highlight=False, emoji=False)
 
 SECONDS_A_LINE = 2.0
 """Where there is no live panel, a step is printed at most this often; the file has every one."""
-
-
-def amount(number: float) -> str:
-    """1234567 as 1.23M."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:.3g}"
-
-
-def size(count: float) -> str:
-    """Bytes as 1.2 GB, decimal."""
-    for unit, letter in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= unit:
-            return f"{count / unit:.1f} {letter}"
-    return f"{count:.0f} B"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as 1h02m, 3m20s or 12s."""
-    seconds = round(seconds)
-    if seconds >= 3600:
-        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
-    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
 
 
 def notice(text: str) -> None:

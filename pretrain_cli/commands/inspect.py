@@ -8,7 +8,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from pretrain_cli.commands.display import amount, console, size
+from pretrain_cli.amounts import amount, size
+from pretrain_cli.commands.display import console
 
 SOURCES_SHOWN = 20
 BAR = 30

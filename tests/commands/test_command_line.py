@@ -12,7 +12,7 @@ import pretrain_cli
 from pretrain_cli.cli import app
 from pretrain_cli.errors import CheckpointError, ConfigError, DataError
 
-COMMANDS = ["tokenize", "train", "sample", "benchmark", "count-params"]
+COMMANDS = ["tokenize", "train", "sample", "report", "benchmark", "count-params"]
 
 
 def test_the_version_is_the_packages(pretrain):

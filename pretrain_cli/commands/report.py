@@ -1,0 +1,35 @@
+"""`pretrain report`: runs as a page to look at, and as a picture."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from pretrain_cli.commands.display import console, notice
+
+
+def report(
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="RUN…", help="Folders of runs.", show_default="the newest run"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The page.", show_default="report.html in the run's folder; of several runs, here"
+        ),
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Also the curves as a picture; needs matplotlib.")
+    ] = None,
+) -> None:
+    """Show runs in one HTML page that opens with no network.
+
+    Loss and validation over tokens, time and steps, learning rate, gradient norm, throughput,
+    memory, restarts and skipped steps, samples, settings; of several runs beside each other.
+    """
+    from pretrain_cli.engine.report.writing import write_report
+
+    for path in write_report(runs or [], out, png, notice):
+        console.print(f"Written to {escape(str(path))}", soft_wrap=True)

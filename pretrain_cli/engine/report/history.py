@@ -1,0 +1,275 @@
+"""What a run folder holds, in memory: curves, marks, samples, settings.
+
+    run.yaml         the record, as it is
+    metrics.jsonl    step          a row of `steps`
+                     evaluation    a row of `evaluations`
+                     any other     a mark: start, skipped, rolled_back, saved, …
+    samples.jsonl    samples
+
+Any number in a row is a curve under the name that the row gives it, so what a later version writes
+is shown too. Every row has a place on three axes: its step, the tokens seen, and the time.
+"""
+
+import math
+from array import array
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from pretrain_cli.engine.record import RECORD
+from pretrain_cli.engine.report.rows import Row, Rows, is_number
+from pretrain_cli.errors import CheckpointError
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+AXES = ("tokens", "time", "step")
+"""Tokens seen; seconds that the run has taken; steps."""
+PLACES = {"kind", "step", "tokens", "seconds", "time"}
+"""Fields that say where or when a row is, and are no curves."""
+START = "start"
+RESTARTED, NOT_FINITE = "restarted", "not finite"
+Floats = NDArray[np.float64]
+
+
+class Columns:
+    """Rows as a column of numbers for each field; where a row has none, NaN."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.fields: dict[str, array[float]] = {}
+
+    def append(self, numbers: dict[str, float]) -> None:
+        for name in numbers.keys() - self.fields.keys():
+            self.fields[name] = array("d", [math.nan]) * self.rows
+        for name, column in self.fields.items():
+            column.append(numbers.get(name, math.nan))
+        self.rows += 1
+
+    def arrays(self) -> dict[str, Floats]:
+        return {name: np.array(column, dtype=np.float64) for name, column in self.fields.items()}
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Rows in the order of the file: where each is, and its numbers."""
+
+    axes: dict[str, Floats]
+    values: dict[str, Floats]
+
+    def __len__(self) -> int:
+        return len(self.axes["step"])
+
+    def has(self, name: str) -> bool:
+        return name in self.values and bool(np.isfinite(self.values[name]).any())
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Something that happened at a step."""
+
+    kind: str
+    details: Row
+    axes: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Sample:
+    step: int
+    prompt: str
+    text: str
+
+
+@dataclass
+class History:
+    """What is known of a run."""
+
+    folder: Path
+    name: str
+    record: dict[str, Any]
+    steps: Curves
+    evaluations: Curves
+    marks: list[Mark]
+    samples: list[Sample]
+    source_tokens: dict[str, float]
+    """Tokens seen of each of several datasets, at the last step."""
+    notes: list[str] = field(default_factory=list)
+    """What could not be read."""
+
+    def marked(self, kind: str) -> list[Mark]:
+        return [mark for mark in self.marks if mark.kind == kind]
+
+    def section(self, *path: str) -> dict[str, Any]:
+        """A mapping of run.yaml; empty where there is none of that name."""
+        found: Any = self.record
+        for name in path:
+            found = found.get(name) if isinstance(found, dict) else None
+        return found if isinstance(found, dict) else {}
+
+
+def check_run(folder: Path) -> None:
+    """Refuse what is not the folder of a run."""
+    if not folder.exists():
+        raise CheckpointError(f"{folder}: no such run; name the folder of a run, as runs/NAME")
+    if not (folder / RECORD).is_file():
+        raise CheckpointError(f"{folder}: not a run (no {RECORD}); name the folder of a run")
+
+
+def read_history(folder: Path) -> History:
+    """A run, from its folder. Raises CheckpointError where it is none."""
+    check_run(folder)
+    metrics, samples = Rows(folder / METRICS), Rows(folder / SAMPLES)
+    reader = _Reader()
+    for row in metrics:
+        reader.read(row)
+    history = History(
+        folder=folder,
+        name=folder.resolve().name,
+        record=_read_record(folder / RECORD),
+        steps=reader.steps_read(),
+        evaluations=reader.evaluations_read(),
+        marks=reader.marks_read(),
+        samples=[
+            Sample(int(row["step"]), str(row.get("prompt", "")), row["text"])
+            for row in samples
+            if isinstance(row.get("text"), str)
+        ],
+        source_tokens=reader.source_tokens,
+    )
+    history.notes += [note for note in (metrics.note, samples.note) if note]
+    return history
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        record = None
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{path}: damaged; copy it back from a backup")
+    return record
+
+
+class _Reader:
+    """Rows of metrics.jsonl, one after the other."""
+
+    def __init__(self) -> None:
+        self.steps, self.evaluations = Columns(), Columns()
+        self.marks: list[tuple[str, float, int, Row]] = []
+        self.evaluated: list[tuple[float, int]] = []
+        """Step, and how many step rows came before: rolled back, a run has a step twice."""
+        self.source_tokens: dict[str, float] = {}
+        self.start: Row = {}
+        """The last line of kind start; of a restart only what is another now is told."""
+        self.time = _Clock()
+
+    def read(self, row: Row) -> None:
+        kind, step = str(row.get("kind")), float(row["step"])
+        if kind == "step":
+            self._read_step(row, step)
+        elif kind == "evaluation":
+            self.evaluated.append((step, self.steps.rows))
+            self.evaluations.append(self._numbers(row, step) | _by_source(row))
+        else:
+            first = not self.marks and not self.steps.rows and step == 0
+            if kind == START:
+                kind = START if first else RESTARTED
+                before, self.start = self.start, row
+                row = {n: v for n, v in row.items() if before.get(n, v) != v and "peak" not in n}
+            self._mark(kind, step, row)
+
+    def _read_step(self, row: Row, step: float) -> None:
+        seconds = float(given) if is_number(given := row.get("seconds")) else math.nan
+        if seconds < self.time.seconds:  # its start was not written down
+            self.time.restart()
+            self._mark(RESTARTED, float(self._last("step")), {"seen by": "its clock began again"})
+        places = {"step": step, "time": self.time.at(seconds)}
+        if is_number(tokens := row.get("tokens")):
+            places["tokens"] = float(tokens)
+        if isinstance(sources := row.get("sources"), dict):
+            self.source_tokens = {n: float(v) for n, v in sources.items() if is_number(v)}
+        numbers = self._numbers(row, step)
+        self.steps.append({f"@{axis}": place for axis, place in places.items()} | numbers)
+
+    def _last(self, axis: str) -> float:
+        return self.steps.fields[f"@{axis}"][-1]
+
+    def _mark(self, kind: str, step: float, details: Row) -> None:
+        details = {name: value for name, value in details.items() if name not in ("kind", "step")}
+        self.marks.append((kind, step, self.steps.rows, details))
+
+    def _numbers(self, row: Row, step: float) -> dict[str, float]:
+        """A row's numbers; those that are not finite are marks, and gaps in their curves."""
+        found = {}
+        for name, value in row.items():
+            if name in PLACES or not is_number(value):
+                continue
+            if math.isfinite(value):
+                found[name] = float(value)
+            else:
+                self._mark(NOT_FINITE, step, {name: str(value)})
+        return found
+
+    def steps_read(self) -> Curves:
+        arrays = self.steps.arrays()
+        nowhere = np.full(self.steps.rows, np.nan)
+        axes = {axis: arrays.get(f"@{axis}", nowhere) for axis in AXES}
+        return Curves(axes, {name: v for name, v in arrays.items() if not name.startswith("@")})
+
+    def evaluations_read(self) -> Curves:
+        steps = self.steps_read()
+        places = [_place(steps, step, before) for step, before in self.evaluated]
+        axes = {axis: np.array([place[axis] for place in places], float) for axis in AXES}
+        return Curves(axes, self.evaluations.arrays())
+
+    def marks_read(self) -> list[Mark]:
+        steps = self.steps_read()
+        return [
+            Mark(kind, details, _place(steps, step, before))
+            for kind, step, before, details in self.marks
+        ]
+
+
+class _Clock:
+    """Seconds that the run has taken. Where each of its processes counted its own from zero, as
+    runs of the first version do, the sum."""
+
+    def __init__(self) -> None:
+        self.before = 0.0
+        self.seconds = 0.0
+
+    def at(self, seconds: float) -> float:
+        if math.isfinite(seconds):
+            self.seconds = seconds
+        return self.before + seconds
+
+    def restart(self) -> None:
+        self.before += self.seconds
+        self.seconds = 0.0
+
+
+def _by_source(row: Row) -> dict[str, float]:
+    """`sources: {web: {loss: 2.0}}` as `loss of web`."""
+    sources = row.get("sources")
+    return {
+        f"{name} of {source}": float(value)
+        for source, numbers in (sources.items() if isinstance(sources, dict) else ())
+        for name, value in (numbers.items() if isinstance(numbers, dict) else ())
+        if name not in PLACES and is_number(value) and math.isfinite(value)
+    }
+
+
+def _place(steps: Curves, step: float, before: int) -> dict[str, float]:
+    """Where a step is on every axis, between the step rows before and after it in the file."""
+    last = {axis: float(steps.axes[axis][before - 1]) if before else 0.0 for axis in AXES}
+    following = {axis: float(v[before]) if before < len(v) else math.nan for axis, v in
+                 steps.axes.items()}  # fmt: skip
+    if following["step"] > last["step"]:
+        share = (step - last["step"]) / (following["step"] - last["step"])
+        return {axis: last[axis] + share * (following[axis] - last[axis]) for axis in AXES} | {
+            "step": step
+        }
+    share = step / last["step"] if last["step"] else 0.0 if step == 0 else math.nan
+    return {axis: last[axis] * share for axis in AXES} | {"step": step}

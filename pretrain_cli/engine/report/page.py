@@ -1,0 +1,138 @@
+"""One HTML file with everything in it: it opens with no network, years from now, from a mail.
+
+Its numbers are a block of JSON, its text is escaped, and a Content-Security-Policy lets run nothing
+but the one script that the page comes with: what a sample or a name holds is text in any case.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+from pretrain_cli import __version__
+from pretrain_cli.engine.report import tables
+from pretrain_cli.engine.report.charts import build_charts
+from pretrain_cli.engine.report.elements import COLORS, text
+from pretrain_cli.engine.report.history import AXES, RESTARTED, Curves, Floats, History, Mark
+from pretrain_cli.engine.report.settings import settings
+from pretrain_cli.engine.report.thinning import thin
+
+MARKS_DRAWN = 300
+"""Of a kind and run, evenly among them; the table of events counts all."""
+
+
+def render(histories: list[History]) -> str:
+    """The page."""
+    parts = {name: _part(name) for name in ("page.css", "page.js")}
+    names = ", ".join(history.name for history in histories)
+    fields = {
+        "title": text(names),
+        "style_hash": _hash(parts["page.css"]),
+        "script_hash": _hash(parts["page.js"]),
+        "style": parts["page.css"],
+        "script": parts["page.js"],
+        "data": _embedded(page_data(histories)),
+        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "version": __version__,
+        "summary": tables.summary(histories),
+        "events": tables.events(histories),
+        "samples": tables.samples(histories),
+        "settings": settings(histories),
+        "several": "several" if len(histories) > 1 else "one",
+    }
+    pieces = _part("page.html").split("%%")  # text, name, text, name, …, text
+    pieces[1::2] = [fields[name] for name in pieces[1::2]]
+    return "".join(pieces)
+
+
+def page_data(histories: list[History]) -> dict[str, Any]:
+    """What the page's script draws. Numbers are those of the files, to the last digit."""
+    return {
+        "runs": [
+            {
+                "name": history.name,
+                "color": number % COLORS,
+                "steps": _curves(history.steps),
+                "evaluations": _curves(history.evaluations),
+                "marks": _marks(history),
+            }
+            for number, history in enumerate(histories)
+        ],
+        "charts": [
+            {
+                "title": chart.title,
+                "unit": chart.unit,
+                "about": chart.about,
+                "missing": chart.missing,
+                "main": chart.main,
+                "curves": [vars(curve) for curve in chart.curves],
+            }
+            for chart in build_charts(histories)
+        ],
+    }
+
+
+def _curves(curves: Curves) -> dict[str, Any]:
+    thinned = thin(curves)
+    return {
+        "rows": len(curves),
+        "rowsTogether": thinned.rows_together,
+        "axes": _lists(thinned.curves.axes),
+        "values": _lists(thinned.curves.values),
+        "low": _lists(thinned.low),
+        "high": _lists(thinned.high),
+    }
+
+
+def _lists(columns: dict[str, Floats]) -> dict[str, list[float | None]]:
+    return {name: [_number(value) for value in column] for name, column in columns.items()}
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN; whole numbers are shorter without their `.0`."""
+    value = float(value)
+    if not np.isfinite(value):
+        return None
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
+
+
+def _marks(history: History) -> list[dict[str, Any]]:
+    return [
+        {
+            "kind": tables.words(kind),
+            "shown": kind != "saved",
+            "grave": kind not in ("saved", RESTARTED),
+            "text": tables.details(mark),
+            **{axis: _number(mark.axes[axis]) for axis in AXES},
+        }
+        for kind in tables.kinds(history)
+        for mark in _some(history.marked(kind))
+    ]
+
+
+def _some(marks: list[Mark]) -> Iterable[Mark]:
+    if len(marks) <= MARKS_DRAWN:
+        return marks
+    return (marks[int(place)] for place in np.linspace(0, len(marks) - 1, MARKS_DRAWN))
+
+
+def _embedded(value: Any) -> str:
+    """JSON that can't end the element it is in, or begin another."""
+    written = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    for sign in "<>&":
+        written = written.replace(sign, f"\\u{ord(sign):04x}")
+    return written
+
+
+def _part(name: str) -> str:
+    return files("pretrain_cli.engine.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(content: str) -> str:
+    """As a Content-Security-Policy names an element's content."""
+    return base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()

@@ -1,0 +1,97 @@
+"""The curves as one PNG, with matplotlib: loss over tokens and over time, and what goes with it."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter
+
+from pretrain_cli.amounts import amount, duration, size
+from pretrain_cli.engine.report.charts import Chart, Unit, build_charts
+from pretrain_cli.engine.report.history import History
+from pretrain_cli.engine.report.tables import kinds
+from pretrain_cli.engine.report.thinning import thin
+
+COLORS = ["#1f5fd0", "#d4570a", "#14804f", "#9735b8", "#bd1f5b", "#0a7c90", "#856300", "#5457c4"]
+DASHES = ("-", "--", ":", "-.")
+BELOW = ("Learning rate", "Gradient norm", "Throughput", "Memory")
+GRAVE, CALM = "#c2182b", "#6b7480"
+
+
+def draw(histories: list[History], path: Path) -> None:
+    """Write the picture. The curves are thinned as on the page."""
+    charts = {chart.title: chart for chart in build_charts(histories)}
+    figure = Figure(figsize=(13, 8.2), layout="constrained")
+    grid = figure.add_gridspec(2, 4, height_ratios=(1.5, 1))
+    _draw_chart(figure.add_subplot(grid[0, :2]), histories, charts["Loss"], "tokens")
+    _draw_chart(figure.add_subplot(grid[0, 2:]), histories, charts["Loss"], "time")
+    for place, title in enumerate(BELOW):
+        _draw_chart(figure.add_subplot(grid[1, place]), histories, charts[title], "tokens")
+    with warnings.catch_warnings():
+        # a name in letters that matplotlib's font lacks: boxes in the legend, not a warning
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(path, dpi=130, format="png")
+
+
+def _draw_chart(axes: Axes, histories: list[History], chart: Chart, axis: str) -> None:
+    is_time = axis == "time"
+    axes.set_title(f"{chart.title} over {'training time' if is_time else 'tokens seen'}", size=10)
+    axes.xaxis.set_major_formatter(_says(duration) if is_time else EngFormatter(sep=""))
+    axes.yaxis.set_major_formatter(_says(_SHOWN[chart.unit]))
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    for curve in chart.curves:
+        history = histories[curve.run]
+        thinned = thin(history.steps if curve.table == "steps" else history.evaluations)
+        x, y = thinned.curves.axes[axis], thinned.curves.values[curve.field]
+        color, held_out = COLORS[curve.color % len(COLORS)], curve.table == "evaluations"
+        if thinned.low:
+            low, high = thinned.low[curve.field], thinned.high[curve.field]
+            axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+        known = np.isfinite(y) if held_out else slice(None)  # a gap in training is a gap
+        axes.plot(
+            x[known], y[known], color=color, linestyle=DASHES[curve.dash % len(DASHES)],
+            linewidth=1.3, marker="o" if held_out or len(x) == 1 else "", markersize=4,
+        )  # fmt: skip
+    _draw_marks(axes, histories, axis)
+    if any(curve.what for curve in chart.curves):
+        # a space before: matplotlib leaves out labels that begin with an underscore
+        names = [(histories[curve.run].name, curve.what) for curve in chart.curves]
+        labels = [
+            f" {what}" if len(histories) == 1 else f" {name} · {what}" for name, what in names
+        ]
+        lines = [line for line in axes.lines if line.get_gid() != "mark"]
+        legend = axes.legend(lines, labels, fontsize=8 if chart.main else 6, frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    if chart.missing:
+        axes.set_xlabel(chart.missing, size=8, color=GRAVE, parse_math=False)
+
+
+def _draw_marks(axes: Axes, histories: list[History], axis: str) -> None:
+    for history in histories:
+        for kind in kinds(history):
+            for mark in history.marked(kind) if kind != "saved" else ():
+                calm = kind == "restarted"
+                axes.axvline(
+                    mark.axes[axis], color=CALM if calm else GRAVE, linewidth=0.9, alpha=0.7,
+                    linestyle="--" if calm else "-", gid="mark",
+                )  # fmt: skip
+
+
+def _says(shown: Any) -> FuncFormatter:
+    return FuncFormatter(lambda value, _: shown(value))
+
+
+_SHOWN: dict[Unit, Any] = {
+    "number": "{:.4g}".format,
+    "amount": amount,
+    "bytes": size,
+    "share": "{:.0%}".format,
+    "seconds": "{:.3g}".format,
+    "tiny": "{:.1e}".format,
+}

@@ -1,0 +1,164 @@
+"""The parts of the page that are text: a summary of each run, what happened, samples."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from pretrain_cli.amounts import amount, duration, size
+from pretrain_cli.engine.report.elements import tag, text, title
+from pretrain_cli.engine.report.history import RESTARTED, START, History, Mark, Sample
+
+EVENTS_SHOWN, SAMPLES_SHOWN = 200, 30
+"""Of each run; what is left out is counted on the page."""
+
+
+# --- summary -------------------------------------------------------------------------------------
+
+
+def summary(histories: list[History]) -> str:
+    """A card for each run: how far it came, and its main numbers."""
+    cards = []
+    for number, history in enumerate(histories):
+        facts = "".join(
+            tag("div", tag("dt", text(name)) + tag("dd", text(value) + tag("small", text(more))))
+            for name, value, more in _facts(history)
+        )
+        head = tag("h2", title(histories, number)) + tag("p", text(_what(history)), class_="what")
+        cards.append(tag("article", head + tag("dl", facts) + _notes(history), class_="card"))
+    return "".join(cards)
+
+
+def _what(history: History) -> str:
+    model, data = history.section("model").get("name"), history.section("dataset").get("path")
+    device = history.section("machine").get("device")
+    named = [f"{model or 'unknown model'} on {data or 'an unknown dataset'}", device]
+    return ", ".join(str(part) for part in named if part)
+
+
+def _facts(history: History) -> list[tuple[str, str, str]]:
+    """(name, value, where or of what) of what the run has; what it has not is left out."""
+    steps, evaluations = history.steps, history.evaluations
+    facts = []
+    if len(steps):
+        asked = history.section("settings", "train").get("steps")
+        of = f" of {asked:,}" if isinstance(asked, int) else ""
+        facts.append(("steps", f"{steps.axes['step'][-1]:,.0f}", of))
+        facts += _last("tokens", steps.axes["tokens"], amount)
+        facts += _last("time", steps.axes["time"], duration)
+    else:
+        facts.append(("steps", "none", " in metrics.jsonl"))
+    if steps.has("loss"):
+        facts += _last("training loss", steps.values["loss"], "{:.4f}".format)
+    if evaluations.has("loss"):
+        facts += _last("validation loss", evaluations.values["loss"], "{:.4f}".format)
+        best = int(np.nanargmin(evaluations.values["loss"]))
+        at = f" at step {evaluations.axes['step'][best]:,.0f}"
+        facts.append(("lowest validation", f"{evaluations.values['loss'][best]:.4f}", at))
+    else:
+        facts.append(("validation loss", "none", " in metrics.jsonl"))
+    if evaluations.has("bits_per_byte"):
+        facts += _last("bits per byte", evaluations.values["bits_per_byte"], "{:.4f}".format)
+    if steps.has("tokens_per_second"):
+        middle = float(np.nanmedian(steps.values["tokens_per_second"]))
+        facts.append(("tokens/s", amount(middle), " median"))
+    if steps.has("run_tokens_per_second"):
+        facts += _last("tokens/s of the run", steps.values["run_tokens_per_second"], amount)
+    if steps.has("mfu"):
+        facts.append(("MFU", f"{np.nanmedian(steps.values['mfu']):.1%}", " median"))
+    if steps.has("memory"):
+        facts.append(("peak memory", size(float(np.nanmax(steps.values["memory"]))), ""))
+    counts = {kind: len(history.marked(kind)) for kind in kinds(history)}
+    facts += [(kind, f"{count:,}", "") for kind, count in counts.items()]
+    total = sum(history.source_tokens.values())
+    for name, tokens in history.source_tokens.items():
+        share = f" · {tokens / total:.1%}" if total else ""
+        facts.append((f"tokens of {name}", amount(tokens), share))
+    return facts
+
+
+def kinds(history: History) -> list[str]:
+    """What happened to a run, restarts first; that it started is no event."""
+    found = dict.fromkeys(mark.kind for mark in history.marks if mark.kind != START)
+    return sorted(found, key=lambda kind: kind != RESTARTED)
+
+
+def _last(name: str, column: Any, shown: Callable[[float], str]) -> list[tuple[str, str, str]]:
+    known = column[np.isfinite(column)]
+    return [(name, shown(float(known[-1])), "")] if len(known) else []
+
+
+def _notes(history: History) -> str:
+    return "".join(tag("p", text(note), class_="note") for note in history.notes)
+
+
+# --- events and samples --------------------------------------------------------------------------
+
+
+def events(histories: list[History]) -> str:
+    """What happened on the way, in the order of the file."""
+    parts = []
+    for number, history in enumerate(histories):
+        marks = [mark for mark in history.marks if mark.kind not in (START, "saved")]
+        if not marks:
+            continue
+        rows = "".join(
+            tag(
+                "tr",
+                tag("td", f"{mark.axes['step']:,.0f}", class_="number")
+                + tag("td", text(words(mark.kind)), class_="what")
+                + tag("td", text(details(mark))),
+            )
+            for mark in marks[:EVENTS_SHOWN]
+        )
+        head = "".join(tag("th", name, scope="col") for name in ("step", "what", "details"))
+        table = tag("table", tag("thead", tag("tr", head)) + tag("tbody", rows))
+        parts.append(_heading(histories, number) + tag("div", table, class_="wide"))
+        parts.append(_left_out(len(marks) - EVENTS_SHOWN, "more; metrics.jsonl has them all"))
+    return "".join(parts) or tag("p", "No restarts, no skipped steps.", class_="about")
+
+
+def words(kind: str) -> str:
+    return kind.replace("_", " ")
+
+
+def details(mark: Mark) -> str:
+    """What the row says beside its kind and step."""
+    return ", ".join(
+        f"{words(str(name))} {_plain(value)}"
+        for name, value in mark.details.items()
+        if value not in (None, "", [], {}) and name not in ("seconds", "time")
+    )
+
+
+def _plain(value: Any) -> str:
+    shown = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return shown if len(shown) <= 300 else shown[:300] + " …"
+
+
+def samples(histories: list[History]) -> str:
+    """Texts that the models wrote, the newest first and open."""
+    parts = []
+    for number, history in enumerate(histories):
+        if not history.samples:
+            continue
+        parts.append(_heading(histories, number))
+        newest = history.samples[::-1]
+        for rank, sample in enumerate(newest[:SAMPLES_SHOWN]):
+            parts.append(_sample(sample, is_open=rank < 3))
+        parts.append(_left_out(len(newest) - SAMPLES_SHOWN, "earlier ones; samples.jsonl has them"))
+    return "".join(parts) or tag("p", "samples.jsonl has none.", class_="about")
+
+
+def _sample(sample: Sample, *, is_open: bool) -> str:
+    prompt = tag("span", text(sample.prompt), class_="prompt") if sample.prompt else ""
+    body = tag("summary", f"step {sample.step:,}") + tag("pre", prompt + text(sample.text))
+    return f"<details{' open' if is_open else ''}>{body}</details>"
+
+
+def _heading(histories: list[History], number: int) -> str:
+    return tag("h3", title(histories, number)) if len(histories) > 1 else ""
+
+
+def _left_out(count: int, what: str) -> str:
+    return tag("p", f"{count:,} {what}.", class_="note") if count > 0 else ""

@@ -22,13 +22,18 @@ from pretrain_cli.errors import PretrainError
 
 
 class Commands(TyperGroup):
-    """The group of commands; it turns a PretrainError of any of them into a line."""
+    """The group of commands; it turns a PretrainError of any of them, and the refusal of a file
+    that this user may not read or write, into a line."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except PretrainError as error:
             error_console.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(2) from None
+        except PermissionError as error:
+            why = f"{error.filename}: may not be read or written ({error.strerror})"
+            error_console.print(f"[red]error:[/] {escape(why)}; change who may", soft_wrap=True)
             raise typer.Exit(2) from None
 
 

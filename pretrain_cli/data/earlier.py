@@ -85,8 +85,8 @@ def new_files(request: TokenizeRequest, corpus: Corpus) -> Corpus:
             new.append(file)
         elif not _is_unchanged(file, row):
             raise DataError(
-                f"{file.path}: has changed since {request.out} was made of it; tokenize all again "
-                "with --force"
+                f"{file.path}: not what {request.out} has under the name {file.name}; rename it "
+                "if it is another file, or tokenize all again with --force if it has changed"
             )
     return replace(corpus, files=new)
 

@@ -59,6 +59,8 @@ def check(request: TokenizeRequest) -> None:
     """Refuse a request that contradicts itself."""
     if not 0 <= request.val_fraction < 1:
         raise ConfigError(f"--val-fraction: {request.val_fraction} is not from 0 up to 1")
+    if request.out.name in ("", ".."):
+        raise ConfigError(f"--out: '{request.out}' has no name of its own; name a folder")
     if request.vocab_size is not None and request.tokenizer != "bpe":
         raise ConfigError(
             f"--vocab-size: {request.vocab_size} goes with --tokenizer bpe; "

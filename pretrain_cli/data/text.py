@@ -33,6 +33,7 @@ BLOCK = 2**20
 """Bytes read at once."""
 HELD = 2**23
 """Bytes of a document held in memory; a longer one is read twice."""
+DAMAGED = "damaged; what came before is kept"
 
 Errors = Literal["skip", "replace", "fail"]
 Kind = Literal["auto", "text", "jsonl", "parquet"]
@@ -117,7 +118,7 @@ class FileReader:
             raise DataError(
                 f"{self.file.path}: damaged ({why}); mend it, or --errors skip"
             ) from None
-        self.remarks["damaged; what came before is kept"] += 1
+        self.remarks[DAMAGED] += 1
 
     def _open_raw(self) -> io.BufferedReader:
         file: Any = sys.stdin.buffer if self.file.name == STANDARD_INPUT else None
@@ -206,11 +207,16 @@ class FileReader:
                 ) from None
             except RecursionError:
                 raise DataError(f"{path}:{number}: nested too deep; mend or remove it") from None
-            if not isinstance(row, dict) or not isinstance(row.get(key), str):
+            if not isinstance(row, dict) or key not in row:
                 keys = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
                 raise DataError(
                     f"{path}:{number}: no text under '{key}' (it has {keys}); "
                     "name the key with --text-key"
+                )
+            if not isinstance(row[key], str):
+                raise DataError(
+                    f"{path}:{number}: what is under '{key}' is not text; name another key with "
+                    "--text-key, or mend or remove the line"
                 )
             # half of a surrogate pair can be escaped in JSON, and has no UTF-8
             yield number, row[key].encode(errors="surrogatepass")
@@ -221,7 +227,7 @@ class FileReader:
             from pyarrow import parquet
         except ImportError:
             raise DataError(
-                f"{self.file.path}: reading Parquet takes pyarrow; pip install 'pretrain[data]'"
+                f"{self.file.path}: reading Parquet takes pyarrow; pip install pyarrow"
             ) from None
         path, key = self.file.path, self.reading.text_key
         # Parquet begins at its end
@@ -315,6 +321,7 @@ class _Observed(io.RawIOBase):
     def __init__(self, file: Any, reader: FileReader) -> None:
         self.raw = file
         self.reader = reader
+        self.name = str(reader.file.path)
 
     def readable(self) -> bool:
         return True
@@ -389,8 +396,7 @@ def _zstandard(raw: IO[bytes]) -> Any:
         from backports import zstd
     except ImportError:
         raise DataError(
-            f"{getattr(raw, 'name', '.zst')}: reading .zst takes backports.zstd; "
-            "pip install 'pretrain[data]'"
+            f"{raw.name}: reading .zst takes backports.zstd; pip install backports.zstd"
         ) from None
     return zstd.ZstdFile(raw)
 

@@ -23,7 +23,7 @@ from pretrain_cli.data.llm_c import write_llm_c
 from pretrain_cli.data.pipeline import Pipeline, Progress
 from pretrain_cli.data.request import TokenizeRequest, check
 from pretrain_cli.data.shards import FILES, Amount, Manifest, token_dtype
-from pretrain_cli.data.text import FileReader
+from pretrain_cli.data.text import DAMAGED, FileReader
 from pretrain_cli.data.tokenizer import Tokenizer, load_tokenizer, read_tokenizer, train_bpe
 from pretrain_cli.data.writer import DatasetWriter
 from pretrain_cli.errors import ConfigError, DataError
@@ -31,6 +31,8 @@ from pretrain_cli.files import is_disk_full
 
 BPE_TRAINING_BYTES = 2**25
 """A BPE is trained on this much of the corpus, spread over it: more changes little, and costs."""
+BPE_VOCAB_SIZE = 8192
+"""Of a BPE that is trained, where nothing is asked for."""
 DEMO = Path("data/demo")
 DEMO_VOCAB_SIZE = 4096
 
@@ -177,13 +179,14 @@ def _remarked(path: Path) -> dict[str, list[str]]:
 def _prepare_tokenizer(
     request: TokenizeRequest, corpus: Corpus, progress: Progress, *, resumed: bool
 ) -> Tokenizer:
+    size = BPE_VOCAB_SIZE if request.vocab_size is None else request.vocab_size
     if request.tokenizer != "bpe":
         tokenizer = load_tokenizer(request.tokenizer)
     elif resumed:
         path = aside(request.out) / "tokenizer.json"
-        tokenizer = read_tokenizer(path, name=f"bpe-{request.vocab_size}")
+        tokenizer = read_tokenizer(path, name=f"bpe-{size}")
     else:
-        tokenizer = train_bpe(_sample(request, corpus, progress), request.vocab_size or 8192)
+        tokenizer = train_bpe(_sample(request, corpus, progress), size)
     return tokenizer.marked(bos=request.bos, eos=request.eos, allow_special=request.allow_special)
 
 
@@ -211,4 +214,6 @@ def _nothing(request: TokenizeRequest, corpus: Corpus, writer: DatasetWriter) ->
                 f"{where}: none of its {len(corpus.files)} files is UTF-8 text "
                 f"({names[0]} the first); convert them first"
             )
+        if remark == DAMAGED:
+            return f"{where}: damaged from the beginning on ({names[0]}); get it again"
     return f"{where}: no text in its {len(corpus.files)} files; give a folder of text"

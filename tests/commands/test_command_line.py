@@ -1,9 +1,11 @@
 """What holds for every command: help, version, errors in one line, and a quick start."""
 
+import errno
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from typer.main import get_command
@@ -12,7 +14,7 @@ import pretrain_cli
 from pretrain_cli.cli import app
 from pretrain_cli.errors import CheckpointError, ConfigError, DataError
 
-COMMANDS = ["tokenize", "train", "sample", "report", "benchmark", "count-params"]
+COMMANDS = ["tokenize", "train", "sample", "inspect", "report", "benchmark", "count-params"]
 
 
 def test_the_version_is_the_packages(pretrain):
@@ -62,6 +64,21 @@ def test_a_persons_mistake_is_one_line_and_exit_code_2(pretrain, monkeypatch, ki
     outcome = pretrain("train")
     assert outcome.code == 2
     assert outcome.err == "error: data/[/x] :x:: 'a' is wrong; give b\n"
+
+
+def test_a_file_that_may_not_be_read_is_one_line_and_exit_code_2(pretrain, monkeypatch, tmp_path):
+    (tmp_path / "dataset.json").write_text("{}")
+
+    def refuses(self, *given, **named):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_text", refuses)
+    outcome = pretrain(f"inspect {tmp_path}")
+    assert outcome.code == 2
+    assert outcome.err.replace("\n", "") == (
+        f"error: {tmp_path}/dataset.json: may not be read or written (Permission denied); change "
+        "who may"
+    )
 
 
 def test_a_bug_keeps_its_traceback(pretrain, monkeypatch):

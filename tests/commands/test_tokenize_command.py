@@ -346,10 +346,13 @@ def test_a_json_line_without_the_key(refused, tmp_path):
         ("--tokenizer corpus/verse-00.txt", "corpus/verse-00.txt: not a tokenizer.json"),
         ("--tokenizer someone/model", "can't be reached"),
         ("--tokenizer bpe --vocab-size 100", "--vocab-size: 100 is too small"),
+        ("--tokenizer bpe --vocab-size 0", "--vocab-size: 0 is too small"),
         ("--tokenizer bytes --vocab-size 100", "--vocab-size: 100 goes with --tokenizer bpe"),
         ("--tokenizer bytes --val-fraction 1.5", "--val-fraction: 1.5 is not from 0 up to 1"),
         ("--tokenizer bytes --out corpus", "corpus: exists and is not a dataset"),
         ("--tokenizer bytes --out corpus --force", "corpus: exists and is not a dataset"),
+        ("--tokenizer bytes --out .", "--out: '.' has no name of its own; name a folder"),
+        ("--tokenizer bytes --out corpus/..", "--out: 'corpus/..' has no name of its own"),
         ("--tokenizer bytes --out corpus/verse-00.txt/x", "corpus/verse-00.txt/x: can't be made"),
         ("--tokenizer bytes --bos '<s>'", "--bos: '<s>' is no token of bytes; name one that is"),
         ("--tokenizer bytes --eos ''", "--eos: '' is no token of bytes; name one that is"),
@@ -393,6 +396,13 @@ def test_files_that_cannot_be_read_where_asked_to_fail(refused, tmp_path, name, 
     (tmp_path / name).write_bytes(content)
     message = refused(f"tokenize --tokenizer bytes --errors fail {name}")
     assert message.startswith(said)
+
+
+def test_a_corpus_that_is_damaged_from_the_beginning_on(refused, tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(b"words")
+    assert refused("tokenize --tokenizer bytes a.txt.gz") == (
+        "a.txt.gz: damaged from the beginning on (a.txt.gz); get it again"
+    )
 
 
 def test_a_parquet_without_the_column(refused):

@@ -177,8 +177,8 @@ def test_a_changed_old_file_is_refused(tmp_path, corpus, refusal):
     path = corpus / "old/00007.txt"
     path.write_text("changed")
     assert refusal(corpus) == (
-        f"{path}: has changed since {tmp_path / 'made'} was made of it; tokenize all again with "
-        "--force"
+        f"{path}: not what {tmp_path / 'made'} has under the name corpus/old/00007.txt; rename it "
+        "if it is another file, or tokenize all again with --force if it has changed"
     )
 
 

@@ -374,8 +374,9 @@ def test_another_tokenizer_in_the_same_file_starts_over(tmp_path, straight, kill
     assert again(*mine) == (straight(*mine), False)
 
 
-def test_a_bpe_is_trained_once(straight, killed, again, monkeypatch):
-    options = ["--tokenizer", "bpe", "--vocab-size", "300"]
+@pytest.mark.parametrize("size", [[], ["--vocab-size", "300"]])
+def test_a_bpe_is_trained_once(straight, killed, again, monkeypatch, size):
+    options = ["--tokenizer", "bpe", *size]
     assert killed(NOTE, 20, *options)
     expected = straight(*options)
     monkeypatch.setattr("pretrain_cli.data.tokenize.train_bpe", None)

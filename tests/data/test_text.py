@@ -302,8 +302,8 @@ def test_other_values_of_a_line_may_be_anything(tmp_path):
         (b'{"text": "a"} {"text": "b"}', "not a JSON line (Extra data at column 15)"),
         (b"[" * 100_000, "nested too deep"),
         (b'{"txt": "other"}', "no text under 'text' (it has txt); name the key with --text-key"),
-        (b'{"text": 5}', "no text under 'text' (it has text)"),
-        (b'{"text": null}', "no text under 'text'"),
+        (b'{"text": 5}', "what is under 'text' is not text; name another key with --text-key"),
+        (b'{"text": null}', "what is under 'text' is not text"),
         (b'["text"]', "no text under 'text' (it has a list)"),
     ],
 )
@@ -394,7 +394,16 @@ def test_without_pyarrow_it_is_said_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(table(ROWS, pyarrow.string()))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert refusal(tmp_path / "a.parquet") == (
-        f"{tmp_path / 'a.parquet'}: reading Parquet takes pyarrow; pip install 'pretrain[data]'"
+        f"{tmp_path / 'a.parquet'}: reading Parquet takes pyarrow; pip install pyarrow"
+    )
+
+
+def test_without_a_reader_of_zst_it_is_said_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "a.txt.zst").write_bytes(zstd.compress(b"words"))
+    monkeypatch.setattr(sys, "version_info", (3, 13))
+    monkeypatch.setitem(sys.modules, "backports", None)
+    assert refusal(tmp_path / "a.txt.zst") == (
+        f"{tmp_path / 'a.txt.zst'}: reading .zst takes backports.zstd; pip install backports.zstd"
     )
 
 

@@ -189,7 +189,7 @@ def variant(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
         if name not in known:
             near = did_you_mean(f"model.{name}", [f"model.{other}" for other in known])
             raise ConfigError(f"model.{name}: no such setting{near}")
-        changes[name] = _checked(name, value)
+        changes[name] = checked(name, value)
     depth = changes.pop("num_hidden_layers", None)
     if depth is not None and "layer_types" not in changes:
         changes["layer_types"] = _repeated(config.layer_types, depth)
@@ -202,7 +202,7 @@ def variant(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
     return dataclasses.replace(config, **changes)
 
 
-def _checked(name: str, value: Any) -> Any:
+def checked(name: str, value: Any) -> Any:
     """The value as the field's type, or a ConfigError that says what the field takes."""
     from pydantic import TypeAdapter, ValidationError
 

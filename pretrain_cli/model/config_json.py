@@ -13,13 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from pretrain_cli.errors import CheckpointError, ConfigError
-from pretrain_cli.model.config import FULL, SLIDING, ModelConfig
+from pretrain_cli.model.config import FULL, SLIDING, ModelConfig, checked
+from pretrain_cli.model.config_fields import check_fields
+from pretrain_cli.model.config_rope import read_rope
 
 ARCHITECTURES = {
     "gemma3_text": "Gemma3ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
+
+
+NUMBERS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps",
+)  # fmt: skip
 
 
 def to_config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -107,27 +115,45 @@ def _gemma3_json(config: ModelConfig) -> dict[str, Any]:
 def from_config_json(raw: dict[str, Any]) -> ModelConfig:
     """The ModelConfig of a config.json; ConfigError for what this decoder doesn't compute."""
     if raw.get("model_type") == "gemma3":
-        raw = {"model_type": "gemma3_text", **raw.get("text_config", {})}
-    raw = {k: v for k, v in raw.items() if v is not None or k == "pad_token_id"}
+        raw = _text_config(raw)
     model_type = raw.get("model_type")
     if model_type not in ARCHITECTURES:
         raise ConfigError(
             f"config.json: model_type '{model_type}' is not one of {', '.join(ARCHITECTURES)}"
         )
-    for name, plain in (
-        ("attention_bias", False),
-        ("attention_dropout", 0.0),
-        ("attn_logit_softcapping", None),
-        ("final_logit_softcapping", None),
-        ("use_bidirectional_attention", False),
-        ("use_sliding_window", False),
-        ("shared_expert_intermediate_size", None),
-    ):
-        if raw.get(name, plain) != plain:
-            raise ConfigError(
-                f"config.json: {name} is {raw[name]}, which this decoder does not compute"
-            )
-    return _gemma3_config(raw) if model_type == "gemma3_text" else _qwen3_config(raw)
+    check_fields(raw, model_type)
+    raw = _without_nulls(raw, model_type)
+    numbers = _gemma3_numbers(raw) if model_type == "gemma3_text" else _qwen3_numbers(raw)
+    return ModelConfig(**{name: checked(name, value) for name, value in numbers.items()})
+
+
+def _text_config(raw: dict[str, Any]) -> dict[str, Any]:
+    """The text part of a multimodal Gemma's config."""
+    check_fields(raw, "gemma3")
+    text = {"model_type": "gemma3_text", **raw.get("text_config", {})}
+    outer, inner = (config.get("tie_word_embeddings", True) for config in (raw, text))
+    if outer != inner:
+        raise ConfigError(
+            f"config.json: tie_word_embeddings is {outer} beside text_config and {inner} within "
+            "(true where it is not given); make them the same"
+        )
+    return text
+
+
+def _without_nulls(raw: dict[str, Any], model_type: str) -> dict[str, Any]:
+    """The fields that have a value, or a meaning without one. A number that is null is refused, for
+    no default stands in for it."""
+    given = {
+        k: v for k, v in raw.items() if v is not None or k in ("pad_token_id", "sliding_window")
+    }
+    for name in NUMBERS:
+        if name not in raw or raw[name] is not None:
+            continue
+        if name == "num_key_value_heads" and model_type != "gemma3_text":
+            given[name] = raw.get("num_attention_heads")  # as transformers takes it
+        elif name != "head_dim" or model_type != "qwen3_moe":
+            raise ConfigError(f"config.json: {name} is null; give the model's")
+    return given
 
 
 def _common(raw: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -152,24 +178,7 @@ def _common(raw: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"config.json: {missing} is missing") from None
 
 
-def _rope(raw: dict[str, Any], kind: str, spelled: str, default: float) -> tuple[float, float]:
-    """(base, factor) of one kind of layer, from either spelling or both."""
-    parameters = raw.get("rope_parameters", {})
-    if FULL in parameters or SLIDING in parameters:
-        parameters = parameters.get(kind, {})
-    scaling = raw.get("rope_scaling", {}) if kind == FULL else {}
-    parameters = {"rope_theta": raw.get(spelled, default), **scaling, **parameters}
-    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
-    if rope_type not in ("default", "linear"):
-        raise ConfigError(
-            f"config.json: RoPE scaling '{rope_type}' of {kind} layers, which this decoder "
-            "does not compute (it computes default and linear)"
-        )
-    factor = parameters.get("factor", 1.0) if rope_type == "linear" else 1.0
-    return float(parameters["rope_theta"]), float(factor)
-
-
-def _gemma3_config(raw: dict[str, Any]) -> ModelConfig:
+def _gemma3_numbers(raw: dict[str, Any]) -> dict[str, Any]:
     defaults = {
         "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216,
         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
@@ -182,18 +191,17 @@ def _gemma3_config(raw: dict[str, Any]) -> ModelConfig:
     kinds = raw.get("layer_types") or [
         FULL if (i + 1) % pattern == 0 else SLIDING for i in range(depth)
     ]
-    if len(kinds) != depth:
-        raise ConfigError(f"config.json: {len(kinds)} layer_types for {depth} num_hidden_layers")
+    _refuse_other_depth(kinds, depth)
     if not {FULL, SLIDING} & (raw.get("rope_parameters") or {FULL: {}}).keys():
         # transformers would ignore them without a word
         raise ConfigError(
             f"config.json: rope_parameters of a Gemma 3 must say {FULL} and {SLIDING}"
         )
-    theta, factor = _rope(raw, FULL, "rope_theta", 1_000_000.0)
-    local_theta, local_factor = _rope(raw, SLIDING, "rope_local_base_freq", 10_000.0)
+    theta, factor = read_rope(raw, FULL, "rope_theta", 1_000_000.0)
+    local_theta, local_factor = read_rope(raw, SLIDING, "rope_local_base_freq", 10_000.0)
     if local_factor != 1.0:
         raise ConfigError("config.json: linear RoPE scaling of sliding layers is not computed here")
-    return ModelConfig(
+    return dict(
         **_common(raw, defaults),
         layer_types=tuple(kinds),
         sliding_window=raw.get("sliding_window", 4096),
@@ -215,7 +223,7 @@ def _gemma3_config(raw: dict[str, Any]) -> ModelConfig:
     )
 
 
-def _qwen3_config(raw: dict[str, Any]) -> ModelConfig:
+def _qwen3_numbers(raw: dict[str, Any]) -> dict[str, Any]:
     is_moe = raw["model_type"] == "qwen3_moe"
     head_dim = 128
     if is_moe and "hidden_size" in raw and "num_attention_heads" in raw:
@@ -229,9 +237,13 @@ def _qwen3_config(raw: dict[str, Any]) -> ModelConfig:
         raise ConfigError("config.json: 'num_hidden_layers' is missing")
     if SLIDING in raw.get("layer_types", []):
         raise ConfigError("config.json: sliding_attention layers in a Qwen 3 are not computed here")
-    theta, factor = _rope(raw, FULL, "rope_theta", 10_000.0)
+    _refuse_other_depth(raw.get("layer_types"), raw["num_hidden_layers"])
+    counts = {raw[name] for name in ("num_experts", "num_local_experts") if name in raw}
+    if len(counts) > 1:
+        raise ConfigError("config.json: num_experts and num_local_experts differ; keep one")
+    theta, factor = read_rope(raw, FULL, "rope_theta", 10_000.0)
     common = _common(raw, defaults)
-    return ModelConfig(
+    return dict(
         **common,
         layer_types=(FULL,) * raw["num_hidden_layers"],
         sliding_window=None,
@@ -243,7 +255,7 @@ def _qwen3_config(raw: dict[str, Any]) -> ModelConfig:
         has_post_norms=False,
         hidden_activation=raw.get("hidden_act", "silu"),
         embedding_is_scaled=False,
-        num_experts=raw.get("num_experts", raw.get("num_local_experts", 128)) if is_moe else 0,
+        num_experts=next(iter(counts), 128) if is_moe else 0,
         num_experts_per_tok=raw.get("num_experts_per_tok", 8) if is_moe else 0,
         moe_intermediate_size=raw.get("moe_intermediate_size", 768) if is_moe else 0,
         norm_topk_prob=raw.get("norm_topk_prob", False),
@@ -251,6 +263,11 @@ def _qwen3_config(raw: dict[str, Any]) -> ModelConfig:
         decoder_sparse_step=raw.get("decoder_sparse_step", 1),
         mlp_only_layers=tuple(raw.get("mlp_only_layers", ())),
     )
+
+
+def _refuse_other_depth(kinds: list[str] | None, depth: int) -> None:
+    if kinds is not None and len(kinds) != depth:
+        raise ConfigError(f"config.json: {len(kinds)} layer_types for {depth} num_hidden_layers")
 
 
 def read_config(folder: Path) -> ModelConfig:

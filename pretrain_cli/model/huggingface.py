@@ -22,6 +22,8 @@ from pretrain_cli.model.layout import EMBEDDING, HEAD, Piece, layout
 
 TEXT_PREFIXES = ("language_model.model.", "model.language_model.", "model.")
 """Where published folders keep the decoder, the multimodal ones first."""
+FLOATS = ("F32", "BF16", "F16", "F64")
+DECODER = re.compile(r"model\.(layers|embed_tokens|norm)\.")
 
 
 def write_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -47,7 +49,7 @@ def load_weights(model: Decoder, folder: Path) -> list[str]:
     Raises CheckpointError for a tensor that is missing or of another shape.
     """
     files = weight_files(folder)
-    where = {_text_name(name): (path, name) for path, names in files.items() for name in names}
+    where = _by_text_name(files)
     config = model.config
     if config.tie_word_embeddings and {HEAD, EMBEDDING} <= where.keys():
         # transformers 5 would use the file's head, transformers 4 the embedding: equal or refused.
@@ -64,7 +66,13 @@ def load_weights(model: Decoder, folder: Path) -> list[str]:
     for path, group in _by_file(folder, where, pieces):
         with _opened(path) as file:
             for piece, name in group:
-                shape = tuple(file.get_slice(name).get_shape())
+                found = file.get_slice(name)
+                if found.get_dtype() not in FLOATS:
+                    raise CheckpointError(
+                        f"{path}: {name} is {found.get_dtype()}, quantized; give the model's "
+                        f"weights in one of {', '.join(FLOATS)}"
+                    )
+                shape = tuple(found.get_shape())
                 if shape != piece.shape:
                     raise CheckpointError(
                         f"{path}: {name} is {shape}, but config.json makes it {piece.shape}"
@@ -75,10 +83,12 @@ def load_weights(model: Decoder, folder: Path) -> list[str]:
 
 
 def say_left_out(folder: Path, names: list[str]) -> str:
-    """A line about tensors that `load_weights` left out, alike ones counted: other towers by their
-    first name, the text model's by all but their numbers."""
+    """A line about tensors that `load_weights` left out, alike ones counted: those of the decoder
+    by all but their numbers, other towers by their names alone."""
     kinds = Counter(
-        re.sub(r"\.\d+\.", ".*.", name) if name.startswith("model.") else f"{name.split('.')[0]}.*"
+        re.sub(r"\.\d+\.", ".*.", name)
+        if DECODER.match(name)
+        else f"{name.removeprefix('model.').split('.')[0]}.*"
         for name in names
     )
     listed = ", ".join(f"{kind} ({count})" for kind, count in kinds.items())
@@ -89,14 +99,14 @@ def weight_files(folder: Path) -> dict[Path, list[str]]:
     """Each safetensors file of a model folder, with the tensor names in it."""
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
-    if index.is_file():
+    if single.is_file():  # which transformers takes, index or not
+        paths = [single]
+    elif index.is_file():
         try:
             names = set(json.loads(index.read_text())["weight_map"].values())
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: damaged ({error!r}); copy it again") from None
         paths = sorted(folder / name for name in names)
-    elif single.is_file():
-        paths = [single]
     else:
         raise CheckpointError(f"{folder}: no model.safetensors; give a Hugging Face model folder")
     out = {}
@@ -118,6 +128,19 @@ def _opened(path: Path) -> Any:
 def _read(path: Path, name: str) -> Tensor:
     with _opened(path) as file:
         return file.get_tensor(name)
+
+
+def _by_text_name(files: dict[Path, list[str]]) -> dict[str, tuple[Path, str]]:
+    """Where each tensor lies, by the name that it has in a text model."""
+    where: dict[str, tuple[Path, str]] = {}
+    for path, names in files.items():
+        for name in names:
+            known = where.setdefault(_text_name(name), (path, name))
+            if known != (path, name):
+                raise CheckpointError(
+                    f"{path}: {name} is also {known[1]} in {known[0].name}; take one out"
+                )
+    return where
 
 
 def _text_name(name: str) -> str:

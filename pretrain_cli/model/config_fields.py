@@ -1,0 +1,123 @@
+"""Every field that a config.json of the two families may have, and what becomes of it.
+
+    read        config_json.py makes the ModelConfig of it
+    plain       it changes the mathematics, and this decoder computes one value of it: another is
+                refused by name
+    harmless    it changes nothing of logits and loss
+
+What is in none of these is refused too: it may change what the model computes, and nobody would
+see that. null counts as absent.
+"""
+
+from typing import Any
+
+from pretrain_cli.errors import ConfigError
+
+_READ = {
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
+    "rms_norm_eps", "initializer_range", "tie_word_embeddings", "pad_token_id", "layer_types",
+    "rope_theta", "rope_scaling", "rope_parameters",
+}  # fmt: skip
+_EXPERTS = {
+    "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size",
+    "norm_topk_prob", "router_aux_loss_coef", "decoder_sparse_step", "mlp_only_layers",
+}  # fmt: skip
+READ: dict[str, set[str]] = {
+    "gemma3_text": _READ
+    | {
+        "hidden_activation", "query_pre_attn_scalar", "sliding_window", "sliding_window_pattern",
+        "rope_local_base_freq",
+    },
+    "qwen3": _READ | {"hidden_act"},
+    "qwen3_moe": _READ | {"hidden_act"} | _EXPERTS,
+    "gemma3": {"model_type", "text_config", "tie_word_embeddings"},
+}  # fmt: skip
+"""By model_type; `gemma3` is the outer config of a multimodal folder."""
+
+PLAIN: dict[str, Any] = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "use_bidirectional_attention": False,
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1.0,
+    "shared_expert_intermediate_size": None,
+    "quantization_config": None,
+    "auto_map": None,
+    "mlp_bias": False,
+    "use_mrope": False,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "pruned_heads": {},
+}
+"""The value that this decoder computes."""
+
+HARMLESS: dict[str, set[str]] = {
+    "says who wrote the file, and in what type": {
+        "architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path",
+        "tokenizer_class", "unsloth_fixed", "unsloth_version",
+    },
+    "ids around a text, which the tokenizer says": {
+        "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id", "prefix",
+        "forced_bos_token_id", "forced_eos_token_id",
+    },
+    "of generating, not of the model": {
+        "use_cache", "cache_implementation", "bad_words_ids", "begin_suppress_tokens",
+        "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size",
+        "exponential_decay_length_penalty", "length_penalty", "max_length", "min_length",
+        "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
+        "remove_invalid_values", "repetition_penalty", "suppress_tokens", "temperature", "top_k",
+        "top_p", "typical_p",
+    },
+    "of what a call returns": {
+        "return_dict", "return_dict_in_generate", "output_attentions", "output_hidden_states",
+        "output_scores", "output_router_logits",
+    },
+    "of other tasks and frameworks": {
+        "id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params",
+        "tf_legacy_loss", "torchscript", "use_bfloat16", "cross_attention_hidden_size",
+        "is_decoder", "tie_encoder_decoder",
+    },
+    "how it is computed, not what": {
+        "chunk_size_feed_forward", "attn_implementation", "_attn_implementation",
+        "_attn_implementation_autoset",
+    },
+    "without a meaning where use_sliding_window is false, which it has to be": {
+        "max_window_layers",
+    },
+    "transformers reads it only where layer_types says the same": {"_sliding_window_pattern"},
+}  # fmt: skip
+"""By the reason."""
+
+OF_ONE_KIND = {
+    "qwen3": {"sliding_window"},
+    "qwen3_moe": {"sliding_window"},
+    "gemma3": {
+        "vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index",
+        "image_token_index", "boi_token_id", "eoi_token_id", "image_token_id", "initializer_range",
+        "pad_token_id",
+    },
+}  # fmt: skip
+"""Harmless in one kind of config: a Qwen's window, which is not in use; what is of images."""
+
+SHOWN = 60
+
+
+def check_fields(raw: dict[str, Any], model_type: str) -> None:
+    """Refuse a field whose value this decoder doesn't compute, and one that is unknown."""
+    harmless = set().union(*HARMLESS.values(), OF_ONE_KIND.get(model_type, set()))
+    for name, value in raw.items():
+        if value is None or name in READ[model_type] or name in harmless:
+            continue
+        shown = str(value) if len(str(value)) <= SHOWN else f"{str(value)[:SHOWN]}…"
+        if name not in PLAIN:
+            raise ConfigError(
+                f"config.json: {name} is {shown}, a field that this decoder doesn't know of a "
+                f"{model_type}; if it has no part in what the model computes, take it out"
+            )
+        if value != PLAIN[name]:
+            raise ConfigError(
+                f"config.json: {name} is {shown}, which this decoder does not compute"
+            )

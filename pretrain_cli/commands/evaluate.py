@@ -35,7 +35,7 @@ def evaluate(
     ] = None,
     eval_tokens: Annotated[
         int | None,
-        typer.Option(help="Of each dataset the first so many.", show_default="all"),
+        typer.Option(help="Of each split the first so many.", show_default="the run's, or all"),
     ] = None,
     seq_len: Annotated[
         int | None,
@@ -117,14 +117,8 @@ def _facts(result: Any) -> dict[str, Any]:
 
 
 def _measures(part: Any) -> dict[str, Any]:
-    from pretrain_cli.engine.evaluate_checkpoint import perplexity
-
-    return {
-        "loss": part.loss,
-        "perplexity": perplexity(part.loss),
-        "bits_per_byte": part.bits_per_byte,
-        "tokens": part.tokens,
-    }
+    names = ("loss", "perplexity", "bits_per_byte", "tokens", "split_tokens")
+    return {name: getattr(part, name) for name in names}
 
 
 def _table(data: str, facts: dict[str, Any]) -> Table:
@@ -141,9 +135,10 @@ def _table(data: str, facts: dict[str, Any]) -> Table:
 
 
 def _cells(part: dict[str, Any]) -> list[str]:
+    of = f" of {part['split_tokens']:,}" if part["split_tokens"] > part["tokens"] else ""
     return [
         f"{part['loss']:.4f}",
         f"{part['perplexity']:,.4g}",
         f"{part['bits_per_byte']:.4f}",
-        f"{part['tokens']:,}",
+        f"{part['tokens']:,}{of}",
     ]

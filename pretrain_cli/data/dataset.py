@@ -29,9 +29,6 @@ DECODED = 2**21
 DECODED_AT_ONCE = 2**16
 VERIFIED_WHEN_OPENED = 4 * 2**30
 """Checksums of datasets up to this size are verified at every opening: a second a gigabyte."""
-DECODED = 2**21
-"""Tokens of a split that are decoded, at most, to know the bytes of its text."""
-DECODED_AT_ONCE = 2**16
 
 
 @dataclass(frozen=True)
@@ -76,14 +73,6 @@ class Dataset:
     """Whether the separator stands before each document, and not behind it."""
     notices: tuple[str, ...] = ()
     """What was chosen in opening it that a person should know."""
-
-    def validated_on(self, targets: int) -> "Dataset":
-        """The same with no more than the first so many targets of its validation split."""
-        if targets >= len(self.val.tokens) - 1:
-            return self
-        tokens = self.val.tokens.part(0, targets + 1)
-        size = text_bytes(tokens, self.val.documents, self.tokenizer)
-        return replace(self, val=Split(tokens, self.val.documents, size))
 
 
 def open_dataset(folder: Path) -> Dataset:

@@ -5,7 +5,6 @@ samples, its document mask, its backend and compute type. So a checkpoint has th
 metrics.jsonl has for its step.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,6 +75,7 @@ def evaluate_checkpoint(request: Request, report: Callable[[str], None]) -> Resu
             "data.tokenizer": request.tokenizer,
             "data.seq_len": request.seq_len,
             "data.document_mask": request.document_mask,
+            "train.eval_tokens": request.eval_tokens,
             "speed.dtype": request.dtype,
             "speed.attention": request.attention,
             "speed.compile": request.compile,
@@ -86,8 +86,8 @@ def evaluate_checkpoint(request: Request, report: Callable[[str], None]) -> Resu
         if asked.data.path is None:
             raise ConfigError(f"--data: {folder} is of no run that names one; give a dataset")
         data = open_mixture(asked.data.path, asked.data.tokenizer, say)
-        if request.eval_tokens is not None:
-            data = _shortened(data, request.eval_tokens)
+        if asked.train.eval_tokens is not None:
+            data = data.validated_on(asked.train.eval_tokens)
         config = read_config(folder)
         check_tokenizer(folder, data, say)
         seq_len = _seq_len(config, data, asked.data.seq_len, ranks.device)
@@ -124,11 +124,6 @@ def evaluate_checkpoint(request: Request, report: Callable[[str], None]) -> Resu
         )
 
 
-def perplexity(loss: float) -> float:
-    """e to the loss; beyond what a float holds, infinity."""
-    return math.exp(loss) if loss < 700 else math.inf
-
-
 def _as_in_its_run(folder: Path) -> dict[str, dict[str, Any]]:
     """Of the settings of the run that a checkpoint is of, those that its validation depends on."""
     found = run_of(folder)
@@ -137,16 +132,8 @@ def _as_in_its_run(folder: Path) -> dict[str, dict[str, Any]]:
     settings = found[1].settings
     data = {key: settings["data"][key] for key in ("path", "tokenizer", "seq_len", "document_mask")}
     speed = {key: settings["speed"][key] for key in ("attention", "dtype", "float32_matmul")}
-    return {"data": data, "speed": {**speed, "compile": False}}
-
-
-def _shortened(data: Mixture, targets: int) -> Mixture:
-    return Mixture(
-        tuple(
-            dataclasses.replace(source, dataset=source.dataset.validated_on(targets))
-            for source in data.sources
-        )
-    )
+    train = {"eval_tokens": settings["train"].get("eval_tokens")}
+    return {"data": data, "speed": {**speed, "compile": False}, "train": train}
 
 
 def _seq_len(config: ModelConfig, data: Mixture, asked: int | str, device: torch.device) -> int:

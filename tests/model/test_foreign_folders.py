@@ -293,7 +293,7 @@ def test_a_tensor_that_is_there_under_two_names_is_refused(wide, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     tensors["language_model.model.norm.weight"] = tensors["model.norm.weight"] + 1
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is also language_model\.model\.norm"):
+    with pytest.raises(CheckpointError, match=r"is also language_model\.model\.norm"):
         ours(folder, torch.zeros(1, 3, dtype=torch.long))
 
 

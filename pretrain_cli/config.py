@@ -83,6 +83,25 @@ def _text_or_several(value: Any) -> Any:
 Texts = Annotated[tuple[str, ...], BeforeValidator(_text_or_several)]
 
 
+UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+
+
+def seconds_of(duration: str) -> int:
+    """90s, 15m, 3h55m or 1d in seconds."""
+    return sum(int(count) * UNITS[unit] for count, unit in re.findall(r"(\d+)([dhms])", duration))
+
+
+def _is_duration(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"(\d+d)?(\d+h)?(\d+m)?(\d+s)?", value):
+        raise PydanticCustomError("duration", "Input should be a time such as 90s, 15m, 3h55m, 1d")
+    if not seconds_of(value):
+        raise PydanticCustomError("duration", "Input should be more than no time")
+    return value
+
+
+Duration = Annotated[str, BeforeValidator(_is_duration)]
+
+
 class DataSettings(Section):
     path: Paths | None = None
     """A tokenized dataset, or other programs' .bin files: one, a pattern of them, or their folder.
@@ -148,6 +167,8 @@ class TrainSettings(Section):
     """And the one with the lowest validation loss, of those saved at a step that was evaluated."""
     keep_every: PositiveInt | None = None
     """And one every so many steps."""
+    max_time: Duration | None = None
+    """Save and stop before the process is so old: 90s, 15m, 3h55m, 1d."""
     sample_prompts: Texts = ("",)
     """What text is sampled from, each time; or a single one."""
     sample_tokens: Count = 100

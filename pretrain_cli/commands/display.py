@@ -168,8 +168,9 @@ class TrainDisplay:
             console.print(f"Tokens seen: {escape(seen)}", soft_wrap=True)
         run = escape(str(event.run))
         if event.reason == "stopped":
+            saved = ", saved" if event.step else ""
             console.print(
-                f"[yellow]Stopped at step {event.step:,} of {event.steps:,}, saved.[/] "
+                f"[yellow]Stopped at step {event.step:,} of {event.steps:,}{saved}.[/] "
                 f"Go on with: pretrain train --resume {run}",
                 soft_wrap=True,
             )

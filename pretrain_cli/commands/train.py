@@ -5,10 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
-from pretrain_cli.commands.display import TrainDisplay
+from pretrain_cli.commands.display import TrainDisplay, notice
 
-STOPPED = 130
-"""Exit code of a run that was asked to stop and saved itself: as shells have it for Ctrl-C."""
+STOPPED = 75
+"""Exit code of a run that was asked to stop, or ran out of time, saved itself and has steps left:
+sysexits.h's EX_TEMPFAIL, "try again". Put it in the queue again."""
 
 
 def train(
@@ -75,6 +76,14 @@ def train(
             show_default="cosine",
         ),
     ] = None,
+    max_time: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="Save and stop before the process is so old: 90s, 15m, 3h55m, 1d.",
+            show_default="no limit",
+        ),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Of weights and data order.", show_default="0")
     ] = None,
@@ -122,8 +131,10 @@ def train(
 ) -> None:
     """Train a model.
 
-    With no dataset, a small one is made from the Python standard library's sources. Ctrl-C saves
-    and stops. On several GPUs: torchrun --nproc-per-node N -m pretrain_cli train …
+    With no dataset, a small one is made from the Python standard library's sources. Ctrl-C,
+    SIGTERM, SIGUSR1 and --max-time save and stop, with exit code 75 while steps are left, which
+    --resume goes on with; a second signal leaves at once. On several GPUs: torchrun
+    --nproc-per-node N -m pretrain_cli train …
     """
     flags: dict[str, Any] = {
         "model.name": model,
@@ -140,6 +151,7 @@ def train(
         "optimizer.learning_rate": learning_rate,
         "optimizer.name": optimizer,
         "optimizer.schedule": schedule,
+        "train.max_time": max_time,
         "train.seed": seed,
         "train.device": device,
         "speed.attention": attn,
@@ -163,13 +175,18 @@ def train(
     else:
         settings, where = _resumed(resume, flags, set_ or [])
     from pretrain_cli.engine.process import wait_passively
+    from pretrain_cli.engine.stop import Stopped, StopRequest
 
-    wait_passively(settings.speed.passive_threads)
-    from pretrain_cli.engine.train import train as run
+    with StopRequest(limit=settings.train.max_time) as stop, TrainDisplay() as display:
+        wait_passively(settings.speed.passive_threads)
+        from pretrain_cli.engine.train import train as run
 
-    with TrainDisplay() as display:
-        finished = run(settings, display, **where)
-    if finished.reason == "stopped":
+        try:
+            reason = run(settings, display, stop=stop, **where).reason
+        except Stopped:
+            reason = "stopped"
+            notice(f"{stop.reason}: stopped before training began; the same command begins again")
+    if reason == "stopped":
         raise typer.Exit(STOPPED)
 
 

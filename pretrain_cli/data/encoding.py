@@ -158,7 +158,9 @@ def _begin(encoder: Encoder, are_text: bool) -> None:
     _encoder, _thread = encoder, ThreadPoolExecutor(1)
     encoder.tokenizer.backend.encode_special_tokens = are_text
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started it decides
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # the process that started it decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

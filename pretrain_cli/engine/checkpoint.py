@@ -32,6 +32,8 @@ from pretrain_cli.engine.distributed import Ranks, is_parted, place_like, whole
 from pretrain_cli.engine.optimizer import kept_for
 from pretrain_cli.errors import CheckpointError
 from pretrain_cli.files import flush
+from pretrain_cli.model import counting
+from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.config_json import to_config_json
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.huggingface import published_tensors, write_weights
@@ -39,6 +41,10 @@ from pretrain_cli.model.layout import layout
 
 CHECKSUMS = Path("training/checksums.json")
 STATE = Path("training/state.json")
+
+
+SAVED_PER_SECOND = 2e8
+"""Bytes: less than most disks take and than checksums are computed at."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,11 @@ def save_checkpoint(
         _flush_folder(folder)
     ranks.wait()
     return place
+
+
+def estimated_seconds(config: ModelConfig) -> float:
+    """About how long a save takes, before there was one."""
+    return 3 / 4 * counting.state_bytes(config) / SAVED_PER_SECOND  # gradients are not saved
 
 
 def load_training_state(

@@ -48,6 +48,10 @@ class Ranks:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
 
+    def mean(self, numbers: list[float]) -> list[float]:
+        """Each number's mean over the ranks, on every rank."""
+        return (self.sum(torch.tensor(numbers, device=self.device)) / self.world).tolist()
+
     def least(self, number: int) -> int:
         """The smallest of every rank's numbers, on every rank."""
         if self.world == 1:

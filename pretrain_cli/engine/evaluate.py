@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -25,18 +26,25 @@ def evaluate(
     batch_size: int,
     ranks: Ranks,
     document_mask: bool = False,
+    check: Callable[[], object] = lambda: None,
 ) -> Evaluation | None:
     """Mean loss over all validation tokens, perplexity, and bits per byte of their text; where
-    there are several datasets, of each as well. None where none has anything to validate on."""
+    there are several datasets, of each as well. None where none has anything to validate on.
+    `check` is called before every batch, by all ranks alike; what it raises ends it."""
     sources = [source for source in data.sources if len(source.dataset.val.tokens) > 1]
     if not sources:
         return None
     began = time.perf_counter()
     shape = {"seq_len": seq_len, "batch_size": batch_size}
-    sums = torch.stack(  # (sources, 2)
-        [_summed(model, source.dataset, ranks, document_mask, **shape) for source in sources]
-    )
-    part_again(model)
+    try:
+        sums = torch.stack(  # (sources, 2)
+            [
+                _summed(model, source.dataset, ranks, document_mask, check, **shape)
+                for source in sources
+            ]
+        )
+    finally:
+        part_again(model)
     if ranks.world > 1:
         sums = ranks.sum(sums.to(ranks.device))
     splits = [source.dataset.val for source in sources]
@@ -54,13 +62,19 @@ def evaluate(
 
 
 def _summed(
-    model: nn.Module, dataset: Dataset, ranks: Ranks, document_mask: bool, **shape: int
+    model: nn.Module,
+    dataset: Dataset,
+    ranks: Ranks,
+    document_mask: bool,
+    check: Callable[[], object],
+    **shape: int,
 ) -> Tensor:
     """This rank's part of a dataset: its loss, summed, and the count of its targets. -> (2,)"""
     total = torch.zeros(2, dtype=torch.float64)  # not every device has it
     for inputs, targets in validation_batches(
         dataset.val.tokens, rank=ranks.rank, world=ranks.world, **shape
     ):
+        check()
         documents = None
         if document_mask:
             numbers = document_numbers(inputs, dataset.separator, leads=dataset.separator_leads)

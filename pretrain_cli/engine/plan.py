@@ -29,6 +29,7 @@ from pretrain_cli.data.tokenizer import read_tokenizer
 from pretrain_cli.engine.distributed import Ranks
 from pretrain_cli.engine.metrics import Notice, Report
 from pretrain_cli.engine.speed import Speed, resolve_speed
+from pretrain_cli.engine.stop import Stopped, StopRequest
 from pretrain_cli.errors import CheckpointError, ConfigError, DataError
 from pretrain_cli.model import counting
 from pretrain_cli.model.config import ModelConfig, variant
@@ -80,12 +81,17 @@ class Plan:
 
 
 def make_plan(
-    settings: RunConfig, ranks: Ranks, report: Report, *, model: ModelConfig | None = None
+    settings: RunConfig,
+    ranks: Ranks,
+    report: Report,
+    stop: StopRequest,
+    *,
+    model: ModelConfig | None = None,
 ) -> Plan:
     """Decide everything. A resumed run passes the model that it has."""
     speed = resolve_speed(settings.speed, ranks.device)
     name, config = _find_model(settings, model)
-    mixture = _find_data(settings, ranks, report)
+    mixture = _find_data(settings, ranks, report, stop)
     if settings.train.eval_tokens is not None:
         mixture = mixture.validated_on(settings.train.eval_tokens)
     if model is None:
@@ -197,7 +203,7 @@ def resolved(plan: Plan) -> RunConfig:
 # --- data and model ------------------------------------------------------------------------------
 
 
-def _find_data(settings: RunConfig, ranks: Ranks, report: Report) -> Mixture:
+def _find_data(settings: RunConfig, ranks: Ranks, report: Report, stop: StopRequest) -> Mixture:
     """The datasets of data.path, or the only one in data/, or else the demo's, which is made."""
     asked, tokenizer = settings.data.path, settings.data.tokenizer
     if asked is None and tokenizer is not None:
@@ -218,8 +224,10 @@ def _find_data(settings: RunConfig, ranks: Ranks, report: Report) -> Mixture:
                     "standard library's sources. For your own text: pretrain tokenize FOLDER"
                 )
             )
-            tokenize(demo_request(), lambda *_: None)
+            _make_demo(stop)
         ranks.wait()
+        if stop.agree():
+            raise Stopped
         asked = (str(found[0] if found else DEMO),)
 
     return open_mixture(asked, tokenizer, lambda text: report(Notice(text)))
@@ -235,6 +243,17 @@ def open_mixture(
             for text, (path, weight) in zip(asked, parse_sources(asked), strict=True)
         ]
     )
+
+
+def _make_demo(stop: StopRequest) -> None:
+    """All of it, or what there is when a stop is asked for: another run goes on from there."""
+    try:
+        tokenize(demo_request(), lambda *_: stop.check_here())
+    except Stopped:
+        return
+    except DataError:
+        if not stop.asked:  # whoever asked may have ended the tokenizing processes as well
+            raise
 
 
 def open_path(path: str, tokenizer: str | None, say: Callable[[str], None]) -> Dataset:

@@ -15,11 +15,25 @@ import ctypes
 import os
 import platform
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 SPINS, BRIEF = "GOMP_SPINCOUNT", "1000"
 POLICY = "OMP_WAIT_POLICY"
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # mallopt's numbers, in glibc's malloc.h
+
+
+_LOADED = time.monotonic()
+
+
+def age() -> float:
+    """Seconds since this process began; where the system has no /proc, since it loaded this."""
+    try:
+        began = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return time.monotonic() - _LOADED
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(began) / os.sysconf("SC_CLK_TCK")
 
 
 def wait_passively(asked: bool | str) -> None:

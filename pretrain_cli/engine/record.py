@@ -28,6 +28,7 @@ CHANGEABLE = {
     "train.keep_checkpoints",
     "train.keep_best",
     "train.keep_every",
+    "train.max_time",
     "train.sample_prompts",
     "train.sample_tokens",
     "train.sample_every",

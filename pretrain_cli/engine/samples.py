@@ -4,6 +4,7 @@ Drawn with a generator of its own, from the run's seed at every step: what chang
 next is the model, and the run's own random numbers are left alone.
 """
 
+import contextlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from pretrain_cli.engine.distributed import Ranks
 from pretrain_cli.engine.metrics import Notice, Report, Sample, keep_upto
 from pretrain_cli.engine.plan import Plan
 from pretrain_cli.engine.sample import Controls, sample_text
+from pretrain_cli.engine.stop import Stopped, StopRequest
 from pretrain_cli.errors import PretrainError
 from pretrain_cli.files import flush
 from pretrain_cli.model.decoder import Decoder
@@ -41,21 +43,25 @@ class Samples:
         every = self.settings.sample_every
         return step == self.plan.steps or (every > 0 and step % every == 0)
 
-    def take(self, decoder: Decoder, step: int) -> None:
-        """Those of this step that are not there yet; every rank calls this."""
+    def take(self, decoder: Decoder, step: int, stop: StopRequest) -> None:
+        """Those of this step that are not there yet; every rank calls this. Raises Stopped, on
+        every rank, where a stop is asked for; what is missing is taken when the run goes on."""
         if self.ranks.is_first:
             decoder.eval()
-            for prompt in self.settings.sample_prompts:
-                if (step, prompt) not in self.taken:
-                    self._take(decoder, step, prompt)
+            with contextlib.suppress(Stopped):
+                for prompt in self.settings.sample_prompts:
+                    if (step, prompt) not in self.taken:
+                        self._take(decoder, step, prompt, stop)
         self.ranks.wait()
+        if stop.agree():
+            raise Stopped
 
-    def _take(self, decoder: Decoder, step: int, prompt: str) -> None:
+    def _take(self, decoder: Decoder, step: int, prompt: str, stop: StopRequest) -> None:
         controls = Controls(max_tokens=self.settings.sample_tokens, seed=self.settings.seed)
         pieces = sample_text(decoder, self.plan.data.tokenizer, prompt, controls)
         try:
             with torch.compiler.set_stance("force_eager"):  # each length would compile anew
-                sample = Sample(step, prompt, "".join(pieces))
+                sample = Sample(step, prompt, "".join(stop.until_asked(pieces)))
         except PretrainError as error:  # nothing of the run depends on it
             self.report(Notice(f"No sample: {error}"))
             return

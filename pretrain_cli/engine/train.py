@@ -38,13 +38,20 @@ def train(
     *,
     resume: tuple[Path, Record] | None = None,
     resume_from: Path | None = None,
+    stop: StopRequest | None = None,
 ) -> Finished:
     """Train a new run, or go on with the run at `resume`, from a checkpoint of it where one is
-    named and else from its newest intact one. Returns how it ended."""
-    with open_ranks(settings.train.device) as ranks, StopRequest() as stop:
+    named and else from its newest intact one. Returns how it ended. Raises Stopped where `stop`
+    asks for it before there is a run."""
+    if stop is None:
+        stop = StopRequest(limit=settings.train.max_time)
+    with open_ranks(settings.train.device) as ranks:
         if not ranks.is_first:
             report = _silent
-        plan = make_plan(settings, ranks, report, model=resume[1].model if resume else None)
+        stop.ranks = ranks
+        model = resume[1].model if resume else None
+        plan = make_plan(settings, ranks, report, stop, model=model)
+        stop.save_seconds = checkpoint.estimated_seconds(plan.model)
         run, start = _choose_run(plan, report, resume, resume_from)
         batches = open_batches(plan, ranks, report)
         torch.manual_seed(settings.train.seed)  # nothing draws from it yet; a checkpoint keeps it

@@ -5,7 +5,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pretrain_cli.data.batches import Batches
@@ -33,9 +33,9 @@ from pretrain_cli.engine.run import device_name
 from pretrain_cli.engine.samples import Samples
 from pretrain_cli.engine.schedule import learning_rate
 from pretrain_cli.engine.step import train_step
-from pretrain_cli.engine.stop import StopRequest
+from pretrain_cli.engine.stop import Stopped, StopRequest
 from pretrain_cli.engine.terms import OtherTerms
-from pretrain_cli.errors import PretrainError
+from pretrain_cli.errors import ConfigError, PretrainError
 from pretrain_cli.model import counting
 from pretrain_cli.model.decoder import Decoder
 
@@ -71,10 +71,11 @@ class Trainer:
     def run_until(self, steps: int, state: State, stop: StopRequest) -> Finished:
         """Steps until there have been so many, or a stop is asked for; saved either way."""
         plan, ranks = self.plan, self.ranks
+        self.stop = stop
         if ranks.is_first:
             self.metrics = MetricsFile(self.run / "metrics.jsonl", upto=state.step)
         flops = counting.training_flops(plan.model, plan.seq_len)
-        self.saved_step = state.step if state.step else -1
+        self.saved_step = state.step  # of which there is nothing new to save
         started = Started(
             step=state.step,
             time=time.time(),
@@ -112,6 +113,7 @@ class Trainer:
         samples = Samples(plan, self.run, ranks, self.report, upto=state.step)
         first, stopped = state.step, False
         mean = 0.0
+        loss = norm = None
         if state.step >= steps:
             self.report(Notice(f"{self.run} has its {steps:,} steps; --steps with more goes on"))
         try:
@@ -121,8 +123,9 @@ class Trainer:
                 state = self._with_best(state)
             if samples.due(state.step):  # a stop came before
                 with meter.held_up("evaluation"):
-                    samples.take(self.decoder, state.step)
-            while state.step < steps and not stopped:
+                    samples.take(self.decoder, state.step, stop)
+            while state.step < steps:
+                stop.check()
                 rate = learning_rate(
                     state.step,
                     peak=plan.learning_rate,
@@ -144,6 +147,7 @@ class Trainer:
                     counted=batch.counted,
                     documents=batch.documents,
                     terms=terms,
+                    stop=stop.poll,
                 )
                 state = replace(
                     state,
@@ -157,7 +161,7 @@ class Trainer:
                 sample_due = samples.due(state.step)
                 log_due = state.step % plan.log_every == 0 or state.step == steps
                 pause_due = save_due or eval_due or sample_due
-                if log_due or pause_due or (stop and ranks.world == 1):
+                if log_due or pause_due:
                     mean = ranks.sum(loss).item()  # waits for the device
                     self._refuse_divergence(state, mean, float(norm))
                 if log_due:
@@ -172,22 +176,24 @@ class Trainer:
                             others=terms.read(ranks) if terms else {},
                         )
                     )
-                if ranks.world == 1 or log_due or save_due:
-                    stopped = ranks.any(bool(stop))
-                if eval_due and not stopped:
+                if eval_due:
                     with meter.held_up("evaluation"):
                         self.evaluate(state)
                 if save_due:
                     with meter.held_up("save"):
                         state = self.save(state)
-                if sample_due and state.step < steps and not stopped:
+                if sample_due and state.step < steps:
                     with meter.held_up("evaluation"):
-                        samples.take(self.decoder, state.step)
-            if state.step > first and not stopped:
+                        samples.take(self.decoder, state.step, stop)
+                stop.after(state.step)
+            if state.step > first:
                 self.evaluate(state)
             state = self.save(state)
-            if samples.due(state.step) and not stopped:
-                samples.take(self.decoder, state.step)
+            if samples.due(state.step):
+                samples.take(self.decoder, state.step, stop)
+        except Stopped:
+            stopped = True
+            self._leave(state, made=state.step - first, loss=loss, norm=norm)
         finally:
             feed.close()
             if self.metrics:
@@ -195,6 +201,19 @@ class Trainer:
         finished = Finished(self.run, state.step, steps, "stopped" if stopped else "done")
         self.report(finished)
         return finished
+
+    def _leave(self, state: State, *, made: int, loss: Tensor | None, norm: Tensor | None) -> None:
+        """Save a run that is asked to stop, after `made` steps of which these are the last's."""
+        if loss is not None and norm is not None:
+            self._refuse_divergence(state, self.ranks.sum(loss).item(), float(norm))
+        self.save(state)
+        if self.stop.reason:
+            self.report(Notice(f"{self.stop.reason}: stopped"))
+        if self.stop.out_of_time and not made:
+            raise ConfigError(
+                f"{self.stop.reason} is too short: no step was done when {self.stop.room:.0f} s "
+                "were left, the room for a save; give more"
+            )
 
     def _tokens_by_source(self, state: State) -> dict[str, int]:
         """Seen so far of each dataset, where there are several."""
@@ -234,6 +253,7 @@ class Trainer:
             batch_size=self.plan.micro_batch_size,
             ranks=self.ranks,
             document_mask=self.plan.settings.data.document_mask,
+            check=self.stop.check,
         )
         if evaluation is not None:
             self.evaluation = evaluation
@@ -251,6 +271,7 @@ class Trainer:
         """Write a checkpoint, once for a step. Returns the state that it has."""
         if self.saved_step == state.step:
             return state
+        began = time.perf_counter()
         state = self._with_best(state)
         if self.metrics:
             self.metrics.sync()
@@ -264,6 +285,7 @@ class Trainer:
             ranks=self.ranks,
         )
         self.saved_step = state.step
+        self.stop.saved(time.perf_counter() - began)
         if self.ranks.is_first:
             keeping.rotate(self.run, self.plan.settings.train)
         self.report(Saved(state.step, path))

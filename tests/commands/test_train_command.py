@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from pretrain_cli.commands import display
+from pretrain_cli.data.pipeline import Pipeline
 
 RUN = {"run.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints"}
 CHECKPOINT = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
@@ -155,6 +156,30 @@ def test_with_no_dataset_the_demo_is_made_and_announced(pretrain, tiny, tmp_path
     assert Path("runs/gemma3-tiny-demo/checkpoints/step-000001").is_dir()
 
 
+def test_a_stop_while_the_demo_is_made_is_gone_on_from_by_the_same_command(
+    pretrain, tiny, tmp_path, monkeypatch
+):
+    (tmp_path / "python").mkdir()
+    (tmp_path / "python/this.py").write_text("print('The Zen of Python')\n" * 100)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "python")})
+    take = Pipeline._take
+
+    def signalled(self, encoded):
+        signal.raise_signal(signal.SIGUSR1)
+        time.sleep(0.2)
+        return take(self, encoded)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "_take", signalled)
+        outcome = pretrain(f"train {tiny} --steps 1")
+    assert (outcome.code, outcome.err) == (75, "")
+    said = "· SIGUSR1: stopped before training began; the same command begins again"
+    assert outcome.out.splitlines()[-1] == said
+    assert not Path("data/demo").exists()
+    assert not Path("runs").exists()
+    assert pretrain(f"train {tiny} --steps 1").code == 0
+
+
 def test_with_several_datasets_one_must_be_chosen(pretrain, refused, dataset, tiny):
     shutil.copytree(dataset, "data/other")
     message = refused(f"train {tiny} --steps 1")
@@ -284,7 +309,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(pretrain, tiny):
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert (process.returncode, err) == (130, "")
+    assert (process.returncode, err) == (75, "")
     step = metrics(run)[-1]["step"]
     assert out.splitlines()[-1] == (
         f"Stopped at step {step:,} of 100,000, saved. "
@@ -427,6 +452,7 @@ def test_a_model_folder_cut_short(refused, name):
         ("--model nowhere.yaml", "model: no file nowhere.yaml"),
         ("--data nowhere", "nowhere: no such dataset; make one with 'pretrain tokenize'"),
         ("--data corpus", "corpus: no dataset.json in it"),
+        ("--max-time 4", "train.max_time: '4' is not a time such as 90s, 15m, 3h55m, 1d"),
         ("--config nowhere", "--config: no file 'nowhere', and none of the built-in ones"),
         ("--config corpus/verse-00.txt", "corpus/verse-00.txt: holds no settings"),
         ("--init-from corpus", "model.name: 'gemma3-tiny' does not go with --init-from corpus"),

@@ -121,17 +121,6 @@ def test_resuming_a_finished_run_says_so_and_adds_nothing(settings, run, tmp_pat
     assert len((tmp_path / "run/samples.jsonl").read_text().splitlines()) == 1
 
 
-def test_an_evaluation_that_a_stop_skipped_is_made_up_for(settings, run, tmp_path, monkeypatch):
-    run(settings("straight", train__eval_every=2))
-    monkeypatch.setattr("pretrain_cli.engine.stop.StopRequest.__bool__", lambda self: True)
-    stopping = settings("stopped", train__eval_every=2)
-    assert run(stopping)[-1].step == 1
-    assert resume(run, tmp_path / "stopped")[-1].step == 2  # evaluation due, and skipped
-    monkeypatch.undo()
-    resume(run, tmp_path / "stopped")
-    assert numbers(tmp_path / "stopped") == numbers(tmp_path / "straight")
-
-
 def test_a_damaged_checkpoint_is_skipped_by_name_and_an_older_one_taken(settings, run, tmp_path):
     run(settings(train__checkpoint_every=2, train__keep_checkpoints=3))
     weights = tmp_path / "run/checkpoints/step-000006/model.safetensors"

@@ -2,14 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from pretrain_cli.amounts import amount, size
-from pretrain_cli.commands.display import console
+from pretrain_cli.commands.display import aside, console
 
 SOURCES_SHOWN = 20
 BAR = 30
@@ -20,8 +20,14 @@ def inspect(
     sample: Annotated[
         int | None, typer.Option(help="Show the training sample of this number, from 0.")
     ] = None,
-    seq_len: Annotated[int, typer.Option(help="Of the sample.")] = 512,
-    seed: Annotated[int, typer.Option(help="Of the run whose order it is.")] = 0,
+    seq_len: Annotated[int | None, typer.Option(help="Of the sample.", show_default="512")] = None,
+    packing: Annotated[
+        Literal["concat", "best-fit"] | None,
+        typer.Option(help="Of the run whose sample it is.", show_default="concat"),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the run whose order it is.", show_default="0")
+    ] = None,
     verify: Annotated[
         bool,
         typer.Option("--verify", help="Recompute every checksum; exit 1 where one differs."),
@@ -34,7 +40,13 @@ def inspect(
     """
     from pretrain_cli.data.dataset import find_damage
     from pretrain_cli.data.shards import read_manifest
+    from pretrain_cli.errors import ConfigError
 
+    if sample is None:
+        of_sample = {"--seq-len": seq_len, "--packing": packing, "--seed": seed}
+        for option, value in of_sample.items():
+            if value is not None:
+                raise ConfigError(f"{option}: {value} is of a sample; say which with --sample")
     manifest = read_manifest(dataset)
     damages = list(find_damage(dataset, manifest, thoroughly=verify))
     if damages:
@@ -44,7 +56,10 @@ def inspect(
             for damage in damages:
                 console.print(f"[red]{escape(damage)}[/]", soft_wrap=True)
         raise typer.Exit(1)
-    shown = _sample(dataset, sample, seq_len, seed) if sample is not None else None
+    shown = None
+    if sample is not None:
+        seq_len = 512 if seq_len is None else seq_len
+        shown = _sample(dataset, sample, seq_len, packing or "concat", seed or 0)
     facts = _facts(dataset, manifest)
     if verify:
         facts["verified"] = "every checksum"
@@ -91,39 +106,40 @@ def _facts(folder: Path, manifest: Any) -> dict[str, Any]:
     }
 
 
-def _sample(folder: Path, number: int, seq_len: int, seed: int) -> dict[str, Any]:
+def _sample(folder: Path, number: int, seq_len: int, packing: str, seed: int) -> dict[str, Any]:
     """The training sample of this number in a run on this dataset alone, by documents."""
     import numpy as np
 
-    from pretrain_cli.data.batches import Windows, order_of
+    from pretrain_cli.data.batches import order_of
     from pretrain_cli.data.dataset import open_dataset
     from pretrain_cli.data.inspection import documents_in
+    from pretrain_cli.data.opening import open_samples
     from pretrain_cli.errors import ConfigError
 
     opened = open_dataset(folder)
-    if number < 0:
-        raise ConfigError(f"--sample: {number} is below 0")
-    windows = Windows(
-        opened.train.tokens,
-        seq_len=seq_len,
-        fingerprint=opened.fingerprint,
-        separator=opened.separator,
-    )
-    if seq_len < 1 or not len(windows):
+    train = opened.train
+    if not 0 <= number < 2**63:
+        raise ConfigError(f"--sample: {number} is not from 0 up to 2⁶³")
+    if not 1 <= seq_len < len(train.tokens):
         raise ConfigError(
-            f"--seq-len: {seq_len} is not from 1 to {max(len(opened.train.tokens) - 1, 1):,}"
+            f"--seq-len: {seq_len} is not from 1 to {max(len(train.tokens) - 1, 1):,}"
         )
-    window = int(order_of(windows, seed)(np.array([number]))[0])
-    start = window * seq_len
-    starts = opened.train.documents.between(start, start + seq_len + 1) - start
-    tokens = opened.train.tokens.read(start, seq_len + 1)
-    documents = documents_in(tokens, starts, opened.tokenizer)
+    samples = open_samples(opened, seq_len=seq_len, packing=packing, say=aside)
+    stretches = samples.stretches(int(order_of(samples, seed)(np.array([number]))[0]))
+    tokens: list[int] = []
+    documents: list[tuple[bool, str]] = []
+    for first, count in stretches:
+        starts = train.documents.between(first, first + count) - first
+        part = train.tokens.read(first, count)
+        tokens += part.tolist()
+        documents += documents_in(part, starts, opened.tokenizer)
     return {
         "number": number,
-        "epoch": number // len(windows),
-        "samples_an_epoch": len(windows),
-        "first_token": start,
-        "tokens": tokens.tolist(),
+        "epoch": number // len(samples),
+        "samples_an_epoch": len(samples),
+        "stretches": [{"first_token": first, "tokens": count} for first, count in stretches],
+        "padding": seq_len + 1 - len(tokens),
+        "tokens": tokens,
         "documents": [{"begins": begins, "text": text} for begins, text in documents],
     }
 
@@ -188,14 +204,14 @@ def _print(facts: dict[str, Any]) -> None:
 
 
 def _print_sample(sample: dict[str, Any]) -> None:
-    console.rule(
-        f"sample {sample['number']:,}, epoch {sample['epoch']:,}: tokens from "
-        f"{sample['first_token']:,} on"
-    )
-    for number, document in enumerate(sample["documents"]):
+    places = ", ".join(f"{part['first_token']:,}" for part in sample["stretches"])
+    console.rule(f"sample {sample['number']:,}, epoch {sample['epoch']:,}: tokens from {places} on")
+    for document in sample["documents"]:
         if document["begins"]:
             console.print("[dim]── a document begins ──[/]")
-        elif number == 0:
+        else:
             console.print("[dim]── within a document ──[/]")
         console.print(document["text"], markup=False, soft_wrap=True)
+    if sample["padding"]:
+        console.print(f"[dim]── {sample['padding']:,} places of padding ──[/]")
     console.rule()

@@ -35,6 +35,10 @@ class Samples(Protocol):
         """Write these samples into these rows."""
         ...
 
+    def stretches(self, number: int) -> list[tuple[int, int]]:
+        """Where in the dataset a sample's tokens are: (first, how many) of each stretch."""
+        ...
+
 
 class Windows:
     """The tokens in windows of seq_len + 1, one every seq_len, wherever documents begin and end.
@@ -69,6 +73,9 @@ class Windows:
             batch.documents[rows] = document_numbers(
                 batch.inputs[rows], self.separator, leads=self.separator_leads
             )
+
+    def stretches(self, number: int) -> list[tuple[int, int]]:
+        return [(number * self.seq_len, self.seq_len + 1)]
 
 
 def order_of(samples: Samples, seed: int) -> Order:

@@ -1,9 +1,12 @@
-"""What --data names, opened: a dataset's folder, or other programs' token files."""
+"""What --data names, opened: a dataset's folder, or other programs' token files; its samples."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+from pretrain_cli.data.batches import Samples, Windows
 from pretrain_cli.data.dataset import Dataset, open_dataset
 from pretrain_cli.data.foreign import is_foreign, open_foreign
+from pretrain_cli.data.packing import open_packed
 from pretrain_cli.data.tokenizer import load_tokenizer
 from pretrain_cli.errors import ConfigError
 
@@ -20,3 +23,18 @@ def open_data(path: str, tokenizer: str | None) -> Dataset:
             "leave it out"
         )
     return dataset
+
+
+def open_samples(
+    dataset: Dataset, *, seq_len: int, packing: str, say: Callable[[str], None]
+) -> Samples:
+    """The training split's samples; an index of packed documents is built where there is none."""
+    if packing == "best-fit":
+        return open_packed(dataset, seq_len, say)
+    return Windows(
+        dataset.train.tokens,
+        seq_len=seq_len,
+        fingerprint=dataset.fingerprint,
+        separator=dataset.separator,
+        separator_leads=dataset.separator_leads,
+    )

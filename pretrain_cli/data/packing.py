@@ -85,13 +85,11 @@ class Packed:
         return int(self.samples["targets"][numbers].sum())
 
     def fill(self, numbers: np.ndarray, rows: np.ndarray, batch: Batch) -> None:
-        ends = self.samples["end"]
         for number, row in zip(numbers.tolist(), rows.tolist(), strict=True):
             inputs, targets = batch.inputs[row], batch.targets[row]
             inputs[:], targets[:] = 0, IGNORED
-            first, last = int(ends[number - 1]) if number else 0, int(ends[number])
             borders = [0]
-            for start, size, goes_on in self.pieces[first:last].tolist():
+            for start, size, goes_on in self._pieces(number):
                 piece, at = self.tokens.view(start, size), borders[-1]
                 inputs[at : at + size] = piece[: self.seq_len - at]
                 skipped = 1 if goes_on or at == 0 else 0
@@ -100,6 +98,14 @@ class Packed:
             if batch.documents is not None:
                 places = np.arange(self.seq_len)
                 batch.documents[row] = np.searchsorted(borders, places, side="right")
+
+    def stretches(self, number: int) -> list[tuple[int, int]]:
+        return [(start, size) for start, size, _ in self._pieces(number)]
+
+    def _pieces(self, number: int) -> list[tuple[int, int, int]]:
+        """(start, tokens, whether it goes on) of each piece of a sample."""
+        first = int(self.samples["end"][number - 1]) if number else 0
+        return self.pieces[first : int(self.samples["end"][number])].tolist()
 
 
 # --- packing -------------------------------------------------------------------------------------

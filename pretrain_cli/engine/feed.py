@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pretrain_cli.data.batches import Batches, Samples, Windows
+from pretrain_cli.data.batches import Batches, Samples
 from pretrain_cli.data.dataset import Dataset
-from pretrain_cli.data.packing import Packed, open_packed
+from pretrain_cli.data.opening import open_samples
+from pretrain_cli.data.packing import Packed
 from pretrain_cli.engine.distributed import Ranks
 from pretrain_cli.engine.metrics import Notice, Report
 from pretrain_cli.engine.plan import Plan
@@ -35,21 +36,19 @@ def open_batches(plan: Plan, ranks: Ranks, report: Report) -> Batches:
 
 
 def _open_samples(dataset: Dataset, plan: Plan, ranks: Ranks, report: Report) -> Samples:
-    seq_len = plan.seq_len
-    if plan.settings.data.packing == "concat":
-        return Windows(
-            dataset.train.tokens,
-            seq_len=seq_len,
-            fingerprint=dataset.fingerprint,
-            separator=dataset.separator,
-            separator_leads=dataset.separator_leads,
+    def opened() -> Samples:
+        return open_samples(
+            dataset,
+            seq_len=plan.seq_len,
+            packing=plan.settings.data.packing,
+            say=lambda text: report(Notice(text)),
         )
-    packed = None
-    if ranks.is_first:
-        packed = open_packed(dataset, seq_len, lambda text: report(Notice(text)))
-        report(Notice(f"{dataset.path}: {_what_became_of(packed)}"))
+
+    samples = opened() if ranks.is_first else None
+    if isinstance(samples, Packed):
+        report(Notice(f"{dataset.path}: {_what_became_of(samples)}"))
     ranks.wait()
-    return packed or open_packed(dataset, seq_len, lambda text: report(Notice(text)))
+    return opened() if samples is None else samples
 
 
 def _what_became_of(packed: Packed) -> str:

@@ -9,6 +9,7 @@ import pytest
 
 from pretrain_cli.data.batches import Batches, Windows
 from pretrain_cli.data.dataset import open_dataset
+from pretrain_cli.data.packing import open_packed
 
 LINES = [f"line {number} of the corpus, {'x' * number}" for number in range(40)]
 
@@ -71,7 +72,8 @@ def test_the_samples_of_an_epoch_are_its_windows_in_the_order_of_the_seed(pretra
     seen = []
     for number in range(windows):
         sample = inspected(pretrain, f"--sample {number} --seq-len 32")["sample"]
-        first = sample["first_token"]
+        (stretch,) = sample["stretches"]
+        first = stretch["first_token"]
         assert sample["tokens"] == tokens[first : first + 33].tolist()
         seen.append(first)
         text = "".join(document["text"] for document in sample["documents"])
@@ -83,10 +85,10 @@ def test_the_samples_of_an_epoch_are_its_windows_in_the_order_of_the_seed(pretra
     again = inspected(pretrain, f"--sample {windows} --seq-len 32")["sample"]
     assert again["epoch"] == 1
     other = [
-        inspected(pretrain, f"--sample {n} --seq-len 32 --seed 1")["sample"]["first_token"]
+        inspected(pretrain, f"--sample {n} --seq-len 32 --seed 1")["sample"]["stretches"]
         for n in range(windows)
     ]
-    assert other != seen
+    assert [stretch["first_token"] for (stretch,) in other] != seen
 
 
 def test_a_sample_is_the_one_that_a_run_trains_on(pretrain, dataset):
@@ -104,6 +106,24 @@ def test_a_sample_is_the_one_that_a_run_trains_on(pretrain, dataset):
             sample = inspected(pretrain, f"--sample {number} --seq-len 32 --seed 7")["sample"]
             assert sample["tokens"][:-1] == batch.inputs[row].tolist()
             assert sample["tokens"][1:] == batch.targets[row].tolist()
+
+
+def test_a_packed_sample_is_the_one_that_a_run_trains_on(pretrain, dataset):
+    opened = open_dataset(dataset)
+    run = Batches(
+        [open_packed(opened, 64, lambda text: None)], [1], seq_len=64, samples_per_step=8, seed=7
+    )
+    batch = run.starting_at(0)
+    for number, row in enumerate(batch.inputs.tolist()):
+        shown = inspected(pretrain, f"--sample {number} --seq-len 64 --seed 7 --packing best-fit")
+        sample = shown["sample"]
+        assert len(sample["tokens"]) + sample["padding"] == 65
+        assert [*sample["tokens"], *[0] * sample["padding"]][:-1] == row
+        assert sum(stretch["tokens"] for stretch in sample["stretches"]) == len(sample["tokens"])
+        assert all(document["begins"] for document in sample["documents"])  # none is longer
+        assert len(sample["documents"]) == sample["tokens"].count(256)
+    shown = pretrain("inspect data/mixed --sample 0 --seq-len 400 --packing best-fit").out
+    assert "places of padding ──" in shown
 
 
 def test_a_sample_shows_where_documents_begin(pretrain, dataset):
@@ -171,7 +191,11 @@ def test_another_tokenizer_in_its_place_is_found(pretrain, dataset):
     ("line", "said"),
     [
         ("inspect nowhere", "nowhere"),
-        ("inspect data/mixed --sample -1", "--sample: -1 is below 0"),
+        ("inspect data/mixed --sample -1", "--sample: -1 is not from 0 up to 2⁶³"),
+        ("inspect data/mixed --sample 9223372036854775808", "is not from 0 up to 2⁶³"),
+        ("inspect data/mixed --seq-len 32", "--seq-len: 32 is of a sample; say which with --samp"),
+        ("inspect data/mixed --packing best-fit", "--packing: best-fit is of a sample; say which"),
+        ("inspect data/mixed --seed 0", "--seed: 0 is of a sample; say which with --sample"),
         ("inspect data/mixed --sample 0 --seq-len 0", "--seq-len: 0 is not from 1 to"),
         ("inspect data/mixed --sample 0 --seq-len 100000", "--seq-len: 100000 is not from 1 to"),
     ],

@@ -259,10 +259,10 @@ class Chart {
     this.marks = data.runs.flatMap((run, n) => (state.hiddenRuns.has(n) ? [] : run.marks.map((mark) => ({ run, mark }))))
       .filter(({ mark }) => !state.hiddenKinds.has(mark.kind) && mark[state.axis] !== null)
       .filter(({ mark }) => mark[state.axis] >= x0 && mark[state.axis] <= x1);
-    for (const { mark } of this.marks) {
+    for (const { run, mark } of this.marks) {
       const x = this.toX(mark[state.axis]), grave = mark.grave ? " grave" : "";
       make(plot, "line", { x1: x, x2: x, y1: top, y2: bottom, class: "mark" + grave });
-      make(plot, "path", { d: `M${x - 4.5} ${top - 9}h9l-4.5 8z`, class: "flag" + grave });
+      make(plot, "path", { d: `M${x - 4.5} ${top - 9}h9l-4.5 8z`, class: data.runs.length > 1 ? `flag c${run.color}` : "flag" + grave });
     }
   }
 
@@ -276,7 +276,8 @@ class Chart {
     if (heldOut) curve(line.y, "halo", "");
     curve(line.y, heldOut ? "curve over" : "curve", DASHES[line.curve.dash % 4]);
     const there = [...line.x.keys()].filter((i) => line.x[i] !== null && line.y[i] !== null && this.toY(line.y[i]) !== null);
-    const dots = heldOut ? there.length <= 80 : there.length === 1;
+    const room = (this.frame.right - this.frame.left) / 14;
+    const dots = heldOut ? there.length <= room : there.length === 1;
     for (const i of dots ? there : []) make(group, "circle", { cx: this.toX(line.x[i]), cy: this.toY(line.y[i]), r: 3.8, class: "held" });
   }
 
@@ -339,7 +340,7 @@ class Chart {
     box.style.left = box.style.right = "";
     if (place < room * 0.55) box.style.left = `${place + 14}px`;
     else box.style.right = `${room - place + 14}px`;
-    box.style.top = `${this.svg.offsetTop + 20}px`;
+    box.style.top = `${this.svg.getBoundingClientRect().top - this.box.getBoundingClientRect().top + 20}px`;
   }
 
   /** The point of a curve that is nearest to the cursor. */

@@ -7,7 +7,6 @@ but the one script that the page comes with: what a sample or a name holds is te
 import base64
 import hashlib
 import json
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.resources import files
 from typing import Any
@@ -18,12 +17,9 @@ from pretrain_cli import __version__
 from pretrain_cli.engine.report import tables
 from pretrain_cli.engine.report.charts import build_charts
 from pretrain_cli.engine.report.elements import COLORS, text
-from pretrain_cli.engine.report.history import AXES, RESTARTED, Curves, Floats, History, Mark
+from pretrain_cli.engine.report.history import AXES, RESTARTED, Curves, Floats, History
 from pretrain_cli.engine.report.settings import settings
-from pretrain_cli.engine.report.thinning import thin
-
-MARKS_DRAWN = 300
-"""Of a kind and run, evenly among them; the table of events counts all."""
+from pretrain_cli.engine.report.thinning import some, thin
 
 
 def render(histories: list[History]) -> str:
@@ -111,14 +107,8 @@ def _marks(history: History) -> list[dict[str, Any]]:
             **{axis: _number(mark.axes[axis]) for axis in AXES},
         }
         for kind in tables.kinds(history)
-        for mark in _some(history.marked(kind))
+        for mark in some(history.marked(kind))
     ]
-
-
-def _some(marks: list[Mark]) -> Iterable[Mark]:
-    if len(marks) <= MARKS_DRAWN:
-        return marks
-    return (marks[int(place)] for place in np.linspace(0, len(marks) - 1, MARKS_DRAWN))
 
 
 def _embedded(value: Any) -> str:

@@ -7,17 +7,38 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter
+from matplotlib.ticker import FuncFormatter, MultipleLocator
 
 from pretrain_cli.amounts import amount, duration, size
 from pretrain_cli.engine.report.charts import Chart, Unit, build_charts
-from pretrain_cli.engine.report.history import History
+from pretrain_cli.engine.report.history import RESTARTED, History
 from pretrain_cli.engine.report.tables import kinds
-from pretrain_cli.engine.report.thinning import thin
+from pretrain_cli.engine.report.thinning import some, thin
 
 COLORS = ["#1f5fd0", "#d4570a", "#14804f", "#9735b8", "#bd1f5b", "#0a7c90", "#856300", "#5457c4"]
 DASHES = ("-", "--", ":", "-.")
 BELOW = ("Learning rate", "Gradient norm", "Throughput", "Memory")
+TIMES = (
+    0.1,
+    0.5,
+    1,
+    2,
+    5,
+    10,
+    30,
+    60,
+    120,
+    300,
+    600,
+    1800,
+    3600,
+    7200,
+    21600,
+    43200,
+    86400,
+    432000,
+)
+"""Seconds that people count in."""
 GRAVE, CALM = "#c2182b", "#6b7480"
 
 
@@ -39,7 +60,7 @@ def draw(histories: list[History], path: Path) -> None:
 def _draw_chart(axes: Axes, histories: list[History], chart: Chart, axis: str) -> None:
     is_time = axis == "time"
     axes.set_title(f"{chart.title} over {'training time' if is_time else 'tokens seen'}", size=10)
-    axes.xaxis.set_major_formatter(_says(duration) if is_time else EngFormatter(sep=""))
+    axes.xaxis.set_major_formatter(_says(duration if is_time else amount))
     axes.yaxis.set_major_formatter(_says(_SHOWN[chart.unit]))
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
@@ -58,6 +79,11 @@ def _draw_chart(axes: Axes, histories: list[History], chart: Chart, axis: str) -
             linewidth=1.3, marker="o" if held_out or len(x) == 1 else "", markersize=4,
         )  # fmt: skip
     _draw_marks(axes, histories, axis)
+    if is_time:
+        _, longest = axes.get_xlim()
+        axes.xaxis.set_major_locator(
+            MultipleLocator(next((t for t in TIMES if longest / t <= 7), longest))
+        )
     if any(curve.what for curve in chart.curves):
         # a space before: matplotlib leaves out labels that begin with an underscore
         names = [(histories[curve.run].name, curve.what) for curve in chart.curves]
@@ -65,7 +91,9 @@ def _draw_chart(axes: Axes, histories: list[History], chart: Chart, axis: str) -
             f" {what}" if len(histories) == 1 else f" {name} · {what}" for name, what in names
         ]
         lines = [line for line in axes.lines if line.get_gid() != "mark"]
-        legend = axes.legend(lines, labels, fontsize=8 if chart.main else 6, frameon=False)
+        legend = axes.legend(
+            lines, labels, loc="upper right", fontsize=8 if chart.main else 6, frameon=False
+        )
         for text in legend.get_texts():
             text.set_parse_math(False)
     if chart.missing:
@@ -75,8 +103,8 @@ def _draw_chart(axes: Axes, histories: list[History], chart: Chart, axis: str) -
 def _draw_marks(axes: Axes, histories: list[History], axis: str) -> None:
     for history in histories:
         for kind in kinds(history):
-            for mark in history.marked(kind) if kind != "saved" else ():
-                calm = kind == "restarted"
+            for mark in some(history.marked(kind)) if kind != "saved" else ():
+                calm = kind == RESTARTED
                 axes.axvline(
                     mark.axes[axis], color=CALM if calm else GRAVE, linewidth=0.9, alpha=0.7,
                     linestyle="--" if calm else "-", gid="mark",

@@ -68,8 +68,11 @@ def _facts(history: History) -> list[tuple[str, str, str]]:
         facts.append(("MFU", f"{np.nanmedian(steps.values['mfu']):.1%}", " median"))
     if steps.has("memory"):
         facts.append(("peak memory", size(float(np.nanmax(steps.values["memory"]))), ""))
-    counts = {kind: len(history.marked(kind)) for kind in kinds(history)}
-    facts += [(kind, f"{count:,}", "") for kind, count in counts.items()]
+    facts += [
+        (words(kind), f"{len(history.marked(kind)):,}", "")
+        for kind in kinds(history)
+        if kind != "saved"
+    ]
     total = sum(history.source_tokens.values())
     for name, tokens in history.source_tokens.items():
         share = f" · {tokens / total:.1%}" if total else ""

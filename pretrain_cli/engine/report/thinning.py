@@ -4,10 +4,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pretrain_cli.engine.report.history import Curves, Floats
+from pretrain_cli.engine.report.history import Curves, Floats, Mark
 
 BUCKETS = 1500
 """About as many as a screen has columns; a run of a million steps is then half a megabyte."""
+
+MARKS = 300
+"""Of a kind and run: more on a chart are a wall. The card of a run counts all."""
 
 
 @dataclass(frozen=True)
@@ -45,3 +48,10 @@ def _means(column: Floats, starts: np.ndarray) -> Floats:
     sums = np.add.reduceat(np.where(known, column, 0.0), starts)
     counts = np.add.reduceat(known.astype(float), starts)
     return np.divide(sums, counts, out=np.full(len(starts), np.nan), where=counts > 0)
+
+
+def some(marks: list[Mark]) -> list[Mark]:
+    """At most so many of them, evenly from the first to the last."""
+    if len(marks) <= MARKS:
+        return marks
+    return [marks[int(place)] for place in np.linspace(0, len(marks) - 1, MARKS)]

@@ -102,6 +102,17 @@ def _is_duration(value: Any) -> str:
 Duration = Annotated[str, BeforeValidator(_is_duration)]
 
 
+def _named(value: Any) -> Any:
+    """`a,b` or a list, as a tuple of names."""
+    several = value.split(",") if isinstance(value, str) else value
+    if not isinstance(several, list | tuple):
+        raise PydanticCustomError("names", "Input should be names with commas between")
+    return tuple(dict.fromkeys(str(name).strip() for name in several if name != ""))
+
+
+Trackers = Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_named)]
+
+
 class DataSettings(Section):
     path: Paths | None = None
     """A tokenized dataset, or other programs' .bin files: one, a pattern of them, or their folder.
@@ -173,6 +184,8 @@ class TrainSettings(Section):
     """What text is sampled from, each time; or a single one."""
     sample_tokens: Count = 100
     """Length of the texts; 0 for none."""
+    log: Trackers = ()
+    """tensorboard, wandb or both: where the numbers go besides metrics.jsonl."""
     sample_every: Count = 0
     """Steps from one time to the next; 0 for the end alone."""
 

@@ -112,6 +112,10 @@ def train(
         int | None,
         typer.Option(help="Validate on the first so many of each split.", show_default="all"),
     ] = None,
+    log: Annotated[
+        str | None,
+        typer.Option(help="tensorboard, wandb or both, with a comma.", show_default="neither"),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Run folder.", show_default="runs/MODEL-DATASET")
     ] = None,
@@ -160,6 +164,7 @@ def train(
         "train.keep_checkpoints": keep,
         "train.keep_every": keep_every,
         "train.eval_tokens": eval_tokens,
+        "train.log": log,
         "train.out": out,
     }
     from pretrain_cli.config import build_config, read_config

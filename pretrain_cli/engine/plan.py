@@ -30,6 +30,7 @@ from pretrain_cli.engine.distributed import Ranks
 from pretrain_cli.engine.metrics import Notice, Report
 from pretrain_cli.engine.speed import Speed, resolve_speed
 from pretrain_cli.engine.stop import Stopped, StopRequest
+from pretrain_cli.engine.trackers import check_trackers
 from pretrain_cli.errors import CheckpointError, ConfigError, DataError
 from pretrain_cli.model import counting
 from pretrain_cli.model.config import ModelConfig, variant
@@ -89,6 +90,7 @@ def make_plan(
     model: ModelConfig | None = None,
 ) -> Plan:
     """Decide everything. A resumed run passes the model that it has."""
+    check_trackers(settings.train.log)
     speed = resolve_speed(settings.speed, ranks.device)
     name, config = _find_model(settings, model)
     mixture = _find_data(settings, ranks, report, stop)

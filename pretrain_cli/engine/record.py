@@ -32,6 +32,7 @@ CHANGEABLE = {
     "train.sample_prompts",
     "train.sample_tokens",
     "train.sample_every",
+    "train.log",
 }
 
 

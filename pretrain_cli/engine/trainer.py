@@ -28,13 +28,14 @@ from pretrain_cli.engine.metrics import (
 )
 from pretrain_cli.engine.optimizer import set_learning_rate
 from pretrain_cli.engine.peak import Peak
-from pretrain_cli.engine.plan import Plan
+from pretrain_cli.engine.plan import Plan, resolved
 from pretrain_cli.engine.run import device_name
 from pretrain_cli.engine.samples import Samples
 from pretrain_cli.engine.schedule import learning_rate
 from pretrain_cli.engine.step import train_step
 from pretrain_cli.engine.stop import Stopped, StopRequest
 from pretrain_cli.engine.terms import OtherTerms
+from pretrain_cli.engine.trackers import Tracker, open_trackers, track
 from pretrain_cli.errors import ConfigError, PretrainError
 from pretrain_cli.model import counting
 from pretrain_cli.model.decoder import Decoder
@@ -62,10 +63,12 @@ class Trainer:
         self.evaluated_step = -1
         self.evaluation: Evaluation | None = None
         self.metrics: MetricsFile | None = None
+        self.trackers: list[Tracker] = []
 
     def report(self, event: Event) -> None:
         if self.metrics and isinstance(event, StepMetrics | Evaluation):
             self.metrics.write(event)
+        track(self.trackers, event)
         self.tell(event)
 
     def run_until(self, steps: int, state: State, stop: StopRequest) -> Finished:
@@ -74,6 +77,9 @@ class Trainer:
         self.stop = stop
         if ranks.is_first:
             self.metrics = MetricsFile(self.run / "metrics.jsonl", upto=state.step)
+            asked = resolved(plan).model_dump(mode="json")
+            names = plan.settings.train.log if state.step < steps else ()
+            self.trackers = open_trackers(names, self.run, asked, self.report, step=state.step)
         flops = counting.training_flops(plan.model, plan.seq_len)
         self.saved_step = state.step  # of which there is nothing new to save
         started = Started(
@@ -198,6 +204,8 @@ class Trainer:
             feed.close()
             if self.metrics:
                 self.metrics.close()
+            for tracker in self.trackers:
+                tracker.close()
         finished = Finished(self.run, state.step, steps, "stopped" if stopped else "done")
         self.report(finished)
         return finished
@@ -275,6 +283,8 @@ class Trainer:
         state = self._with_best(state)
         if self.metrics:
             self.metrics.sync()
+            for tracker in self.trackers:
+                tracker.flush()
         folder = self.run / "checkpoints"
         path = checkpoint.save_checkpoint(
             folder,

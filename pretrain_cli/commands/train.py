@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from pretrain_cli.commands.display import TrainDisplay, notice
+from pretrain_cli.commands.lr_find import RANGE_TEST_STEPS, refuse_meaningless, suggest_rate
 
 STOPPED = 75
 """Exit code of a run that was asked to stop, or ran out of time, saved itself and has steps left:
@@ -76,6 +77,10 @@ def train(
             show_default="cosine",
         ),
     ] = None,
+    lr_find: Annotated[
+        bool,
+        typer.Option("--lr-find", help="Suggest a learning rate by a short test; train nothing."),
+    ] = False,
     max_time: Annotated[
         str | None,
         typer.Option(
@@ -174,6 +179,9 @@ def train(
         raise ConfigError(f"{more_data[0]}: is it a dataset? give it with --data {more_data[0]}")
     if resume is not None and config is not None:
         raise ConfigError(f"--config: {config} does not go with --resume, which has the run's own")
+    if lr_find:
+        refuse_meaningless(resume, flags)
+        flags["train.steps"] = steps or RANGE_TEST_STEPS  # and not those of a file
     if resume is None:
         settings = build_config(read_config(config) if config else {}, flags, set_ or [])
         where = {}
@@ -187,6 +195,9 @@ def train(
         from pretrain_cli.engine.train import train as run
 
         try:
+            if lr_find:
+                suggest_rate(settings, out, display, stop)
+                return
             reason = run(settings, display, stop=stop, **where).reason
         except Stopped:
             reason = "stopped"

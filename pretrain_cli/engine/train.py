@@ -62,7 +62,7 @@ def train(
 
         peak = find_peak(ranks.device, plan.speed.compute_dtype, seconds=PEAK_SECONDS)
         decoder = build_model(plan.model, plan.speed, ranks.device)
-        _set_weights(decoder, plan, start, report)
+        set_weights(decoder, plan, start, report)
         compile_blocks(decoder, plan.speed)
         model = share(decoder, ranks, plan.settings.train.parallel)
         optimizer = build_optimizer(
@@ -108,7 +108,7 @@ def _choose_run(
     return run, start
 
 
-def _set_weights(decoder: Decoder, plan: Plan, start: Path | None, report: Report) -> None:
+def set_weights(decoder: Decoder, plan: Plan, start: Path | None, report: Report) -> None:
     """From the checkpoint, from the folder of --init-from, or drawn from the seed."""
     folder = start or plan.settings.model.init_from
     if folder is None:

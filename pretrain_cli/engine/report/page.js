@@ -224,7 +224,8 @@ class Chart {
   scale([x0, x1], [low, high]) {
     const { left, right, top, bottom } = this.frame;
     const wide = x1 - x0 || 1, of = this.log ? Math.log : (v) => v;
-    if (low === high) [low, high] = this.log ? [low / 2, high * 2] : [low - (Math.abs(low) / 2 || 1), high + (Math.abs(high) / 2 || 1)];
+    const rounding = 1e-9 * Math.max(Math.abs(low), Math.abs(high)); // means of equal numbers differ by less
+    if (high - low <= rounding) [low, high] = this.log ? [low / 2, high * 2] : [low - (Math.abs(low) / 2 || 1), high + (Math.abs(high) / 2 || 1)];
     let [a, b] = [of(low), of(high)];
     const blank = (b - a) * BLANK;
     const fromZero = !this.log && low >= 0 && (low - 0) / (high - low) < 0.35;

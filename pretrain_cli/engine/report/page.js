@@ -123,7 +123,8 @@ function path(x, y, toX, toY) {
   for (let i = 0; i < x.length; i++) {
     const px = x[i] === null ? null : toX(x[i]), py = y[i] === null ? null : toY(y[i]);
     if (px === null || py === null) { pen = false; continue; }
-    d += (pen && x[i] >= last ? "L" : "M") + px.toFixed(1) + " " + py.toFixed(1);
+    const at = `${px.toFixed(1)} ${py.toFixed(1)}`;
+    d += pen && x[i] >= last ? `L${at}` : `M${at}h0`; // h0: a point between two gaps is a dot
     pen = true;
     last = x[i];
   }

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain_cli.model.attention_backends import Mask
 from pretrain_cli.model.counting import (
@@ -138,6 +139,26 @@ def test_keys_seen_are_counted_with_the_query_itself(seq_len, window, seen):
 def test_keys_seen_are_those_of_the_mask(window):
     matrix = Mask(20, 20, window).matrix(torch.device("cpu"))
     assert keys_seen(20, window) == pytest.approx(matrix.sum().item() / 20)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3"])
+def test_flops_are_those_that_torch_counts_and_of_them_the_scores_under_the_mask(make_config, name):
+    """Eager attention multiplies every query by every key, which is the conventional count."""
+    config, rows, length = make_config(name), 2, 20
+    model = Decoder(config, attention="eager")
+    model.initialize(0)
+    tokens = torch.randint(1, config.vocab_size, (rows, length))
+    with FlopCounterMode(display=False) as counter:
+        model(tokens).sum().backward()
+    flops = training_flops(config, length)
+    assert counter.get_total_flops() == flops.conventional * rows * length
+
+    masked = 0
+    for kind in config.layer_types:
+        matrix = Mask(length, length, config.window(kind)).matrix(torch.device("cpu"))
+        masked += int((~matrix).sum())
+    width = config.num_attention_heads * config.head_dim
+    assert flops.exact * length == flops.conventional * length - 12 * width * masked
 
 
 def test_training_state_is_sixteen_bytes_a_parameter():

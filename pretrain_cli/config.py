@@ -180,6 +180,12 @@ class TrainSettings(Section):
     """And one every so many steps."""
     max_time: Duration | None = None
     """Save and stop before the process is so old: 90s, 15m, 3h55m, 1d."""
+    skip_spikes: Positive | None = None
+    """Skip a step whose loss or gradient norm is so many standard deviations above its mean."""
+    max_skips: PositiveInt = 10
+    """After so many skipped steps in a row, go back to the last checkpoint known to be finite."""
+    max_rollbacks: Count = 3
+    """Go back so often; then stop."""
     sample_prompts: Texts = ("",)
     """What text is sampled from, each time; or a single one."""
     sample_tokens: Count = 100

@@ -154,6 +154,23 @@ class TrainDisplay:
                 soft_wrap=True,
             )
 
+    def on_skipped(self, event: Any) -> None:
+        first, behind = event.samples
+        gradient = next(iter(event.worst_gradients), None)
+        console.print(
+            f"[yellow]step {event.step:,} skipped:[/] {escape(event.reason)} (samples {first:,} to "
+            f"{behind - 1:,}" + (f"; largest gradient: {gradient})" if gradient else ")"),
+            soft_wrap=True,
+        )
+
+    def on_rolledback(self, event: Any) -> None:
+        first, behind = event.samples
+        console.print(
+            f"[red]Back from step {event.from_step:,} to {event.step:,}:[/] "
+            f"{escape(event.reason)}. Samples {first:,} to {behind - 1:,} are passed over",
+            soft_wrap=True,
+        )
+
     def on_saved(self, event: Any) -> None:
         console.print(f"[dim]saved {escape(str(event.path))}[/]", soft_wrap=True)
 

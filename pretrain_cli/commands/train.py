@@ -106,6 +106,14 @@ def train(
         bool | None,
         typer.Option("--compile/--no-compile", help="torch.compile.", show_default="on a GPU"),
     ] = None,
+    skip_spikes: Annotated[
+        float | None,
+        typer.Option(
+            metavar="K",
+            help="Skip steps whose loss or gradient norm is K deviations above its mean.",
+            show_default="none",
+        ),
+    ] = None,
     keep: Annotated[
         int | None,
         typer.Option(help="Newest checkpoints to keep, beside the best.", show_default="2"),
@@ -166,6 +174,7 @@ def train(
         "speed.attention": attn,
         "speed.dtype": dtype,
         "speed.compile": compile_,
+        "train.skip_spikes": skip_spikes,
         "train.keep_checkpoints": keep,
         "train.keep_every": keep_every,
         "train.eval_tokens": eval_tokens,

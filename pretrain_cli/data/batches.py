@@ -138,6 +138,15 @@ class Batches:
             samples.fill(wanted[mine], places[mine] - self.first, batch)
         return batch
 
+    def sample(self, number: int) -> tuple[int, np.ndarray]:
+        """One sample, of whichever rank: the source that it is of, and its inputs. (T,)"""
+        chosen, within = self.interleaving(np.array([number]))
+        source = int(chosen[0])
+        shape = (1, self.seq_len)
+        batch = Batch(np.empty(shape, np.int64), np.empty(shape, np.int64), None)
+        self.sources[source].fill(self.orders[source](within), np.array([0]), batch)
+        return source, batch.inputs[0]
+
 
 def validation_batches(
     tokens: TokenStream, *, seq_len: int, batch_size: int, rank: int = 0, world: int = 1

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,16 @@ class State:
     best_loss: float | None = None
     """Of the checkpoint with the lowest validation loss so far, among those that were evaluated."""
     finite: bool = True
-    """Whether the last loss and gradient norm were; as saved, whether every weight was as well."""
+    """Whether the last step was taken, as its loss and gradient norm were. Weights and moments that
+    are not finite are never saved."""
+    skipped: int = 0
+    """Steps that changed nothing. The optimizer has counted the others."""
+    rollbacks: int = 0
+    """How often the run has gone back to a checkpoint."""
+    passed: tuple[tuple[int, int], ...] = ()
+    """Samples that are not in these weights: the first of each stretch, and the one behind it."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """What a `Guard` remembers of the steps before."""
 
 
 def save_checkpoint(
@@ -126,7 +135,9 @@ def load_training_state(
         moments = {moment: place_like(value, parameter) for moment, value in slot.items()}
         optimizer.state[parameter] = moments
         if "exp_avg" in moments:  # AdamW counts; Muon doesn't
-            steps = torch.tensor(float(state.step), device=device if fused else "cpu")
+            steps = torch.tensor(
+                float(state.step - state.skipped), device=device if fused else "cpu"
+            )
             optimizer.state[parameter]["step"] = steps
     return state
 
@@ -134,7 +145,9 @@ def load_training_state(
 def read_state(folder: Path) -> State:
     path = folder / STATE
     try:
-        return State(**json.loads(path.read_text()))
+        read = json.loads(path.read_text())
+        passed = tuple((first, end) for first, end in read.pop("passed", ()))
+        return State(**read, passed=passed)
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: damaged ({error}); use another checkpoint") from None
 

@@ -92,13 +92,24 @@ class Feed:
     def next(self) -> Tensors:
         """This rank's share of the next step, on the device."""
         asked = time.perf_counter()
-        batch = self.coming.result() if self.coming else self._read(self.sample)
+        read = self.coming.result() if self.coming else self._read(self.sample)
         self.sample += self.batches.samples_per_step
         if self.reader:
             self.coming = self.reader.submit(self._read, self.sample)
-        batch = batch.each(lambda part: part.to(self.device, non_blocking=True))
+        batch = self._placed(read)
         self.wait = time.perf_counter() - asked
         return batch
+
+    def at(self, sample: int) -> Tensors:
+        """This rank's share of another step, out of turn."""
+        return self._placed(self._read(sample))
+
+    def go_to(self, sample: int) -> None:
+        """Go on from this sample."""
+        self.sample, self.coming = sample, None
+
+    def _placed(self, batch: Tensors) -> Tensors:
+        return batch.each(lambda part: part.to(self.device, non_blocking=True))
 
     def _read(self, sample: int) -> Tensors:
         read = self.batches.starting_at(sample)

@@ -93,13 +93,13 @@ class Guard:
         rows = torch.stack(self.unread).tolist() if self.unread else []
         self.unread = []
         verdicts = [_verdict(row) for row in rows]
-        self.skipped_in_a_row = verdicts[-1].in_a_row if verdicts else self.skipped_in_a_row
+        self.last = verdicts[-1] if verdicts else self.last
         return verdicts
 
     @property
     def is_exhausted(self) -> bool:
         """Whether, as last read, so many steps were skipped that none is taken any more."""
-        return self.skipped_in_a_row >= self.max_skips
+        return self.last.in_a_row >= self.max_skips
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: plain numbers, exact."""
@@ -120,8 +120,8 @@ class Guard:
         self.in_a_row = tensor(state.get("in_a_row", 0))
         self.mean = tensor(state.get("mean", [0.0, 0.0]))  # of loss and gradient norm
         self.variance = tensor(state.get("variance", [0.0, 0.0]))
-        self.skipped_in_a_row = state.get("in_a_row", 0)
         self.unread = []
+        self.last = Verdict(math.nan, math.nan, "", state.get("in_a_row", 0))
 
 
 def _verdict(row: list[float]) -> Verdict:
@@ -156,6 +156,12 @@ def step_unless(skip: Tensor, optimizer: Optimizer) -> None:
     for name, tensor in _tensors(optimizer).items():
         chosen = torch.where(skip.to(tensor.device), before.get(name, 0.0), tensor)
         tensor.copy_(chosen)
+
+
+def is_finite(optimizer: Optimizer, ranks: Ranks) -> bool:
+    """Whether every weight and all that the optimizer keeps are, on every rank. Waits for it."""
+    finite = [tensor.isfinite().all().to(ranks.device) for tensor in _tensors(optimizer).values()]
+    return not ranks.any(not torch.stack(finite).all().item())
 
 
 def _tensors(optimizer: Optimizer) -> dict[tuple[int, str], Tensor]:

@@ -5,6 +5,7 @@ shows them, and metrics.jsonl keeps those that are numbers.
 """
 
 import json
+import math
 import os
 import resource
 import sys
@@ -117,6 +118,40 @@ class Evaluation(Validation):
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """A step that changed nothing, and what its batch does to the weights as they are now."""
+
+    step: int
+    reason: str
+    loss: float
+    gradient_norm: float
+    samples: tuple[int, int]
+    """The first, and the one behind the last."""
+    worst_samples: list[dict[str, Any]]
+    """Those of the highest loss: number, source, loss, head of the text."""
+    worst_gradients: dict[str, float]
+    """The largest norms of gradients, by the tensors' published names."""
+    same_weights: bool
+    """Whether no step was taken between this one and the look into it."""
+    rollbacks: int
+    """How often the run had gone back by then."""
+
+
+@dataclass(frozen=True)
+class RolledBack:
+    """The run goes on from a checkpoint, with the samples behind those that led astray."""
+
+    step: int
+    """Of the checkpoint."""
+    from_step: int
+    reason: str
+    samples: tuple[int, int]
+    """Passed over: the first, and the one that the run goes on with."""
+    rollbacks: int
+    """How often the run has gone back, with this time."""
+
+
+@dataclass(frozen=True)
 class Saved:
     step: int
     path: Path
@@ -137,19 +172,30 @@ class Finished:
     reason: Literal["done", "stopped"]
 
 
-Event = Notice | Started | StepMetrics | Evaluation | Saved | Sample | Finished
+Event = (
+    Notice | Started | StepMetrics | Evaluation | Skipped | RolledBack | Saved | Sample | Finished
+)
 Report = Callable[[Event], None]
 
-KINDS: dict[type, str] = {Started: "start", StepMetrics: "step", Evaluation: "evaluation"}
+Kept = StepMetrics | Evaluation | Skipped | RolledBack
+KINDS: dict[type, str] = {
+    Started: "start",
+    StepMetrics: "step",
+    Evaluation: "evaluation",
+    Skipped: "skipped",
+    RolledBack: "rollback",
+}
 
 
 class MetricsFile:
-    """metrics.jsonl: a line for each start, each step reported and each evaluation."""
+    """metrics.jsonl: a line for each start, each step reported, each evaluation, each step skipped
+    and each way back."""
 
-    def __init__(self, path: Path, *, upto: int) -> None:
-        """Opens for appending; lines beyond step `upto` are of a future that was lost, and go."""
+    def __init__(self, path: Path, *, upto: int, rollbacks: int = 0) -> None:
+        """Opens for appending; lines beyond step `upto` are of a future that was lost, and go. What
+        was skipped on the way to one of the `rollbacks` stays."""
         self.path = path
-        rows = keep_upto(path, upto)
+        rows = keep_upto(path, upto, rollbacks)
         self.evaluated = {row["step"] for row in rows if row["kind"] == KINDS[Evaluation]}
         """Steps whose evaluation is in the file."""
         steps = [row for row in rows if row["kind"] == KINDS[StepMetrics]]
@@ -157,8 +203,8 @@ class MetricsFile:
         """Tokens and seconds of the run up to the last line."""
         self.file: IO[str] = path.open("a")
 
-    def write(self, event: Started | StepMetrics | Evaluation) -> None:
-        row: dict[str, Any] = {"kind": KINDS[type(event)], **asdict(event)}
+    def write(self, event: Started | Kept) -> None:
+        row: dict[str, Any] = {"kind": KINDS[type(event)], **_in_json(asdict(event))}
         if not row.get("sources", True):
             del row["sources"]
         for name in ("z_loss", "balancing_loss", "expert_load", "expert_overload"):
@@ -176,16 +222,29 @@ class MetricsFile:
         self.file.close()
 
 
-def keep_upto(path: Path, step: int) -> list[dict[str, Any]]:
-    """Cut a file of JSON lines to those up to this step, and give them. A kill can have cut the
-    last line short."""
+def keep_upto(path: Path, step: int, rollbacks: int = 0) -> list[dict[str, Any]]:
+    """Cut a file of JSON lines to those up to this step, and give them. Those that count the
+    rollbacks before them order by these first. A kill can have cut the last line short."""
     if not path.is_file():
         return []
     lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     rows = [json.loads(line) for line in lines]
-    kept = [i for i, row in enumerate(rows) if row["step"] <= step]
+    kept = [i for i, row in enumerate(rows) if _order(row, rollbacks) <= (rollbacks, step)]
     write_whole(path, "".join(lines[i] for i in kept))
     return [rows[i] for i in kept]
+
+
+def _order(row: dict[str, Any], rollbacks: int) -> tuple[int, int]:
+    return row.get("rollbacks", rollbacks), row["step"]
+
+
+def _in_json(value: Any) -> Any:
+    """With null for the numbers that JSON doesn't have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _in_json(part) for key, part in value.items()}
+    return [_in_json(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def peak_memory(device: torch.device) -> int:

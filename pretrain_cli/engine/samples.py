@@ -25,16 +25,19 @@ class Samples:
     """samples.jsonl: a line for each prompt, each time. The first rank writes it."""
 
     def __init__(self, plan: Plan, run: Path, ranks: Ranks, report: Report, *, upto: int) -> None:
-        """Lines beyond step `upto` are of a future that was lost, and go."""
         self.plan, self.ranks, self.report = plan, ranks, report
         self.path = run / "samples.jsonl"
-        rows = keep_upto(self.path, upto) if ranks.is_first else []
-        self.taken = {(row["step"], row["prompt"]) for row in rows}
+        self.keep_upto(upto)
         self.settings = plan.settings.train
         self.possible = self.settings.sample_tokens > 0
         if self.possible and self.settings.parallel == "fsdp":
             self.possible = False
             report(Notice("No samples: the model is parted among the ranks. pretrain sample"))
+
+    def keep_upto(self, step: int) -> None:
+        """Lines beyond this step are of a future that was lost, and go."""
+        rows = keep_upto(self.path, step) if self.ranks.is_first else []
+        self.taken = {(row["step"], row["prompt"]) for row in rows}
 
     def due(self, step: int) -> bool:
         """Whether there are samples of this step. The last one always has them."""

@@ -5,7 +5,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor, nn
+import numpy as np
+from torch import nn
 from torch.optim import Optimizer
 
 from pretrain_cli.data.batches import Batches
@@ -14,21 +15,23 @@ from pretrain_cli.engine.checkpoint import State
 from pretrain_cli.engine.distributed import Ranks
 from pretrain_cli.engine.evaluate import evaluate
 from pretrain_cli.engine.feed import Feed
+from pretrain_cli.engine.guard import Guard
 from pretrain_cli.engine.meter import Meter
 from pretrain_cli.engine.metrics import (
     Evaluation,
     Event,
     Finished,
+    Kept,
     MetricsFile,
     Notice,
     Report,
     Saved,
     Started,
-    StepMetrics,
 )
 from pretrain_cli.engine.optimizer import set_learning_rate
 from pretrain_cli.engine.peak import Peak
 from pretrain_cli.engine.plan import Plan, resolved
+from pretrain_cli.engine.recovery import Recovery
 from pretrain_cli.engine.run import device_name
 from pretrain_cli.engine.samples import Samples
 from pretrain_cli.engine.schedule import learning_rate
@@ -36,7 +39,7 @@ from pretrain_cli.engine.step import train_step
 from pretrain_cli.engine.stop import Stopped, StopRequest
 from pretrain_cli.engine.terms import OtherTerms
 from pretrain_cli.engine.trackers import Tracker, open_trackers, track
-from pretrain_cli.errors import ConfigError, PretrainError
+from pretrain_cli.errors import ConfigError
 from pretrain_cli.model import counting
 from pretrain_cli.model.decoder import Decoder
 
@@ -64,9 +67,11 @@ class Trainer:
         self.evaluation: Evaluation | None = None
         self.metrics: MetricsFile | None = None
         self.trackers: list[Tracker] = []
+        train = plan.settings.train
+        self.guard = Guard(ranks, skip_spikes=train.skip_spikes, max_skips=train.max_skips)
 
     def report(self, event: Event) -> None:
-        if self.metrics and isinstance(event, StepMetrics | Evaluation):
+        if self.metrics and isinstance(event, Kept):
             self.metrics.write(event)
         track(self.trackers, event)
         self.tell(event)
@@ -76,10 +81,11 @@ class Trainer:
         plan, ranks = self.plan, self.ranks
         self.stop = stop
         if ranks.is_first:
-            self.metrics = MetricsFile(self.run / "metrics.jsonl", upto=state.step)
+            self._open_metrics(state)
             asked = resolved(plan).model_dump(mode="json")
             names = plan.settings.train.log if state.step < steps else ()
             self.trackers = open_trackers(names, self.run, asked, self.report, step=state.step)
+        self.guard.load_state_dict(state.guard)
         flops = counting.training_flops(plan.model, plan.seq_len)
         self.saved_step = state.step  # of which there is nothing new to save
         started = Started(
@@ -117,9 +123,18 @@ class Trainer:
             prefetch=plan.speed.prefetch,
         )
         samples = Samples(plan, self.run, ranks, self.report, upto=state.step)
+        self.recovery = Recovery(
+            self.guard,
+            plan,
+            self.run,
+            ranks,
+            self.report,
+            feed,
+            self.decoder,
+            self.model,
+            self.optimizer,
+        )
         first, stopped = state.step, False
-        mean = 0.0
-        loss = norm = None
         if state.step >= steps:
             self.report(Notice(f"{self.run} has its {steps:,} steps; --steps with more goes on"))
         try:
@@ -130,8 +145,11 @@ class Trainer:
             if samples.due(state.step):  # a stop came before
                 with meter.held_up("evaluation"):
                     samples.take(self.decoder, state.step, stop)
-            while state.step < steps:
+            while state.step < steps or self.recovery.astray:
                 stop.check()
+                if self.recovery.astray:
+                    state = self.go_back(state)
+                    samples.keep_upto(state.step)
                 rate = learning_rate(
                     state.step,
                     peak=plan.learning_rate,
@@ -142,7 +160,7 @@ class Trainer:
                 set_learning_rate(self.optimizer, rate)
                 batch = feed.next()
                 terms = OtherTerms(plan.coefficients) if plan.coefficients else None
-                loss, norm = train_step(
+                train_step(
                     self.model,
                     self.optimizer,
                     batch.inputs,
@@ -152,6 +170,7 @@ class Trainer:
                     world=ranks.world,
                     counted=batch.counted,
                     documents=batch.documents,
+                    guard=self.guard,
                     terms=terms,
                     stop=stop.poll,
                 )
@@ -162,21 +181,23 @@ class Trainer:
                     tokens=state.tokens + plan.tokens_per_step,
                 )
                 meter.stepped(feed.wait)
-                save_due = state.step % plan.checkpoint_every == 0
-                eval_due = state.step % plan.eval_every == 0
+                is_last = state.step == steps
+                save_due = state.step % plan.checkpoint_every == 0 or is_last
+                eval_due = state.step % plan.eval_every == 0 or is_last
                 sample_due = samples.due(state.step)
-                log_due = state.step % plan.log_every == 0 or state.step == steps
+                log_due = state.step % plan.log_every == 0 or is_last
                 pause_due = save_due or eval_due or sample_due
                 if log_due or pause_due:
-                    mean = ranks.sum(loss).item()  # waits for the device
-                    self._refuse_divergence(state, mean, float(norm))
+                    state = self.recovery.settle(state)  # waits for the device
+                    if self.recovery.astray:
+                        continue
                 if log_due:
                     self.report(
                         meter.read(
                             state.step,
                             tokens=state.tokens,
-                            loss=mean,
-                            gradient_norm=float(norm),
+                            loss=self.guard.last.loss,
+                            gradient_norm=self.guard.last.gradient_norm,
                             learning_rate=rate,
                             sources=self._tokens_by_source(state),
                             others=terms.read(ranks) if terms else {},
@@ -192,14 +213,12 @@ class Trainer:
                     with meter.held_up("evaluation"):
                         samples.take(self.decoder, state.step, stop)
                 stop.after(state.step)
-            if state.step > first:
-                self.evaluate(state)
             state = self.save(state)
             if samples.due(state.step):
                 samples.take(self.decoder, state.step, stop)
         except Stopped:
             stopped = True
-            self._leave(state, made=state.step - first, loss=loss, norm=norm)
+            self._leave(state, made=state.step - first)
         finally:
             feed.close()
             if self.metrics:
@@ -210,10 +229,8 @@ class Trainer:
         self.report(finished)
         return finished
 
-    def _leave(self, state: State, *, made: int, loss: Tensor | None, norm: Tensor | None) -> None:
-        """Save a run that is asked to stop, after `made` steps of which these are the last's."""
-        if loss is not None and norm is not None:
-            self._refuse_divergence(state, self.ranks.sum(loss).item(), float(norm))
+    def _leave(self, state: State, *, made: int) -> None:
+        """Save a run that is asked to stop, after `made` steps."""
         self.save(state)
         if self.stop.reason:
             self.report(Notice(f"{self.stop.reason}: stopped"))
@@ -226,19 +243,30 @@ class Trainer:
     def _tokens_by_source(self, state: State) -> dict[str, int]:
         """Seen so far of each dataset, where there are several."""
         sources = self.plan.data.trained_on
-        counts = self.batches.interleaving.counts(state.samples)
-        tokens = [count * self.plan.seq_len for count in counts]
+        counts = np.array(self.batches.interleaving.counts(state.samples))
+        for borders in state.passed:
+            before, after = map(self.batches.interleaving.counts, borders)
+            counts += np.array(before) - np.array(after)
+        tokens = (counts * self.plan.seq_len).tolist()
         names = [source.name for source in sources]
         return dict(zip(names, tokens, strict=True)) if len(self.plan.data.sources) > 1 else {}
 
-    def _refuse_divergence(self, state: State, loss: float, norm: float) -> None:
-        """Stop before weights that are not finite are saved over those that are."""
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise PretrainError(
-                f"step {state.step}: loss {loss}, gradient norm {norm}; training diverged, this is "
-                "not saved. Start again with a lower --learning-rate, or with --init-from an "
-                f"earlier checkpoint of {self.run}"
-            )
+    def _open_metrics(self, state: State) -> None:
+        self.metrics = MetricsFile(
+            self.run / "metrics.jsonl", upto=state.step, rollbacks=state.rollbacks
+        )
+
+    def go_back(self, state: State) -> State:
+        """To an earlier checkpoint; what is later is left behind."""
+        state, told = self.recovery.go_back(state)
+        self.saved_step, self.evaluated_step, self.evaluation = state.step, -1, None
+        if self.metrics:
+            for left in keeping.abandon_later(self.run, state.step):
+                self.report(Notice(f"{left}: beyond step {state.step:,}, renamed to abandoned-…"))
+            self.metrics.close()
+            self._open_metrics(state)
+        self.report(told)
+        return state
 
     def _missed_evaluation(self, state: State) -> bool:
         """Whether this run was stopped at a step whose evaluation was due, and is resumed there."""
@@ -280,7 +308,10 @@ class Trainer:
         if self.saved_step == state.step:
             return state
         began = time.perf_counter()
-        state = self._with_best(state)
+        state = self.recovery.settle(state)
+        if not self.recovery.can_be_saved(state):
+            return state
+        state = replace(self._with_best(state), guard=self.guard.state_dict())
         if self.metrics:
             self.metrics.sync()
             for tracker in self.trackers:

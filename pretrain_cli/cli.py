@@ -16,6 +16,7 @@ from pretrain_cli.commands import (
     sample,
     tokenize,
     train,
+    verify,
 )
 from pretrain_cli.commands.display import error_console
 from pretrain_cli.errors import PretrainError
@@ -50,6 +51,7 @@ app.command("train", rich_help_panel="The main line")(train.train)
 app.command("sample", rich_help_panel="The main line")(sample.sample)
 app.command("report", rich_help_panel="What there is")(report.report)
 app.command("evaluate", rich_help_panel="What there is")(evaluate.evaluate)
+app.command("verify", rich_help_panel="What there is")(verify.verify)
 app.command("inspect", rich_help_panel="What there is")(inspect.inspect)
 app.command("benchmark", rich_help_panel="What it costs")(benchmark.benchmark)
 app.command("count-params", rich_help_panel="What it costs")(count_params.count_params)

@@ -116,6 +116,15 @@ def weight_files(folder: Path) -> dict[Path, list[str]]:
     return out
 
 
+def weight_types(folder: Path) -> set[str]:
+    """The types of a folder's tensors, as safetensors calls them: F32, BF16, …"""
+    types = set()
+    for path, names in weight_files(folder).items():
+        with _opened(path) as file:
+            types |= {file.get_slice(name).get_dtype() for name in names}
+    return types
+
+
 def _opened(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path}: named by the index, but not there; copy it again")

@@ -213,6 +213,7 @@ class SpeedConfig(Section):
     keep_freed_memory: bool | Auto = "auto"
     cudnn_benchmark: bool | Auto = "auto"
     expandable_segments: bool | Auto = "auto"
+    deterministic: bool = False
 
 
 class RunConfig(Section):

@@ -1,11 +1,12 @@
 """`pretrain train`: a dataset to a run folder."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
+from rich.markup import escape
 
-from pretrain_cli.commands.display import TrainDisplay, notice
+from pretrain_cli.commands.display import TrainDisplay, console, notice
 from pretrain_cli.commands.lr_find import RANGE_TEST_STEPS, refuse_meaningless, suggest_rate
 
 STOPPED = 75
@@ -135,8 +136,25 @@ def train(
     init_from: Annotated[
         Path | None, typer.Option(help="Start from the weights of a Hugging Face model folder.")
     ] = None,
+    deterministic: Annotated[
+        bool | None,
+        typer.Option(
+            "--deterministic", help="The same bits every time on a GPU too, where kernels can."
+        ),
+    ] = None,
     resume: Annotated[
         Path | None, typer.Option(help="Go on with a run, from its newest intact checkpoint.")
+    ] = None,
+    allow_change: Annotated[
+        bool,
+        typer.Option("--allow-change", help="Resume with settings that change what is learned."),
+    ] = False,
+    check_resume: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Prove exact resume here: N steps straight, against N/2, saved and resumed.",
+        ),
     ] = None,
     config: Annotated[
         str | None, typer.Option(help="A YAML file of settings, or a built-in one by name.")
@@ -179,6 +197,7 @@ def train(
         "train.keep_every": keep_every,
         "train.eval_tokens": eval_tokens,
         "train.log": log,
+        "speed.deterministic": deterministic,
         "train.out": out,
     }
     from pretrain_cli.config import build_config, read_config
@@ -191,16 +210,24 @@ def train(
     if lr_find:
         refuse_meaningless(resume, flags)
         flags["train.steps"] = steps or RANGE_TEST_STEPS  # and not those of a file
+    if allow_change and resume is None:
+        raise ConfigError("--allow-change: goes with --resume, whose settings it lets change")
+    if check_resume is not None and resume is not None:
+        raise ConfigError(f"--check-resume: begins a run of its own; leave --resume {resume} out")
+    if check_resume is not None and lr_find:
+        raise ConfigError("--check-resume: trains as the settings say; leave --lr-find out")
     if resume is None:
         settings = build_config(read_config(config) if config else {}, flags, set_ or [])
         where = {}
     else:
-        settings, where = _resumed(resume, flags, set_ or [])
+        settings, where = _resumed(resume, flags, set_ or [], allow_change)
     from pretrain_cli.engine.process import wait_passively
     from pretrain_cli.engine.stop import Stopped, StopRequest
 
     with StopRequest(limit=settings.train.max_time) as stop, TrainDisplay() as display:
         wait_passively(settings.speed.passive_threads)
+        if check_resume is not None:
+            _prove_resume(settings, check_resume, display, stop)
         from pretrain_cli.engine.train import train as run
 
         try:
@@ -215,8 +242,28 @@ def train(
         raise typer.Exit(STOPPED)
 
 
+def _prove_resume(settings: Any, steps: int, display: TrainDisplay, stop: Any) -> NoReturn:
+    """Say whether a run that is resumed is the run straight through: exit code 0, else 1."""
+    from pretrain_cli.engine.check_resume import check_resume
+    from pretrain_cli.engine.stop import Stopped
+
+    try:
+        found = check_resume(settings, steps, display, stop)
+    except Stopped:
+        raise typer.Exit(STOPPED) from None
+    if found.difference:
+        console.print(f"[red]Not equal.[/] First: {escape(found.difference)}", soft_wrap=True)
+        raise typer.Exit(1)
+    console.print(
+        f"[green]Equal, bit for bit:[/] {found.numbers} logged numbers, {found.tensors} tensors of "
+        "weights and optimizer",
+        soft_wrap=True,
+    )
+    raise typer.Exit(0)
+
+
 def _resumed(
-    resume: Path, flags: dict[str, Any], assignments: list[str]
+    resume: Path, flags: dict[str, Any], assignments: list[str], allow_change: bool
 ) -> tuple[Any, dict[str, Any]]:
     """The run's settings with the changes asked for, and where training goes on."""
     from pretrain_cli.config import build_config
@@ -232,5 +279,6 @@ def _resumed(
     base = {name: dict(section) for name, section in record.settings.items()}
     if flags["train.tokens"] is not None:
         base["train"].pop("steps")
-    settings = resumed_settings(record, build_config(base, flags, assignments))
+    changed = build_config(base, flags, assignments)
+    settings = resumed_settings(record, changed, allow_change=allow_change)
     return settings, {"resume": (resume, record), "resume_from": checkpoint}

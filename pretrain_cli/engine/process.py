@@ -67,6 +67,12 @@ def keep_freed_memory(asked: bool | str, device_type: str) -> tuple[bool, str]:
     return True, "" if asked is True else "no memory is faulted in again at each step"
 
 
+def keep_compiled(folder: Path) -> None:
+    """Have torch.compile keep what it makes in this folder, and look there first, unless the
+    environment names another. Before anything is compiled."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder.absolute()))
+
+
 def apply_memory(keep: bool) -> None:
     """Have glibc keep what is freed. It holds for the rest of the process."""
     if keep:

@@ -1,6 +1,7 @@
 """run.yaml read back, and what a resumed run may change of it. Without torch, so that a command can
 know a run's settings before torch is loaded."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from pretrain_cli.model.config import FIELDS, ModelConfig, variant
 from pretrain_cli.model.presets import preset
 
 RECORD = "run.yaml"
-# What a resumed run may change: how long it goes, how fast, and what it reports and keeps.
-CHANGEABLE = {
+# How long a run goes, where and how fast, and what it reports and keeps: none changes what a step
+# learns. (More steps stretch the schedule, which is told.) All speed settings are such, too.
+SAFE = {
     "data.path",  # the fingerprint still has to be the same
     "data.tokenizer",
     "train.steps",
@@ -37,6 +39,17 @@ CHANGEABLE = {
     "train.sample_every",
     "train.log",
 }
+ORDER = "it decides which sample is the next, and some would come twice or never"
+REFUSED = {
+    "model": "the weights are of that model",
+    "data.seq_len": ORDER,
+    "data.packing": ORDER,
+    "train.seed": ORDER,
+    "train.out": "a run is where its folder is; move that",
+    "optimizer.name": "what is saved is the other optimizer's state",
+}
+"""Settings, or a whole section, with the reason. What is in neither of the two changes what is
+learned from then on, as a learning rate does, and needs --allow-change."""
 
 
 @dataclass(frozen=True)
@@ -70,15 +83,37 @@ def read_record(run: Path) -> Record:
     return Record(settings, asked, variant(preset("gemma3-tiny"), model), name, *data)
 
 
-def resumed_settings(record: Record, changed: RunConfig) -> RunConfig:
-    """The run's settings with the changes that a resumed run may have; others are refused."""
-    before = check_config(record.settings).model_dump()
-    for section, values in changed.model_dump().items():
-        for key, value in values.items():
-            name = f"{section}.{key}"
-            if value != before[section].get(key) and section != "speed" and name not in CHANGEABLE:
-                raise ConfigError(
-                    f"{name}: {value} differs from the run's {before[section].get(key)}; a resumed "
-                    "run keeps it. Start a new run, from these weights with --init-from"
-                )
+def resumed_settings(
+    record: Record, changed: RunConfig, *, allow_change: bool = False
+) -> RunConfig:
+    """The settings that a resumed run goes on with, or ConfigError about a change that it can't
+    have, or can have only where it is allowed."""
+    for name, before, now in differences(check_config(record.settings), changed):
+        section = name.partition(".")[0]
+        differs = f"{name}: {now} differs from the run's {before}"
+        if reason := REFUSED.get(name, REFUSED.get(section)):
+            raise ConfigError(
+                f"{differs}; a resumed run keeps it: {reason}. Start a new run, from these weights "
+                "with --init-from"
+            )
+        if section != "speed" and name not in SAFE and not allow_change:
+            raise ConfigError(
+                f"{differs}; from here on the run would learn as another one does. If that is "
+                "meant, add --allow-change"
+            )
+        if name == "train.tokens_per_step" and changed.train.tokens is not None:
+            raise ConfigError(
+                f"{differs}, and how many steps come to --tokens {changed.train.tokens} is counted "
+                "in steps of one size; give --steps"
+            )
     return changed
+
+
+def differences(before: RunConfig, now: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    """(setting, before, now) of each that differs."""
+    old, new = before.model_dump(), now.model_dump()
+    for section, values in new.items():
+        for key in values | old[section]:
+            one, other = old[section].get(key), values.get(key)
+            if one != other:
+                yield f"{section}.{key}", one, other

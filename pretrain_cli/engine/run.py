@@ -4,6 +4,7 @@ runs/NAME/
 ├── run.yaml            settings as resolved and as asked, speed in force, model, dataset, software
 ├── metrics.jsonl       a line for each step reported and each evaluation
 ├── samples.jsonl       text sampled from the model
+├── compile-cache/      what torch.compile made, for when the run goes on; safe to remove
 └── checkpoints/step-000400/
 """
 
@@ -24,6 +25,7 @@ from pretrain_cli.files import write_whole
 from pretrain_cli.model.config import ModelConfig
 
 RUNS = Path("runs")
+COMPILED = "compile-cache"
 
 
 def choose_folder(plan: Plan) -> Path:

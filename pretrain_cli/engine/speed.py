@@ -4,8 +4,10 @@ Each is a field of SpeedConfig. `auto` takes what suits the device. What the dev
 refused where something else would have to stand in, and said where it merely has no effect.
 """
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,11 @@ from pretrain_cli.errors import ConfigError
 from pretrain_cli.model.attention_backends import BACKENDS
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.decoder import Decoder
+
+DETERMINISM = (
+    "the same sums in the same order every time. Gradients of attention and of the embedding take "
+    "longer on a GPU, fresh memory is filled, and what has no such kernel is refused"
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,8 @@ def resolve_speed(asked: SpeedConfig, device: torch.device, *, training: bool = 
         "cudnn_benchmark": _cudnn_benchmark,
         "expandable_segments": _expandable_segments,
     }
+    if asked.deterministic:
+        decide["cudnn_benchmark"] = _no_benchmark
     decisions = {}
     for setting, value in asked.model_dump().items():
         if setting == "attention":
@@ -87,11 +96,30 @@ def apply_process_settings(speed: Speed) -> None:
     torch.set_float32_matmul_precision(speed.float32_matmul)
     cpu_matmul.apply(speed.onednn_matmul)
     torch.backends.cudnn.benchmark = speed.cudnn_benchmark
+    torch.backends.cudnn.deterministic = speed.deterministic
+    torch.use_deterministic_algorithms(speed.deterministic)
+    if speed.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     if torch.cuda.is_available():
         # The environment is read when CUDA starts, which was when the device was looked for.
         torch.cuda.memory._set_allocator_settings(
             f"expandable_segments:{speed.expandable_segments}"
         )
+
+
+@contextlib.contextmanager
+def only_deterministic(speed: Speed) -> Iterator[None]:
+    """An operation that has no deterministic kernel is the setting's mistake, and no bug."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not speed.deterministic or "deterministic implementation" not in str(error):
+            raise
+        operation = str(error).split(" does not")[0]
+        raise ConfigError(
+            f"speed.deterministic: {operation} has no deterministic kernel on this device; leave "
+            "--deterministic out, or choose another --attn"
+        ) from None
 
 
 def build_model(config: ModelConfig, speed: Speed, device: torch.device) -> Decoder:
@@ -168,6 +196,12 @@ def _fused_optimizer(asked: bool | str, device: torch.device) -> tuple[bool, str
     if device.type in ("cpu", "cuda", "mps"):
         return True, "" if asked is True else "one pass over the parameters"
     return False, f"PyTorch has no fused AdamW for {device.type}"
+
+
+def _no_benchmark(asked: bool | str, device: torch.device) -> tuple[bool, str]:
+    if asked is False:
+        return False, ""
+    return False, "it chooses kernels by their times, which differ from run to run"
 
 
 def _cudnn_benchmark(asked: bool | str, device: torch.device) -> tuple[bool, str]:

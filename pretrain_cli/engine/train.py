@@ -11,6 +11,7 @@ import torch
 
 from pretrain_cli.config import RunConfig
 from pretrain_cli.engine import checkpoint, keeping
+from pretrain_cli.engine.changes import told_changes
 from pretrain_cli.engine.checkpoint import State
 from pretrain_cli.engine.distributed import open_ranks, share
 from pretrain_cli.engine.feed import open_batches
@@ -18,9 +19,16 @@ from pretrain_cli.engine.metrics import Event, Finished, Notice, Report
 from pretrain_cli.engine.optimizer import build_optimizer
 from pretrain_cli.engine.peak import find_peak
 from pretrain_cli.engine.plan import Plan, make_plan
+from pretrain_cli.engine.process import keep_compiled
 from pretrain_cli.engine.record import Record
-from pretrain_cli.engine.run import choose_folder, write_record
-from pretrain_cli.engine.speed import apply_process_settings, build_model, compile_blocks
+from pretrain_cli.engine.run import COMPILED, choose_folder, write_record
+from pretrain_cli.engine.speed import (
+    DETERMINISM,
+    apply_process_settings,
+    build_model,
+    compile_blocks,
+    only_deterministic,
+)
 from pretrain_cli.engine.stop import StopRequest
 from pretrain_cli.engine.trainer import Trainer
 from pretrain_cli.errors import CheckpointError, ConfigError, DataError
@@ -59,10 +67,14 @@ def train(
         for decision in plan.speed.decisions.values():
             if decision.asked not in ("auto", decision.in_force):
                 report(Notice(f"speed.{decision.setting}: {decision.in_force}, {decision.reason}"))
+        if plan.speed.deterministic:
+            report(Notice(f"speed.deterministic: {DETERMINISM}"))
 
         peak = find_peak(ranks.device, plan.speed.compute_dtype, seconds=PEAK_SECONDS)
         decoder = build_model(plan.model, plan.speed, ranks.device)
         set_weights(decoder, plan, start, report)
+        if plan.speed.compile:
+            keep_compiled(run / COMPILED)
         compile_blocks(decoder, plan.speed)
         model = share(decoder, ranks, plan.settings.train.parallel)
         optimizer = build_optimizer(
@@ -76,13 +88,17 @@ def train(
                 f"train.steps: {plan.steps:,} is less than the {state.step:,} that {run} has; give "
                 "more, or resume from an earlier checkpoint of it"
             )
+        if resume is not None:
+            for line in told_changes(resume[1], plan, state.step):
+                report(Notice(line))
         if ranks.is_first:
             keeping.sweep(run)
             write_record(run, plan, ranks.device, peak, resume[1].asked if resume else None)
             for left in keeping.abandon_later(run, state.step):
                 report(Notice(f"{left}: beyond step {state.step:,}, renamed to abandoned-…"))
         trainer = Trainer(plan, run, ranks, report, batches, decoder, model, optimizer, peak)
-        return trainer.run_until(plan.steps, state, stop)
+        with only_deterministic(plan.speed):
+            return trainer.run_until(plan.steps, state, stop)
 
 
 def _choose_run(

@@ -33,7 +33,9 @@ def numbers(run: Path) -> list[dict]:
 def resume(run_it, folder: Path, **changes):
     record = read_record(folder)
     flags = {name.replace("__", "."): value for name, value in changes.items()}
-    settings = resumed_settings(record, build_config(record.settings, flags, []))
+    allow = flags.pop("allow_change", False)
+    changed = build_config(record.settings, flags, [])
+    settings = resumed_settings(record, changed, allow_change=allow)
     return run_it(settings, resume=(folder, record))
 
 
@@ -159,6 +161,43 @@ def test_what_would_change_the_run_is_refused_on_resume(settings, run, tmp_path,
     run(settings(train__steps=1))
     with pytest.raises(ConfigError, match=f"{setting}: {value} differs"):
         resume(run, tmp_path / "run", **{setting: value})
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "allowed"),
+    [("optimizer.learning_rate", 1e-4, True), ("optimizer.schedule", "wsd", True),
+     ("optimizer.clip", 0.5, True), ("data.document_mask", True, True),
+     ("train.tokens_per_step", 256, True), ("optimizer.name", "muon", False),
+     ("train.seed", 5, False), ("data.seq_len", 16, False), ("model.hidden_size", 64, False)],
+)  # fmt: skip
+def test_what_is_learned_may_change_where_that_is_allowed_and_what_the_run_is_never(
+    settings, run, tmp_path, setting, value, allowed
+):
+    run(settings(train__steps=1))
+    changes = {setting: value, "train.steps": 2, "allow_change": True}
+    if not allowed:
+        with pytest.raises(ConfigError, match=f"{setting}: {value} differs .* keeps it: "):
+            resume(run, tmp_path / "run", **changes)
+        return
+    with pytest.raises(ConfigError, match="If that is meant, add --allow-change"):
+        resume(run, tmp_path / "run", **changes | {"allow_change": False})
+    events = resume(run, tmp_path / "run", **changes)
+    told = [event.text for event in events if isinstance(event, Notice)]
+    [line] = [text for text in told if text.startswith(f"{setting}: ")]
+    assert line.endswith(f" → {value}")
+    assert "train.steps: 1 → 2" in told
+    assert events[-1].step == 2
+
+
+def test_a_schedule_that_more_steps_stretch_is_told_with_its_rates(settings, run, tmp_path):
+    """After warm-up, a line from 3e-3 down to a tenth: at its end, and halfway."""
+    line = {"optimizer__schedule": "linear", "optimizer__warmup_steps": 0}
+    run(settings(train__steps=2, **line))
+    told = [e.text for e in resume(run, tmp_path / "run", train__steps=4) if isinstance(e, Notice)]
+    assert (
+        "The linear schedule now ends at step 4: the learning rate goes on at 0.00165 instead of "
+        "0.0003"
+    ) in told
 
 
 def test_another_dataset_is_refused_on_resume(settings, run, tmp_path, dataset):

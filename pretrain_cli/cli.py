@@ -11,6 +11,7 @@ from pretrain_cli.commands import (
     benchmark,
     count_params,
     evaluate,
+    export,
     inspect,
     report,
     sample,
@@ -52,6 +53,7 @@ app.command("sample", rich_help_panel="The main line")(sample.sample)
 app.command("report", rich_help_panel="What there is")(report.report)
 app.command("evaluate", rich_help_panel="What there is")(evaluate.evaluate)
 app.command("verify", rich_help_panel="What there is")(verify.verify)
+app.command("export", rich_help_panel="What there is")(export.export)
 app.command("inspect", rich_help_panel="What there is")(inspect.inspect)
 app.command("benchmark", rich_help_panel="What it costs")(benchmark.benchmark)
 app.command("count-params", rich_help_panel="What it costs")(count_params.count_params)

@@ -1,5 +1,9 @@
 """Hugging Face model folders, both ways: the weights.
 
+    model.safetensors                       all of them, or of large models several such files,
+    model-00001-of-00002.safetensors, …     and which tensor is in which:
+    model.safetensors.index.json
+
 Reading takes one safetensors file or several with an index, with the names that text models have or
 those that multimodal Gemma folders keep their text part under.
 """
@@ -7,28 +11,55 @@ those that multimodal Gemma folders keep their text part under.
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pretrain_cli.errors import CheckpointError
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.layout import EMBEDDING, HEAD, Piece, layout
+from pretrain_cli.model.tensor_file import write_tensors
 
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 TEXT_PREFIXES = ("language_model.model.", "model.language_model.", "model.")
 """Where published folders keep the decoder, the multimodal ones first."""
 FLOATS = ("F32", "BF16", "F16", "F64")
 DECODER = re.compile(r"model\.(layers|embed_tokens|norm)\.")
 
 
-def write_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """model.safetensors, with the metadata that transformers looks for."""
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+def write_weights(
+    folder: Path, tensors: Mapping[str, Tensor], max_shard_size: int | None = None
+) -> dict[str, str]:
+    """model.safetensors, or several files of at most so many bytes (more only for a tensor that is
+    larger) and their index, as transformers writes them. Returns the SHA-256 of each weights file.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    room = max_shard_size
+    for name, tensor in tensors.items():
+        if room is not None and max_shard_size is not None:
+            if tensor.nbytes > room and shards[-1]:
+                shards.append({})
+                room = max_shard_size
+            room -= tensor.nbytes
+        shards[-1][name] = tensor
+    if len(shards) == 1:
+        return {SINGLE: write_tensors(folder / SINGLE, tensors)}
+    names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+        "weight_map": {
+            tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard
+        },
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return {
+        name: write_tensors(folder / name, shard) for name, shard in zip(names, shards, strict=True)
+    }
 
 
 def published_tensors(model: Decoder, full: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -97,8 +128,8 @@ def say_left_out(folder: Path, names: list[str]) -> str:
 
 def weight_files(folder: Path) -> dict[Path, list[str]]:
     """Each safetensors file of a model folder, with the tensor names in it."""
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
+    index = folder / INDEX
+    single = folder / SINGLE
     if single.is_file():  # which transformers takes, index or not
         paths = [single]
     elif index.is_file():

@@ -1,0 +1,49 @@
+"""`pretrain export`: a checkpoint as a folder to publish."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from pretrain_cli.commands.display import console, notice
+
+
+def export(
+    where: Annotated[Path, typer.Argument(help="A run, a checkpoint or a model folder.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    best: Annotated[
+        bool, typer.Option("--best", help="The run's checkpoint of lowest validation loss.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="Of the weights: bf16, fp16 or fp32.")] = "bf16",
+    max_shard_size: Annotated[
+        str, typer.Option(help="Weights beyond it are several files.")
+    ] = "5GB",
+) -> None:
+    """Write a model for others: weights, tokenizer, configuration and a model card.
+
+    Nothing is overwritten.
+    """
+    from pretrain_cli.amounts import in_bytes
+    from pretrain_cli.errors import ConfigError
+
+    try:
+        limit = in_bytes(max_shard_size)
+    except ValueError:
+        raise ConfigError(
+            f"--max-shard-size: '{max_shard_size}' is not a size; give 5GB or 500MB"
+        ) from None
+    from pretrain_cli.engine import export as engine
+
+    folder = engine.export(where, out, dtype=dtype, max_shard_size=limit, best=best, report=notice)
+    written = sorted(out.glob("*.safetensors"))
+    files = "1 file" if len(written) == 1 else f"{len(written)} files"
+    console.print(
+        f"[green]{escape(str(out))}[/]: {escape(str(folder))} in {dtype}, weights in {files}",
+        soft_wrap=True,
+    )
+    console.print(
+        f"See that it is the same: pretrain verify {escape(str(folder))} --against "
+        f"{escape(str(out))}",
+        soft_wrap=True,
+    )

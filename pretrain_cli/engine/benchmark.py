@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from pretrain_cli.config import OptimizerSettings, SpeedConfig
-from pretrain_cli.engine.distributed import find_device
+from pretrain_cli.engine.distributed import Ranks, find_device
+from pretrain_cli.engine.guard import Guard
 from pretrain_cli.engine.metrics import peak_memory
 from pretrain_cli.engine.optimizer import build_optimizer, set_learning_rate
 from pretrain_cli.engine.peak import Peak
@@ -132,11 +133,15 @@ def _time_steps(
     generator = torch.Generator().manual_seed(0)
     windows = torch.randint(workload.model.vocab_size, size, generator=generator).to(device)
     inputs, targets = windows[:, :-1], windows[:, 1:]
+    guard = Guard(Ranks(0, 1, device))
 
     def step() -> float:
         if training:
             rows = workload.micro_batch_size
-            loss, _ = train_step(model, optimizer, inputs, targets, micro_batch_size=rows, clip=1.0)
+            loss, _ = train_step(
+                model, optimizer, inputs, targets, micro_batch_size=rows, clip=1.0, guard=guard
+            )
+            guard.read()
         else:
             with torch.no_grad():
                 loss = model(inputs, targets)

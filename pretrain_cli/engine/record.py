@@ -27,8 +27,6 @@ SAFE = {
     "train.log_every",
     "train.eval_every",
     "train.checkpoint_every",
-    "train.skip_spikes",
-    "train.max_skips",
     "train.max_rollbacks",
     "train.keep_checkpoints",
     "train.keep_best",

@@ -81,10 +81,7 @@ class Trainer:
         plan, ranks = self.plan, self.ranks
         self.stop = stop
         if ranks.is_first:
-            self._open_metrics(state)
-            asked = resolved(plan).model_dump(mode="json")
-            names = plan.settings.train.log if state.step < steps else ()
-            self.trackers = open_trackers(names, self.run, asked, self.report, step=state.step)
+            self._open_files(state)
         self.guard.load_state_dict(state.guard)
         flops = counting.training_flops(plan.model, plan.seq_len)
         self.saved_step = state.step  # of which there is nothing new to save
@@ -221,10 +218,7 @@ class Trainer:
             self._leave(state, made=state.step - first)
         finally:
             feed.close()
-            if self.metrics:
-                self.metrics.close()
-            for tracker in self.trackers:
-                tracker.close()
+            self._close_files()
         finished = Finished(self.run, state.step, steps, "stopped" if stopped else "done")
         self.report(finished)
         return finished
@@ -251,10 +245,19 @@ class Trainer:
         names = [source.name for source in sources]
         return dict(zip(names, tokens, strict=True)) if len(self.plan.data.sources) > 1 else {}
 
-    def _open_metrics(self, state: State) -> None:
-        self.metrics = MetricsFile(
-            self.run / "metrics.jsonl", upto=state.step, rollbacks=state.rollbacks
-        )
+    def _open_files(self, state: State) -> None:
+        """What the run is written to, without what is beyond the state's step."""
+        plan, path = self.plan, self.run / "metrics.jsonl"
+        self.metrics = MetricsFile(path, upto=state.step, rollbacks=state.rollbacks)
+        asked = resolved(plan).model_dump(mode="json")
+        names = plan.settings.train.log if state.step < plan.steps else ()
+        self.trackers = open_trackers(names, self.run, asked, self.report, step=state.step)
+
+    def _close_files(self) -> None:
+        if self.metrics:
+            self.metrics.close()
+        for tracker in self.trackers:
+            tracker.close()
 
     def go_back(self, state: State) -> State:
         """To an earlier checkpoint; what is later is left behind."""
@@ -263,8 +266,8 @@ class Trainer:
         if self.metrics:
             for left in keeping.abandon_later(self.run, state.step):
                 self.report(Notice(f"{left}: beyond step {state.step:,}, renamed to abandoned-…"))
-            self.metrics.close()
-            self._open_metrics(state)
+            self._close_files()
+            self._open_files(state)
         self.report(told)
         return state
 

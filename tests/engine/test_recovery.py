@@ -3,12 +3,16 @@
 import contextlib
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from pretrain_cli.commands.display import TrainDisplay
 from pretrain_cli.config import build_config
 from pretrain_cli.engine import keeping, trainer
 from pretrain_cli.engine.checkpoint import read_state
@@ -250,3 +254,85 @@ def test_tokens_of_each_source_leave_out_what_was_passed_over(
     run(settings(data__path=path, train__checkpoint_every=2, train__max_skips=2))
     last = rows(tmp_path / "run", "step")[-1]
     assert sum(last["sources"].values()) == last["tokens"] == 6 * 128
+
+
+def test_what_was_skipped_and_where_the_run_went_back_to_is_shown(capsys):
+    display = TrainDisplay()
+    display(Skipped(3, "loss is nan", math.nan, 1.0, (8, 12), [], {"lm_head.weight": 9.0}, True, 0))
+    display(RolledBack(2, 7, "3 steps in a row were skipped", (8, 28), 1))
+    shown = capsys.readouterr().out
+    assert (
+        "step 3 skipped: loss is nan (samples 8 to 11; largest gradient: lm_head.weight)" in shown
+    )
+    assert "Back from step 7 to 2: 3 steps in a row were skipped. Samples 8 to 27 are" in shown
+
+
+def test_tensorboard_is_told_to_forget_what_the_run_went_back_from(settings, run, poison, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    poison.update(PER_STEP * n for n in (4, 5))
+    run(settings(train__checkpoint_every=3, train__max_skips=2, train__log="tensorboard"))
+    events = accumulator.EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    assert [each.step for each in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+
+
+TWO_RANKS = """
+import math, sys
+from pretrain_cli.engine import trainer
+from pretrain_cli.engine.feed import Feed
+
+current, next_batch, batch_at, build = {}, Feed.next, Feed.at, trainer.Trainer.__init__
+
+def following(self):
+    current["sample"] = self.sample
+    return next_batch(self)
+
+def at(self, sample):
+    current["sample"] = sample
+    return batch_at(self, sample)
+
+def init(self, plan, run, ranks, report, batches, decoder, *rest):
+    build(self, plan, run, ranks, report, batches, decoder, *rest)
+    real = decoder.forward
+    def forward(*arguments, **options):
+        loss = real(*arguments, **options)
+        spoilt = current["sample"] in (16, 20) and ranks.rank == 1
+        return loss * math.nan if spoilt else loss
+    decoder.forward = forward
+
+Feed.next, Feed.at, trainer.Trainer.__init__ = following, at, init
+from pretrain_cli.cli import app
+app()
+"""
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_ranks_skip_and_go_back_together(settings, tmp_path, parallel):
+    """A loss that is not a number on one rank, in steps 5 and 6 of two ranks."""
+    config = settings(
+        train__steps=7, train__checkpoint_every=3, train__max_skips=2, train__eval_every=99
+    )
+    flags = [
+        f"--set={section}.{name}={value}"
+        for section, values in config.model_dump(mode="json", exclude_unset=True).items()
+        for name, value in values.items()
+        if (section, name) != ("train", "parallel")
+    ]
+    script = tmp_path / "spoilt.py"
+    script.write_text(TWO_RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
+               "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), "train",
+               *flags, f"--set=train.parallel={parallel}"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    skipped = rows(tmp_path / "run", "skipped")
+    assert [(row["step"], row["samples"]) for row in skipped] == [(5, [16, 20]), (6, [20, 24])]
+    assert {sample["sample"] for sample in skipped[0]["worst_samples"]} > {18, 19}  # of rank 1
+    [back] = rows(tmp_path / "run", "rollback")
+    assert (back["step"], back["samples"]) == (3, [12, 24])
+    steps = rows(tmp_path / "run", "step")
+    assert [row["step"] for row in steps] == list(range(1, 8))
+    assert all(row["loss"] is not None for row in steps)
+    end = load_file(tmp_path / "run/checkpoints/step-000007/model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in end.values())

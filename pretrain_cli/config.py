@@ -204,7 +204,8 @@ class SpeedConfig(Section):
     float32_matmul: Literal["auto", "highest", "high", "medium"] = "auto"
     onednn_matmul: bool | Auto = "auto"
     compile: bool | Auto = "auto"
-    merged_projections: bool = True
+    merged_qkv: bool = True
+    merged_gate_up: bool = True
     fused_optimizer: bool | Auto = "auto"
     chunked_loss: bool = True
     activation_checkpointing: bool = False

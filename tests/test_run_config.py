@@ -71,9 +71,9 @@ def test_with_nothing_said_everything_has_a_default():
 
 def test_these_speed_settings_can_be_switched():
     assert set(SpeedConfig.model_fields) >= {
-        "attention", "dtype", "float32_matmul", "compile", "merged_projections", "fused_optimizer",
-        "chunked_loss", "activation_checkpointing", "prefetch", "cudnn_benchmark",
-        "expandable_segments",
+        "attention", "dtype", "float32_matmul", "compile", "merged_qkv", "merged_gate_up",
+        "fused_optimizer", "chunked_loss", "activation_checkpointing", "prefetch",
+        "cudnn_benchmark", "expandable_segments",
     }  # fmt: skip
 
 

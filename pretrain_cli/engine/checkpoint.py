@@ -120,7 +120,7 @@ def load_training_state(
     parameters = dict(model.named_parameters())
     kept, values = kept_for(optimizer), dict[str, dict[str, Tensor]]()
     with safe_open(folder / "training/optimizer.safetensors", framework="pt") as file:
-        for piece in layout(model.config, merged_projections=model.merged_projections):
+        for piece in layout(model.config, merged=model.merged):
             parameter = parameters[piece.parameter]
             slot = values.setdefault(
                 piece.parameter, {m: torch.empty(parameter.shape) for m in kept[parameter]}
@@ -157,7 +157,7 @@ def _published_moments(model: Decoder, optimizer: Optimizer) -> dict[str, Tensor
     parameters, kept = dict(model.named_parameters()), kept_for(optimizer)
     gathered: dict[tuple[str, str], Tensor] = {}
     out = {}
-    for piece in layout(model.config, merged_projections=model.merged_projections):
+    for piece in layout(model.config, merged=model.merged):
         for moment in kept[parameters[piece.parameter]]:
             key = (piece.parameter, moment)
             if key not in gathered:

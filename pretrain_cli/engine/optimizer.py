@@ -42,7 +42,7 @@ def parameter_groups(model: Decoder, settings: OptimizerSettings) -> Iterator[di
     """
     kinds: dict[str, dict[str, nn.Parameter]] = {}
     parameters = dict(model.named_parameters())
-    pieces = list(layout(model.config, merged_projections=model.merged_projections))
+    pieces = list(layout(model.config, merged=model.merged))
     blocks = row_blocks(pieces)
     for piece in pieces:
         kind = {EMBEDDING: "embedding", HEAD: "head"}.get(piece.name, "matrices")

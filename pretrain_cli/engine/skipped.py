@@ -90,7 +90,7 @@ def _norm_of_each(decoder: Decoder) -> dict[str, float]:
     """The gradient norm of every tensor, by its published name."""
     parameters, norms = dict(decoder.named_parameters()), {}
     gathered: tuple[str, Tensor | None] = "", None
-    for piece in layout(decoder.config, merged_projections=decoder.merged_projections):
+    for piece in layout(decoder.config, merged=decoder.merged):
         if piece.parameter != gathered[0]:
             grad = parameters[piece.parameter].grad
             gathered = piece.parameter, None if grad is None else whole(grad)

@@ -19,6 +19,7 @@ from pretrain_cli.errors import ConfigError
 from pretrain_cli.model.attention_backends import BACKENDS
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.decoder import Decoder
+from pretrain_cli.model.layout import Merged
 
 DETERMINISM = (
     "the same sums in the same order every time. Gradients of attention and of the embedding take "
@@ -129,7 +130,7 @@ def build_model(config: ModelConfig, speed: Speed, device: torch.device) -> Deco
             config,
             attention=speed.attention,
             dtype=speed.compute_dtype,
-            merged_projections=speed.merged_projections,
+            merged=Merged(speed.merged_qkv, speed.merged_gate_up),
             chunked_loss=speed.chunked_loss,
             activation_checkpointing=speed.activation_checkpointing,
         )

@@ -17,13 +17,13 @@ class Attention(nn.Module):
     q and k are normalized over Dh, by one weight vector for all heads, before they are turned.
     """
 
-    def __init__(self, config: ModelConfig, backend: Backend, *, merged_projections: bool) -> None:
+    def __init__(self, config: ModelConfig, backend: Backend, *, merged: bool) -> None:
         super().__init__()
         D, self.head_dim = config.hidden_size, config.head_dim
         q = config.num_attention_heads * self.head_dim
         kv = config.num_key_value_heads * self.head_dim
         rows = {"q_proj": q, "k_proj": kv, "v_proj": kv}
-        self.qkv = Projections(D, rows, merged=merged_projections)
+        self.qkv = Projections(D, rows, merged=merged)
         self.q_norm = RMSNorm(self.head_dim, config)
         self.k_norm = RMSNorm(self.head_dim, config)
         self.output = Linear(q, D)

@@ -22,7 +22,7 @@ from pretrain_cli.model.attention_backends import BACKENDS, Mask
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.kv_cache import KVCache, LayerCache
 from pretrain_cli.model.layers import GatedMLP, Linear, RMSNorm
-from pretrain_cli.model.layout import layout
+from pretrain_cli.model.layout import Merged, layout
 from pretrain_cli.model.loss import IGNORED, cross_entropy, with_z_loss
 from pretrain_cli.model.moe import MixtureOfExperts, balancing_loss
 from pretrain_cli.model.rope import rope_table
@@ -35,20 +35,16 @@ class Block(nn.Module):
     post-norms (Qwen 3) that step is the identity.
     """
 
-    def __init__(
-        self, config: ModelConfig, layer: int, attention: str, *, merged_projections: bool
-    ) -> None:
+    def __init__(self, config: ModelConfig, layer: int, attention: str, merged: Merged) -> None:
         super().__init__()
         D = config.hidden_size
         self.attention_norm = RMSNorm(D, config)
-        self.attention = Attention(
-            config, BACKENDS[attention], merged_projections=merged_projections
-        )
+        self.attention = Attention(config, BACKENDS[attention], merged=merged.qkv)
         self.mlp_norm = RMSNorm(D, config)
         if config.is_sparse(layer):
             self.mlp = MixtureOfExperts(config)
         else:
-            self.mlp = GatedMLP(config, merged_projections=merged_projections)
+            self.mlp = GatedMLP(config, merged=merged.gate_up)
         self.post_attention_norm = RMSNorm(D, config) if config.has_post_norms else nn.Identity()
         self.post_mlp_norm = RMSNorm(D, config) if config.has_post_norms else nn.Identity()
 
@@ -100,7 +96,7 @@ class Decoder(nn.Module):
         *,
         attention: str = "sdpa",
         dtype: torch.dtype = torch.float32,
-        merged_projections: bool = True,
+        merged: Merged = Merged(),
         chunked_loss: bool = True,
         activation_checkpointing: bool = False,
     ) -> None:
@@ -108,15 +104,14 @@ class Decoder(nn.Module):
         self.config = config
         self.dtype = dtype
         self.backend = BACKENDS[attention]
-        self.merged_projections = merged_projections
+        self.merged = merged
         self.chunked_loss = chunked_loss
         self.activation_checkpointing = activation_checkpointing
         self.embedding = nn.Embedding(
             config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
         )
         self.blocks = nn.ModuleList(
-            Block(config, layer, attention, merged_projections=merged_projections)
-            for layer in range(config.num_hidden_layers)
+            Block(config, layer, attention, merged) for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config)
         if not config.tie_word_embeddings:
@@ -253,7 +248,7 @@ class Decoder(nn.Module):
         merged and separate projections, on any device and number of ranks.
         """
         parameters = dict(self.named_parameters())
-        for piece in layout(self.config, merged_projections=self.merged_projections):
+        for piece in layout(self.config, merged=self.merged):
             target = piece.of(parameters[piece.parameter])
             if piece.is_norm:
                 target.fill_(0.0 if self.config.norm_is_zero_centered else 1.0)

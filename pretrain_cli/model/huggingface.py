@@ -67,7 +67,7 @@ def published_tensors(model: Decoder, full: Callable[[Tensor], Tensor]) -> dict[
     values: dict[str, Tensor] = {}
     parameters = dict(model.named_parameters())
     out: dict[str, Tensor] = {}
-    for piece in layout(model.config, merged_projections=model.merged_projections):
+    for piece in layout(model.config, merged=model.merged):
         if piece.parameter not in values:
             values = {piece.parameter: full(parameters[piece.parameter].detach())}
         out[piece.name] = piece.of(values[piece.parameter]).contiguous()
@@ -93,7 +93,7 @@ def load_weights(model: Decoder, folder: Path) -> list[str]:
             )
         del where[HEAD]
     parameters = dict(model.named_parameters())
-    pieces = list(layout(config, merged_projections=model.merged_projections))
+    pieces = list(layout(config, merged=model.merged))
     for path, group in _by_file(folder, where, pieces):
         with _opened(path) as file:
             for piece, name in group:

@@ -75,11 +75,11 @@ def activate(name: str, gate: Tensor) -> Tensor:
 class GatedMLP(nn.Module):
     """down(activation(gate(x)) · up(x)). (..., D) -> (..., D)."""
 
-    def __init__(self, config: ModelConfig, *, merged_projections: bool) -> None:
+    def __init__(self, config: ModelConfig, *, merged: bool) -> None:
         super().__init__()
         D, width = config.hidden_size, config.intermediate_size
         rows = {"gate_proj": width, "up_proj": width}
-        self.gate_up = Projections(D, rows, merged=merged_projections)
+        self.gate_up = Projections(D, rows, merged=merged)
         self.down = Linear(width, D)
         self.activation = config.hidden_activation
 

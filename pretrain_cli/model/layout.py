@@ -11,12 +11,19 @@ optimizer's moments, initialization and sharded parameters need the same split.)
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pretrain_cli.model.config import ModelConfig
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+
+
+class Merged(NamedTuple):
+    """Which linear maps of the same input are one matrix product."""
+
+    qkv: bool = True
+    gate_up: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +47,7 @@ class Piece:
         return tensor[self.index] if self.index else tensor
 
 
-def layout(config: ModelConfig, *, merged_projections: bool) -> Iterator[Piece]:
+def layout(config: ModelConfig, *, merged: Merged) -> Iterator[Piece]:
     """Every published tensor of this model, in the order of the published files' layers."""
     D, Dh = config.hidden_size, config.head_dim
     q, kv = config.num_attention_heads * Dh, config.num_key_value_heads * Dh
@@ -48,19 +55,19 @@ def layout(config: ModelConfig, *, merged_projections: bool) -> Iterator[Piece]:
     def whole(name: str, parameter: str, *shape: int) -> Piece:
         return Piece(name=name, shape=shape, parameter=parameter)
 
-    def group(prefix: str, module: str, rows: dict[str, int], width: int) -> Iterator[Piece]:
+    def group(prefix: str, module: str, rows: dict[str, int], *, merged: bool) -> Iterator[Piece]:
         start = 0
         for name, count in rows.items():
             published = f"{prefix}.{name}.weight"
-            if merged_projections:
+            if merged:
                 yield Piece(
                     name=published,
-                    shape=(count, width),
+                    shape=(count, D),
                     parameter=f"{module}.weight",
                     index=(slice(start, start + count),),
                 )
             else:
-                yield whole(published, f"{module}.{name}.weight", count, width)
+                yield whole(published, f"{module}.{name}.weight", count, D)
             start += count
 
     yield whole(EMBEDDING, "embedding.weight", config.vocab_size, D)
@@ -69,7 +76,7 @@ def layout(config: ModelConfig, *, merged_projections: bool) -> Iterator[Piece]:
         for published, ours in block_norm_names(config).items():
             yield whole(f"{there}.{published}.weight", f"{here}.{ours}.weight", D)
         rows = {"q_proj": q, "k_proj": kv, "v_proj": kv}
-        yield from group(f"{there}.self_attn", f"{here}.attention.qkv", rows, D)
+        yield from group(f"{there}.self_attn", f"{here}.attention.qkv", rows, merged=merged.qkv)
         yield whole(f"{there}.self_attn.o_proj.weight", f"{here}.attention.output.weight", D, q)
         for norm in ("q_norm", "k_norm"):
             yield whole(f"{there}.self_attn.{norm}.weight", f"{here}.attention.{norm}.weight", Dh)
@@ -78,7 +85,8 @@ def layout(config: ModelConfig, *, merged_projections: bool) -> Iterator[Piece]:
         else:
             F = config.intermediate_size
             rows = {"gate_proj": F, "up_proj": F}
-            yield from group(f"{there}.mlp", f"{here}.mlp.gate_up", rows, D)
+            gate_up = f"{here}.mlp.gate_up"
+            yield from group(f"{there}.mlp", gate_up, rows, merged=merged.gate_up)
             yield whole(f"{there}.mlp.down_proj.weight", f"{here}.mlp.down.weight", D, F)
     yield whole("model.norm.weight", "norm.weight", D)
     if not config.tie_word_embeddings:

@@ -13,7 +13,7 @@ from pretrain_cli.engine.metrics import Event
 from pretrain_cli.engine.train import train
 from pretrain_cli.model.config import variant
 from pretrain_cli.model.decoder import Decoder
-from pretrain_cli.model.layout import layout
+from pretrain_cli.model.layout import Merged, layout
 from pretrain_cli.model.presets import preset
 
 SMALL = {
@@ -102,7 +102,7 @@ def tiny_model() -> Callable[..., Decoder]:
     def make(name: str = "gemma3-tiny", *, merged: bool = True, **more: Any) -> Decoder:
         sparse = {**experts, "num_hidden_layers": 2} if "-a" in name else {}
         config = variant(preset(name), changes | sparse | more)
-        model = Decoder(config, merged_projections=merged)
+        model = Decoder(config, merged=Merged(merged, merged))
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -118,7 +118,7 @@ def published() -> Callable[..., dict[str, torch.Tensor]]:
 
     def find(model: Decoder, what: str = "data") -> dict[str, torch.Tensor]:
         parameters = dict(model.named_parameters())
-        pieces = layout(model.config, merged_projections=model.merged_projections)
+        pieces = layout(model.config, merged=model.merged)
         return {p.name: p.of(getattr(parameters[p.parameter], what)) for p in pieces}
 
     return find

@@ -98,7 +98,7 @@ def test_resuming_with_other_speed_settings_keeps_the_optimizers_moments(setting
     run(settings("straight"))
     run(settings("changed", train__checkpoint_every=3, train__keep_checkpoints=5))
     (tmp_path / "changed/checkpoints/step-000006").rename(tmp_path / "aside")
-    resume(run, tmp_path / "changed", speed__merged_projections=False, speed__attention="eager",
+    resume(run, tmp_path / "changed", speed__merged_qkv=False, speed__attention="eager",
            train__micro_batch_size=1)  # fmt: skip
     ours, theirs = numbers(tmp_path / "changed"), numbers(tmp_path / "straight")
     for one, other in zip(ours, theirs, strict=True):

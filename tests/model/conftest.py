@@ -145,7 +145,7 @@ def our_gradients() -> Callable[[Decoder], dict[str, Tensor]]:
 
     def gradients(model: Decoder) -> dict[str, Tensor]:
         parameters = dict(model.named_parameters())
-        pieces = layout(model.config, merged_projections=model.merged_projections)
+        pieces = layout(model.config, merged=model.merged)
         out = {}
         for piece in pieces:
             grad = parameters[piece.parameter].grad

@@ -9,6 +9,7 @@ from pretrain_cli.model.config import FULL, SLIDING
 from pretrain_cli.model.counting import activation_bytes_per_token
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.huggingface import published_tensors
+from pretrain_cli.model.layout import Merged
 from pretrain_cli.model.presets import preset
 
 FAMILIES = ["gemma3", "qwen3", "moe"]
@@ -23,7 +24,7 @@ def initialized(config, seed=0, **switches):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_and_separate_projections_start_from_the_same_draw(make_config, family):
     config = make_config(family)
-    merged, apart = (initialized(config, merged_projections=m) for m in (True, False))
+    merged, apart = (initialized(config, merged=Merged(m, m)) for m in (True, False))
     assert merged.keys() == apart.keys()
     for name, values in merged.items():
         assert torch.equal(values, apart[name]), name

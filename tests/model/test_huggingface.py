@@ -20,6 +20,7 @@ from pretrain_cli.model.huggingface import (
     weight_files,
     write_weights,
 )
+from pretrain_cli.model.layout import Merged
 from pretrain_cli.model.presets import PRESETS, preset
 
 LINEAR = {"rope_type": "linear", "factor": 8.0}
@@ -98,7 +99,7 @@ def test_transformers_opens_what_is_written_with_the_same_logits(
     make_config, wide, tokens, tmp_path, relative_error, case, merged
 ):
     family, changes = case
-    ours = Decoder(make_config(family, **changes), merged_projections=merged)
+    ours = Decoder(make_config(family, **changes), merged=Merged(merged, merged))
     wide(ours)
     theirs, complaints = opened_by_transformers(write_folder(ours, tmp_path))
     assert complaints == []
@@ -109,10 +110,10 @@ def test_transformers_opens_what_is_written_with_the_same_logits(
 @pytest.mark.parametrize("case", OURS.values(), ids=OURS)
 def test_a_folder_of_ours_is_read_back_as_it_was(make_config, wide, tmp_path, case):
     family, changes = case
-    ours = Decoder(make_config(family, **changes), merged_projections=True)
+    ours = Decoder(make_config(family, **changes), merged=Merged(True, True))
     wide(ours)
     write_folder(ours, tmp_path)
-    again = Decoder(read_config(tmp_path), merged_projections=False)
+    again = Decoder(read_config(tmp_path), merged=Merged(False, False))
     assert again.config == ours.config
     assert load_weights(again, tmp_path) == []
     before, after = (published_tensors(m, lambda p: p) for m in (ours, again))

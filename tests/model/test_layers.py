@@ -79,9 +79,7 @@ def test_merged_projections_give_what_separate_ones_give():
 
 @pytest.mark.parametrize("merged", [True, False], ids=["merged", "separate"])
 def test_only_the_gate_goes_through_the_activation(make_config, merged):
-    mlp = GatedMLP(
-        make_config("qwen3", hidden_size=2, intermediate_size=1), merged_projections=merged
-    )
+    mlp = GatedMLP(make_config("qwen3", hidden_size=2, intermediate_size=1), merged=merged)
     with torch.no_grad():
         gate, up = (
             mlp.gate_up.weight.split(1)

@@ -10,6 +10,7 @@ from pretrain_cli.model import loss
 from pretrain_cli.model.config_json import read_config
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.huggingface import load_weights
+from pretrain_cli.model.layout import Merged
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -26,7 +27,7 @@ def test_logits_loss_and_every_gradient_are_those_of_transformers(
     model = Decoder(
         read_config(reference.folder),
         attention=attention,
-        merged_projections=merged,
+        merged=Merged(merged, merged),
         chunked_loss=chunked,
     )
     assert load_weights(model, reference.folder) == []

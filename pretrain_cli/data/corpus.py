@@ -84,7 +84,10 @@ def find_corpus(
             raise DataError(f"{name}: no such file or folder")
     if not corpus.files:
         chosen = " that --include and --exclude leave" if include or exclude else ""
-        raise DataError(f"{', '.join(names)}: no files in it{chosen}; give a folder of text")
+        because = next((f" ({path}: {why})" for path, why in corpus.left_out.items()), "")
+        raise DataError(
+            f"{', '.join(names)}: no files in it{chosen}{because}; give a folder of text"
+        )
     seen = Counter(file.name for file in corpus.files)
     corpus.files = [
         replace(file, name=legible(file.path.as_posix())) if seen[file.name] > 1 else file
@@ -108,6 +111,7 @@ def _below(
     top = root.resolve().name
     for folder, subfolders, names in os.walk(root, onerror=not_listed):
         if any(marks <= set(names) for marks in WRITTEN_HERE):
+            left_out[folder] = "a dataset or a run, not text"
             subfolders.clear()
             continue
         subfolders[:] = sorted(

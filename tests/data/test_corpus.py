@@ -144,6 +144,10 @@ def test_datasets_and_runs_are_not_part_of_a_corpus(files):
     files("c/x.partial/files.jsonl", "c/x.partial/tokenizer.json", "c/x.partial/train-00000.bin")
     files("c/run/run.yaml", "c/run/metrics.jsonl", "c/other/dataset.json")
     assert names("c") == ["c/a.txt", "c/other/dataset.json"]
+    said = "a dataset or a run, not text"
+    assert find_corpus(["c"]).left_out == dict.fromkeys(["c/data", "c/run", "c/x.partial"], said)
+    with pytest.raises(DataError, match=rf"c/data: no files in it \(c/data: {said}\); give a"):
+        find_corpus(["c/data"])
 
 
 def test_a_source_is_a_folder_below_the_one_asked_for_or_what_was_asked_for(files):
@@ -180,3 +184,14 @@ def test_a_path_that_does_not_exist_is_refused(tmp_path):
 def test_a_folder_without_files_is_refused(tmp_path):
     with pytest.raises(DataError, match="no files in it; give a folder of text"):
         find_corpus([str(tmp_path)])
+
+
+def test_of_a_folder_that_may_not_be_read_that_is_said(files, monkeypatch):
+    files("c/a.txt")
+
+    def scandir(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match=r"c: no files in it \(c: can't be read \(Permission deni"):
+        find_corpus(["c"])

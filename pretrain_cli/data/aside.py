@@ -20,6 +20,7 @@ from pretrain_cli.data.shards import (
     read_manifest,
 )
 
+PARTIAL = ".partial"
 PROGRESS = "progress.json"
 NEW = ".new"
 """In the name of a shard that takes the place of one of the same name when all is whole."""
@@ -53,7 +54,7 @@ class Written:
 
 def aside(folder: Path) -> Path:
     """Where a dataset is written before it is whole."""
-    return folder.with_name(folder.name + ".partial")
+    return folder.with_name(folder.name + PARTIAL)
 
 
 def read_progress(folder: Path) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pretrain_cli.data.aside import PARTIAL
 from pretrain_cli.data.shards import SHARD_TOKENS
 from pretrain_cli.data.text import Reading
 from pretrain_cli.errors import ConfigError
@@ -61,6 +62,11 @@ def check(request: TokenizeRequest) -> None:
         raise ConfigError(f"--val-fraction: {request.val_fraction} is not from 0 up to 1")
     if request.out.name in ("", ".."):
         raise ConfigError(f"--out: '{request.out}' has no name of its own; name a folder")
+    if request.out.name.endswith(PARTIAL):
+        whole = request.out.with_name(request.out.name.removesuffix(PARTIAL))
+        raise ConfigError(
+            f"--out: '{request.out}' is where {whole} lies until it is whole; choose another name"
+        )
     if request.vocab_size is not None and request.tokenizer != "bpe":
         raise ConfigError(
             f"--vocab-size: {request.vocab_size} goes with --tokenizer bpe; "

@@ -353,6 +353,10 @@ def test_a_json_line_without_the_key(refused, tmp_path):
         ("--tokenizer bytes --out corpus --force", "corpus: exists and is not a dataset"),
         ("--tokenizer bytes --out .", "--out: '.' has no name of its own; name a folder"),
         ("--tokenizer bytes --out corpus/..", "--out: 'corpus/..' has no name of its own"),
+        (
+            "--tokenizer bytes --out data/x.partial",
+            "--out: 'data/x.partial' is where data/x lies until it is whole; choose another name",
+        ),
         ("--tokenizer bytes --out corpus/verse-00.txt/x", "corpus/verse-00.txt/x: can't be made"),
         ("--tokenizer bytes --bos '<s>'", "--bos: '<s>' is no token of bytes; name one that is"),
         ("--tokenizer bytes --eos ''", "--eos: '' is no token of bytes; name one that is"),

@@ -154,7 +154,7 @@ def tokenize(
     """
     from pretrain_cli.data.request import TokenizeRequest
     from pretrain_cli.data.text import Reading
-    from pretrain_cli.data.tokenize import demo_request
+    from pretrain_cli.data.tokenize import BPE_VOCAB_SIZE, demo_request
     from pretrain_cli.data.tokenize import tokenize as run
 
     if paths:
@@ -208,6 +208,12 @@ def tokenize(
         names = result.remarked.get(remark, [])
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         notice(f"{count:,} × {remark}" + (f": {shown}" if shown else ""))
+    asked = request.vocab_size or BPE_VOCAB_SIZE
+    if request.tokenizer == "bpe" and manifest.vocab_size < asked:
+        notice(
+            f"A vocabulary of {manifest.vocab_size:,} tokens, not {asked:,}: the text has nothing "
+            "more to merge"
+        )
     if manifest.duplicates:
         notice(f"{manifest.duplicates:,} documents that had come before are left out")
     if manifest.inexact_cuts:

@@ -179,14 +179,15 @@ def _remarked(path: Path) -> dict[str, list[str]]:
 def _prepare_tokenizer(
     request: TokenizeRequest, corpus: Corpus, progress: Progress, *, resumed: bool
 ) -> Tokenizer:
-    size = BPE_VOCAB_SIZE if request.vocab_size is None else request.vocab_size
     if request.tokenizer != "bpe":
         tokenizer = load_tokenizer(request.tokenizer)
     elif resumed:
-        path = aside(request.out) / "tokenizer.json"
-        tokenizer = read_tokenizer(path, name=f"bpe-{size}")
+        tokenizer = read_tokenizer(aside(request.out) / "tokenizer.json", name="bpe")
     else:
+        size = BPE_VOCAB_SIZE if request.vocab_size is None else request.vocab_size
         tokenizer = train_bpe(_sample(request, corpus, progress), size)
+    if request.tokenizer == "bpe":
+        tokenizer = replace(tokenizer, name=f"bpe-{tokenizer.vocab_size}")
     return tokenizer.marked(bos=request.bos, eos=request.eos, allow_special=request.allow_special)
 
 

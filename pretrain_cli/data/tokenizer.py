@@ -170,7 +170,8 @@ def read_tokenizer(path: Path, *, name: str) -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of this size, trained on these texts."""
+    """A byte-level BPE of this size, trained on these texts; smaller where they have nothing more
+    to merge."""
     if vocab_size < 257:
         raise ConfigError(
             f"--vocab-size: {vocab_size} is too small for a byte-level BPE; give at least 257"
@@ -190,7 +191,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return _tokenizer(f"bpe-{vocab_size}", backend.to_str(), None, where=None)
+    return _tokenizer("bpe", backend.to_str(), None, where=None)
 
 
 def _byte_level() -> Tokenizer:

@@ -70,6 +70,15 @@ def test_bpe_is_trained_to_the_size_asked_for(pretrain, corpus):
     outcome = pretrain("tokenize --tokenizer bpe --vocab-size 300 corpus")
     assert outcome.code == 0, outcome.err
     assert manifest()["vocab_size"] == 300
+    assert "A vocabulary of" not in outcome.out
+
+
+def test_a_bpe_of_a_text_with_less_to_merge_is_smaller_and_named_so(pretrain, tmp_path):
+    (tmp_path / "a.txt").write_text("aaaa " * 9)  # aa, aaaa and, with its space, the word
+    outcome = pretrain("tokenize --tokenizer bpe --vocab-size 5000 a.txt")
+    assert outcome.code == 0, outcome.err
+    assert (manifest("data/a")["vocab_size"], manifest("data/a")["tokenizer"]) == (260, "bpe-260")
+    assert "A vocabulary of 260 tokens, not 5,000: the text has nothing more to" in outcome.out
 
 
 def test_a_local_tokenizer_is_given_by_path(pretrain, corpus):

@@ -578,7 +578,7 @@ def test_the_demo_is_made_of_the_standard_librarys_sources(tmp_path, monkeypatch
     tokenizer = open_dataset(Path("data/demo")).tokenizer
     text = tokenizer.decode([token for ids in train + val for token in ids])
     assert text == "# os.py\nprint('os.py')\n# json/decoder.py\nprint('json/decoder.py')\n"
-    assert result.manifest.tokenizer == "bpe-4096"
+    assert result.manifest.options["vocab_size"] == 4096
 
 
 def test_the_running_pythons_own_sources_make_tens_of_megabytes():

@@ -33,7 +33,7 @@ BLOCK = 2**20
 """Bytes read at once."""
 HELD = 2**23
 """Bytes of a document held in memory; a longer one is read twice."""
-DAMAGED = "damaged; what came before is kept"
+DAMAGED = "damaged; documents that end before that are kept"
 
 Errors = Literal["skip", "replace", "fail"]
 Kind = Literal["auto", "text", "jsonl", "parquet"]

@@ -207,14 +207,15 @@ def _sample(request: TokenizeRequest, corpus: Corpus, progress: Progress) -> Ite
 
 
 def _nothing(request: TokenizeRequest, corpus: Corpus, writer: DatasetWriter) -> str:
-    where = ", ".join(request.paths)
+    where, count = ", ".join(request.paths), len(corpus.files)
+    files = f"{count:,} file{'s' if count > 1 else ''}"
     writer.files.flush()
     for remark, names in _remarked(writer.aside / FILES).items():
         if remark.startswith("not UTF-8"):
             return (
-                f"{where}: none of its {len(corpus.files)} files is UTF-8 text "
-                f"({names[0]} the first); convert them first"
+                f"{where}: no UTF-8 text in its {files} ({names[0]} the first); "
+                "convert what is text"
             )
         if remark == DAMAGED:
             return f"{where}: damaged from the beginning on ({names[0]}); get it again"
-    return f"{where}: no text in its {len(corpus.files)} files; give a folder of text"
+    return f"{where}: no text in its {files}; give a folder of text"

@@ -238,7 +238,7 @@ def test_what_is_left_of_a_damaged_file_is_said(pretrain, corpus):
     (corpus / "z.txt.gz").write_bytes(gzip.compress(b"words " * 999)[:-9])
     outcome = pretrain("tokenize --tokenizer bytes corpus")
     assert outcome.code == 0, outcome.err
-    assert "1 × damaged; what came before is kept: corpus/z.txt.gz" in outcome.out
+    assert "1 × damaged; documents that end before that are kept: corpus/z.txt.gz" in outcome.out
 
 
 def test_files_that_are_left_out_are_named_with_the_reason(pretrain, corpus):
@@ -319,7 +319,7 @@ def test_an_empty_corpus(refused, tmp_path):
         "empty: no files in it; give a folder of text"
     )
     (tmp_path / "empty/a.txt").write_text("")
-    assert "empty: no text in its 1 files" in refused("tokenize --tokenizer bytes empty")
+    assert "empty: no text in its 1 file;" in refused("tokenize --tokenizer bytes empty")
 
 
 def test_a_corpus_of_nothing_but_pictures(refused, tmp_path):
@@ -327,9 +327,7 @@ def test_a_corpus_of_nothing_but_pictures(refused, tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / "pictures" / name).write_bytes(b"\x89PNG\xff")
     message = refused("tokenize --tokenizer bytes pictures")
-    assert message.startswith(
-        "pictures: none of its 2 files is UTF-8 text (pictures/a.png the first)"
-    )
+    assert message.startswith("pictures: no UTF-8 text in its 2 files (pictures/a.png the first)")
 
 
 def test_a_broken_json_line(refused, tmp_path):

@@ -433,7 +433,7 @@ def test_of_a_damaged_file_what_came_before_is_kept(tmp_path, ending, how):
     assert found == whole[: len(found)]
     assert len(found) < len(whole)
     assert bool(found) == (how == "cut" and ending != ".bz2")  # a block of bzip2 is 900 kB
-    assert remarks == {"damaged; what came before is kept": 1}
+    assert remarks == {"damaged; documents that end before that are kept": 1}
     message = refusal(path, errors="fail")
     assert message.startswith(f"{path}: damaged (")
     assert message.endswith("); mend it, or --errors skip")
@@ -453,7 +453,7 @@ def test_a_document_that_breaks_off_is_left_out(tmp_path, monkeypatch, ending, h
     monkeypatch.setattr(module, "HELD", held)
     path = tmp_path / f"a.txt{ending}"
     path.write_bytes(damaged(how, COMPRESS[ending](RANDOM.encode())))
-    assert read_unfinished(path) == ([], {"damaged; what came before is kept": 1})
+    assert read_unfinished(path) == ([], {"damaged; documents that end before that are kept": 1})
     assert "damaged (" in refusal(path, errors="fail")
 
 
@@ -462,7 +462,7 @@ def test_damaged_parquet_is_treated_as_asked(tmp_path, how):
     """Its directory lies at its end."""
     path = tmp_path / "a.parquet"
     path.write_bytes(damaged(how, table(["one", "two"], pyarrow.string())))
-    assert read_unfinished(path) == ([], {"damaged; what came before is kept": 1})
+    assert read_unfinished(path) == ([], {"damaged; documents that end before that are kept": 1})
     assert refusal(path, errors="fail").startswith(f"{path}: damaged (")
 
 
@@ -473,7 +473,7 @@ def test_of_damaged_parquet_what_came_before_is_kept(tmp_path):
     found, remarks = read_unfinished(path)
     assert 0 < len(found) < len(values)
     assert found == values[: len(found)]
-    assert remarks == {"damaged; what came before is kept": 1}
+    assert remarks == {"damaged; documents that end before that are kept": 1}
     assert refusal(path, errors="fail").startswith(f"{path}: damaged (")
 
 

@@ -524,9 +524,9 @@ def test_a_corpus_that_breaks_midway_leaves_what_was_there(
         ({"a.txt": b"", "b.txt": b""}, "no text in its 2 files"),
         (
             {"a.bin": b"\xff\x00", "b.bin": b"\xfe"},
-            r"none of its 2 files is UTF-8 text \(corpus/a\.bin",
+            r"no UTF-8 text in its 2 files \(corpus/a\.bin the first\)",
         ),
-        ({"a.jsonl": b"\n\n"}, "no text in its 1 files"),
+        ({"a.jsonl": b"\n\n"}, "no text in its 1 file;"),
     ],
 )
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])

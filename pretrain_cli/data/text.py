@@ -5,7 +5,8 @@
 A document is a file; a part of one between separator lines; a line of `.jsonl`; a row of Parquet.
 Its text is taken as it is: no newline is translated, nothing is stripped. A document longer than a
 few megabytes is read twice, since what is decided about it (is it UTF-8, is it held out, was it
-seen before) takes its last byte: a plain file by seeking back, another from a copy set aside.
+seen before) takes its last byte: a plain file by seeking back, another from a copy set aside. Only
+a line of `.jsonl` or a row is held whole, whatever its length.
 """
 
 import bz2
@@ -235,7 +236,10 @@ class FileReader:
             while not can_seek and (block := stream.read(BLOCK)):
                 file.write(block)
             try:
-                table = parquet.ParquetFile(file, page_checksum_verification=True)
+                # buffered, and not beforehand: else a group of rows, often a whole file, is held
+                table = parquet.ParquetFile(
+                    file, page_checksum_verification=True, buffer_size=BLOCK, pre_buffer=False
+                )
                 names = table.schema_arrow.names
                 if key not in names:
                     raise DataError(

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import threading
+import tracemalloc
 from pathlib import Path
 
 import pyarrow
@@ -362,6 +363,24 @@ def test_parquet_comes_through_a_stream_too(tmp_path):
     os.mkfifo(tmp_path / "a.parquet")
     send(tmp_path / "a.parquet", table(ROWS, pyarrow.string()))
     assert len(texts(tmp_path / "a.parquet")) == 4
+
+
+def test_a_group_of_rows_is_not_held_whole(tmp_path):
+    """Many files have one alone."""
+    path = tmp_path / "a.parquet"
+    rows = pyarrow.table(
+        {"text": [hashlib.shake_128(b"%d" % n).hexdigest(2000) for n in range(5000)]}
+    )
+    parquet.write_table(rows, path, use_dictionary=False)
+    (file,) = find_corpus([str(path)]).files
+    documents = FileReader(file, Reading()).documents()
+    next(documents)  # what is loaded then stays
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in FileReader(file, Reading()).documents()) == 5000
+        assert tracemalloc.get_traced_memory()[1] < path.stat().st_size / 2
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_text_may_be_in_another_column(tmp_path):

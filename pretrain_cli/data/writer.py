@@ -101,6 +101,7 @@ class DatasetWriter:
 
     def begin(self) -> None:
         """From nothing."""
+        (self.aside / PROGRESS).unlink(missing_ok=True)  # first: it speaks for the others
         for path in self.aside.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)

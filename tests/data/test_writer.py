@@ -376,3 +376,17 @@ def test_two_writers_of_one_dataset_are_refused(tmp_path):
         )
         one.finish(**FACTS)
     assert read_manifest(tmp_path / "made").total.documents == len(DOCUMENTS)
+
+
+def test_of_what_is_cleared_away_the_note_goes_first(tmp_path, monkeypatch):
+    """A run that is killed meanwhile would leave it, and not all that it speaks for."""
+    (tmp_path / "made.partial").mkdir()
+    for name in ("files.jsonl", "progress.json", "seen.sqlite"):
+        (tmp_path / "made.partial" / name).write_text("")
+    gone = []
+    unlink, iterdir = Path.unlink, Path.iterdir
+    monkeypatch.setattr(Path, "unlink", lambda self, **how: (gone.append(self.name), unlink(self)))
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter(sorted(iterdir(self))))
+    with writer(tmp_path / "made") as made:
+        made.begin()
+    assert gone == ["progress.json", "files.jsonl", "seen.sqlite"]

@@ -9,17 +9,12 @@ seen before) takes its last byte: a plain file by seeking back, another from a c
 a line of `.jsonl` or a row is held whole, whatever its length.
 """
 
-import bz2
 import codecs
-import gzip
 import hashlib
 import io
-import json
-import lzma
 import re
 import sys
 import tempfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -27,6 +22,8 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from pretrain_cli.data.corpus import STANDARD_INPUT, TextFile
+from pretrain_cli.data.packed import DECOMPRESS, signs_of_damage
+from pretrain_cli.data.rows import json_lines, parquet_rows
 from pretrain_cli.errors import DataError
 from pretrain_cli.files import is_disk_full
 
@@ -38,10 +35,6 @@ DAMAGED = "damaged; documents that end before that are kept"
 
 Errors = Literal["skip", "replace", "fail"]
 Kind = Literal["auto", "text", "jsonl", "parquet"]
-
-
-class Damaged(Exception):
-    """A compressed file that ends too early or is not what its name says."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +77,7 @@ class FileReader:
     def documents(self) -> Iterator[Document]:
         """Every document in order, empty ones left out. Raises DataError for what can't be read."""
         name = self.file.path.name.lower()
-        compression = next((end for end in _DECOMPRESS if name.endswith(end)), "")
+        compression = next((end for end in DECOMPRESS if name.endswith(end)), "")
         name = name.removesuffix(compression)
         kind = self.reading.kind
         if kind == "auto":
@@ -94,24 +87,27 @@ class FileReader:
             elif name.endswith(".parquet"):
                 kind = "parquet"
         can_seek = not compression and not self.file.is_stream
+        path, key = self.file.path, self.reading.text_key
         try:
             with self._open_raw() as raw:
-                stream = _DECOMPRESS[compression](raw) if compression else raw
+                stream = DECOMPRESS[compression](raw) if compression else raw
                 if kind == "jsonl":
-                    yield from self._short_documents(self._json_lines(stream))
+                    texts = json_lines(stream, path, key, self._replaces)
+                    yield from self._short_documents(texts)
                 elif kind == "parquet":
-                    yield from self._short_documents(self._rows(stream, can_seek=can_seek))
+                    texts = parquet_rows(stream, path, key, can_seek=can_seek, spool=self.spool)
+                    yield from self._short_documents(texts)
                 else:
                     yield from self._plain(stream, can_seek=can_seek)
                 while raw.read(BLOCK):  # what lies behind the end counts for the checksum
                     pass
-        except _signs_of_damage() as error:
+        except signs_of_damage() as error:
             self._damaged(str(error))
         except OSError as error:
             if is_disk_full(error):  # by the copy of a long document
                 raise
             if error.errno is not None:
-                raise DataError(f"{self.file.path}: can't be read ({error.strerror})") from None
+                raise DataError(f"{path}: can't be read ({error.strerror})") from None
             self._damaged(str(error))  # bz2 has no exception of its own
 
     def _damaged(self, why: str) -> None:
@@ -184,86 +180,6 @@ class FileReader:
             )
         self.remarks["not UTF-8, " + ("replaced" if errors == "replace" else "left out")] += 1
         return errors == "replace"
-
-    # --- structured text -------------------------------------------------------------------------
-
-    def _json_lines(self, stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-        path, key = self.file.path, self.reading.text_key
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                text = line.decode("utf-8-sig")
-            except UnicodeDecodeError:
-                if not self._replaces(f":{number}"):
-                    continue
-                text = line.decode("utf-8-sig", errors="replace")
-            try:
-                row = json.loads(text, parse_int=float)  # an int of 5,000 digits is refused
-            except json.JSONDecodeError as error:
-                what = error.msg.removesuffix(" at")
-                raise DataError(
-                    f"{path}:{number}: not a JSON line ({what} at column {error.colno}); "
-                    "mend or remove it"
-                ) from None
-            except RecursionError:
-                raise DataError(f"{path}:{number}: nested too deep; mend or remove it") from None
-            if not isinstance(row, dict) or key not in row:
-                keys = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
-                raise DataError(
-                    f"{path}:{number}: no text under '{key}' (it has {keys}); "
-                    "name the key with --text-key"
-                )
-            if not isinstance(row[key], str):
-                raise DataError(
-                    f"{path}:{number}: what is under '{key}' is not text; name another key with "
-                    "--text-key, or mend or remove the line"
-                )
-            # half of a surrogate pair can be escaped in JSON, and has no UTF-8
-            yield number, row[key].encode(errors="surrogatepass")
-
-    def _rows(self, stream: IO[bytes], *, can_seek: bool) -> Iterator[tuple[int, bytes]]:
-        try:
-            import pyarrow
-            from pyarrow import parquet
-        except ImportError:
-            raise DataError(
-                f"{self.file.path}: reading Parquet takes pyarrow; pip install pyarrow"
-            ) from None
-        path, key = self.file.path, self.reading.text_key
-        # Parquet begins at its end
-        with path.open("rb") if can_seek else tempfile.TemporaryFile(dir=self.spool) as file:
-            while not can_seek and (block := stream.read(BLOCK)):
-                file.write(block)
-            try:
-                # buffered, and not beforehand: else a group of rows, often a whole file, is held
-                table = parquet.ParquetFile(
-                    file, page_checksum_verification=True, buffer_size=BLOCK, pre_buffer=False
-                )
-                names = table.schema_arrow.names
-                if key not in names:
-                    raise DataError(
-                        f"{path}: no column '{key}' (it has {', '.join(names)}); "
-                        "name the column with --text-key"
-                    )
-                kind = table.schema_arrow.field(key).type
-                value = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-                if not (pyarrow.types.is_string(value) or pyarrow.types.is_large_string(value)):
-                    raise DataError(
-                        f"{path}: column '{key}' holds {kind}, not text; "
-                        "name another with --text-key"
-                    )
-                number = 0
-                for batch in table.iter_batches(batch_size=256, columns=[key]):
-                    column = batch.column(0)
-                    if value is not kind:
-                        column = column.dictionary_decode()
-                    # as bytes: what is not UTF-8 is for us to treat
-                    for cell in column.cast(pyarrow.large_binary()):
-                        number += 1
-                        yield number, cell.as_py() or b""
-            except pyarrow.ArrowException as error:
-                raise Damaged(str(error).splitlines()[0]) from None
 
 
 class _LongDocument:
@@ -381,33 +297,5 @@ def _segments(stream: IO[bytes], separator: str | None) -> Iterator[bytes | int]
             return
 
 
-def _signs_of_damage() -> tuple[type[Exception], ...]:
-    zstd: Any = sys.modules.get("compression.zstd") or sys.modules.get("backports.zstd")
-    signs = (Damaged, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
-    return (*signs, zstd.ZstdError) if zstd else signs
-
-
 def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
-
-
-def _zstandard(raw: IO[bytes]) -> Any:
-    if sys.version_info >= (3, 14):
-        from compression import zstd
-
-        return zstd.ZstdFile(raw)
-    try:
-        from backports import zstd
-    except ImportError:
-        raise DataError(
-            f"{raw.name}: reading .zst takes backports.zstd; pip install backports.zstd"
-        ) from None
-    return zstd.ZstdFile(raw)
-
-
-_DECOMPRESS = {
-    ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
-    ".bz2": bz2.BZ2File,
-    ".xz": lzma.LZMAFile,
-    ".zst": _zstandard,
-}

@@ -9,13 +9,11 @@ the text behind it begins; with how far the shards go, that is a place to go on 
 """
 
 import shutil
-import sqlite3
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from pretrain_cli.data.aside import Tally, Written
@@ -23,6 +21,7 @@ from pretrain_cli.data.corpus import Corpus, TextFile
 from pretrain_cli.data.cutting import Cutter
 from pretrain_cli.data.encoding import Block, Encoded, cores, encoders
 from pretrain_cli.data.request import TokenizeRequest
+from pretrain_cli.data.seen import Seen
 from pretrain_cli.data.shards import Manifest, Shard, SplitName
 from pretrain_cli.data.text import Document, FileReader
 from pretrain_cli.data.writer import DatasetWriter
@@ -34,8 +33,6 @@ BLOCK_CHARACTERS = 2**19
 SMALL = 2**22
 """Bytes of a corpus that isn't worth another process."""
 SECONDS_BETWEEN_NOTES = 3.0
-SEEN = "seen.sqlite"
-"""Digests of the documents of a dataset without duplicates."""
 
 Progress = Callable[[str, int, int, int], None]
 """(what is being done, bytes of the files done, bytes in all, tokens made)."""
@@ -117,7 +114,7 @@ class Pipeline:
         self.file_began = earlier.file_began if earlier else here
         self.steps: deque[Step | FileDone] = deque()
         """Of the blocks under way, and of the files that end behind them."""
-        self.seen = Seen(writer.aside / SEEN, self.place.ordinal, request)
+        self.seen = Seen(writer.aside, self.place.ordinal, request)
         self.noted = time.perf_counter()
 
     def run(self) -> None:
@@ -283,46 +280,6 @@ def split_of(document: Document, fraction: float) -> SplitName:
     """Which split a document is in, by a hash of its text alone."""
     held_out = int.from_bytes(document.digest[:8], "little") < fraction * 2**64
     return "val" if held_out else "train"
-
-
-class Seen:
-    """Which documents there were, on disk, so that memory does not grow with their number."""
-
-    def __init__(self, path: Path, ordinal: int, request: TokenizeRequest) -> None:
-        self.database: sqlite3.Connection | None = None
-        if not request.dedup:
-            return
-        before = request.out / SEEN
-        if request.append and not path.exists() and before.exists():
-            shutil.copyfile(before, path)
-            shift = sqlite3.connect(path)
-            shift.execute("UPDATE seen SET ordinal = -1")
-            shift.commit()
-            shift.close()
-        self.database = sqlite3.connect(path)
-        self.database.execute("PRAGMA synchronous = OFF")
-        self.database.execute(
-            "CREATE TABLE IF NOT EXISTS seen (digest BLOB PRIMARY KEY, ordinal INTEGER)"
-            " WITHOUT ROWID"
-        )
-        self.database.execute("DELETE FROM seen WHERE ordinal >= ?", (ordinal,))
-
-    def has(self, document: Document, ordinal: int) -> bool:
-        """Whether a document with this text came before; from now on it has."""
-        if self.database is None:
-            return False
-        added = self.database.execute(
-            "INSERT OR IGNORE INTO seen VALUES (?, ?)", (document.digest, ordinal)
-        )
-        return added.rowcount == 0
-
-    def commit(self) -> None:
-        if self.database is not None:
-            self.database.commit()
-
-    def close(self) -> None:
-        if self.database is not None:
-            self.database.close()
 
 
 def identity(file: TextFile) -> list[Any]:

@@ -199,7 +199,7 @@ class TrainSettings(Section):
 class SpeedConfig(Section):
     """How fast, never what: each may change rounding and memory, none what is learned."""
 
-    attention: Literal["auto", "eager", "sdpa", "flex"] = "auto"
+    attention: Literal["auto", "eager", "sdpa", "flex", "blocks"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     float32_matmul: Literal["auto", "highest", "high", "medium"] = "auto"
     onednn_matmul: bool | Auto = "auto"

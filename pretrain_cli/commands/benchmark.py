@@ -43,7 +43,7 @@ def benchmark(
         ),
     ] = "step",
     attn: Annotated[
-        str, typer.Option(help="eager, sdpa, flex, several with commas, or all.")
+        str, typer.Option(help="eager, sdpa, flex, blocks, several with commas, or all.")
     ] = "all",
     model: Annotated[
         str | None,

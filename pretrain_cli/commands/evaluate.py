@@ -51,7 +51,8 @@ def evaluate(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, mps or auto.")] = "auto",
     attn: Annotated[
-        str | None, typer.Option(help="Attention: eager, sdpa, flex.", show_default="the run's")
+        str | None,
+        typer.Option(help="Attention: eager, sdpa, flex, blocks.", show_default="the run's"),
     ] = None,
     dtype: Annotated[
         str | None,

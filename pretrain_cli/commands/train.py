@@ -97,7 +97,10 @@ def train(
         str | None, typer.Option(help="cpu, cuda, cuda:N, mps.", show_default="cuda, else cpu")
     ] = None,
     attn: Annotated[
-        str | None, typer.Option(help="Attention: eager, sdpa, flex.", show_default="sdpa")
+        str | None,
+        typer.Option(
+            help="Attention: eager, sdpa, flex, blocks.", show_default="blocks on a CPU, else sdpa"
+        ),
     ] = None,
     dtype: Annotated[
         str | None,

@@ -1,4 +1,4 @@
-"""Attention, three ways behind one signature.
+"""Attention, four ways behind one signature.
 
     attend(q, k, v, mask, scale)      q (B, T, H, Dh), k and v (B, S, Hkv, Dh) -> (B, T, H, Dh)
 
@@ -8,6 +8,7 @@ layer, outside the layers:
     eager   a matrix of booleans; the readable definition, and what the others are tested against
     sdpa    a flag, blocks, or a matrix to be added to the scores: PyTorch's fused attention
     flex    a BlockMask: PyTorch's flex_attention, which skips blocks that see nothing
+    blocks  window and documents: blocks of queries by matrix products, for CPUs
 
 The queries are the last T of the S positions, so a cache that holds earlier keys needs no other
 mask:
@@ -36,6 +37,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pretrain_cli.model.blocked_attention import blocked_attention
 
 
 @dataclass(frozen=True)
@@ -243,8 +246,32 @@ def _flex_unavailable(device: torch.device, training: bool) -> str | None:
     return None
 
 
+# --- blocks --------------------------------------------------------------------------------------
+
+
+class Seen(NamedTuple):
+    """What a query sees, as in a Mask."""
+
+    window: int | None
+    documents: Tensor | None
+
+
+def _blocks_lower(mask: Mask, device: torch.device, dtype: torch.dtype) -> Seen:
+    cuts = mask.window is not None and mask.window < mask.keys
+    return Seen(mask.window if cuts else None, mask.documents)
+
+
+def _blocks_attend(q: Tensor, k: Tensor, v: Tensor, mask: Seen, scale: float) -> Tensor:
+    return blocked_attention(q, k, v, scale, mask.window, mask.documents)
+
+
+def _blocks_unavailable(device: torch.device, training: bool) -> str | None:
+    return None if device.type == "cpu" else "it is made for CPUs"
+
+
 BACKENDS: dict[str, Backend] = {
     "eager": Backend(_eager_lower, _eager_attend, _always_available),
     "sdpa": Backend(_sdpa_lower, _sdpa_attend, _always_available),
     "flex": Backend(_flex_lower, _flex_attend, _flex_unavailable),
+    "blocks": Backend(_blocks_lower, _blocks_attend, _blocks_unavailable),
 }

@@ -50,8 +50,11 @@ def test_a_backend_that_cannot_train_here_is_timed_forward_only(pretrain):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("--attn fleks", "--attn: 'fleks' is not one of eager, sdpa, flex, all; did you mean flex"),
-        ("--attn sdpa,", "--attn: '' is not one of eager, sdpa, flex, all"),
+        (
+            "--attn fleks",
+            "--attn: 'fleks' is not one of eager, sdpa, flex, blocks, all; did you mean flex",
+        ),
+        ("--attn sdpa,", "--attn: '' is not one of eager, sdpa, flex, blocks, all"),
         ("--model gema3", "model: 'gema3' is not a model or a YAML file; did you mean gemma3?"),
         ("--device cuda:99", "train.device: 'cuda:99' is not there"),
         ("--device gpu", "train.device: 'gpu' is not a device; give cpu, cuda, cuda:N or mps"),

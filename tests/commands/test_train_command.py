@@ -63,7 +63,7 @@ def test_a_run_says_what_it_does_line_by_line(pretrain, tiny, monkeypatch):
     assert (outcome.code, outcome.err) == (0, "")
     lines = outcome.out.splitlines()
     chosen = lines.pop(1)
-    assert chosen.startswith("· Chosen: attention sdpa (PyTorch's fused kernels")
+    assert chosen.startswith("· Chosen: attention blocks (on a CPU the fastest")
     assert lines[0].startswith("· Vocabulary 320 instead of the model's 4,096: the dataset's")
     assert lines[1].startswith("gemma3-tiny ")
     assert "parameters on data/corpus" in lines[1]

@@ -80,7 +80,7 @@ def test_compiled_blocks_learn_the_same(settings, run, masked):
 
 
 def test_flex_is_refused_for_training_on_a_cpu_with_the_reason():
-    with pytest.raises(ConfigError, match="no backward pass on a CPU; use sdpa or eager"):
+    with pytest.raises(ConfigError, match="no backward pass on a CPU; use auto"):
         resolve_speed(SpeedConfig(attention="flex"), CPU)
     assert resolve_speed(SpeedConfig(attention="flex"), CPU, training=False).attention == "flex"
 

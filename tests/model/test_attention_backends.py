@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from pretrain_cli.model import blocked_attention
 from pretrain_cli.model.attention_backends import BACKENDS, Mask
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -24,6 +26,14 @@ DOCUMENTS = {  # where documents start, in two rows
     "of one token": (range(1, T), (1, 2, W, W + 1, W + 2)),
 }
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2}  # a bfloat16 has 8 bits: 2⁻⁸ is 4e-3
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks():
+    """Of five queries, so that these lengths are several blocks, and the last one is shorter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocked_attention, "BLOCK", 5)
+        yield
 
 
 def made(queries, keys, *, group=2, dtype=torch.float32, head_dim=16, seed=0, device=CPU):
@@ -160,7 +170,7 @@ def test_eager_sees_the_keys_that_a_cache_adds(window):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+@pytest.mark.parametrize("backend", ["sdpa", "flex", "blocks"])
 def test_backends_give_what_eager_gives(backend, window, group, dtype):
     q, k, v = made(T, T, group=group, dtype=dtype)
     with torch.no_grad():
@@ -172,7 +182,7 @@ def test_backends_give_what_eager_gives(backend, window, group, dtype):
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("window", [W - 1, W, W + 1])
-@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+@pytest.mark.parametrize("backend", ["sdpa", "flex", "blocks"])
 def test_lengths_need_not_be_multiples_of_the_window(backend, window, length):
     q, k, v = made(length, length)
     with torch.no_grad():
@@ -182,7 +192,7 @@ def test_lengths_need_not_be_multiples_of_the_window(backend, window, length):
 
 @pytest.mark.parametrize("queries", [1, 2, W - 1, W, W + 1])
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+@pytest.mark.parametrize("backend", ["sdpa", "flex", "blocks"])
 def test_fewer_queries_than_keys_are_the_last_ones(backend, window, queries):
     q, k, v = made(queries, T)
     with torch.no_grad():
@@ -203,7 +213,7 @@ def test_eager_sees_the_keys_of_its_own_document_alone(window, group, starts):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("starts", DOCUMENTS.values(), ids=DOCUMENTS)
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+@pytest.mark.parametrize("backend", ["sdpa", "flex", "blocks"])
 def test_backends_give_what_eager_gives_inside_documents(backend, window, starts, dtype):
     q, k, v = made(T, T, dtype=dtype)
     documents = starting_at(*starts)
@@ -223,35 +233,39 @@ def test_a_row_of_one_document_is_as_without_documents(backend, window):
     torch.testing.assert_close(ours, expected, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "blocks"])
 @pytest.mark.parametrize("window", [None, 600])
-def test_documents_may_start_beyond_a_kernels_first_blocks_of_keys(window):
+def test_documents_may_start_beyond_a_kernels_first_blocks_of_keys(backend, window, monkeypatch):
     """Of those blocks the last queries see nothing at all, in a fused kernel too."""
+    monkeypatch.setattr(blocked_attention, "BLOCK", 128)
     length = 1300
     q, k, v = made(length, length)
     documents = starting_at((1250,), (601, 1024), length=length)
-    ours = attend("sdpa", q, k, v, window, documents=documents)
+    ours = attend(backend, q, k, v, window, documents=documents)
     expected = attend("eager", q, k, v, window, documents=documents)
     torch.testing.assert_close(ours, expected, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "blocks"])
 @given(
     length=st.integers(1, 40),
     window=st.integers(1, 45),
     group=st.sampled_from(GROUPS),
     starts=st.tuples(*[st.sets(st.integers(1, 39))] * 2),
 )
-def test_sdpa_gives_what_eager_gives_in_any_documents(length, window, group, starts):
+def test_backends_give_what_eager_gives_in_any_documents(backend, length, window, group, starts):
     q, k, v = made(length, length, group=group)
     documents = starting_at(*starts, length=length)
-    ours = attend("sdpa", q, k, v, window, documents=documents)
+    ours = attend(backend, q, k, v, window, documents=documents)
     expected = attend("eager", q, k, v, window, documents=documents)
     torch.testing.assert_close(ours, expected, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "blocks"])
 @given(length=st.integers(1, 40), window=st.integers(1, 45), group=st.sampled_from(GROUPS))
-def test_sdpa_gives_what_eager_gives_at_any_length_and_window(length, window, group):
+def test_backends_give_what_eager_gives_at_any_length_and_window(backend, length, window, group):
     q, k, v = made(length, length, group=group)
-    ours, expected = attend("sdpa", q, k, v, window), attend("eager", q, k, v, window)
+    ours, expected = attend(backend, q, k, v, window), attend("eager", q, k, v, window)
     torch.testing.assert_close(ours, expected, rtol=2e-6, atol=2e-6)
 
 
@@ -266,9 +280,12 @@ def gradients(backend, tensors, window, documents=None):
 @pytest.mark.parametrize("documents", [None, starting_at((W, 12), (3, 4, 5, 20))], ids=str)
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("window", WINDOWS)
-def test_sdpa_has_the_gradients_of_eager(window, group, documents, dtype, relative_error):
+@pytest.mark.parametrize("backend", ["sdpa", "blocks"])
+def test_backends_have_the_gradients_of_eager(
+    backend, window, group, documents, dtype, relative_error
+):
     tensors = made(T, T, group=group, dtype=dtype)
-    ours, expected = (gradients(name, tensors, window, documents) for name in ("sdpa", "eager"))
+    ours, expected = (gradients(name, tensors, window, documents) for name in (backend, "eager"))
     for mine, theirs in zip(ours, expected, strict=True):
         if theirs.norm() < 1e-4:  # with a window of one, scores and so q and k change nothing
             assert mine.norm() < 1e-4
@@ -343,6 +360,41 @@ def test_the_scale_multiplies_the_scores_once(backend):
     with torch.no_grad():
         ours = attend(backend, q, k, v, None, scale=0.05)
     torch.testing.assert_close(ours, by_hand(q, k, v, None, scale=0.05))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_blocks_hold_the_scores_of_one_block_at_a_time(window):
+    """Forward and backward, of 40 queries in blocks of 5: a matrix of 40 × 40 is never made."""
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            tensors = out if isinstance(out, tuple) else (out,)
+            sizes.extend(x.numel() for x in tensors if isinstance(x, torch.Tensor))
+            return out
+
+    q, k, v = made(40, 40, head_dim=1)
+    operators = blocked_attention.blocked_attention, blocked_attention._backward
+    with Watch():
+        for operator, grad in zip(operators, ((), (q,)), strict=True):
+            operator._init_fn(*grad, q, k, v, 0.4, window, None)
+    seen_by_a_block = 40 if window is None else 5 + window - 1
+    assert max(sizes) == max(2 * 4 * 5 * seen_by_a_block, q.numel())
+
+
+def test_blocks_are_as_they_are_under_torch_compile():
+    """An operator that the compiler is told the shapes and gradients of, and doesn't look into."""
+    q, k, v = (x.requires_grad_() for x in made(7, 12))
+    for documents in (None, starting_at((3,), (5, 9), length=12)):
+        torch.library.opcheck(
+            torch.ops.pretrain.blocked_attention.default, (q, k, v, 0.4, 3, documents)
+        )
+
+
+def test_blocks_are_for_cpus_and_say_so():
+    assert BACKENDS["blocks"].unavailable(CPU, True) is None
+    assert BACKENDS["blocks"].unavailable(torch.device("cuda"), True) == "it is made for CPUs"
 
 
 def test_flex_does_not_train_on_a_cpu_and_says_why():

@@ -23,7 +23,7 @@ from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.kv_cache import KVCache, LayerCache
 from pretrain_cli.model.layers import GatedMLP, Linear, RMSNorm
 from pretrain_cli.model.layout import Merged, layout
-from pretrain_cli.model.loss import IGNORED, cross_entropy, with_z_loss
+from pretrain_cli.model.loss import IGNORED, Softmax, cross_entropy, softmax_, with_z_loss
 from pretrain_cli.model.moe import MixtureOfExperts, balancing_loss
 from pretrain_cli.model.rope import rope_table
 
@@ -107,6 +107,7 @@ class Decoder(nn.Module):
         self.merged = merged
         self.chunked_loss = chunked_loss
         self.activation_checkpointing = activation_checkpointing
+        self.softmax: Softmax = softmax_
         self.embedding = nn.Embedding(
             config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
         )
@@ -147,7 +148,12 @@ class Decoder(nn.Module):
         hidden = self.hidden(tokens, cache, documents)
         if targets is not None:
             return cross_entropy(
-                hidden, self.head_weight, targets, normalizer=normalizer, chunked=self.chunked_loss
+                hidden,
+                self.head_weight,
+                targets,
+                normalizer=normalizer,
+                chunked=self.chunked_loss,
+                softmax=self.softmax,
             )
         if last_only:
             hidden = hidden[:, -1:]
@@ -171,6 +177,7 @@ class Decoder(nn.Module):
             normalizer=normalizer,
             chunked=self.chunked_loss,
             z_loss=coefficients.z_loss,
+            softmax=self.softmax,
         )
         if not uses:
             return Terms(*loss, balancing=torch.zeros_like(loss.z_loss), choices=None)
@@ -228,6 +235,14 @@ class Decoder(nn.Module):
         if cache:
             cache.length += T
         return self.norm(x), uses
+
+    def compile_parts(self) -> None:
+        """Compile each block in place, and the loss's softmax. All blocks of a kind share one
+        compiled graph, so that costs the compile time of one or two blocks and not of the depth;
+        what is left is a few large products."""
+        for block in self.blocks:
+            block.compile(dynamic=False)
+        self.softmax = torch.compile(softmax_, dynamic=False)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, T, D). The scale is rounded to the type of the weights, as published."""

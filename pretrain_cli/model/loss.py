@@ -7,11 +7,16 @@ are formed on the way, in the forward pass, so nothing is kept and nothing is co
     for each chunk of tokens:  logits = h Wᵀ        loss += Σ (log Σ exp logits − logits[target])
                                g = softmax − onehot    dh = g W      dW += gᵀ h
 
+g takes the logits' place, in their type. It is made by one function, `softmax_`, which
+torch.compile makes one kernel of. dW is summed in float32, a slice of the vocabulary at a time, so
+that the product to be added is still in the cache.
+
 Targets of −100 are not counted. With a z-loss, z · (log Σ exp logits)² of each token is minimized
 as well, which keeps the logits from drifting away together (Chowdhery et al. 2022, section 5): the
 softmax in g is then times 1 + 2 z · log Σ exp logits.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,6 +26,12 @@ from torch import Tensor
 IGNORED = -100
 CHUNK_ELEMENTS = {"cpu": 2**27, "cuda": 2**30}
 """Logits held at a time. Fewer cost more passes over the V × D gradient, more cost memory."""
+SLICE_ELEMENTS = 2**22
+"""Of the V × D gradient, added up at a time on a CPU: 8 MB in bfloat16."""
+
+
+Softmax = Callable[[Tensor, Tensor, float], Tensor]
+"""`softmax_`, or that compiled."""
 
 
 class Loss(NamedTuple):
@@ -32,7 +43,13 @@ class Loss(NamedTuple):
 
 
 def cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, normalizer: float | None, chunked: bool
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    normalizer: float | None,
+    chunked: bool,
+    softmax: Softmax | None = None,
 ) -> Tensor:
     """Summed cross entropy over `normalizer`, in float32: the mean where that is the target count.
 
@@ -41,7 +58,13 @@ def cross_entropy(
     means the targets given here.
     """
     return with_z_loss(
-        hidden, weight, targets, normalizer=normalizer, chunked=chunked, z_loss=0.0
+        hidden,
+        weight,
+        targets,
+        normalizer=normalizer,
+        chunked=chunked,
+        z_loss=0.0,
+        softmax=softmax,
     ).minimized
 
 
@@ -53,12 +76,15 @@ def with_z_loss(
     normalizer: float | None,
     chunked: bool,
     z_loss: float,
+    softmax: Softmax | None = None,
 ) -> Loss:
     """The same with the z-loss, `z_loss` its coefficient."""
     hidden, targets = hidden.flatten(0, 1), targets.flatten()
     count: Tensor | float = normalizer or (targets != IGNORED).sum().clamp(min=1)
     if chunked and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return Loss(*_LinearCrossEntropy.apply(hidden, weight, targets, 1.0 / count, z_loss))
+        scale = 1.0 / count
+        softmax = softmax or softmax_
+        return Loss(*_LinearCrossEntropy.apply(hidden, weight, targets, scale, z_loss, softmax))
     rows = _chunk_rows(hidden, weight) if chunked else max(1, len(hidden))
     weight = weight.to(hidden.dtype)
     entropy = torch.zeros((), device=hidden.device)
@@ -77,49 +103,73 @@ def _chunk_rows(hidden: Tensor, weight: Tensor) -> int:
     return max(1, elements // weight.shape[0])
 
 
+def softmax_(logits: Tensor, share: Tensor, z_loss: float) -> Tensor:
+    """Make of logits, in their place, the share of each row's softmax that is their gradient but
+    for the target. (rows, V), (rows, 1) -> log Σ exp, (rows, 1) in float32."""
+    wide = logits.float()
+    largest = wide.amax(-1, keepdim=True)
+    wide = wide.sub_(largest).exp_()
+    total = wide.sum(-1, keepdim=True)
+    log_sum = largest + total.log()
+    logits.copy_(wide.mul_(share * (1 + 2 * z_loss * log_sum) / total))
+    return log_sum
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Σ (cross entropy + z-loss) · scale, with both gradients formed in the forward pass."""
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | float, z_loss: float
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        scale: Tensor | float,
+        z_loss: float,
+        softmax: Softmax,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows = _chunk_rows(hidden, weight)
         w = weight.to(hidden.dtype)
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros(weight.shape, device=weight.device, dtype=torch.float32)
         entropy = torch.zeros((), device=hidden.device)
         z_term = torch.zeros((), device=hidden.device)
-        for start in range(0, hidden.shape[0], rows):
-            h, t = hidden[start : start + rows], targets[start : start + rows]
+        rows = _chunk_rows(hidden, weight)
+        for h, t, dh in zip(*(x.split(rows) for x in (hidden, targets, d_hidden)), strict=True):
             share = (t != IGNORED).unsqueeze(-1) * scale  # of the loss: 0 for an ignored token
             t = t.clamp(min=0).unsqueeze(-1)
-            logits = F.linear(h, w).float()  # (rows, V)
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            entropy += ((log_sum - logits.gather(-1, t)) * share).sum()
-            # The logits' memory becomes their gradient's: share · (softmax − onehot), the share
-            # taken into the exponent to save a pass.
-            grad = logits.sub_(log_sum - share.log()).exp_()
-            if z_loss:
-                z_term += z_loss * (log_sum.square() * share).sum()
-                grad = grad.mul_(1 + 2 * z_loss * log_sum)
-            grad = grad.scatter_add_(-1, t, -share).to(hidden.dtype)
-            torch.mm(grad, w, out=d_hidden[start : start + rows])
-            if d_weight.dtype == grad.dtype:
-                d_weight.addmm_(grad.t(), h)
-            else:
-                d_weight.add_(grad.t() @ h)
-        ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
+            logits = F.linear(h, w)  # (rows, V)
+            of_target = logits.gather(-1, t).float()
+            log_sum = softmax(logits, share, z_loss)
+            entropy += ((log_sum - of_target) * share).sum()
+            z_term += z_loss * (log_sum.square() * share).sum()
+            probability = (of_target - log_sum).exp()
+            of_target = share * (probability * (1 + 2 * z_loss * log_sum) - 1)
+            grad = logits.scatter_(-1, t, of_target.to(logits.dtype))
+            torch.mm(grad, w, out=dh)
+            _add_product(d_weight, grad.t(), h)
+        ctx.gradients = d_hidden, d_weight.to(weight.dtype)
         ctx.mark_non_differentiable(entropy, z_term)
         return entropy + z_term, entropy, z_term
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor):
-        d_hidden, d_weight = ctx.saved_tensors
-        outer = grad_outputs[0]
+        if ctx.gradients is None:
+            raise RuntimeError("a loss is taken backward once: its gradients are given away")
+        outer, (d_hidden, d_weight) = grad_outputs[0], ctx.gradients
+        ctx.gradients = None  # held by none but autograd, they are not copied
         # Training passes 1. On a CPU a second V × D tensor would cost more than the product, and
         # looking at a number is free; on a GPU it is the other way round.
         if outer.device.type == "cpu" and outer == 1:
-            return d_hidden, d_weight, None, None, None
+            return d_hidden, d_weight, None, None, None, None
         scaled = d_hidden * outer.to(d_hidden.dtype), d_weight * outer.to(d_weight.dtype)
-        return *scaled, None, None, None
+        return *scaled, None, None, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, where total may be of a wider type."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+        return
+    rows = len(total) if total.device.type == "cuda" else SLICE_ELEMENTS // total.shape[1]
+    for part, of_a in zip(total.split(rows), a.split(rows), strict=True):
+        part.add_(of_a @ b)

@@ -1,5 +1,7 @@
 """The chunked loss against PyTorch's own cross entropy over whole logits: values and gradients."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ import torch.nn.functional as F
 from pretrain_cli.model import loss
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.loss import cross_entropy, with_z_loss
+from pretrain_cli.model.presets import preset
 
 B, T, D, V = 3, 9, 12, 40
 
@@ -69,9 +72,13 @@ def test_only_a_chunk_of_logits_exists_at_a_time(case, monkeypatch):
 @pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "whole"])
 def test_an_upstream_factor_scales_the_gradients(case, chunked):
     hidden, weight, targets = case
-    ours = cross_entropy(hidden, weight, targets, normalizer=None, chunked=chunked)
-    plain = torch.autograd.grad(ours, (hidden, weight), retain_graph=True)
-    tripled = torch.autograd.grad(3 * ours, (hidden, weight))
+    plain, tripled = (
+        torch.autograd.grad(
+            factor * cross_entropy(hidden, weight, targets, normalizer=None, chunked=chunked),
+            (hidden, weight),
+        )
+        for factor in (1, 3)
+    )
     for a, b in zip(tripled, plain, strict=True):
         torch.testing.assert_close(a, 3 * b)
 
@@ -199,3 +206,23 @@ def test_the_z_loss_of_logits_far_below_zero_has_a_gradient(case):
     for a, b in zip(mine, theirs, strict=True):
         assert a.isfinite().all()
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tied_embedding_has_its_gradient_where_the_heads_was_made(monkeypatch):
+    """Autograd adds the lookup's to it, and copies nothing."""
+    made = []
+    zeros = torch.zeros
+
+    def watched(*args, **kwargs):
+        tensor = zeros(*args, **kwargs)
+        made.append((tensor.shape, tensor.data_ptr()))  # not the tensor, which would be copied
+        return tensor
+
+    model = Decoder(replace(preset("gemma3-tiny"), vocab_size=320))
+    model.initialize(0)
+    tokens = torch.randint(320, (2, 9))
+    monkeypatch.setattr(torch, "zeros", watched)
+    model(tokens[:, :-1], tokens[:, 1:]).backward()
+    gradient = model.embedding.weight.grad
+    (place,) = [place for shape, place in made if shape == gradient.shape]
+    assert gradient.data_ptr() == place

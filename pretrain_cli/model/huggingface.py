@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn import Parameter
 
 from pretrain_cli.errors import CheckpointError
 from pretrain_cli.model.decoder import Decoder
@@ -62,16 +63,23 @@ def write_weights(
     }
 
 
-def published_tensors(model: Decoder, full: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Every weight under its published name. `full` gives a parameter's whole value, contiguous."""
-    values: dict[str, Tensor] = {}
+def published_tensors(
+    model: Decoder, whole: Callable[[Parameter], Tensor | None]
+) -> dict[str, Tensor]:
+    """Every weight under its published name, as parts of what `whole` gives for each parameter:
+    the value of all of it, or of something else in its shape; None leaves it out.
+
+    Each parameter is asked for once: the experts of a layer are hundreds of parts of two."""
+    pieces = list(layout(model.config, merged=model.merged))
     parameters = dict(model.named_parameters())
-    out: dict[str, Tensor] = {}
-    for piece in layout(model.config, merged=model.merged):
-        if piece.parameter not in values:
-            values = {piece.parameter: full(parameters[piece.parameter].detach())}
-        out[piece.name] = piece.of(values[piece.parameter]).contiguous()
-    return out
+    names = dict.fromkeys(piece.parameter for piece in pieces)
+    values = {name: whole(parameters[name]) for name in names}
+    found = ((piece, values[piece.parameter]) for piece in pieces)
+    return {
+        piece.name: piece.of(value.detach()).contiguous()
+        for piece, value in found
+        if value is not None
+    }
 
 
 def load_weights(model: Decoder, folder: Path) -> list[str]:

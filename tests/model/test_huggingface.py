@@ -122,6 +122,20 @@ def test_a_folder_of_ours_is_read_back_as_it_was(make_config, wide, tmp_path, ca
         assert torch.equal(values, after[name]), name
 
 
+def test_each_parameter_is_asked_for_once_and_its_parts_share_its_memory(make_config):
+    """Of stacked experts a value for each part would be hundreds of copies of them all."""
+    model, asked = Decoder(make_config("moe")), []
+
+    def copied(parameter):
+        asked.append(parameter)
+        return parameter.clone()
+
+    tensors = published_tensors(model, copied)
+    assert len(asked) == len(list(model.parameters())) < len(tensors)
+    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
+    assert len(storages) == len(asked)
+
+
 def test_weight_names_are_those_that_transformers_writes(reference, tmp_path):
     ours, left_out = opened_by_us(reference.folder)
     assert left_out == []

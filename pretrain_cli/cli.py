@@ -21,11 +21,12 @@ from pretrain_cli.commands import (
 )
 from pretrain_cli.commands.display import error_console
 from pretrain_cli.errors import PretrainError
+from pretrain_cli.files import is_disk_full
 
 
 class Commands(TyperGroup):
     """The group of commands; it turns a PretrainError of any of them, and the refusal of a file
-    that this user may not read or write, into a line."""
+    that this user may not read or write or that the disk has no room for, into a line."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -36,6 +37,12 @@ class Commands(TyperGroup):
         except PermissionError as error:
             why = f"{error.filename}: may not be read or written ({error.strerror})"
             error_console.print(f"[red]error:[/] {escape(why)}; change who may", soft_wrap=True)
+            raise typer.Exit(2) from None
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            why = f"{error.filename or 'a file'}: {error.strerror}; make room"
+            error_console.print(f"[red]error:[/] {escape(why)}", soft_wrap=True)
             raise typer.Exit(2) from None
 
 

@@ -9,6 +9,8 @@ import math
 import os
 import resource
 import sys
+import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import IO, Any, Literal
 
 import torch
 
-from pretrain_cli.files import write_whole
+from pretrain_cli.files import append_line, write_whole
 
 
 @dataclass(frozen=True)
@@ -172,12 +174,10 @@ class Finished:
     reason: Literal["done", "stopped"]
 
 
-Event = (
-    Notice | Started | StepMetrics | Evaluation | Skipped | RolledBack | Saved | Sample | Finished
-)
+Kept = StepMetrics | Evaluation | Skipped | RolledBack
+Event = Notice | Started | Kept | Saved | Sample | Finished
 Report = Callable[[Event], None]
 
-Kept = StepMetrics | Evaluation | Skipped | RolledBack
 KINDS: dict[type, str] = {
     Started: "start",
     StepMetrics: "step",
@@ -188,20 +188,26 @@ KINDS: dict[type, str] = {
 
 
 class MetricsFile:
-    """metrics.jsonl: a line for each start, each step reported, each evaluation, each step skipped
-    and each way back."""
+    """metrics.jsonl: a line for each start, each step reported, each evaluation, each step
+    skipped and each way back.
 
-    def __init__(self, path: Path, *, upto: int, rollbacks: int = 0) -> None:
+    While the disk takes no line they are kept here, and written before the next one."""
+
+    def __init__(
+        self, path: Path, say: Callable[[str], None], *, upto: int, rollbacks: int = 0
+    ) -> None:
         """Opens for appending; lines beyond step `upto` are of a future that was lost, and go. What
         was skipped on the way to one of the `rollbacks` stays."""
-        self.path = path
+        self.path, self.say = path, say
         rows = keep_upto(path, upto, rollbacks)
         self.evaluated = {row["step"] for row in rows if row["kind"] == KINDS[Evaluation]}
         """Steps whose evaluation is in the file."""
         steps = [row for row in rows if row["kind"] == KINDS[StepMetrics]]
         self.before = (steps[-1]["tokens"], steps[-1]["seconds"]) if steps else (0, 0.0)
         """Tokens and seconds of the run up to the last line."""
-        self.file: IO[str] = path.open("a")
+        self.file: IO[bytes] = path.open("ab", buffering=0)
+        self.unwritten: deque[bytes] = deque()
+        self.lock = threading.Lock()
 
     def write(self, event: Started | Kept) -> None:
         row: dict[str, Any] = {"kind": KINDS[type(event)], **_in_json(asdict(event))}
@@ -210,15 +216,31 @@ class MetricsFile:
         for name in ("z_loss", "balancing_loss", "expert_load", "expert_overload"):
             if row.get(name, 0) is None:
                 del row[name]
-        self.file.write(json.dumps(row, default=str) + "\n")
-        self.file.flush()
+        first = not self.unwritten
+        self.unwritten.append((json.dumps(row, default=str) + "\n").encode())
+        try:
+            self._write_out()
+        except OSError as error:
+            if first:
+                self.say(f"{self.path}: {error.strerror}; its lines wait in memory")
+
+    def _write_out(self) -> None:
+        with self.lock:
+            while self.unwritten:
+                append_line(self.file, self.unwritten[0])
+                self.unwritten.popleft()
 
     def sync(self) -> None:
-        """Onto the disk, before a checkpoint that counts on it."""
-        self.file.flush()
+        """Onto the disk, before a checkpoint that counts on it. Raises OSError."""
+        self._write_out()
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
+        try:
+            self._write_out()
+        except OSError as error:
+            lines = len(self.unwritten)
+            self.say(f"{self.path}: {error.strerror}; its last lines, {lines} of them, are lost")
         self.file.close()
 
 

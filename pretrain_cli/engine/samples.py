@@ -17,7 +17,7 @@ from pretrain_cli.engine.plan import Plan
 from pretrain_cli.engine.sample import Controls, sample_text
 from pretrain_cli.engine.stop import Stopped, StopRequest
 from pretrain_cli.errors import PretrainError
-from pretrain_cli.files import flush
+from pretrain_cli.files import append_line, flush
 from pretrain_cli.model.decoder import Decoder
 
 
@@ -68,8 +68,11 @@ class Samples:
         except PretrainError as error:  # nothing of the run depends on it
             self.report(Notice(f"No sample: {error}"))
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps(asdict(sample)) + "\n")
-            flush(file)
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                append_line(file, (json.dumps(asdict(sample)) + "\n").encode())
+                flush(file)
+        except OSError as error:
+            self.report(Notice(f"{self.path}: {error.strerror}; the sample below is not in it"))
         self.taken.add((step, prompt))
         self.report(sample)

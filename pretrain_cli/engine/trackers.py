@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,11 +54,22 @@ def open_trackers(
     return opened
 
 
-def track(trackers: Sequence[Tracker], event: Event) -> None:
+def track(trackers: list[Tracker], event: Event, report: Report) -> None:
     """Give each an event that is for it."""
     if isinstance(event, StepMetrics | Evaluation | Sample):
-        for tracker in trackers:
-            tracker.write(event)
+        have_each(trackers, lambda tracker: tracker.write(event), report)
+
+
+def have_each(trackers: list[Tracker], do: Callable[[Tracker], None], report: Report) -> None:
+    """Have each do something. One that the disk is too full for is left out from there on: nothing
+    of the run depends on it."""
+    for tracker in list(trackers):
+        try:
+            do(tracker)
+        except OSError as error:
+            trackers.remove(tracker)
+            said = error.strerror or error
+            report(Notice(f"{type(tracker).__name__}: {said}; it is given no more of this run"))
 
 
 def numbers(event: StepMetrics | Evaluation) -> dict[str, float]:

@@ -38,7 +38,7 @@ from pretrain_cli.engine.schedule import learning_rate
 from pretrain_cli.engine.step import train_step
 from pretrain_cli.engine.stop import Stopped, StopRequest
 from pretrain_cli.engine.terms import OtherTerms
-from pretrain_cli.engine.trackers import Tracker, open_trackers, track
+from pretrain_cli.engine.trackers import Tracker, have_each, open_trackers, track
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.model import counting
 from pretrain_cli.model.decoder import Decoder
@@ -73,7 +73,7 @@ class Trainer:
     def report(self, event: Event) -> None:
         if self.metrics and isinstance(event, Kept):
             self.metrics.write(event)
-        track(self.trackers, event)
+        track(self.trackers, event, self.tell)
         self.tell(event)
 
     def run_until(self, steps: int, state: State, stop: StopRequest) -> Finished:
@@ -248,7 +248,12 @@ class Trainer:
     def _open_files(self, state: State) -> None:
         """What the run is written to, without what is beyond the state's step."""
         plan, path = self.plan, self.run / "metrics.jsonl"
-        self.metrics = MetricsFile(path, upto=state.step, rollbacks=state.rollbacks)
+        self.metrics = MetricsFile(
+            path,
+            lambda text: self.report(Notice(text)),
+            upto=state.step,
+            rollbacks=state.rollbacks,
+        )
         asked = resolved(plan).model_dump(mode="json")
         names = plan.settings.train.log if state.step < plan.steps else ()
         self.trackers = open_trackers(names, self.run, asked, self.report, step=state.step)
@@ -256,8 +261,7 @@ class Trainer:
     def _close_files(self) -> None:
         if self.metrics:
             self.metrics.close()
-        for tracker in self.trackers:
-            tracker.close()
+        have_each(self.trackers, lambda tracker: tracker.close(), self.tell)
 
     def go_back(self, state: State) -> State:
         """To an earlier checkpoint; what is later is left behind."""
@@ -317,8 +321,7 @@ class Trainer:
         state = replace(self._with_best(state), guard=self.guard.state_dict())
         if self.metrics:
             self.metrics.sync()
-            for tracker in self.trackers:
-                tracker.flush()
+            have_each(self.trackers, lambda tracker: tracker.flush(), self.tell)
         folder = self.run / "checkpoints"
         path = checkpoint.save_checkpoint(
             folder,

@@ -1,5 +1,6 @@
 """TensorBoard and Weights & Biases: the numbers of metrics.jsonl, no step twice."""
 
+import errno
 import importlib.util
 import json
 import shutil
@@ -8,7 +9,8 @@ import struct
 import pytest
 
 from pretrain_cli.config import build_config
-from pretrain_cli.engine import trackers
+from pretrain_cli.engine import trackers, trainer
+from pretrain_cli.engine.metrics import Notice
 from pretrain_cli.engine.record import read_record, resumed_settings
 from pretrain_cli.errors import ConfigError
 
@@ -118,3 +120,28 @@ def test_another_name_is_refused(settings):
     assert settings(train__log="wandb, tensorboard").train.log == ("wandb", "tensorboard")
     with pytest.raises(ConfigError, match=r"train.log: 'tensorbord' is not one of tensorboard, wa"):
         settings(train__log="tensorbord")
+
+
+def test_a_tracker_that_the_disk_is_too_full_for_is_left_out_and_the_run_goes_on(
+    settings, run, monkeypatch
+):
+    class Broken:
+        given = 0
+
+        def write(self, event):
+            Broken.given += 1
+            if Broken.given == 3:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        def flush(self):
+            pass
+
+        def close(self):
+            raise AssertionError("it is left out")
+
+    monkeypatch.setattr(trainer, "open_trackers", lambda *_, **__: [Broken()])
+    events = run(settings())
+    told = [event.text for event in events if isinstance(event, Notice)]
+    assert sum("Broken: No space left on device" in text for text in told) == 1
+    assert Broken.given == 3
+    assert events[-1].reason == "done"

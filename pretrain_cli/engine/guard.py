@@ -158,10 +158,17 @@ def step_unless(skip: Tensor, optimizer: Optimizer) -> None:
         tensor.copy_(chosen)
 
 
+@torch.no_grad()
 def is_finite(optimizer: Optimizer, ranks: Ranks) -> bool:
-    """Whether every weight and all that the optimizer keeps are, on every rank. Waits for it."""
-    finite = [tensor.isfinite().all().to(ranks.device) for tensor in _tensors(optimizer).values()]
-    return not ranks.any(not torch.stack(finite).all().item())
+    """Whether every weight and all that the optimizer keeps are, on every rank. Waits for it.
+
+    The smallest and the largest tell, in one pass that writes nothing: a NaN is either."""
+    ends = [
+        torch.stack(torch.aminmax(tensor)).to(ranks.device)
+        for tensor in _tensors(optimizer).values()
+        if tensor.numel()  # a rank may have no part of a short one
+    ]
+    return not ranks.any(not torch.stack(ends).isfinite().all().item())
 
 
 def _tensors(optimizer: Optimizer) -> dict[tuple[int, str], Tensor]:

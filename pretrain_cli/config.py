@@ -21,6 +21,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from pretrain_cli.amounts import in_bytes
 from pretrain_cli.errors import ConfigError, did_you_mean
 from pretrain_cli.model.config import FIELDS, ModelConfig, variant
 from pretrain_cli.model.presets import PRESETS, full_name, preset
@@ -102,6 +103,17 @@ def _is_duration(value: Any) -> str:
 Duration = Annotated[str, BeforeValidator(_is_duration)]
 
 
+def _is_size(value: Any) -> str:
+    try:
+        in_bytes(value)
+    except (ValueError, AttributeError):
+        raise PydanticCustomError("size", "Input should be a size such as 5GB, 500MB") from None
+    return value
+
+
+Size = Annotated[str, BeforeValidator(_is_size)]
+
+
 def _named(value: Any) -> Any:
     """`a,b` or a list, as a tuple of names."""
     several = value.split(",") if isinstance(value, str) else value
@@ -178,6 +190,8 @@ class TrainSettings(Section):
     """And the one with the lowest validation loss, of those saved at a step that was evaluated."""
     keep_every: PositiveInt | None = None
     """And one every so many steps."""
+    max_shard_size: Size = "5GB"
+    """A checkpoint's weights are in several files where they are more."""
     max_time: Duration | None = None
     """Save and stop before the process is so old: 90s, 15m, 3h55m, 1d."""
     skip_spikes: Positive | None = None

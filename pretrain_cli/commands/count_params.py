@@ -66,7 +66,12 @@ def _as_published(config: Any) -> str:
 
 
 def _as_json(config: Any, seq_len: int) -> dict[str, Any]:
-    from pretrain_cli.model.counting import count_parameters, state_bytes, training_flops
+    from pretrain_cli.model.counting import (
+        checkpoint_bytes,
+        count_parameters,
+        state_bytes,
+        training_flops,
+    )
 
     count = count_parameters(config)
     return {
@@ -74,6 +79,7 @@ def _as_json(config: Any, seq_len: int) -> dict[str, Any]:
         | {"total": count.total, "active": count.active},
         "training_flops_per_token": asdict(training_flops(config, seq_len)),
         "training_state_bytes": state_bytes(config),
+        "checkpoint_bytes": checkpoint_bytes(config),
     }
 
 
@@ -108,6 +114,10 @@ def _table(name: str, config: Any, columns: dict[str, Any], seq_len: int) -> Tab
     table.add_row(
         "weights, gradients and AdamW in float32",
         *[size(row["training_state_bytes"]) for row in rows],
+    )
+    table.add_row(
+        "a checkpoint, and its copy in the host's memory",
+        *[size(row["checkpoint_bytes"]) for row in rows],
     )
     return table
 

@@ -172,7 +172,18 @@ class TrainDisplay:
         )
 
     def on_saved(self, event: Any) -> None:
-        console.print(f"[dim]saved {escape(str(event.path))}[/]", soft_wrap=True)
+        console.print(
+            f"[dim]saved {escape(str(event.path))}: {size(event.bytes)}, training waited "
+            f"{event.stall:.2f} s, written in {event.seconds:.1f} s[/]",
+            soft_wrap=True,
+        )
+
+    def on_unsaved(self, event: Any) -> None:
+        console.print(
+            f"[bold red]step {event.step:,} is NOT saved:[/] {escape(event.reason)}. Training goes "
+            "on, and the next save tries again",
+            soft_wrap=True,
+        )
 
     def on_sample(self, event: Any) -> None:
         self._end_live()

@@ -125,6 +125,14 @@ def train(
     keep_every: Annotated[
         int | None, typer.Option(help="Keep one every so many steps, too.", show_default="none")
     ] = None,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Weights of a checkpoint beyond it are several files.",
+            show_default="5GB",
+        ),
+    ] = None,
     eval_tokens: Annotated[
         int | None,
         typer.Option(help="Validate on the first so many of each split.", show_default="all"),
@@ -198,6 +206,7 @@ def train(
         "train.skip_spikes": skip_spikes,
         "train.keep_checkpoints": keep,
         "train.keep_every": keep_every,
+        "train.max_shard_size": max_shard_size,
         "train.eval_tokens": eval_tokens,
         "train.log": log,
         "speed.deterministic": deterministic,

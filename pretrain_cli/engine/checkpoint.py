@@ -8,22 +8,24 @@
         ├── state.json               step, samples consumed, tokens seen
         └── checksums.json           of every file above; written last
 
-A checkpoint is written aside, flushed and renamed, so a folder called step-… is whole; its
-checksums show what has happened to it since. Moments are kept under published names, so a run can
-go on with merged projections or separate ones, on one rank or many.
+What goes into one is taken while training waits, by `take_contents`, and written by
+`write_checkpoint` while it goes on: aside, flushed and renamed, so a folder called step-… is whole;
+its checksums show what has happened to it since. Weights larger than train.max_shard_size are
+several files with an index. Moments are kept under published names, so a run can go on with merged
+projections or separate ones, on one rank or many.
 """
 
-import hashlib
 import json
+import math
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -31,18 +33,19 @@ from pretrain_cli.data.tokenizer import Tokenizer
 from pretrain_cli.engine.distributed import Ranks, is_parted, place_like, whole
 from pretrain_cli.engine.optimizer import kept_for
 from pretrain_cli.errors import CheckpointError
-from pretrain_cli.files import flush
-from pretrain_cli.model import counting
+from pretrain_cli.files import flush, sha256_of
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.config_json import to_config_json
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.huggingface import published_tensors, write_weights
-from pretrain_cli.model.layout import layout
+from pretrain_cli.model.layout import EMBEDDING, HEAD, Merged, layout
+from pretrain_cli.model.tensor_file import write_tensors
 
 CHECKSUMS = Path("training/checksums.json")
+MOMENTS = Path("training/optimizer.safetensors")
 STATE = Path("training/state.json")
-
-
+BYTES_OF_A_NAME, BYTES_OF_SMALL_FILES = 200, 2**17
+"""At most: a tensor's, in the header of its file and in the index; config.json and the like."""
 SAVED_PER_SECOND = 2e8
 """Bytes: less than most disks take and than checksums are computed at."""
 
@@ -70,47 +73,96 @@ class State:
     """What a `Guard` remembers of the steps before."""
 
 
-def save_checkpoint(
-    folder: Path,
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """All that a checkpoint is written from, on the CPU."""
+
+    state: State
+    config: ModelConfig
+    tokenizer: Tokenizer
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+
+
+def take_contents(
     model: Decoder,
     optimizer: Optimizer,
     state: State,
     *,
     tokenizer: Tokenizer,
     ranks: Ranks,
-) -> Path:
-    """Write `folder/step-N`. Every rank calls this; the first one writes."""
-    place = folder / f"step-{state.step:06d}"
+    copy: bool = True,
+) -> Contents | None:
+    """What a checkpoint of this instant holds. Every rank calls this; the first one gets it.
+
+    Training goes on without changing it, but where `copy` is false on a CPU: there it is the
+    model's own memory.
+    """
     if not ranks.is_first and not is_parted(model):  # nothing that this rank has is needed
-        ranks.wait()
-        return place
-    weights = published_tensors(model, whole)
-    moments = _published_moments(model, optimizer)
-    if ranks.is_first:
-        aside = place.with_name(f".{place.name}.partial")
-        shutil.rmtree(aside, ignore_errors=True)
+        return None
+
+    def taken(tensor: Tensor) -> Tensor | None:
+        tensor = whole(tensor.detach())
+        if not ranks.is_first:
+            return None
+        return tensor.to("cpu", copy=copy and not is_parted(model))
+
+    kept = kept_for(optimizer)
+    moments = {"rng": torch.get_rng_state()}
+    for moment in dict.fromkeys(name for names in kept.values() for name in names):
+        found = published_tensors(
+            model, lambda p, m=moment: taken(optimizer.state[p][m]) if m in kept[p] else None
+        )
+        moments |= {f"{moment}.{name}": tensor for name, tensor in found.items()}
+    weights = published_tensors(model, taken)
+    if not ranks.is_first:
+        return None
+    return Contents(
+        state=state, config=model.config, tokenizer=tokenizer, weights=weights, moments=moments
+    )
+
+
+def write_checkpoint(folder: Path, contents: Contents, *, max_shard_size: int) -> Path:
+    """`folder/step-N`, whole. Raises OSError with nothing of it left behind."""
+    place = folder / f"step-{contents.state.step:06d}"
+    aside = place.with_name(f".{place.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
         (aside / "training").mkdir(parents=True)
-        write_weights(aside, weights)
+        sums = write_weights(aside, contents.weights, max_shard_size)
+        sums[MOMENTS.as_posix()] = write_tensors(aside / MOMENTS, contents.moments)
+        config, tokenizer = contents.config, contents.tokenizer
         ends = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
-        config = to_config_json(model.config, "float32") | ends
-        _write_json(aside / "config.json", config)
-        pad = {"pad_token_id": model.config.pad_token_id}
+        _write_json(aside / "config.json", to_config_json(config, "float32") | ends)
+        pad = {"pad_token_id": config.pad_token_id}
         _write_json(aside / "generation_config.json", {**ends, **pad, "do_sample": True})
         tokenizer.save(aside)
-        moments["rng"] = torch.get_rng_state()
-        save_file(moments, aside / "training/optimizer.safetensors")
-        _write_json(aside / STATE, asdict(state))
-        seal(aside)
+        _write_json(aside / STATE, asdict(contents.state))
+        seal(aside, sums)
         shutil.rmtree(place, ignore_errors=True)
         aside.rename(place)
         _flush_folder(folder)
-    ranks.wait()
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)  # on a full disk, it takes what others need
+        raise
     return place
 
 
-def estimated_seconds(config: ModelConfig) -> float:
-    """About how long a save takes, before there was one."""
-    return 3 / 4 * counting.state_bytes(config) / SAVED_PER_SECOND  # gradients are not saved
+def size_on_disk(config: ModelConfig, optimizer: str, tokenizer: Tokenizer) -> int:
+    """Bytes of a checkpoint, rather some more than less: all its numbers are float32."""
+    numbers = names = 0
+    for piece in layout(config, merged=Merged()):
+        has_muon = optimizer == "muon" and not piece.is_norm and piece.name not in (EMBEDDING, HEAD)
+        kept = 1 if has_muon else 2
+        numbers += (1 + kept) * math.prod(piece.shape)
+        names += 1 + kept
+    rest = len(tokenizer.json.encode()) + BYTES_OF_SMALL_FILES
+    return 4 * numbers + BYTES_OF_A_NAME * names + rest
+
+
+def estimated_seconds(size: int) -> float:
+    """About how long it takes to write so many bytes, before a run has saved."""
+    return size / SAVED_PER_SECOND
 
 
 def load_training_state(
@@ -119,7 +171,7 @@ def load_training_state(
     """Set the optimizer to where it was. Weights are read by `load_weights`, like any model's."""
     parameters = dict(model.named_parameters())
     kept, values = kept_for(optimizer), dict[str, dict[str, Tensor]]()
-    with safe_open(folder / "training/optimizer.safetensors", framework="pt") as file:
+    with safe_open(folder / MOMENTS, framework="pt") as file:
         for piece in layout(model.config, merged=model.merged):
             parameter = parameters[piece.parameter]
             slot = values.setdefault(
@@ -152,20 +204,6 @@ def read_state(folder: Path) -> State:
         raise CheckpointError(f"{path}: damaged ({error}); use another checkpoint") from None
 
 
-def _published_moments(model: Decoder, optimizer: Optimizer) -> dict[str, Tensor]:
-    """What the optimizer keeps, under `exp_avg.NAME`, `exp_avg_sq.NAME`, `momentum_buffer.NAME`."""
-    parameters, kept = dict(model.named_parameters()), kept_for(optimizer)
-    gathered: dict[tuple[str, str], Tensor] = {}
-    out = {}
-    for piece in layout(model.config, merged=model.merged):
-        for moment in kept[parameters[piece.parameter]]:
-            key = (piece.parameter, moment)
-            if key not in gathered:
-                gathered[key] = whole(optimizer.state[parameters[piece.parameter]][moment])
-            out[f"{moment}.{piece.name}"] = piece.of(gathered[key]).contiguous()
-    return out
-
-
 # --- on disk -------------------------------------------------------------------------------------
 
 
@@ -177,15 +215,18 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(_as_json(value))
 
 
-def seal(folder: Path) -> None:
-    """Flush every file of a checkpoint, and write their checksums last."""
-    sums = {}
+def seal(folder: Path, known: Mapping[str, str] | None = None) -> None:
+    """Flush every file of a checkpoint, and write their checksums last. Those of files that were
+    flushed when they were written, and hashed as they went out, are known."""
+    sums = dict(known or {})
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with path.open("rb+") as file:
-            flush(file)
-            sums[path.relative_to(folder).as_posix()] = _checksum(path)
+        name = path.relative_to(folder).as_posix()
+        if name not in sums:
+            with path.open("rb+") as file:
+                flush(file)
+            sums[name] = sha256_of(path)
     with (folder / CHECKSUMS).open("w") as file:
-        file.write(_as_json(sums))
+        file.write(_as_json(dict(sorted(sums.items()))))
         flush(file)
     _flush_folder(folder / "training")
     _flush_folder(folder)
@@ -197,11 +238,6 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def damage(folder: Path, *, model_only: bool = False) -> str | None:
@@ -220,6 +256,6 @@ def damage(folder: Path, *, model_only: bool = False) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{path}: missing"
-        if _checksum(path) != expected:
+        if sha256_of(path) != expected:
             return f"{path}: checksum differs, the file was cut short or altered"
     return None

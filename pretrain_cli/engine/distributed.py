@@ -153,10 +153,9 @@ def part_again(model: nn.Module) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be parted among the ranks, on the CPU. Every rank must ask."""
-    if isinstance(tensor, DTensor):
-        tensor = tensor.full_tensor()
-    return tensor.detach().cpu()
+    """The whole of a tensor that may be parted among the ranks, on its device. Every rank must
+    ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def place_like(value: Tensor, like: Tensor) -> Tensor:

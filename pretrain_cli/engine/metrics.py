@@ -155,8 +155,26 @@ class RolledBack:
 
 @dataclass(frozen=True)
 class Saved:
+    """A checkpoint is there."""
+
     step: int
     path: Path
+    time: float
+    """Seconds since 1970, when it was."""
+    stall: float
+    """Seconds that training waited for it."""
+    seconds: float
+    """Seconds that writing it took, behind training."""
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Unsaved:
+    """A save failed. Training goes on, and the next one tries again."""
+
+    step: int
+    time: float
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -174,8 +192,8 @@ class Finished:
     reason: Literal["done", "stopped"]
 
 
-Kept = StepMetrics | Evaluation | Skipped | RolledBack
-Event = Notice | Started | Kept | Saved | Sample | Finished
+Kept = StepMetrics | Evaluation | Skipped | RolledBack | Saved | Unsaved
+Event = Notice | Started | Kept | Sample | Finished
 Report = Callable[[Event], None]
 
 KINDS: dict[type, str] = {
@@ -184,12 +202,14 @@ KINDS: dict[type, str] = {
     Evaluation: "evaluation",
     Skipped: "skipped",
     RolledBack: "rollback",
+    Saved: "saved",
+    Unsaved: "not_saved",
 }
 
 
 class MetricsFile:
-    """metrics.jsonl: a line for each start, each step reported, each evaluation, each step
-    skipped and each way back.
+    """metrics.jsonl: a line for each start, each step reported, each evaluation, each save, each
+    step skipped and each way back.
 
     While the disk takes no line they are kept here, and written before the next one."""
 
@@ -208,6 +228,7 @@ class MetricsFile:
         self.file: IO[bytes] = path.open("ab", buffering=0)
         self.unwritten: deque[bytes] = deque()
         self.lock = threading.Lock()
+        """A save brings the file onto the disk from a thread of its own."""
 
     def write(self, event: Started | Kept) -> None:
         row: dict[str, Any] = {"kind": KINDS[type(event)], **_in_json(asdict(event))}

@@ -12,8 +12,10 @@ This module imports no torch, so that a command can call `wait_passively` first.
 """
 
 import ctypes
+import math
 import os
 import platform
+import re
 import sys
 import time
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import Any
 
 SPINS, BRIEF = "GOMP_SPINCOUNT", "1000"
 POLICY = "OMP_WAIT_POLICY"
+CGROUPS = Path("/sys/fs/cgroup")
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # mallopt's numbers, in glibc's malloc.h
 
 
@@ -34,6 +37,34 @@ def age() -> float:
     except OSError:
         return time.monotonic() - _LOADED
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(began) / os.sysconf("SC_CLK_TCK")
+
+
+def available_memory() -> int | None:
+    """Bytes that this process can still take, by the kernel and by its control groups; None where
+    the system doesn't say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    for line in groups:
+        if line.startswith("0::/"):  # version 2; a limit on any group above holds, too
+            group = CGROUPS / line[4:]
+            free += [_left_of(each) for each in (group, *group.parents) if each.is_dir()]
+    return int(min(free)) if free else None
+
+
+def _left_of(group: Path) -> float:
+    """Of a control group's limit; cached files count as free, as they make way."""
+    try:
+        limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
+        cached = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)
+    except OSError:
+        return math.inf
+    if limit.strip() == "max":
+        return math.inf
+    return int(limit) - int(used) + int(cached[1] if cached else 0)
 
 
 def wait_passively(asked: bool | str) -> None:

@@ -31,6 +31,7 @@ SAFE = {
     "train.keep_checkpoints",
     "train.keep_best",
     "train.keep_every",
+    "train.max_shard_size",
     "train.max_time",
     "train.sample_prompts",
     "train.sample_tokens",

@@ -93,7 +93,7 @@ def _norm_of_each(decoder: Decoder) -> dict[str, float]:
     for piece in layout(decoder.config, merged=decoder.merged):
         if piece.parameter != gathered[0]:
             grad = parameters[piece.parameter].grad
-            gathered = piece.parameter, None if grad is None else whole(grad)
+            gathered = piece.parameter, None if grad is None else whole(grad).cpu()
         if gathered[1] is not None:
             norm = torch.linalg.vector_norm(piece.of(gathered[1]), dtype=torch.float64)
             norms[piece.name] = norm.item()

@@ -100,12 +100,15 @@ class StopRequest:
     def saved(self, seconds: float) -> None:
         """A save took so long."""
         self.save_seconds = seconds
+
+    def paused(self) -> None:
+        """What went by since the last look was not training."""
         self.looked = time.perf_counter()
 
     @property
     def room(self) -> float:
-        """Seconds before the limit at which to stop: twice a save, twice the time from one look at
-        the clock to the next, and some to spare."""
+        """Seconds before the limit at which to stop: two saves, as one may be under way, twice the
+        time from one look at the clock to the next, and some to spare."""
         return 2 * self.save_seconds + 2 * self.gap + SPARE
 
     def _look_at_the_clock(self) -> None:

@@ -22,6 +22,7 @@ from pretrain_cli.engine.plan import Plan, make_plan
 from pretrain_cli.engine.process import keep_compiled
 from pretrain_cli.engine.record import Record
 from pretrain_cli.engine.run import COMPILED, choose_folder, write_record
+from pretrain_cli.engine.saving import check_space, checkpoint_size
 from pretrain_cli.engine.speed import (
     DETERMINISM,
     apply_process_settings,
@@ -59,8 +60,11 @@ def train(
         stop.ranks = ranks
         model = resume[1].model if resume else None
         plan = make_plan(settings, ranks, report, stop, model=model)
-        stop.save_seconds = checkpoint.estimated_seconds(plan.model)
         run, start = _choose_run(plan, report, resume, resume_from)
+        done = checkpoint.read_state(start).step if start else 0
+        check_space(plan, run, ranks, report, done=done)
+        if ranks.is_first:  # which writes
+            stop.save_seconds = checkpoint.estimated_seconds(checkpoint_size(plan))
         batches = open_batches(plan, ranks, report)
         torch.manual_seed(settings.train.seed)  # nothing draws from it yet; a checkpoint keeps it
         apply_process_settings(plan.speed)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pretrain_cli.data.batches import Batches
-from pretrain_cli.engine import checkpoint, keeping
+from pretrain_cli.engine import keeping
 from pretrain_cli.engine.checkpoint import State
 from pretrain_cli.engine.distributed import Ranks
 from pretrain_cli.engine.evaluate import evaluate
@@ -25,7 +25,6 @@ from pretrain_cli.engine.metrics import (
     MetricsFile,
     Notice,
     Report,
-    Saved,
     Started,
 )
 from pretrain_cli.engine.optimizer import set_learning_rate
@@ -34,6 +33,7 @@ from pretrain_cli.engine.plan import Plan, resolved
 from pretrain_cli.engine.recovery import Recovery
 from pretrain_cli.engine.run import device_name
 from pretrain_cli.engine.samples import Samples
+from pretrain_cli.engine.saving import Saver
 from pretrain_cli.engine.schedule import learning_rate
 from pretrain_cli.engine.step import train_step
 from pretrain_cli.engine.stop import Stopped, StopRequest
@@ -69,6 +69,7 @@ class Trainer:
         self.trackers: list[Tracker] = []
         train = plan.settings.train
         self.guard = Guard(ranks, skip_spikes=train.skip_spikes, max_skips=train.max_skips)
+        self.saver = Saver(run, plan, ranks, self.report, self._sync)
 
     def report(self, event: Event) -> None:
         if self.metrics and isinstance(event, Kept):
@@ -178,6 +179,7 @@ class Trainer:
                     tokens=state.tokens + plan.tokens_per_step,
                 )
                 meter.stepped(feed.wait)
+                state = self._with_saved(state, self.saver.look())
                 is_last = state.step == steps
                 save_due = state.step % plan.checkpoint_every == 0 or is_last
                 eval_due = state.step % plan.eval_every == 0 or is_last
@@ -205,19 +207,21 @@ class Trainer:
                         self.evaluate(state)
                 if save_due:
                     with meter.held_up("save"):
-                        state = self.save(state)
+                        state = self.save(state, goes_on=not is_last)
                 if sample_due and state.step < steps:
                     with meter.held_up("evaluation"):
                         samples.take(self.decoder, state.step, stop)
                 stop.after(state.step)
-            state = self.save(state)
+            state = self.save(state, goes_on=False)
             if samples.due(state.step):
                 samples.take(self.decoder, state.step, stop)
+            self.saver.finish()
         except Stopped:
             stopped = True
             self._leave(state, made=state.step - first)
         finally:
             feed.close()
+            self.saver.close()
             self._close_files()
         finished = Finished(self.run, state.step, steps, "stopped" if stopped else "done")
         self.report(finished)
@@ -225,7 +229,8 @@ class Trainer:
 
     def _leave(self, state: State, *, made: int) -> None:
         """Save a run that is asked to stop, after `made` steps."""
-        self.save(state)
+        self.save(state, goes_on=False)
+        self.saver.finish()
         if self.stop.reason:
             self.report(Notice(f"{self.stop.reason}: stopped"))
         if self.stop.out_of_time and not made:
@@ -265,6 +270,7 @@ class Trainer:
 
     def go_back(self, state: State) -> State:
         """To an earlier checkpoint; what is later is left behind."""
+        self.saver.wait()  # it may be the one
         state, told = self.recovery.go_back(state)
         self.saved_step, self.evaluated_step, self.evaluation = state.step, -1, None
         if self.metrics:
@@ -310,30 +316,31 @@ class Trainer:
             return replace(state, best_step=last.step, best_loss=last.loss)
         return state
 
-    def save(self, state: State) -> State:
-        """Write a checkpoint, once for a step. Returns the state that it has."""
+    def save(self, state: State, *, goes_on: bool) -> State:
+        """Begin to write a checkpoint, once for a step, when the one before is written. `goes_on`
+        says whether training does."""
         if self.saved_step == state.step:
             return state
-        began = time.perf_counter()
+        since = time.perf_counter()
         state = self.recovery.settle(state)
         if not self.recovery.can_be_saved(state):
             return state
-        state = replace(self._with_best(state), guard=self.guard.state_dict())
+        state = self._with_saved(state, self.saver.wait())
+        have_each(self.trackers, lambda tracker: tracker.flush(), self.tell)
+        whole = replace(self._with_best(state), guard=self.guard.state_dict())
+        self.saver.begin(self.decoder, self.optimizer, whole, since=since, goes_on=goes_on)
+        self.saved_step = state.step
+        self.stop.paused()
+        return self._with_saved(state, self.saver.look())
+
+    def _with_saved(self, state: State, saved: State | None) -> State:
+        """The state, where a save has ended, with what it knows as the best so far."""
+        if saved is None:
+            return state
+        self.stop.saved(self.saver.seconds)
+        return replace(state, best_step=saved.best_step, best_loss=saved.best_loss)
+
+    def _sync(self) -> None:
+        """Onto the disk, what a checkpoint counts on."""
         if self.metrics:
             self.metrics.sync()
-            have_each(self.trackers, lambda tracker: tracker.flush(), self.tell)
-        folder = self.run / "checkpoints"
-        path = checkpoint.save_checkpoint(
-            folder,
-            self.decoder,
-            self.optimizer,
-            state,
-            tokenizer=self.plan.data.tokenizer,
-            ranks=self.ranks,
-        )
-        self.saved_step = state.step
-        self.stop.saved(time.perf_counter() - began)
-        if self.ranks.is_first:
-            keeping.rotate(self.run, self.plan.settings.train)
-        self.report(Saved(state.step, path))
-        return state

@@ -90,6 +90,12 @@ def state_bytes(config: ModelConfig) -> int:
     return 16 * count_parameters(config).total
 
 
+def checkpoint_bytes(config: ModelConfig) -> int:
+    """Bytes of a checkpoint's weights and AdamW's two moments, and of the copy in the host's memory
+    that it is written from."""
+    return 12 * count_parameters(config).total
+
+
 def activation_bytes_per_token(config: ModelConfig, compute_bytes: int) -> int:
     """Roughly what one token keeps for the backward pass; a guide for choosing a micro-batch.
 

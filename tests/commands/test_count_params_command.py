@@ -39,6 +39,7 @@ def test_the_same_numbers_for_machines(pretrain):
         names = ("embeddings", "attention", "mlp", "norms", "head")
         assert parts["total"] == sum(parts[name] for name in names)
     assert counts["tied"]["training_state_bytes"] == 16 * GEMMA_TIED
+    assert counts["tied"]["checkpoint_bytes"] == 12 * GEMMA_TIED
     only = json.loads(pretrain("count-params --untied --json").out)
     assert "tied" not in only
     assert only["untied"] == counts["untied"]

@@ -1,29 +1,38 @@
 """A checkpoint is a model: transformers opens it, and its files can be trusted."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pretrain_cli.config import SpeedConfig
 from pretrain_cli.engine import checkpoint, keeping
+from pretrain_cli.engine.evaluate_checkpoint import Request, evaluate_checkpoint
 from pretrain_cli.engine.metrics import Evaluation, StepMetrics
 from pretrain_cli.engine.sample import open_for_sampling
 from pretrain_cli.engine.speed import build_model, resolve_speed
-from pretrain_cli.errors import CheckpointError, DataError
+from pretrain_cli.errors import CheckpointError, ConfigError, DataError
 from pretrain_cli.model.config_json import read_config
 from pretrain_cli.model.huggingface import load_weights
+from tests.engine.test_resume import numbers, resume
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("model", ["gemma3-tiny", "qwen3-tiny"])
+@pytest.mark.parametrize("shard", ["5GB", "60KB"])
 def test_transformers_opens_a_checkpoint_with_the_same_logits_and_tokens(
-    settings, run, tmp_path, model
+    settings, run, tmp_path, model, shard
 ):
     transformers = pytest.importorskip("transformers")
-    run(settings(model__name=model))
+    run(settings(model__name=model, train__max_shard_size=shard))
     folder = tmp_path / "run/checkpoints/step-000006"
+    assert (folder / "model.safetensors").exists() == (shard == "5GB")
+    sizes = [path.stat().st_size for path in folder.glob("model-*.safetensors")]
+    assert len(sizes) > 3 or shard == "5GB"
+    assert all(size < 70_000 for size in sizes)
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
@@ -61,9 +70,14 @@ def test_init_from_a_model_of_another_tokenizer_is_refused(settings, run, tmp_pa
         run(settings("second", model__init_from=folder))
 
 
-@pytest.mark.parametrize("victim", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "victim",
+    ["model.safetensors", "config.json", "tokenizer.json", "model.safetensors.index.json",
+     "model-00003-of-00006.safetensors"],
+)  # fmt: skip
 def test_a_checkpoint_with_one_flipped_byte_is_not_sampled_from(settings, run, tmp_path, victim):
-    run(settings(train__steps=1))
+    shard = "5GB" if victim == "model.safetensors" else "60KB"
+    run(settings(train__steps=1, train__max_shard_size=shard))
     folder = tmp_path / "run/checkpoints/step-000001"
     data = bytearray((folder / victim).read_bytes())
     data[len(data) // 2] ^= 1
@@ -73,16 +87,50 @@ def test_a_checkpoint_with_one_flipped_byte_is_not_sampled_from(settings, run, t
         open_for_sampling(folder, device="cpu", dtype="float32", report=print)
 
 
-def test_a_save_that_dies_leaves_the_checkpoints_as_they_were(settings, run, tmp_path, monkeypatch):
-    run(settings(train__steps=2))
-    real = checkpoint.seal
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "state.json", "checksums.json"])
+def test_a_flipped_byte_of_what_training_needs_has_an_older_checkpoint_resumed_from(
+    settings, run, tmp_path, name
+):
+    run(settings(train__checkpoint_every=2))
+    folder = tmp_path / "run/checkpoints/step-000006"
+    path = folder / "training" / name
+    data = bytearray(path.read_bytes())
+    for place in (0, len(data) // 2, len(data) - 1):
+        data[place] ^= 1
+        path.write_bytes(bytes(data))
+        told = []
+        assert keeping.newest_intact(tmp_path / "run", told.append).name == "step-000004"
+        assert "step-000006/" in told[0]
+        data[place] ^= 1
+    path.write_bytes(bytes(data))
+    assert checkpoint.damage(folder) is None
 
-    def dies(folder):
-        real(folder)
-        raise OSError("the machine went away")
 
-    monkeypatch.setattr(checkpoint, "seal", dies)
-    with pytest.raises(OSError, match="went away"):
-        run(settings("second", train__steps=2))
-    assert keeping.checkpoints(tmp_path / "second") == []
-    assert keeping.newest_intact(tmp_path / "run", print) is not None
+@pytest.mark.parametrize("size", ["5XB", "0GB", "GB", 5, 5.0])
+def test_a_size_of_files_that_is_none_is_refused(settings, size):
+    with pytest.raises(ConfigError, match=r"train.max_shard_size: .* is not a size such as 5GB"):
+        settings(train__max_shard_size=size)
+
+
+def test_a_checkpoint_of_several_files_is_resumed_evaluated_and_sampled(settings, run, tmp_path):
+    common = {"train__eval_every": 3}
+    run(settings("whole", **common))
+    run(settings("parts", train__max_shard_size="60KB", train__checkpoint_every=3, **common))
+    shutil.rmtree(tmp_path / "parts/checkpoints/step-000006")
+    events = resume(run, tmp_path / "parts")
+    assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
+    last = tmp_path / "parts/checkpoints/step-000006"
+    parts = {}
+    for path in last.glob("model-*"):
+        parts |= load_file(path)
+    whole = load_file(tmp_path / "whole/checkpoints/step-000006/model.safetensors")
+    assert parts.keys() == whole.keys()
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+    [evaluation] = [event for event in events if isinstance(event, Evaluation)]
+    found = evaluate_checkpoint(Request(where=tmp_path / "parts", device="cpu"), print)
+    assert found.evaluation.loss == pytest.approx(evaluation.loss, rel=1e-6)
+    sampled = [
+        open_for_sampling(where, device="cpu", dtype="float32", report=print)[1].state_dict()
+        for where in (last, tmp_path / "whole")
+    ]
+    assert all(torch.equal(sampled[0][name], sampled[1][name]) for name in sampled[1])

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ from safetensors.torch import load_file
 
 from pretrain_cli.commands.display import TrainDisplay
 from pretrain_cli.config import build_config
-from pretrain_cli.engine import keeping, trainer
+from pretrain_cli.engine import checkpoint, keeping, trainer
 from pretrain_cli.engine.checkpoint import read_state
 from pretrain_cli.engine.feed import Feed
-from pretrain_cli.engine.metrics import RolledBack, Skipped, StepMetrics
+from pretrain_cli.engine.metrics import RolledBack, Saved, Skipped, StepMetrics
 from pretrain_cli.engine.record import read_record, resumed_settings
+from pretrain_cli.engine.train import train
 from pretrain_cli.errors import PretrainError
 
 PER_STEP = 4  # samples
@@ -164,6 +166,28 @@ def test_a_run_goes_back_and_past_the_samples_that_led_astray(
     assert [row["step"] for row in steps] == (list(range(1, 10)) if log_every == 1 else [9])
     assert steps[-1]["tokens"] == 9 * 128
     assert len(rows(tmp_path / "run", "skipped")) == 3
+
+
+def test_a_run_goes_back_to_a_checkpoint_that_is_still_being_written(settings, poison, monkeypatch):
+    """Of step 4, until steps 5 and 6 were skipped and a while longer."""
+    skipped, kinds, real = threading.Event(), [], checkpoint.write_checkpoint
+
+    def slow(folder, contents, **options):
+        assert contents.state.step != 4 or skipped.wait(20)
+        return real(folder, contents, **options)
+
+    def report(event):
+        if isinstance(event, Saved | Skipped | RolledBack):
+            kinds.append((type(event), event.step))
+        if isinstance(event, Skipped) and event.step == 6:
+            threading.Timer(0.3, skipped.set).start()
+
+    monkeypatch.setattr(checkpoint, "write_checkpoint", slow)
+    poison.update(PER_STEP * n for n in (4, 5))
+    train(settings(train__checkpoint_every=2, train__max_skips=2), report)
+    assert kinds == [
+        (Saved, 2), (Skipped, 5), (Skipped, 6), (Saved, 4), (RolledBack, 4), (Saved, 6),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,52 @@
+"""What this process may take of the machine."""
+
+from pathlib import Path
+
+import pytest
+
+from pretrain_cli.engine import process
+
+
+def limit(group: Path, **numbers: str) -> None:
+    group.mkdir(parents=True, exist_ok=True)
+    for name, text in numbers.items():
+        (group / name.replace("_", ".")).write_text(text + "\n")
+
+
+@pytest.fixture
+def groups(tmp_path, monkeypatch):
+    """Control groups of the test's own, in one of which this process is."""
+    real = Path.read_text
+
+    def read(path, *arguments, **options):
+        if path == Path("/proc/self/cgroup"):
+            return "1:name=systemd:/\n0::/job/step\n"
+        if path == Path("/proc/meminfo"):
+            return "MemTotal:       2000 kB\nMemAvailable:    1000 kB\n"
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    monkeypatch.setattr(process, "CGROUPS", tmp_path)
+    return tmp_path
+
+
+def test_available_memory_is_what_the_kernel_says(groups):
+    assert process.available_memory() == 1000 * 1024
+    limit(groups / "job/step", memory_max="max", memory_current="5", memory_stat="anon 5")
+    assert process.available_memory() == 1000 * 1024
+
+
+def test_a_control_group_or_one_above_it_leaves_less(groups):
+    limit(groups / "job/step", memory_max="9000", memory_current="5000",
+          memory_stat="anon 4000\ninactive_file 600\nactive_file 400")  # fmt: skip
+    assert process.available_memory() == 9000 - 5000 + 600
+    limit(groups / "job", memory_max="8000", memory_current="6000", memory_stat="anon 6000")
+    assert process.available_memory() == 2000
+
+
+def test_a_system_that_says_nothing_has_no_answer(monkeypatch):
+    def missing(path, *arguments, **options):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    assert process.available_memory() is None

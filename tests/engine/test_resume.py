@@ -2,12 +2,9 @@
 
 import json
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -285,36 +282,3 @@ def test_a_run_goes_on_on_two_ranks(settings, run, tmp_path, parallel):
         saved = load_file(tmp_path / f"two/checkpoints/step-000006/{name}.safetensors")
         alone = load_file(tmp_path / f"straight/checkpoints/step-000006/{name}.safetensors")
         assert saved.keys() == alone.keys()
-
-
-@pytest.mark.slow
-def test_kill_at_random_instants_and_resume_equals_the_uninterrupted_run(settings, run, tmp_path):
-    common = {"train__steps": 30, "train__checkpoint_every": 4, "train__eval_every": 10}
-    run(settings("straight", **common))
-    config = settings("killed", **common)
-    flags = [
-        f"--set={section}.{name}={value}"
-        for section, values in config.model_dump(mode="json", exclude_unset=True).items()
-        for name, value in values.items()
-    ]
-    start = [sys.executable, "-m", "pretrain_cli", "train", *flags]
-    again = [sys.executable, "-m", "pretrain_cli", "train", "--resume", str(tmp_path / "killed")]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    chance = random.Random(0)
-    kills, command = 0, start
-    metrics = tmp_path / "killed/metrics.jsonl"
-    while kills < 6:
-        process = subprocess.Popen(command, env=environment, **quiet)
-        while process.poll() is None and not metrics.is_file():
-            time.sleep(0.01)
-        time.sleep(chance.uniform(0.0, 0.6))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        kills += 1
-        command = again
-    done = subprocess.run(again, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert numbers(tmp_path / "killed") == numbers(tmp_path / "straight")
-    last = "checkpoints/step-000030"
-    assert_same_weights(tmp_path / "killed" / last, tmp_path / "straight" / last)

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
@@ -32,6 +33,16 @@ def notice(text: str) -> None:
 def aside(text: str) -> None:
     """The same where standard output is a result that another program reads."""
     error_console.print(f"[yellow]·[/] {escape(text)}", soft_wrap=True)
+
+
+def check_output(path: Path | None, option: str = "--json") -> None:
+    """Refuse a file that can't be written, before what it is to hold is made."""
+    from pretrain_cli.errors import ConfigError
+
+    if path is not None and path.is_dir():
+        raise ConfigError(f"{option}: {path} is a folder; give a file")
+    if path is not None and not path.parent.is_dir():
+        raise ConfigError(f"{option}: no folder {path.parent} to write {path.name} in")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -77,6 +88,33 @@ class Rate(ProgressColumn):
 
     def render(self, task: Any) -> Text:
         return Text(task.fields.get("rate", ""))
+
+
+def profile_table(title: str, profile: Any) -> RenderableType:
+    """Where a step's time goes, by part and by operator."""
+    whole = max(profile.seconds, 1e-9)
+    parts = Table(
+        box=SIMPLE_HEAD,
+        title=f"{escape(title)}: {profile.seconds * 1e3:,.1f} ms a step while profiled",
+        title_justify="left",
+    )
+    operators = Table(box=SIMPLE_HEAD)
+    for table, heading in ((parts, "part"), (operators, "operator, by itself")):
+        table.add_column(heading)
+        for column in ("ms", "share"):
+            table.add_column(column, justify="right")
+    operators.add_column("calls", justify="right")
+    for name, seconds in profile.parts.items():
+        parts.add_row(name, f"{seconds * 1e3:,.1f}", f"{seconds / whole:.1%}")
+    for each in profile.operators:
+        operators.add_row(
+            Text(each.name, overflow="ellipsis", no_wrap=True),
+            f"{each.seconds * 1e3:,.1f}",
+            f"{each.seconds / whole:.1%}",
+            f"{each.calls:,.0f}",
+        )
+    where = Text(f"Trace, for ui.perfetto.dev: {profile.trace}")
+    return Group(parts, operators, where)
 
 
 class TrainDisplay:
@@ -162,6 +200,9 @@ class TrainDisplay:
             f"{behind - 1:,}" + (f"; largest gradient: {gradient})" if gradient else ")"),
             soft_wrap=True,
         )
+
+    def on_profiled(self, event: Any) -> None:
+        console.print(profile_table(f"Up to step {event.step:,}", event.profile))
 
     def on_rolledback(self, event: Any) -> None:
         first, behind = event.samples

@@ -167,6 +167,15 @@ def train(
             help="Prove exact resume here: N steps straight, against N/2, saved and resumed.",
         ),
     ] = None,
+    profile: Annotated[
+        int | None,
+        typer.Option(
+            metavar="STEPS",
+            help="Look into so many steps: a Chrome trace in the run folder, top operators, parts "
+            "of a step.",
+            show_default="none",
+        ),
+    ] = None,
     config: Annotated[
         str | None, typer.Option(help="A YAML file of settings, or a built-in one by name.")
     ] = None,
@@ -228,6 +237,12 @@ def train(
         raise ConfigError(f"--check-resume: begins a run of its own; leave --resume {resume} out")
     if check_resume is not None and lr_find:
         raise ConfigError("--check-resume: trains as the settings say; leave --lr-find out")
+    if profile is not None and profile < 1:
+        raise ConfigError(f"--profile: {profile} is not at least 1 step")
+    if profile is not None and (lr_find or check_resume is not None):
+        raise ConfigError(
+            "--profile: looks into a run's steps; leave --lr-find, --check-resume out"
+        )
     if resume is None:
         settings = build_config(read_config(config) if config else {}, flags, set_ or [])
         where = {}
@@ -246,7 +261,7 @@ def train(
             if lr_find:
                 suggest_rate(settings, out, display, stop)
                 return
-            reason = run(settings, display, stop=stop, **where).reason
+            reason = run(settings, display, stop=stop, profile=profile or 0, **where).reason
         except Stopped:
             reason = "stopped"
             notice(f"{stop.reason}: stopped before training began; the same command begins again")

@@ -15,6 +15,7 @@ from pretrain_cli.data.packing import Packed
 from pretrain_cli.engine.distributed import Ranks
 from pretrain_cli.engine.metrics import Notice, Report
 from pretrain_cli.engine.plan import Plan
+from pretrain_cli.model.parts import part
 
 
 def open_batches(plan: Plan, ranks: Ranks, report: Report) -> Batches:
@@ -92,11 +93,12 @@ class Feed:
     def next(self) -> Tensors:
         """This rank's share of the next step, on the device."""
         asked = time.perf_counter()
-        read = self.coming.result() if self.coming else self._read(self.sample)
-        self.sample += self.batches.samples_per_step
-        if self.reader:
-            self.coming = self.reader.submit(self._read, self.sample)
-        batch = self._placed(read)
+        with part("data"):
+            read = self.coming.result() if self.coming else self._read(self.sample)
+            self.sample += self.batches.samples_per_step
+            if self.reader:
+                self.coming = self.reader.submit(self._read, self.sample)
+            batch = self._placed(read)
         self.wait = time.perf_counter() - asked
         return batch
 

@@ -4,6 +4,7 @@
 shows them, and metrics.jsonl keeps those that are numbers.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -18,7 +19,10 @@ from typing import IO, Any, Literal
 
 import torch
 
+from pretrain_cli.engine.profile import Profile
 from pretrain_cli.files import append_line, write_whole
+
+PROC_STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,14 @@ class RolledBack:
 
 
 @dataclass(frozen=True)
+class Profiled:
+    """A few steps looked into, up to this one."""
+
+    step: int
+    profile: Profile
+
+
+@dataclass(frozen=True)
 class Saved:
     """A checkpoint is there."""
 
@@ -193,7 +205,7 @@ class Finished:
 
 
 Kept = StepMetrics | Evaluation | Skipped | RolledBack | Saved | Unsaved
-Event = Notice | Started | Kept | Sample | Finished
+Event = Notice | Started | Kept | Profiled | Sample | Finished
 Report = Callable[[Event], None]
 
 KINDS: dict[type, str] = {
@@ -294,5 +306,18 @@ def peak_memory(device: torch.device) -> int:
     """Peak bytes: allocated on a GPU; resident in this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if PROC_STATUS.is_file():  # getrusage's peak begins with that of the process that began this
+        for line in PROC_STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Count the peak anew from here; where the system can't, it stays that of the process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif PROC_STATUS.is_file():
+        with contextlib.suppress(OSError):
+            PROC_STATUS.with_name("clear_refs").write_text("5")

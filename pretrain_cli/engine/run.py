@@ -5,6 +5,7 @@ runs/NAME/
 ├── metrics.jsonl       a line for each step reported and each evaluation
 ├── samples.jsonl       text sampled from the model
 ├── compile-cache/      what torch.compile made, for when the run goes on; safe to remove
+├── profile-step-*.json Chrome traces, with --profile
 └── checkpoints/step-000400/
 """
 

@@ -10,6 +10,7 @@ from pretrain_cli.engine.distributed import gradients_kept
 from pretrain_cli.engine.guard import Guard
 from pretrain_cli.engine.stop import Stopped
 from pretrain_cli.engine.terms import OtherTerms
+from pretrain_cli.model.parts import part
 
 
 def train_step(
@@ -45,13 +46,14 @@ def train_step(
         terms=terms,
         stop=stop,
     )
-    limit = clip if clip > 0 else float("inf")
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-    if guard is None:
-        optimizer.step()
-    else:
-        guard.step(optimizer, total, norm)
-    optimizer.zero_grad(set_to_none=True)
+    with part("optimizer"):
+        limit = clip if clip > 0 else float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        if guard is None:
+            optimizer.step()
+        else:
+            guard.step(optimizer, total, norm)
+        optimizer.zero_grad(set_to_none=True)
     return total, norm
 
 
@@ -84,14 +86,16 @@ def add_gradients(
             raise Stopped
         rows = slice(start, start + micro_batch_size)
         with gradients_kept(model, last=rows.stop >= len(inputs)):
-            found = model(
-                inputs[rows],
-                targets[rows],
-                documents=None if documents is None else documents[rows],
-                normalizer=normalizer,
-                coefficients=terms.coefficients if terms else None,
-            )
-            (found.minimized if terms else found).backward()
+            with part("forward"):
+                found = model(
+                    inputs[rows],
+                    targets[rows],
+                    documents=None if documents is None else documents[rows],
+                    normalizer=normalizer,
+                    coefficients=terms.coefficients if terms else None,
+                )
+            with part("backward"):
+                (found.minimized if terms else found).backward()
         if terms:
             terms.add(found)
         total += (found.cross_entropy if terms else found.detach()) / world

@@ -20,6 +20,7 @@ from pretrain_cli.engine.optimizer import build_optimizer
 from pretrain_cli.engine.peak import find_peak
 from pretrain_cli.engine.plan import Plan, make_plan
 from pretrain_cli.engine.process import keep_compiled
+from pretrain_cli.engine.profile import WARMUP_STEPS
 from pretrain_cli.engine.record import Record
 from pretrain_cli.engine.run import COMPILED, choose_folder, write_record
 from pretrain_cli.engine.saving import check_space, checkpoint_size
@@ -48,10 +49,12 @@ def train(
     resume: tuple[Path, Record] | None = None,
     resume_from: Path | None = None,
     stop: StopRequest | None = None,
+    profile: int = 0,
 ) -> Finished:
     """Train a new run, or go on with the run at `resume`, from a checkpoint of it where one is
-    named and else from its newest intact one. Returns how it ended. Raises Stopped where `stop`
-    asks for it before there is a run."""
+    named and else from its newest intact one. `profile` looks into so many of its steps, on the
+    first rank. Returns how it ended. Raises Stopped where `stop` asks for it before there is a
+    run."""
     if stop is None:
         stop = StopRequest(limit=settings.train.max_time)
     with open_ranks(settings.train.device) as ranks:
@@ -92,6 +95,11 @@ def train(
                 f"train.steps: {plan.steps:,} is less than the {state.step:,} that {run} has; give "
                 "more, or resume from an earlier checkpoint of it"
             )
+        if profile and plan.steps - state.step < WARMUP_STEPS + profile:
+            raise ConfigError(
+                f"--profile: {profile} steps after {WARMUP_STEPS} to warm up, and the run has "
+                f"{plan.steps - state.step:,} left; give fewer, or more --steps"
+            )
         if resume is not None:
             for line in told_changes(resume[1], plan, state.step):
                 report(Notice(line))
@@ -101,6 +109,7 @@ def train(
             for left in keeping.abandon_later(run, state.step):
                 report(Notice(f"{left}: beyond step {state.step:,}, renamed to abandoned-…"))
         trainer = Trainer(plan, run, ranks, report, batches, decoder, model, optimizer, peak)
+        trainer.profile = profile if ranks.is_first else 0
         with only_deterministic(plan.speed):
             return trainer.run_until(plan.steps, state, stop)
 

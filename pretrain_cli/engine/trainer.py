@@ -24,12 +24,14 @@ from pretrain_cli.engine.metrics import (
     Kept,
     MetricsFile,
     Notice,
+    Profiled,
     Report,
     Started,
 )
 from pretrain_cli.engine.optimizer import set_learning_rate
 from pretrain_cli.engine.peak import Peak
 from pretrain_cli.engine.plan import Plan, resolved
+from pretrain_cli.engine.profile import WARMUP_STEPS, Profiler
 from pretrain_cli.engine.recovery import Recovery
 from pretrain_cli.engine.run import device_name
 from pretrain_cli.engine.samples import Samples
@@ -65,6 +67,8 @@ class Trainer:
         self.saved_step = -1
         self.evaluated_step = -1
         self.evaluation: Evaluation | None = None
+        self.profile = 0
+        """So many steps are looked into, after some to warm up."""
         self.metrics: MetricsFile | None = None
         self.trackers: list[Tracker] = []
         train = plan.settings.train
@@ -121,6 +125,12 @@ class Trainer:
             prefetch=plan.speed.prefetch,
         )
         samples = Samples(plan, self.run, ranks, self.report, upto=state.step)
+        profiler = Profiler(
+            self.profile,
+            after=WARMUP_STEPS,
+            device=ranks.device,
+            trace=self.run / f"profile-step-{state.step + WARMUP_STEPS + 1:06d}.json",
+        )
         self.recovery = Recovery(
             self.guard,
             plan,
@@ -156,22 +166,23 @@ class Trainer:
                     settings=plan.settings.optimizer,
                 )
                 set_learning_rate(self.optimizer, rate)
-                batch = feed.next()
                 terms = OtherTerms(plan.coefficients) if plan.coefficients else None
-                train_step(
-                    self.model,
-                    self.optimizer,
-                    batch.inputs,
-                    batch.targets,
-                    micro_batch_size=plan.micro_batch_size,
-                    clip=plan.settings.optimizer.clip,
-                    world=ranks.world,
-                    counted=batch.counted,
-                    documents=batch.documents,
-                    guard=self.guard,
-                    terms=terms,
-                    stop=stop.poll,
-                )
+                with profiler.step():
+                    batch = feed.next()
+                    train_step(
+                        self.model,
+                        self.optimizer,
+                        batch.inputs,
+                        batch.targets,
+                        micro_batch_size=plan.micro_batch_size,
+                        clip=plan.settings.optimizer.clip,
+                        world=ranks.world,
+                        counted=batch.counted,
+                        documents=batch.documents,
+                        guard=self.guard,
+                        terms=terms,
+                        stop=stop.poll,
+                    )
                 state = replace(
                     state,
                     step=state.step + 1,
@@ -180,6 +191,9 @@ class Trainer:
                 )
                 meter.stepped(feed.wait)
                 state = self._with_saved(state, self.saver.look())
+                if profiler.profile:
+                    self.report(Profiled(state.step, profiler.profile))
+                    profiler.profile = None  # told once
                 is_last = state.step == steps
                 save_due = state.step % plan.checkpoint_every == 0 or is_last
                 eval_due = state.step % plan.eval_every == 0 or is_last
@@ -220,6 +234,7 @@ class Trainer:
             stopped = True
             self._leave(state, made=state.step - first)
         finally:
+            profiler.close()
             feed.close()
             self.saver.close()
             self._close_files()

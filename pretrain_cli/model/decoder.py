@@ -22,9 +22,10 @@ from pretrain_cli.model.attention_backends import BACKENDS, Mask
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.kv_cache import KVCache, LayerCache
 from pretrain_cli.model.layers import GatedMLP, Linear, RMSNorm
-from pretrain_cli.model.layout import Merged, layout
+from pretrain_cli.model.layout import EMBEDDING, Merged, Piece, layout
 from pretrain_cli.model.loss import IGNORED, Softmax, cross_entropy, softmax_, with_z_loss
 from pretrain_cli.model.moe import MixtureOfExperts, balancing_loss
+from pretrain_cli.model.parts import part
 from pretrain_cli.model.rope import rope_table
 
 
@@ -147,14 +148,15 @@ class Decoder(nn.Module):
             return self._terms(tokens, targets, documents, normalizer, coefficients)
         hidden = self.hidden(tokens, cache, documents)
         if targets is not None:
-            return cross_entropy(
-                hidden,
-                self.head_weight,
-                targets,
-                normalizer=normalizer,
-                chunked=self.chunked_loss,
-                softmax=self.softmax,
-            )
+            with part("loss"):
+                return cross_entropy(
+                    hidden,
+                    self.head_weight,
+                    targets,
+                    normalizer=normalizer,
+                    chunked=self.chunked_loss,
+                    softmax=self.softmax,
+                )
         if last_only:
             hidden = hidden[:, -1:]
         return F.linear(hidden, self.head_weight.to(hidden.dtype))
@@ -170,15 +172,16 @@ class Decoder(nn.Module):
         """The balancing loss is that of the tokens given here, by their share of `normalizer`."""
         counted = targets != IGNORED
         hidden, uses = self._hidden_and_use(tokens, None, documents, counted)
-        loss = with_z_loss(
-            hidden,
-            self.head_weight,
-            targets,
-            normalizer=normalizer,
-            chunked=self.chunked_loss,
-            z_loss=coefficients.z_loss,
-            softmax=self.softmax,
-        )
+        with part("loss"):
+            loss = with_z_loss(
+                hidden,
+                self.head_weight,
+                targets,
+                normalizer=normalizer,
+                chunked=self.chunked_loss,
+                z_loss=coefficients.z_loss,
+                softmax=self.softmax,
+            )
         if not uses:
             return Terms(*loss, balancing=torch.zeros_like(loss.z_loss), choices=None)
         use = torch.stack(uses)
@@ -253,24 +256,27 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Draw every weight anew.
-
-        | matrices, embedding, router, experts | normal, standard deviation initializer_range |
-        | norms                                | one: stored as 0 where zero-centred          |
-        | the padding token's embedding        | zero                                         |
-
-        Each published tensor has its own generator, seeded by its name, so the draw is the same for
-        merged and separate projections, on any device and number of ranks.
-        """
+        """Draw every weight anew: the same for merged and separate projections, on any device and
+        number of ranks."""
         parameters = dict(self.named_parameters())
         for piece in layout(self.config, merged=self.merged):
-            target = piece.of(parameters[piece.parameter])
-            if piece.is_norm:
-                target.fill_(0.0 if self.config.norm_is_zero_centered else 1.0)
-                continue
-            name_seed = hashlib.sha256(f"{seed} {piece.name}".encode()).digest()[:8]
-            generator = torch.Generator().manual_seed(int.from_bytes(name_seed, "little"))
-            values = torch.randn(piece.shape, generator=generator) * self.config.initializer_range
-            target.copy_(values)
-        if self.config.pad_token_id is not None:
-            self.embedding.weight[self.config.pad_token_id].zero_()
+            piece.of(parameters[piece.parameter]).copy_(draw(self.config, piece, seed))
+
+
+def draw(config: ModelConfig, piece: Piece, seed: int) -> Tensor:
+    """A published tensor as training begins with it.
+
+    | matrices, embedding, router, experts | normal, standard deviation initializer_range |
+    | norms                                | one: stored as 0 where zero-centred          |
+    | the padding token's embedding        | zero                                         |
+
+    Each has its own generator, seeded by its name.
+    """
+    if piece.is_norm:
+        return torch.full(piece.shape, 0.0 if config.norm_is_zero_centered else 1.0)
+    name_seed = hashlib.sha256(f"{seed} {piece.name}".encode()).digest()[:8]
+    generator = torch.Generator().manual_seed(int.from_bytes(name_seed, "little"))
+    values = torch.randn(piece.shape, generator=generator) * config.initializer_range
+    if piece.name == EMBEDDING and config.pad_token_id is not None:
+        values[config.pad_token_id] = 0.0
+    return values

@@ -62,7 +62,7 @@ app.command("evaluate", rich_help_panel="What there is")(evaluate.evaluate)
 app.command("verify", rich_help_panel="What there is")(verify.verify)
 app.command("export", rich_help_panel="What there is")(export.export)
 app.command("inspect", rich_help_panel="What there is")(inspect.inspect)
-app.command("benchmark", rich_help_panel="What it costs")(benchmark.benchmark)
+app.add_typer(benchmark.app, name="benchmark", rich_help_panel="What it costs")
 app.command("count-params", rich_help_panel="What it costs")(count_params.count_params)
 
 

@@ -211,7 +211,11 @@ class TrainSettings(Section):
 
 
 class SpeedConfig(Section):
-    """How fast, never what: each may change rounding and memory, none what is learned."""
+    """How fast, never what: each may change rounding and memory, none what is learned.
+
+    Of a setting's values the first that isn't auto, or false, is the plain one; `pretrain benchmark
+    --ablate` begins with all of those.
+    """
 
     attention: Literal["auto", "eager", "sdpa", "flex", "blocks"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -1,265 +1,245 @@
-"""`pretrain benchmark`: what a training step costs here, backend by backend; or how fast batches
-are read, or text is tokenized."""
+"""`pretrain benchmark`: what a training step costs here, setting by setting; beside it, how fast
+batches are read and text is tokenized."""
 
-from dataclasses import asdict
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
-from pretrain_cli.amounts import duration
 from pretrain_cli.commands.benchmark_data import benchmark_data
+from pretrain_cli.commands.benchmark_show import (
+    Outputs,
+    say_workload,
+    show_comparison,
+    show_profiles,
+    watch,
+)
 from pretrain_cli.commands.benchmark_tokenize import benchmark_tokenize
-from pretrain_cli.commands.display import console, notice, write_json
-from pretrain_cli.commands.display import size as in_bytes
 
-OPTIONS = {
-    "step": {
-        "attn", "model", "seq_len", "micro_batch_size", "steps", "warmup", "device", "dtype",
-        "compile_", "set_", "as_json",
-    },
-    "data": {
-        "data", "tokenizer", "size", "packing", "seq_len", "micro_batch_size", "as_json",
-    },
-    "tokenize": {"tokenizer", "text", "rounds", "workers", "as_json"},
-}  # fmt: skip
-"""What can be measured, and the options that say something about it."""
-DATA, TOKENIZE = "Of data", "Of tokenize"
 CPU_STEP_FLOPS = 1e12
-PEAK_SECONDS = 1.0
 NOT_SET = ("speed.attention=", "model.name=", "model.init_from=", "speed.prefetch=")
 """--attn and --model say the first two; weights cost what random ones do; no batch is read."""
+MODES, OUTPUTS = "What is measured, beside one step", "What is written"
+
+app = typer.Typer(invoke_without_command=True)
+app.command("data")(benchmark_data)
+app.command("tokenize")(benchmark_tokenize)
 
 
+@app.callback()
 def benchmark(
     context: typer.Context,
-    what: Annotated[
-        str,
-        typer.Argument(
-            help="step: the real training step on synthetic tokens. data: reading batches. "
-            "tokenize: text to tokens."
-        ),
-    ] = "step",
     attn: Annotated[
-        str, typer.Option(help="eager, sdpa, flex, blocks, several with commas, or all.")
-    ] = "all",
+        str | None,
+        typer.Option(
+            help="eager, sdpa, flex, blocks, several with commas, or all.",
+            show_default="all; with one of the modes below, auto",
+        ),
+    ] = None,
+    ablate: Annotated[
+        bool,
+        typer.Option(
+            "--ablate",
+            help="Everything plain, each speed setting alone on, all on, each alone off.",
+            rich_help_panel=MODES,
+        ),
+    ] = False,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=V1,V2",
+            help="seq-len, window (none: all dense), vocab, micro-batch or model. Repeatable, for "
+            "every combination.",
+            rich_help_panel=MODES,
+        ),
+    ] = None,
+    vs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROGRAM", help="The same step by transformers.", rich_help_panel=MODES
+        ),
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            metavar="A.json B.json",
+            help="Two results side by side; nothing is measured.",
+            rich_help_panel=MODES,
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
             help="A name or a YAML file.", show_default="gemma3-tiny on a CPU, gemma3-270m else"
         ),
     ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Read this dataset.", show_default="made, of --size", rich_help_panel=DATA
-        ),
-    ] = None,
-    size: Annotated[
-        float | None, typer.Option(help="GB to make.", show_default="2", rich_help_panel=DATA)
-    ] = None,
-    packing: Annotated[
-        str | None,
-        typer.Option(help="concat or best-fit.", show_default="concat", rich_help_panel=DATA),
-    ] = None,
-    text: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Tokenize these files. Repeatable.",
-            show_default="Python's own sources",
-            rich_help_panel=TOKENIZE,
-        ),
-    ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            help="One, or several with commas. With data: what made its .bin files.",
-            show_default="the published ones",
-            rich_help_panel=TOKENIZE,
-        ),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            help="Processes that tokenize.",
-            show_default="as pretrain tokenize has",
-            rich_help_panel=TOKENIZE,
-        ),
-    ] = None,
-    rounds: Annotated[
-        int, typer.Option(help="Times each is tokenized.", rich_help_panel=TOKENIZE)
-    ] = 3,
     seq_len: Annotated[
-        int | None,
-        typer.Option(help="Tokens a sample.", show_default="512 for steps on a CPU, 1024 else"),
+        int | None, typer.Option(help="Tokens a sample.", show_default="512 on a CPU, 1024 else")
     ] = None,
     micro_batch_size: Annotated[
-        int | None,
-        typer.Option(help="Samples a step, or a batch.", show_default="by the device; 8 with data"),
+        int | None, typer.Option(help="Samples a step.", show_default="by the device")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Steps that count.")] = 5,
-    warmup: Annotated[int, typer.Option(help="Steps before, timed apart.")] = 2,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            help="Times that each is measured, in turn with the others.",
+            show_default="3, and 1 of attention backends",
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of a round that count.")] = 5,
+    warmup: Annotated[int, typer.Option(help="Steps before them, timed apart.")] = 2,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, mps or auto.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto.")] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or auto.", show_default="auto")
+    ] = None,
     compile_: Annotated[
         bool | None,
-        typer.Option("--compile/--no-compile", help="torch.compile.", show_default="on a GPU"),
+        typer.Option(
+            "--compile/--no-compile",
+            help="torch.compile.",
+            show_default="on a GPU, and with --ablate and --vs",
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="SPEED.NAME=VALUE", help="A speed setting, or model.NAME."),
     ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Look into a few steps: Chrome traces, top operators, parts of a step.",
+            rich_help_panel=OUTPUTS,
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="A picture, .png or .svg; needs matplotlib.", rich_help_panel=OUTPUTS),
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="The tables as Markdown.", rich_help_panel=OUTPUTS)
+    ] = None,
     as_json: Annotated[
-        Path | None, typer.Option("--json", help="Also write the results to this file.")
+        Path | None,
+        typer.Option(
+            "--json",
+            help="Everything: each step's time, settings as asked and in force, machine, commit.",
+            rich_help_panel=OUTPUTS,
+        ),
     ] = None,
 ) -> None:
-    """Time the real training step on synthetic tokens, the reading of batches, or tokenizing.
+    """Time the real training step on synthetic tokens.
 
-    Each backend runs in a fresh process, warm-up and compiling apart. One that can't train on this
-    device is timed forward only, and says so. `pretrain benchmark data` reads a dataset, or one
-    that it makes and takes away again, from a warm page cache; `pretrain benchmark tokenize` takes
-    turns with the tokenizers library.
+    Every arm is measured in a fresh process, in turn with the others, warm-up and compiling apart.
+    What learns something else than it should is told. An attention backend that can't train on this
+    device is timed forward only, and says so.
+
+    `data`: how fast batches are read. `tokenize`: how fast text becomes tokens.
     """
+    from pretrain_cli.errors import ConfigError
+
+    typed = _typed(context)
+    if context.invoked_subcommand is not None:
+        if typed:
+            raise ConfigError(
+                f"{typed[0]}: an option of pretrain benchmark alone; give what belongs to "
+                f"{context.invoked_subcommand} behind it"
+            )
+        return
+    asked_for = [name for name in ("--ablate", "--sweep", "--vs", "--compare") if name in typed]
+    if len(asked_for) > 1:
+        raise ConfigError(f"{' and '.join(asked_for)}: one at a time")
+    mode = asked_for[0] if asked_for else "--attn"
+    if compare is not None:
+        if others := [name for name in typed if name != "--compare"]:
+            raise ConfigError(f"{others[0]}: --compare measures nothing; leave it out")
+        return show_comparison(*compare)
+    for name, value in (("rounds", rounds), ("steps", steps), ("warmup", warmup)):
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name}: {value} is not at least 1")
+    if mode != "--attn" and attn is not None and (attn == "all" or "," in attn):
+        raise ConfigError(f"--attn: {attn} with {mode} is one backend; name it")
+    if mode != "--attn" and profile is not None:
+        raise ConfigError(f"--profile: looks into single steps; leave {mode} out")
+    outputs = Outputs(json=as_json, markdown=markdown, plot=plot)
+    outputs.check()
+
+    if compile_ is None and mode in ("--ablate", "--vs"):
+        compile_ = True  # auto may leave it off for what it takes at the start
+    flags = {"speed.dtype": dtype, "speed.compile": compile_, "model.name": model}
+    flags |= {"train.micro_batch_size": micro_batch_size, "data.seq_len": seq_len}
+    if mode != "--attn":
+        flags["speed.attention"] = attn
+    settings, workload, find = _workload(flags, set_ or [], model, device)
+
+    from pretrain_cli.engine.benchmark import arms as kinds
+    from pretrain_cli.engine.benchmark.rounds import Rounds
+    from pretrain_cli.engine.benchmark.workload import Repeats
+
+    if mode == "--ablate":
+        arms = kinds.ablation(workload, settings.speed)
+    elif mode == "--sweep":
+        arms = kinds.sweep(workload, settings.speed, sweep or [], find)
+    elif mode == "--vs":
+        arms = kinds.versus(workload, settings.speed, vs or "")
+    else:
+        arms = kinds.backend_arms(workload, settings.speed, kinds.parse_backends(attn or "all"))
+    if mode != "--sweep":
+        kinds.check_length(workload)
+    repeats = Repeats(rounds=rounds or (1 if mode == "--attn" else 3), steps=steps, warmup=warmup)
+    say_workload(workload, repeats)
+    measured = Rounds(arms, repeats)
+    watch(measured)
+    command = shlex.join(["pretrain", *sys.argv[1:]])
+    outputs.write(measured, mode.removeprefix("--"), command)
+    if profile is not None:
+        show_profiles(measured, profile)
+    if measured.failures:
+        raise typer.Exit(1)
+
+
+def _typed(context: typer.Context) -> list[str]:
+    """The options that were given on the command line."""
+    sources = {p: context.get_parameter_source(str(p.name)) for p in context.command.params}
+    return [p.opts[0] for p, source in sources.items() if source and source.name == "COMMANDLINE"]
+
+
+def _workload(
+    flags: dict[str, Any], assignments: list[str], model: str | None, device: str
+) -> tuple[Any, Any, Any]:
+    """(the settings, the workload that they describe, how another model is found)."""
     from pretrain_cli.config import build_config, find_model
     from pretrain_cli.errors import ConfigError
 
-    _check_options(context, what)
-    _check_output(as_json)
-    if what == "data":
-        return benchmark_data(data, tokenizer, size, packing, seq_len, micro_batch_size, as_json)
-    if what == "tokenize":
-        return benchmark_tokenize(tokenizer, text, rounds, workers, as_json)
-
-    for name, value, least in (("steps", steps, 1), ("warmup", warmup, 0)):
-        if value < least:
-            raise ConfigError(f"--{name}: {value} is not at least {least}")
-    flags = {"speed.dtype": dtype, "speed.compile": compile_, "model.name": model}
-    flags |= {"train.micro_batch_size": micro_batch_size, "data.seq_len": seq_len}
-    for assignment in set_ or []:
+    for assignment in assignments:
         if not assignment.startswith(("speed.", "model.")) or assignment.startswith(NOT_SET):
             raise ConfigError(
                 f"--set {assignment}: not a setting of a benchmark; it takes speed.NAME=VALUE and "
                 "model.NAME=VALUE, and options for the rest: --attn, --seq-len, …"
             )
-    settings = build_config({}, flags, set_ or [])
+    settings = build_config({}, flags, assignments)
 
-    from pretrain_cli.engine.process import wait_passively
-
-    wait_passively(settings.speed.passive_threads)
-    import torch
-
-    from pretrain_cli.engine import benchmark as engine
+    from pretrain_cli.engine.benchmark.workload import Workload
     from pretrain_cli.engine.distributed import find_device
-    from pretrain_cli.engine.peak import find_peak
-    from pretrain_cli.engine.run import device_name
-    from pretrain_cli.engine.speed import apply_process_settings, resolve_speed
-    from pretrain_cli.model.counting import count_parameters, training_flops
+    from pretrain_cli.model.counting import training_flops
 
-    backends = engine.parse_backends(attn)
     place = find_device(device)
     on_cpu = place.type == "cpu"
-    if model is None:
-        chosen = {"name": "gemma3-tiny" if on_cpu else "gemma3-270m"}
-        settings = settings.model_copy(update={"model": settings.model.model_copy(update=chosen)})
-    name, config = find_model(settings.model)
-    if seq_len is None:
+
+    def find(name: str) -> tuple[str, Any]:
+        return find_model(settings.model.model_copy(update={"name": name}))
+
+    name, config = find(model or ("gemma3-tiny" if on_cpu else "gemma3-270m"))
+    seq_len: Any = settings.data.seq_len
+    if seq_len == "auto":
         seq_len = min(512 if on_cpu else 1024, config.max_position_embeddings)
-    elif seq_len > config.max_position_embeddings:
-        raise ConfigError(
-            f"--seq-len: {seq_len:,} is beyond the model's {config.max_position_embeddings:,} "
-            "positions"
-        )
-    if micro_batch_size is None:
+    rows: Any = settings.train.micro_batch_size
+    if rows == "auto":
         affordable = CPU_STEP_FLOPS / (training_flops(config, seq_len).exact * seq_len)
-        micro_batch_size = max(1, min(4, int(affordable))) if on_cpu else 16
-    workload = engine.Workload(
-        model=config,
-        seq_len=seq_len,
-        micro_batch_size=micro_batch_size,
-        steps=steps,
-        warmup=warmup,
-        device=str(place),
+        rows = max(1, min(4, int(affordable))) if on_cpu else 16
+    workload = Workload(
+        name=name, model=config, seq_len=seq_len, micro_batch_size=rows, device=str(place)
     )
-    asked = settings.speed
-    resolved = resolve_speed(asked, place, training=False)
-    apply_process_settings(resolved)
-    peak = find_peak(place, resolved.compute_dtype, seconds=PEAK_SECONDS)
-    source = peak.source
-    if peak.measured != peak.flops:
-        source += f"; {peak.measured / 1e12:.3g} measured"
-    console.print(
-        f"[bold]{escape(name)}[/] {count_parameters(config).total:,} parameters, "
-        f"{micro_batch_size} × {seq_len} tokens a step, {resolved.dtype}, {device_name(place)}, "
-        f"torch {torch.__version__}\nPeak {peak.flops / 1e12:.3g} TFLOP/s ({source})",
-        soft_wrap=True,
-    )
-    results = []
-    for backend in backends:
-        with console.status(f"{backend}: {warmup} + {steps} steps"):
-            results += engine.run_arms(workload, asked, [backend], peak)
-    console.print(_table(results))
-    for result in results:
-        if result.reason:
-            notice(f"{result.attention}: {result.reason}; its forward pass alone was timed")
-    if as_json is not None:
-        write_json(
-            as_json,
-            {
-                "machine": device_name(place),
-                "torch": str(torch.__version__),
-                "peak": asdict(peak),
-                "workload": {"name": name, **asdict(workload)},
-                "results": [asdict(result) for result in results],
-            },
-        )
-
-
-def _check_options(context: typer.Context, what: str) -> None:
-    """Refuse what can't be measured, and options that say nothing about what is."""
-    from pretrain_cli.errors import ConfigError, did_you_mean
-
-    if what not in OPTIONS:
-        raise ConfigError(
-            f"benchmark: '{what}' is not one of {', '.join(OPTIONS)}{did_you_mean(what, OPTIONS)}"
-        )
-    for parameter in context.command.params:
-        name = str(parameter.name)
-        source = context.get_parameter_source(name)
-        typed = source is not None and source.name == "COMMANDLINE"
-        if typed and name not in {"what", *OPTIONS[what]}:
-            others = " and ".join(other for other in OPTIONS if name in OPTIONS[other])
-            raise ConfigError(
-                f"{parameter.opts[0]}: an option of pretrain benchmark {others}, not of {what}; "
-                "leave it out"
-            )
-
-
-def _check_output(path: Path | None) -> None:
-    from pretrain_cli.errors import ConfigError
-
-    if path is not None and path.is_dir():
-        raise ConfigError(f"--json: {path} is a folder; give a file")
-    if path is not None and not path.parent.is_dir():
-        raise ConfigError(f"--json: no folder {path.parent} to write {path.name} in")
-
-
-def _table(results: list[Any]) -> Table:
-    table = Table()
-    table.add_column("attention")
-    table.add_column("timed")
-    for heading in ("median", "from – to", "tokens/s", "MFU", "memory", "warm-up"):
-        table.add_column(heading, justify="right")
-    for result in results:
-        table.add_row(
-            result.attention,
-            result.kind,
-            f"{result.step_median * 1e3:,.0f} ms",
-            f"{result.step_fastest * 1e3:,.0f} – {result.step_slowest * 1e3:,.0f}",
-            f"{result.tokens_per_second:,.0f}",
-            f"{result.mfu:.1%}",
-            in_bytes(result.peak_memory),
-            duration(result.warmup),
-        )
-    return table
+    return settings, workload, find

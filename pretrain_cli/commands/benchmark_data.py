@@ -3,11 +3,13 @@
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.markup import escape
 
 from pretrain_cli.amounts import amount
-from pretrain_cli.commands.display import console, notice, write_json
+from pretrain_cli.commands.display import check_output, console, notice, write_json
 from pretrain_cli.commands.display import size as in_bytes
 
 GIGABYTES = 2.0
@@ -16,18 +18,33 @@ SAMPLES = 8
 
 
 def benchmark_data(
-    data: str | None,
-    tokenizer: str | None,
-    size: float | None,
-    packing: str | None,
-    seq_len: int | None,
-    samples: int | None,
-    as_json: Path | None,
+    data: Annotated[
+        str | None, typer.Option(help="Read this dataset.", show_default="made, of --size")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="What made the .bin files of --data.")
+    ] = None,
+    size: Annotated[float | None, typer.Option(help="GB to make.", show_default="2")] = None,
+    packing: Annotated[
+        str | None, typer.Option(help="concat or best-fit.", show_default="concat")
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens a sample.", show_default="1024")
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option("--micro-batch-size", help="Samples a batch.", show_default="8"),
+    ] = None,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", help="Also write the results to this file.")
+    ] = None,
 ) -> None:
-    """Read a dataset, or one that is made, and show and write what was measured."""
+    """Time the reading of batches, from a warm page cache: of a dataset, or of one that is made and
+    taken away again."""
     from pretrain_cli.config import build_config
     from pretrain_cli.errors import ConfigError
 
+    check_output(as_json)
     flags = {"data.seq_len": seq_len, "data.packing": packing, "train.micro_batch_size": samples}
     asked = build_config({}, flags, [])
     if data is not None and size is not None:
@@ -37,7 +54,7 @@ def benchmark_data(
     if size is not None and not 0 < size < float("inf"):
         raise ConfigError(f"--size: {size:g} is not above 0")
 
-    from pretrain_cli.engine import benchmark_data as engine
+    from pretrain_cli.engine.benchmark import data as engine
     from pretrain_cli.engine.plan import open_path
 
     workload = engine.Workload(

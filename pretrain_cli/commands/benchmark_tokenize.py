@@ -2,29 +2,47 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.table import Table
 
 from pretrain_cli.amounts import amount, size
-from pretrain_cli.commands.display import console, write_json
+from pretrain_cli.commands.display import check_output, console, write_json
 
 
 def benchmark_tokenize(
-    tokenizers: str | None,
-    text: list[str] | None,
-    rounds: int,
-    workers: int | None,
-    as_json: Path | None,
+    tokenizers: Annotated[
+        str | None,
+        typer.Option(
+            "--tokenizer",
+            help="One, or several with commas.",
+            show_default="the published ones",
+        ),
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Tokenize these files. Repeatable.", show_default="Python's own sources"),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Times each is tokenized.")] = 3,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Processes that tokenize.", show_default="as pretrain tokenize has"),
+    ] = None,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", help="Also write the results to this file.")
+    ] = None,
 ) -> None:
-    """Measure each tokenizer beside the library, and show and write what was measured."""
+    """Time `pretrain tokenize`, in turn with the tokenizers library on the same text."""
     from pretrain_cli.data.tokenizer import HUB
-    from pretrain_cli.engine.benchmark_tokenize import measure, request_for
+    from pretrain_cli.engine.benchmark.tokenize import measure, request_for
     from pretrain_cli.errors import ConfigError
 
     if rounds < 1:
         raise ConfigError(f"--rounds: {rounds} is not at least 1")
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers: {workers} is not at least 1")
+    check_output(as_json)
     names = tokenizers.split(",") if tokenizers else list(HUB)
     results = []
     with console.status("reading") as status:

@@ -91,6 +91,18 @@ def resolve_speed(asked: SpeedConfig, device: torch.device, *, training: bool = 
     return Speed(decisions)
 
 
+PROCESS_SETTINGS = (
+    "float32_matmul",
+    "onednn_matmul",
+    "passive_threads",
+    "keep_freed_memory",
+    "cudnn_benchmark",
+    "expandable_segments",
+    "deterministic",
+)
+"""Those that hold for the whole process, whatever it computes."""
+
+
 def apply_process_settings(speed: Speed) -> None:
     """Set what holds for the whole process. Before any tensor is made."""
     process.apply_memory(speed.keep_freed_memory)

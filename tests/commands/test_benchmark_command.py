@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain_cli.engine import benchmark_data
+from pretrain_cli.engine.benchmark import data as benchmark_data
+from pretrain_cli.engine.benchmark import rounds, timing
 
 MODEL = (
     "--model gemma3-tiny --set model.layer_types=[sliding_attention,full_attention] "
@@ -14,37 +15,131 @@ MODEL = (
 )
 
 
+TINY = f"{MODEL} --seq-len 32 --micro-batch-size 2 --steps 3 --warmup 1 --device cpu"
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Arms run in this process, and the peak is measured in no time."""
+    monkeypatch.setattr(timing, "PEAK_SECONDS", 0.01)
+
+    def start(name, speed, folder, *arguments):
+        return getattr(timing, name)(*arguments)
+
+    monkeypatch.setattr(rounds, "in_a_fresh_process", start)
+
+
 @pytest.mark.slow
 def test_a_backend_that_cannot_train_here_is_timed_forward_only(pretrain):
-    outcome = pretrain(
-        f"benchmark --attn flex,sdpa {MODEL} --seq-len 32 --micro-batch-size 2 --steps 3 "
-        "--warmup 1 --device cpu --json results.json"
-    )
+    """In fresh processes, as a person has it."""
+    outcome = pretrain(f"benchmark --attn flex,sdpa {TINY} --json results.json")
     assert outcome.code == 0, outcome.err
     flex = "flex: PyTorch's flex_attention has no backward pass on a CPU; its forward pass alone"
     assert flex in outcome.out
-    for heading in ("median", "tokens/s", "MFU", "memory", "warm-up"):
+    for heading in ("step", "tokens/s", "MFU", "memory", "start"):
         assert heading in outcome.out
-    rows = {line.split()[1]: line for line in outcome.out.splitlines() if line.startswith("│")}
-    assert "forward only" in rows["flex"]
-    assert "training step" in rows["sdpa"]
+    assert "flex (forward only)" in outcome.out
 
     written = json.loads(Path("results.json").read_text())
-    assert written["workload"]["seq_len"] == 32
-    assert written["peak"]["flops"] > 0
-    assert written["peak"]["source"].startswith("measured")
+    assert written["command"].startswith("pretrain ")
+    assert written["machine"]
+    (peak,) = written["peaks"].values()
+    assert peak["source"].startswith("measured")
     flex, sdpa = written["results"]
-    assert (flex["attention"], flex["kind"]) == ("flex", "forward only")
+    assert (flex["arm"], flex["kind"]) == ("flex", "forward only")
     assert "no backward pass" in flex["reason"]
-    assert (sdpa["attention"], sdpa["kind"], sdpa["reason"]) == ("sdpa", "training step", "")
-    for row in (flex, sdpa):
-        assert 0 < row["step_fastest"] <= row["step_median"] <= row["step_slowest"]
-        assert row["tokens_per_second"] == pytest.approx(64 / row["step_median"])
-        assert row["warmup"] > 0
-        assert 0 < row["mfu"] <= row["mfu_conventional"]
-        assert row["peak_memory"] > 10_000_000
-        assert 4 < row["loss"] < 9  # of 512 random tokens: about ln 512 = 6.2
-        assert row["speed"]["attention"]["in_force"] == row["attention"]
+    assert (sdpa["arm"], sdpa["kind"], sdpa["reason"]) == ("sdpa", "training step", "")
+    for result in (flex, sdpa):
+        figures = result["figures"]
+        assert result["workload"]["seq_len"] == 32
+        assert 0 < figures["step_fastest"] <= figures["step_median"] <= figures["step_slowest"]
+        assert figures["tokens_per_second"] == pytest.approx(64 / figures["step_median"])
+        assert figures["warmup"] > 0
+        assert 0 < figures["mfu"] <= figures["mfu_conventional"]
+        share = result["flops_per_token"] * figures["tokens_per_second"] / result["peak_flops"]
+        assert figures["mfu"] == pytest.approx(share)
+        assert figures["peak_memory"] > 10_000_000
+        assert 4 < figures["loss"] < 9  # of 512 random tokens: about ln 512 = 6.2
+        assert result["speed"]["attention"]["in_force"] == result["arm"]
+        assert len(result["rounds"][0]["times"]) == 3
+
+
+@pytest.mark.slow
+def test_the_settings_of_a_process_are_not_the_next_ones(pretrain):
+    """What one arm sets for its process is not in force in the other's."""
+    line = f"benchmark --sweep micro-batch=1,2 {TINY} --dtype float32 --json %s.json"
+    on = "--set speed.keep_freed_memory=true --set speed.deterministic=true"
+    for name, options in (("on", on), ("off", "")):
+        outcome = pretrain(f"{line % name} {options}")
+        assert outcome.code == 0, outcome.err
+    outcome = pretrain("benchmark --compare on.json off.json")
+    assert outcome.code == 0, outcome.err
+    assert "speed.deterministic: True → False" in outcome.out
+    assert "micro-batch 1" in outcome.out
+    assert outcome.out.count("×") >= 4
+
+
+@pytest.mark.usefixtures("here")
+def test_an_ablation_has_all_arms_and_says_which_are_not_run(pretrain, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("shutil.which", lambda name: None)  # compiling takes its time
+    line = f"benchmark --ablate {TINY} --rounds 1"
+    outcome = pretrain(
+        f"{line} --set speed.merged_qkv=true --json a.json --markdown a.md --plot a.svg"
+    )
+    assert outcome.code == 0, outcome.err
+    written = json.loads(Path("a.json").read_text())
+    kinds = {result["arm"]: result["kind"] for result in written["results"]}
+    assert kinds["baseline"] == kinds["all on"] == kinds["+ merged_qkv"] == "training step"
+    assert kinds["+ cudnn_benchmark"] == kinds["+ attention flex"] == "not run"
+    assert kinds["+ compile"] == "not run"
+    assert "compile is False: no C++ compiler is installed (g++ or clang++)" in outcome.out
+    assert "+ cudnn_benchmark: not run: it tunes convolutions, and these models have none" in (
+        outcome.out
+    )
+    assert not [result["differs"] for result in written["results"] if result["differs"]]
+    markdown = Path("a.md").read_text()
+    assert "| *all on but* |" in markdown
+    assert "| + merged_qkv |" in markdown
+    assert Path("a.svg").stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("here")
+def test_beside_transformers_the_ratios_are_printed(pretrain):
+    pytest.importorskip("transformers")
+    outcome = pretrain(f"benchmark --vs transformers --no-compile {TINY} --rounds 2 --json v.json")
+    assert outcome.code == 0, outcome.err
+    assert "pretrain / transformers: " in outcome.out
+    assert "pretrain / transformers, our process settings: " in outcome.out
+    written = json.loads(Path("v.json").read_text())
+    assert [ratio["arm"] for ratio in written["ratios"]] == [
+        "transformers", "transformers, our process settings",
+    ]  # fmt: skip
+    _, *theirs = written["results"]
+    for result in theirs:
+        assert result["figures"]["loss_difference"] < 1e-2
+        assert not result["differs"]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_profile_is_shown_and_its_trace_written(pretrain):
+    outcome = pretrain(f"benchmark --attn sdpa {TINY} --profile looked")
+    assert outcome.code == 0, outcome.err
+    for name in ("forward", "loss", "backward", "optimizer", "aten::"):
+        assert name in outcome.out
+    assert Path("looked/sdpa.json").stat().st_size > 1000
+
+
+@pytest.mark.usefixtures("here")
+def test_an_arm_that_fails_gives_exit_code_1(pretrain, monkeypatch):
+    def broken(arm, repeats):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(timing, "measure_round", broken)
+    outcome = pretrain(f"benchmark --attn sdpa {TINY}")
+    assert outcome.code == 1
+    assert "sdpa: not run: MemoryError: no room" in outcome.out
+    assert "Traceback" in outcome.err
 
 
 @pytest.mark.parametrize(
@@ -60,8 +155,9 @@ def test_a_backend_that_cannot_train_here_is_timed_forward_only(pretrain):
         ("--device gpu", "train.device: 'gpu' is not a device; give cpu, cuda, cuda:N or mps"),
         ("--dtype float8", "speed.dtype: 'float8' is not one of auto, float32, bfloat16"),
         ("--steps 0", "--steps: 0 is not at least 1"),
-        ("--warmup -1", "--warmup: -1 is not at least 0"),
-        ("--seq-len 5000", "--seq-len: 5,000 is beyond the model's 2,048 positions"),
+        ("--warmup 0", "--warmup: 0 is not at least 1"),
+        ("--rounds 0", "--rounds: 0 is not at least 1"),
+        ("--seq-len 5000", "seq-len: 5,000 is beyond the 2,048 positions of gemma3-tiny"),
         ("--seq-len 0", "data.seq_len: 0 is not greater than 0"),
         ("--micro-batch-size 0", "train.micro_batch_size: 0 is not greater than 0"),
         ("--set speed.atention=sdpa", "speed.atention: no such setting; did you mean speed.attent"),
@@ -69,13 +165,30 @@ def test_a_backend_that_cannot_train_here_is_timed_forward_only(pretrain):
         ("--set model.name=qwen3", "--set model.name=qwen3: not a setting of a benchmark"),
         ("--json nowhere/results.json", "--json: no folder nowhere to write results.json in"),
         ("--json .", "--json: . is a folder; give a file"),
-        ("--size 2", "--size: an option of pretrain benchmark data, not of step; leave it out"),
-        ("dta", "benchmark: 'dta' is not one of step, data, tokenize; did you mean data?"),
+        ("--markdown nowhere/r.md", "--markdown: no folder nowhere to write r.md in"),
+        ("--plot results.jpg", "--plot: results.jpg is neither .png nor .svg; name one of them"),
+        ("--ablate --vs transformers", "--ablate and --vs: one at a time"),
+        ("--ablate --attn all", "--attn: all with --ablate is one backend; name it"),
+        ("--ablate --profile p", "--profile: looks into single steps; leave --ablate out"),
+        ("--sweep windw=3", "--sweep: 'windw' is not one of seq-len, window, vocab, micro-batch"),
+        ("--vs llama.cpp", "--vs: 'llama.cpp' is not one of transformers"),
+        ("--compare a.json b.json", "--model: --compare measures nothing; leave it out"),
+        (
+            "data --size 1",
+            "--model: an option of pretrain benchmark alone; give what belongs to dat",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_it_is_tried(refused, options, said):
     model = "" if "--model" in options else "--model gemma3-tiny"
     assert refused(f"benchmark {model} {options}").startswith(said)
+
+
+def test_files_that_are_no_results_are_refused(refused, tmp_path):
+    assert refused("benchmark --compare a.json b.json").startswith("a.json: can't be read (No such")
+    (tmp_path / "a.json").write_text("{}")
+    said = "a.json: not a file that pretrain benchmark --json wrote"
+    assert refused("benchmark --compare a.json a.json") == said
 
 
 # --- reading batches -----------------------------------------------------------------------------
@@ -126,8 +239,6 @@ def test_reading_is_measured_on_a_dataset(pretrain):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("--steps 3", "--steps: an option of pretrain benchmark step, not of data; leave it out"),
-        ("--set speed.dtype=float32", "--set: an option of pretrain benchmark step, not of data"),
         ("--data data/corpus --size 3", "--size: 3 GB is of what is made; leave it out with"),
         ("--size 0", "--size: 0 is not above 0"),
         ("--size inf", "--size: inf is not above 0"),
@@ -162,7 +273,6 @@ def test_tokenizing_is_measured_beside_the_library(pretrain, corpus):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("--seq-len 3", "--seq-len: an option of pretrain benchmark step and data, not of tokeniz"),
         ("--rounds 0", "--rounds: 0 is not at least 1"),
         ("--workers 0", "--workers: 0 is not at least 1"),
     ],

@@ -5,8 +5,8 @@ import os
 import pytest
 
 from pretrain_cli.data.request import TokenizeRequest
-from pretrain_cli.engine import benchmark_tokenize
-from pretrain_cli.engine.benchmark_tokenize import Turn, library_turn, measure, our_turn
+from pretrain_cli.engine.benchmark import tokenize as benchmark_tokenize
+from pretrain_cli.engine.benchmark.tokenize import Turn, library_turn, measure, our_turn
 
 TEXTS = ["first document\n" * 40, "und der zweite, länger – ü\n" * 70, "3"]
 

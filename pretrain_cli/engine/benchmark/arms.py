@@ -1,0 +1,263 @@
+"""What is asked for, as arms: attention backends, an ablation, a sweep, or another program beside.
+
+An ablation knows the settings by the fields of SpeedConfig alone, so that it can't forget one.
+"""
+
+import dataclasses
+import itertools
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pretrain_cli.config import SpeedConfig
+from pretrain_cli.engine.benchmark import peers
+from pretrain_cli.engine.benchmark.workload import Arm, Workload
+from pretrain_cli.engine.speed import PROCESS_SETTINGS, resolve_speed
+from pretrain_cli.errors import ConfigError, did_you_mean
+from pretrain_cli.model.attention_backends import BACKENDS
+from pretrain_cli.model.config import FULL, SLIDING, ModelConfig, variant
+
+BASELINE, ALL_ON = "baseline", "all on"
+NOT_IN_A_STEP = {"prefetch": "it reads the next batch during a step, and here no batch is read"}
+"""Settings that these steps don't meet."""
+ONLY_FRESH = ("passive_threads",)
+"""Settings that a process which has loaded torch can't tell about; a fresh one does, in its
+record."""
+
+FindModel = Callable[[str], tuple[str, ModelConfig]]
+
+
+# --- attention backends --------------------------------------------------------------------------
+
+
+def parse_backends(text: str) -> list[str]:
+    """`eager,sdpa` or `all`."""
+    names = list(BACKENDS) if text == "all" else [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in BACKENDS:
+            known = [*BACKENDS, "all"]
+            raise ConfigError(
+                f"--attn: '{name}' is not one of {', '.join(known)}{did_you_mean(name, known)}"
+            )
+    return list(dict.fromkeys(names))
+
+
+def backend_arms(workload: Workload, asked: SpeedConfig, names: list[str]) -> list[Arm]:
+    """An arm for each backend; forward only where it can't train here."""
+    device, arms, first = torch.device(workload.device), list[Arm](), ""
+    for name in names:
+        reason = BACKENDS[name].unavailable(device, True) or ""
+        speed = asked.model_copy(update={"attention": name})
+        same_as = "" if reason else first
+        arms.append(
+            Arm(
+                name=name,
+                workload=workload,
+                speed=speed,
+                same_as=same_as,
+                beside=same_as,
+                forward_only=reason,
+            )
+        )
+        first = first or ("" if reason else name)
+    return arms
+
+
+# --- an ablation ---------------------------------------------------------------------------------
+
+
+def choices(settings: type[SpeedConfig], name: str) -> list[Any]:
+    """The values of a setting, but for auto, the plain one first."""
+
+    def values(kind: Any) -> list[Any]:
+        if kind is bool:
+            return [False, True]
+        if typing.get_origin(kind) is typing.Literal:
+            return [value for value in typing.get_args(kind) if value != "auto"]
+        return [value for part in typing.get_args(kind) for value in values(part)]
+
+    return values(settings.model_fields[name].annotation)
+
+
+def ablation(workload: Workload, asked: SpeedConfig) -> list[Arm]:
+    """Everything plain; each value of each setting alone; what is asked, all on; and that with each
+    setting alone made plain."""
+    settings, device = type(asked), torch.device(workload.device)
+    plain = {name: choices(settings, name)[0] for name in settings.model_fields}
+    baseline = asked.model_copy(update=plain)
+    arms = [Arm(name=BASELINE, workload=workload, speed=baseline)]
+
+    def add(name: str, group: str, base: SpeedConfig, setting: str, value: Any) -> None:
+        beside = BASELINE if base is baseline else ALL_ON
+        speed = base.model_copy(update={setting: value})
+        arms.append(
+            Arm(
+                name=name,
+                group=group,
+                workload=workload,
+                speed=speed,
+                same_as=BASELINE,
+                beside=beside,
+                left_out=_without_effect(speed, setting, value, device),
+            )
+        )
+
+    for name in settings.model_fields:
+        for value in choices(settings, name)[1:]:
+            label = name if value is True else f"{name} {value}"
+            add(f"+ {label}", "alone on", baseline, name, value)
+    arms.append(Arm(name=ALL_ON, workload=workload, speed=asked, same_as=BASELINE, beside=BASELINE))
+    in_force = resolve_speed(asked, device)
+    for name, value in plain.items():
+        is_on = (
+            asked.passive_threads is not False
+            if name in ONLY_FRESH
+            else (getattr(in_force, name) != value)
+        )
+        if is_on:
+            add(f"− {name}", "all on but", asked, name, value)
+    return arms
+
+
+def _without_effect(speed: SpeedConfig, setting: str, value: Any, device: torch.device) -> str:
+    """Why a setting would change nothing here, if so."""
+    if setting in NOT_IN_A_STEP:
+        return NOT_IN_A_STEP[setting]
+    try:
+        decision = resolve_speed(speed, device).decisions[setting]
+    except ConfigError as error:
+        return str(error)
+    if setting not in ONLY_FRESH and decision.in_force != value:
+        return decision.reason
+    return ""
+
+
+# --- a sweep -------------------------------------------------------------------------------------
+
+
+def sweep(workload: Workload, asked: SpeedConfig, axes: list[str], find: FindModel) -> list[Arm]:
+    """An arm for each combination of the values of `key=v1,v2,…`."""
+    parsed = [_axis(text) for text in axes]
+    keys = [key for key, _ in parsed]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ConfigError(f"--sweep: {key} is there twice; give its values in one")
+    arms = []
+    for values in itertools.product(*(values for _, values in parsed)):
+        changed = workload
+        # a model first, for the others change it
+        for key, value in sorted(zip(keys, values, strict=True), key=lambda kv: kv[0] != "model"):
+            changed = SWEPT[key](changed, value, find)
+        check_length(changed)
+        name = ", ".join(f"{key} {value}" for key, value in zip(keys, values, strict=True))
+        beside = arms[0].name if arms else ""
+        arms.append(Arm(name=name, workload=changed, speed=asked, beside=beside))
+    return arms
+
+
+def check_length(workload: Workload) -> None:
+    """Refuse sequences that the model has no positions for."""
+    most = workload.model.max_position_embeddings
+    if workload.seq_len > most:
+        raise ConfigError(
+            f"seq-len: {workload.seq_len:,} is beyond the {most:,} positions of {workload.name}"
+        )
+
+
+def _axis(text: str) -> tuple[str, list[str]]:
+    key, equals, rest = text.partition("=")
+    values = [value.strip() for value in rest.split(",")]
+    if not equals or not all(values):
+        raise ConfigError(f"--sweep: '{text}' is not of the form KEY=V1,V2")
+    if key not in SWEPT:
+        known = ", ".join(SWEPT)
+        raise ConfigError(f"--sweep: '{key}' is not one of {known}{did_you_mean(key, SWEPT)}")
+    return key, list(dict.fromkeys(values))
+
+
+def _number(key: str, text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise ConfigError(f"--sweep: {key} '{text}' is not a whole number above 0")
+    return int(text)
+
+
+def _seq_len(workload: Workload, text: str, find: FindModel) -> Workload:
+    return dataclasses.replace(workload, seq_len=_number("seq-len", text))
+
+
+def _micro_batch(workload: Workload, text: str, find: FindModel) -> Workload:
+    return dataclasses.replace(workload, micro_batch_size=_number("micro-batch", text))
+
+
+def _vocab(workload: Workload, text: str, find: FindModel) -> Workload:
+    model = variant(workload.model, {"vocab_size": _number("vocab", text)})
+    return dataclasses.replace(workload, model=model)
+
+
+def _window(workload: Workload, text: str, find: FindModel) -> Workload:
+    """Of the sliding layers; with none, every layer sees everything before it."""
+    kinds = workload.model.layer_types
+    if SLIDING not in kinds:
+        raise ConfigError(f"--sweep: window {text}: {workload.name} has no sliding layers")
+    if text == "none":
+        model = variant(workload.model, {"layer_types": (FULL,) * len(kinds)})
+    else:
+        model = variant(workload.model, {"sliding_window": _number("window", text)})
+    return dataclasses.replace(workload, model=model)
+
+
+def _model(workload: Workload, text: str, find: FindModel) -> Workload:
+    name, model = find(text)
+    return dataclasses.replace(workload, name=name, model=model)
+
+
+SWEPT: dict[str, Callable[[Workload, str, FindModel], Workload]] = {
+    "seq-len": _seq_len,
+    "window": _window,
+    "vocab": _vocab,
+    "micro-batch": _micro_batch,
+    "model": _model,
+}
+
+
+# --- beside another program ----------------------------------------------------------------------
+
+
+def versus(workload: Workload, asked: SpeedConfig, peer: str) -> list[Arm]:
+    """Our step beside a peer's, compiled unless that is off, and not: the peer as it is shipped,
+    and with the settings of the process that ours has."""
+    if peer not in peers.PEERS:
+        known = ", ".join(peers.PEERS)
+        raise ConfigError(f"--vs: '{peer}' is not one of {known}{did_you_mean(peer, peers.PEERS)}")
+    peers.require(peer)
+    settings, device = type(asked), torch.device(workload.device)
+    shipped = {name: choices(settings, name)[0] for name in PROCESS_SETTINGS}
+    arms: list[Arm] = []
+
+    def add(program: str, group: str, speed: SpeedConfig) -> None:
+        for compiled in (True, False) if asked.compile is not False else (False,):
+            arms.append(
+                Arm(
+                    name=f"{program}{', compiled' if compiled else ''}"
+                    + (", our process settings" if group == OURS_SET else ""),
+                    group=group,
+                    workload=workload,
+                    speed=speed.model_copy(update={"compile": compiled}),
+                    peer=peer if program == peer else "",
+                    same_as=arms[0].name if arms else "",
+                    beside=arms[0].name if arms else "",
+                    left_out=_without_effect(
+                        speed.model_copy(update={"compile": compiled}), "compile", compiled, device
+                    ),
+                )
+            )
+
+    add("pretrain", "", asked)
+    add(peer, SHIPPED, asked.model_copy(update=shipped))
+    add(peer, OURS_SET, asked)
+    return arms
+
+
+SHIPPED, OURS_SET = "as shipped", "with our process settings"

@@ -1,0 +1,110 @@
+"""The same training step, computed by other programs.
+
+A peer is built as its users would: its own model of the same shape, with our weights and batch,
+float32 weights under autocast where the dtype is bfloat16, PyTorch's fused AdamW, gradients
+clipped. To add one: a function that gives its step, and a line in PEERS.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain_cli.config import OptimizerSettings
+from pretrain_cli.engine.benchmark.workload import Workload
+from pretrain_cli.engine.speed import Speed
+from pretrain_cli.errors import ConfigError
+from pretrain_cli.model.config_json import to_config_json
+from pretrain_cli.model.decoder import draw
+from pretrain_cli.model.layout import Merged, layout
+
+Step = Callable[[], tuple[Tensor, Tensor | None]]
+"""-> (loss, gradient norm before clipping), on the device."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A program to be measured beside this one."""
+
+    package: str
+    """What is imported."""
+    extra: str
+    """Of this package, that brings it."""
+    build: Callable[[Workload, Speed, Tensor, Tensor, float], Step]
+    """(workload, speed, inputs, targets, learning rate) -> its step."""
+
+
+def _transformers(
+    workload: Workload, speed: Speed, inputs: Tensor, targets: Tensor, rate: float
+) -> Step:
+    """Its model of the family, with sdpa attention and its own loss."""
+    hf: Any = importlib.import_module("transformers")
+    hf.utils.logging.disable_progress_bar()
+    raw = to_config_json(workload.model, "float32")
+    config = hf.AutoConfig.for_model(**raw)
+    model = getattr(hf, raw["architectures"][0]).from_pretrained(
+        None,
+        config=config,
+        state_dict=_weights(workload),
+        attn_implementation="sdpa",
+        dtype=torch.float32,
+    )
+    model.to(inputs.device).train()
+    compiled = torch.compile(model) if speed.compile else model
+
+    def loss() -> Tensor:
+        # labels shifted already: row i of the targets follows row i of the inputs
+        return compiled(
+            input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False
+        ).loss
+
+    return _step(model, loss, speed, inputs.device, rate)
+
+
+PEERS = {"transformers": Peer("transformers", "verify", _transformers)}
+
+
+def require(name: str) -> None:
+    """Refuse a peer that isn't installed."""
+    peer = PEERS[name]
+    if importlib.util.find_spec(peer.package) is None:
+        raise ConfigError(
+            f"--vs: {peer.package} is not installed; pip install 'pretrain[{peer.extra}]'"
+        )
+
+
+def _weights(workload: Workload) -> dict[str, Tensor]:
+    """Those that our model begins with, by their published names."""
+    pieces = layout(workload.model, merged=Merged(False, False))
+    return {piece.name: draw(workload.model, piece, 0) for piece in pieces}
+
+
+def _step(
+    model: nn.Module, loss: Callable[[], Tensor], speed: Speed, device: torch.device, rate: float
+) -> Step:
+    """A training loop's step around a model's loss, decayed as ours is."""
+    settings = OptimizerSettings()
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        groups, lr=rate, betas=settings.betas, eps=settings.eps, fused=True
+    )
+    mixed = speed.compute_dtype != torch.float32
+
+    def step() -> tuple[Tensor, Tensor]:
+        with torch.autocast(device.type, speed.compute_dtype, enabled=mixed):
+            found = loss()
+        found.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return found.detach(), norm
+
+    return step

@@ -1,0 +1,107 @@
+"""A record as a picture: tokens/s of every arm with its spread, and its peak memory beside."""
+
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+from pretrain_cli.amounts import amount, size
+from pretrain_cli.errors import ConfigError
+
+FORMATS = (".png", ".svg")
+COLORS = {
+    "": "#1f5fd0",
+    "alone on": "#14804f",
+    "all on but": "#856300",
+    "as shipped": "#d4570a",
+    "with our process settings": "#9735b8",
+}
+OTHER, GRAVE, FAINT = "#5457c4", "#c2182b", "#6b7480"
+ROW_INCHES = 0.3
+CHARACTERS = 150
+"""Of the footnote, in a line."""
+
+
+def need_matplotlib(path: Path) -> None:
+    """Refuse a picture that can't be made, before anything is measured."""
+    if path.suffix not in FORMATS:
+        raise ConfigError(f"--plot: {path.name} is neither .png nor .svg; name one of them")
+    try:
+        import matplotlib  # noqa: F401  # asked for before anything is measured
+    except ImportError:
+        raise ConfigError(
+            "--plot: matplotlib is not installed; pip install 'pretrain[plot]', or leave --plot out"
+        ) from None
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Write the picture, in the format of its name."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    results = [result for result in record["results"] if result["figures"]]
+    places = _places(results)
+    height = 1.5 + ROW_INCHES * (max(places, default=0) + 1)
+    figure = Figure(figsize=(11, height), layout="constrained")
+    figure.suptitle(_title(record), fontsize=11, x=0.01, ha="left")
+    rates, memory = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    for axes, title, shown in ((rates, "tokens/s", amount), (memory, "peak memory", size)):
+        axes.set_title(title, size=10, loc="left")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _, shown=shown: shown(value)))
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.tick_params(labelsize=8, length=0)
+        axes.grid(axis="x", alpha=0.25)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.margins(x=0.2, y=0.02)
+    for place, result in zip(places, results, strict=True):
+        figures, color = result["figures"], COLORS.get(result["group"], OTHER)
+        bar = {"color": color, "height": 0.68, "alpha": 0.85}
+        if result["differs"]:
+            bar |= {"facecolor": "white", "edgecolor": GRAVE, "hatch": "////"}
+        tokens, rate = result["tokens_per_step"], figures["tokens_per_second"]
+        slow, fast = (tokens / figures[name] for name in ("step_slowest", "step_fastest"))
+        rates.barh(place, rate, **bar)
+        rates.plot([slow, fast], [place, place], color="black", linewidth=1, solid_capstyle="butt")
+        said = f" {rate:,.0f}"
+        if figures["worth"] is not None:
+            said += f"  ({figures['worth']:.2f} ×)"
+        if result["differs"]:
+            said += "  learns something else"
+        rates.annotate(said, (max(fast, rate), place), va="center", size=8)
+        memory.barh(place, figures["peak_memory"], **bar)
+        memory.annotate(
+            f" {size(figures['peak_memory'])}", (figures["peak_memory"], place), va="center", size=8
+        )
+    rates.set_yticks(places, [f"{result['arm']} " for result in results])
+    rates.invert_yaxis()
+    for tick, result in zip(rates.get_yticklabels(), results, strict=True):
+        tick.set_parse_math(False)
+        tick.set_color(GRAVE if result["differs"] else "black")
+    figure.supxlabel(_footnote(record), fontsize=7.5, color=FAINT, x=0.01, ha="left")
+    figure.savefig(path, dpi=140, format=path.suffix[1:])
+
+
+def _places(results: list[dict[str, Any]]) -> list[float]:
+    """Rows from above, with a gap between groups."""
+    places, place, group = [], 0.0, None
+    for result in results:
+        if group is not None and result["group"] != group:
+            place += 0.5
+        places.append(place)
+        place, group = place + 1, result["group"]
+    return places
+
+
+def _title(record: dict[str, Any]) -> str:
+    first = record["results"][0]["workload"]
+    tokens = f"{first['micro_batch_size']} × {first['seq_len']} tokens"
+    return f"{first['name']}, {tokens} a step on {record['machine']}"
+
+
+def _footnote(record: dict[str, Any]) -> str:
+    commit = f" {record['commit'][:9]}" if record["commit"] else ""
+    return (
+        f"{fill(record['command'], CHARACTERS)}\n"
+        "Bars: median step; lines: slowest to fastest. "
+        f"torch {record['torch']}, pretrain {record['pretrain']}{commit}"
+    )

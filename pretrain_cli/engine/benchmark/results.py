@@ -1,0 +1,229 @@
+"""Rounds to results: medians, rates, MFU; and whether an arm learned the same as the one it is
+compared with."""
+
+import dataclasses
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from pretrain_cli.engine.benchmark.timing import Round
+from pretrain_cli.engine.benchmark.workload import Arm
+from pretrain_cli.engine.peak import Peak
+from pretrain_cli.engine.speed import PROCESS_SETTINGS
+from pretrain_cli.model import counting
+
+TOLERANCE = {"float32": 1e-4, "tf32": 2e-3, "bfloat16": 1e-2}
+"""How far an arm's loss after its steps, and its first gradient norm, may be from those of the arm
+that it must learn the same as, as a share, by the coarser of their types."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """Over all steps of all rounds. Times are seconds."""
+
+    step_median: float
+    step_fastest: float
+    step_slowest: float
+    warmup: float
+    """All warm-up steps of the first round."""
+    compile_time: float
+    """What those took beyond as many steps of the median: compiling, where it compiles."""
+    tokens_per_second: float
+    """By the median."""
+    mfu: float
+    mfu_conventional: float
+    peak_memory: int
+    """In the steps that count."""
+    loss: float
+    """After all steps of a round, the same tokens in each."""
+    loss_difference: float | None
+    """From that of the arm that it must learn the same as, as a share of it."""
+    gradient_norm_difference: float | None
+    """The same of the first step's gradient norm, before clipping."""
+    worth: float | None
+    """Tokens/s over those of the arm that it is compared with; the median of the rounds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """An arm, and what was measured of it."""
+
+    arm: str
+    group: str
+    peer: str
+    kind: str
+    """training step, forward only, or not run."""
+    reason: str
+    """Why it is not a training step."""
+    notes: list[str]
+    """Settings that were asked for and are not in force."""
+    same_as: str
+    beside: str
+    differs: str
+    """How what it learned differs from that arm's, if it does."""
+    workload: dict[str, Any]
+    tokens_per_step: int
+    flops_per_token: float
+    """By the exact mask; of a forward pass, a third."""
+    flops_per_token_conventional: float
+    peak_flops: float
+    """What MFU is a share of."""
+    speed: dict[str, Any]
+    figures: Figures | None
+    rounds: list[Round]
+
+
+def summarize(
+    arm: Arm, measured: dict[str, list[Round]], peak: Peak | None, failure: str = ""
+) -> Result:
+    """An arm's result, from the rounds of every arm."""
+    rounds = measured[arm.name]
+    reference, beside = measured.get(arm.same_as, []), measured.get(arm.beside, [])
+    flops = counting.training_flops(arm.workload.model, arm.workload.seq_len)
+    part = 1 / 3 if arm.forward_only else 1
+    figures, differs = None, ""
+    if rounds and peak:
+        first = rounds[0]
+        times = [seconds for one in rounds for seconds in one.times]
+        median = statistics.median(times)
+        rate = arm.workload.tokens / median
+        loss, norm = _differences(first, reference[0]) if reference else (None, None)
+        if reference:
+            differs = _said(arm, loss, norm, tolerance(first, reference[0]))
+        figures = Figures(
+            step_median=median,
+            step_fastest=min(times),
+            step_slowest=max(times),
+            warmup=sum(first.warmup),
+            compile_time=max(0.0, sum(first.warmup) - len(first.warmup) * median),
+            tokens_per_second=rate,
+            mfu=flops.exact * part * rate / peak.flops,
+            mfu_conventional=flops.conventional * part * rate / peak.flops,
+            peak_memory=max(one.peak_memory for one in rounds),
+            loss=first.losses[-1],
+            loss_difference=loss,
+            gradient_norm_difference=norm,
+            worth=statistics.median(_rate_ratios(rounds, beside)) if beside else None,
+        )
+    kind = "forward only" if arm.forward_only else "training step"
+    left_out = arm.left_out or failure
+    speed = _meant(arm, rounds[0].speed) if rounds else {}
+    return Result(
+        arm=arm.name,
+        group=arm.group,
+        peer=arm.peer,
+        kind="not run" if left_out else kind,
+        reason=left_out or arm.forward_only,
+        notes=_notes(speed),
+        same_as=arm.same_as,
+        beside=arm.beside,
+        differs=differs,
+        workload=dataclasses.asdict(arm.workload),
+        tokens_per_step=arm.workload.tokens,
+        flops_per_token=flops.exact * part,
+        flops_per_token_conventional=flops.conventional * part,
+        peak_flops=peak.flops if peak else 0.0,
+        speed=speed,
+        figures=figures,
+        rounds=rounds,
+    )
+
+
+def tolerance(one: Round, other: Round) -> tuple[str, float]:
+    """(the coarser of their types, what rounding in it may come to)."""
+    kind = max((_precision(one.speed), _precision(other.speed)), key=TOLERANCE.__getitem__)
+    return kind, TOLERANCE[kind]
+
+
+def _precision(speed: dict[str, Any]) -> str:
+    dtype = speed["dtype"]["in_force"]
+    if dtype == "float32" and speed["float32_matmul"]["in_force"] != "highest":
+        return "tf32"
+    return dtype
+
+
+def _differences(one: Round, other: Round) -> tuple[float, float]:
+    """Of the losses after the last step, and of the first gradient norms."""
+    pairs = (
+        (one.losses[-1], other.losses[-1]),
+        (one.gradient_norms[0], other.gradient_norms[0]),
+    )
+    loss, norm = (abs(mine - theirs) / abs(theirs) for mine, theirs in pairs)
+    return loss, norm
+
+
+def _said(arm: Arm, loss: float | None, norm: float | None, allowed: tuple[str, float]) -> str:
+    kind, most = allowed
+    found = []
+    for what, difference in (("loss", loss), ("first gradient norm", norm)):
+        # written so that what is not a number differs
+        if difference is not None and not difference <= most:
+            found.append(f"{what} {difference:.2g} of its size")
+    if not found:
+        return ""
+    return f"differs from {arm.same_as}: {', '.join(found)} off, and {kind} explains {most:g}"
+
+
+def _meant(arm: Arm, speed: dict[str, Any]) -> dict[str, Any]:
+    """Of a peer, the settings that mean something to it."""
+    if not arm.peer:
+        return speed
+    return {name: speed[name] for name in ("dtype", "compile", *PROCESS_SETTINGS)}
+
+
+def _notes(speed: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} is {setting['in_force']}: {setting['reason']}"
+        for name, setting in speed.items()
+        if setting["asked"] not in ("auto", setting["in_force"])
+    ]
+
+
+def _rate_ratios(rounds: list[Round], others: list[Round]) -> list[float]:
+    """Tokens/s over the others', round by round."""
+    return [
+        (one.tokens / statistics.median(one.times))
+        / (other.tokens / statistics.median(other.times))
+        for one, other in zip(rounds, others, strict=False)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """Ours beside a peer's arm that is compiled where ours is: round by round, for a machine that
+    is slow for a while is so for both."""
+
+    arm: str
+    ours: str
+    tokens_per_second: float
+    """Ours over the peer's; the median of the rounds."""
+    lowest: float
+    highest: float
+    peak_memory: float
+    """Ours over the peer's."""
+
+
+def ratios(results: list[Result]) -> list[Ratio]:
+    """Of every peer's arm that was run."""
+    ours = {r.speed["compile"]["in_force"]: r for r in results if r.figures and not r.peer}
+    found = []
+    for result in results:
+        mine = (
+            ours.get(result.speed["compile"]["in_force"])
+            if result.peer and result.figures
+            else None
+        )
+        if mine is None or mine.figures is None or result.figures is None:
+            continue
+        rates = _rate_ratios(mine.rounds, result.rounds)
+        found.append(
+            Ratio(
+                arm=result.arm,
+                ours=mine.arm,
+                tokens_per_second=statistics.median(rates),
+                lowest=min(rates),
+                highest=max(rates),
+                peak_memory=mine.figures.peak_memory / result.figures.peak_memory,
+            )
+        )
+    return found

@@ -1,0 +1,95 @@
+"""Arms in turn: round by round, every arm once in each, every other round backwards. What slows a
+machine for a while is then no arm's alone."""
+
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain_cli.config import SpeedConfig
+from pretrain_cli.engine.benchmark.fresh import in_a_fresh_process
+from pretrain_cli.engine.benchmark.results import Result, summarize
+from pretrain_cli.engine.benchmark.timing import Round
+from pretrain_cli.engine.benchmark.workload import Arm, Repeats
+from pretrain_cli.engine.peak import Peak
+from pretrain_cli.engine.profile import Profile
+from pretrain_cli.engine.speed import resolve_speed
+from pretrain_cli.errors import PretrainError
+
+Start = Callable[..., Any]
+"""`in_a_fresh_process`; in tests, a call in this one."""
+
+
+class Rounds:
+    """Every arm measured so many times. The device's peak is measured with them, once a round for
+    each type that is computed in, and the best counts."""
+
+    def __init__(self, arms: list[Arm], repeats: Repeats, *, start: Start | None = None) -> None:
+        self.arms, self.repeats, self.start = arms, repeats, start or in_a_fresh_process
+        self.measured: dict[str, list[Round]] = {arm.name: [] for arm in arms}
+        self.failures: dict[str, str] = {}
+        """Why an arm came to an end, and its traceback where that is a bug."""
+        self.tracebacks: list[str] = []
+        self.peaks: dict[str, Peak] = {}
+        self.dtypes = {arm.name: _dtype(arm) for arm in arms if not arm.left_out}
+
+    def go(self) -> Iterator[str]:
+        """Measure. Says what is next, each time."""
+        with tempfile.TemporaryDirectory(prefix="pretrain-compiled-") as folder:
+            for number in range(self.repeats.rounds):
+                said = f"round {number + 1} of {self.repeats.rounds}: "
+                for dtype in dict.fromkeys(self.dtypes.values()):
+                    yield f"{said}the peak in {dtype}"
+                    self._measure_peak(dtype, Path(folder))
+                for arm in self.arms if number % 2 == 0 else reversed(self.arms):
+                    if not arm.left_out and arm.name not in self.failures:
+                        yield said + arm.name
+                        self._measure(arm, Path(folder))
+
+    def _measure_peak(self, dtype: str, folder: Path) -> None:
+        asked, device = SpeedConfig.model_validate({"dtype": dtype}), self.arms[0].workload.device
+        found = self.start("measure_peak", asked, folder, device, asked)
+        before = self.peaks.get(dtype)
+        if before is None or found.measured > before.measured:
+            self.peaks[dtype] = found
+
+    def _measure(self, arm: Arm, folder: Path) -> None:
+        try:
+            measured = self.start("measure_round", arm.speed, folder, arm, self.repeats)
+        except BrokenProcessPool:
+            self.failures[arm.name] = "its process was killed, perhaps for want of memory"
+        except torch.OutOfMemoryError:
+            self.failures[arm.name] = "out of memory"
+        except PretrainError as error:
+            self.failures[arm.name] = str(error)
+        except Exception as error:
+            self.failures[arm.name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            self.tracebacks.append("".join(traceback.format_exception(error)))
+        else:
+            self.measured[arm.name].append(measured)
+
+    def results(self) -> list[Result]:
+        """As far as it has gone."""
+        return [
+            summarize(
+                arm,
+                self.measured,
+                self.peaks.get(self.dtypes.get(arm.name, "")),
+                self.failures.get(arm.name, ""),
+            )
+            for arm in self.arms
+        ]
+
+    def profile(self, arm: Arm, trace: Path) -> Profile:
+        """One arm's step looked into, in one more process."""
+        with tempfile.TemporaryDirectory(prefix="pretrain-compiled-") as folder:
+            return self.start("profile_arm", arm.speed, Path(folder), arm, self.repeats, str(trace))
+
+
+def _dtype(arm: Arm) -> str:
+    training = not arm.forward_only
+    return resolve_speed(arm.speed, torch.device(arm.workload.device), training=training).dtype

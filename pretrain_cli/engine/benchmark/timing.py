@@ -1,0 +1,157 @@
+"""An arm's round, in this process: steps timed, and what they learned."""
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain_cli.config import OptimizerSettings, SpeedConfig
+from pretrain_cli.engine.benchmark.peers import PEERS, Step
+from pretrain_cli.engine.benchmark.workload import Arm, Repeats, Workload
+from pretrain_cli.engine.distributed import Ranks, find_device
+from pretrain_cli.engine.guard import Guard
+from pretrain_cli.engine.metrics import peak_memory, reset_peak_memory
+from pretrain_cli.engine.optimizer import build_optimizer, set_learning_rate
+from pretrain_cli.engine.peak import Peak, find_peak
+from pretrain_cli.engine.profile import Profile, profile_steps
+from pretrain_cli.engine.speed import (
+    Speed,
+    apply_process_settings,
+    build_model,
+    compile_blocks,
+    resolve_speed,
+)
+from pretrain_cli.engine.step import train_step
+
+LEARNING_RATE = 3e-4
+"""Of every arm: enough for the loss to fall in a few steps on the same tokens, so that what learns
+something else is seen."""
+PEAK_SECONDS = 1.0
+PROFILED_STEPS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """What one process measured. Times are seconds."""
+
+    tokens: int
+    """A step."""
+    times: list[float]
+    """Of each step that counts."""
+    warmup: list[float]
+    """Of each step before, with the compiling that it set off."""
+    losses: list[float]
+    """Of every step from the first, warm-up among them. All take the same batch."""
+    gradient_norms: list[float]
+    """Before clipping. None of a forward pass."""
+    peak_memory: int
+    """Bytes, in the steps that count."""
+    warmup_peak_memory: int
+    """Bytes up to there, compiling among it."""
+    speed: dict[str, Any]
+    """As asked and as in force."""
+
+
+def measure_round(arm: Arm, repeats: Repeats) -> Round:
+    """Build the arm's step, warm it up, time it. Sets what holds for the whole process."""
+    device = find_device(arm.workload.device)
+    speed = resolve_speed(arm.speed, device, training=not arm.forward_only)
+    apply_process_settings(speed)
+    step = build_step(arm, speed, device)
+    taken: list[tuple[Tensor, Tensor | None]] = []
+    warmup = _timed(lambda: taken.append(step()), repeats.warmup, device)
+    before = peak_memory(device)
+    reset_peak_memory(device)
+    times = _timed(lambda: taken.append(step()), repeats.steps, device)
+    return Round(
+        tokens=arm.workload.tokens,
+        times=times,
+        warmup=warmup,
+        losses=[loss.item() for loss, _ in taken],
+        gradient_norms=[norm.item() for _, norm in taken if norm is not None],
+        peak_memory=peak_memory(device),
+        warmup_peak_memory=before,
+        speed=speed.record(),
+    )
+
+
+def measure_peak(device: str, asked: SpeedConfig) -> Peak:
+    """What a matrix product reaches with these settings."""
+    place = find_device(device)
+    speed = resolve_speed(asked, place, training=False)
+    apply_process_settings(speed)
+    return find_peak(place, speed.compute_dtype, seconds=PEAK_SECONDS)
+
+
+def profile_arm(arm: Arm, repeats: Repeats, trace: str) -> Profile:
+    """The arm's step looked into, after the warm-up; a Chrome trace is written."""
+    device = find_device(arm.workload.device)
+    speed = resolve_speed(arm.speed, device, training=not arm.forward_only)
+    apply_process_settings(speed)
+    step = build_step(arm, speed, device)
+    for _ in range(repeats.warmup):
+        step()
+    return profile_steps(step, PROFILED_STEPS, device, trace)
+
+
+def build_step(arm: Arm, speed: Speed, device: torch.device) -> Step:
+    """A step of the arm: () -> (loss, gradient norm), on the device."""
+    inputs, targets = synthetic_batch(arm.workload, device)
+    if arm.peer:
+        return PEERS[arm.peer].build(arm.workload, speed, inputs, targets, LEARNING_RATE)
+    model = build_model(arm.workload.model, speed, device)
+    model.initialize(0)
+    compile_blocks(model, speed)
+    if arm.forward_only:
+
+        @torch.no_grad()
+        def forward() -> tuple[Tensor, None]:
+            loss = model(inputs, targets)
+            assert isinstance(loss, Tensor)
+            return loss, None
+
+        return forward
+    optimizer = build_optimizer(model, OptimizerSettings(), fused=speed.fused_optimizer)
+    set_learning_rate(optimizer, LEARNING_RATE)
+    guard = Guard(Ranks(0, 1, device))
+    rows = arm.workload.micro_batch_size
+
+    def step() -> tuple[Tensor, Tensor]:
+        return train_step(
+            model, optimizer, inputs, targets, micro_batch_size=rows, clip=1.0, guard=guard
+        )
+
+    return step
+
+
+def synthetic_batch(workload: Workload, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (B, T): random tokens, the same for every arm."""
+    size = (workload.micro_batch_size, workload.seq_len + 1)
+    generator = torch.Generator().manual_seed(0)
+    windows = torch.randint(workload.model.vocab_size, size, generator=generator).to(device)
+    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+
+def _timed(step: Callable[[], object], count: int, device: torch.device) -> list[float]:
+    """Seconds of each of so many steps. On a GPU by its own clock, which training doesn't wait for
+    either."""
+    if device.type == "cuda":
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+        marks[0].record()
+        for mark in marks[1:]:
+            step()
+            mark.record()
+        torch.cuda.synchronize(device)
+        return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)]
+    times = []
+    for _ in range(count):
+        began = time.perf_counter()
+        step()
+        if device.type == "mps":
+            torch.mps.synchronize()
+        times.append(time.perf_counter() - began)
+    return times

@@ -1,0 +1,56 @@
+"""What is measured. No torch here: a fresh process reads these before it loads torch, and how its
+threads wait is decided before that."""
+
+from dataclasses import dataclass
+
+from pretrain_cli.config import SpeedConfig
+from pretrain_cli.model.config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What a step computes: a model, and its tokens."""
+
+    name: str
+    """Of the model, for people."""
+    model: ModelConfig
+    seq_len: int
+    micro_batch_size: int
+    device: str
+
+    @property
+    def tokens(self) -> int:
+        """Of a step, which is one micro-batch."""
+        return self.seq_len * self.micro_batch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to run a workload."""
+
+    name: str
+    group: str = ""
+    """Arms that are shown together."""
+    workload: Workload
+    speed: SpeedConfig
+    peer: str = ""
+    """The program whose step it is; ours where there is no name."""
+    same_as: str = ""
+    """The arm that it must learn the same as."""
+    beside: str = ""
+    """The arm whose speed its own is compared with."""
+    forward_only: str = ""
+    """Why its forward pass alone is timed."""
+    left_out: str = ""
+    """Why it is not run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repeats:
+    """How often each arm is measured."""
+
+    rounds: int
+    steps: int
+    """Of a round, that count."""
+    warmup: int
+    """Steps before them, timed apart."""

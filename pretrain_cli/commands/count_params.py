@@ -26,7 +26,9 @@ def count_params(
     vocab_size: Annotated[
         int | None, typer.Option(help="Another vocabulary.", show_default="the model's")
     ] = None,
-    seq_len: Annotated[int, typer.Option(help="For the FLOPs.")] = 1024,
+    seq_len: Annotated[
+        int, typer.Option(help="For the FLOPs, and what sampling remembers.")
+    ] = 1024,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Count parameters by part, training FLOPs and memory.
@@ -67,6 +69,7 @@ def _as_published(config: Any) -> str:
 
 def _as_json(config: Any, seq_len: int) -> dict[str, Any]:
     from pretrain_cli.model.counting import (
+        cache_bytes,
         checkpoint_bytes,
         count_parameters,
         state_bytes,
@@ -80,6 +83,10 @@ def _as_json(config: Any, seq_len: int) -> dict[str, Any]:
         "training_flops_per_token": asdict(training_flops(config, seq_len)),
         "training_state_bytes": state_bytes(config),
         "checkpoint_bytes": checkpoint_bytes(config),
+        "sampling_bytes": {
+            "weights": 2 * count.total,
+            "cache_per_text": cache_bytes(config, seq_len, 2),
+        },
     }
 
 
@@ -119,6 +126,11 @@ def _table(name: str, config: Any, columns: dict[str, Any], seq_len: int) -> Tab
         "a checkpoint, and its copy in the host's memory",
         *[size(row["checkpoint_bytes"]) for row in rows],
     )
+    for label, key in (
+        ("sampling in bfloat16: weights", "weights"),
+        (f"sampling in bfloat16: keys and values of {seq_len:,} tokens", "cache_per_text"),
+    ):
+        table.add_row(label, *[size(row["sampling_bytes"][key]) for row in rows])
     return table
 
 

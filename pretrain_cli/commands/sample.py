@@ -1,15 +1,18 @@
 """`pretrain sample`: text from a checkpoint, as it is made."""
 
+import json
 import select
 import sys
-from itertools import chain
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.markup import escape
 
-from pretrain_cli.commands.display import console, error_console, notice
+from pretrain_cli.commands.display import aside, console, error_console, notice
+
+BATCH = 8
+CHOOSING, SEVERAL, SPEED = "How tokens are chosen", "Several texts", "Speed"
 
 
 def sample(
@@ -24,60 +27,196 @@ def sample(
         str | None,
         typer.Option(help="Text to go on from, or piped in; '-' waits for standard input."),
     ] = None,
+    best: Annotated[
+        bool, typer.Option("--best", help="Of a run, the checkpoint of lowest validation loss.")
+    ] = False,
     max_tokens: Annotated[int, typer.Option(help="Longest continuation.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Of the likeliest K tokens only.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Of the likeliest tokens that make up P only.")
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends a continuation. Repeatable.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
-    n: Annotated[int, typer.Option("--n", help="How many texts.")] = 1,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, mps or auto.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto.")] = "auto",
-    cache: Annotated[
-        bool, typer.Option("--cache/--no-cache", help="Remember keys and values.")
-    ] = True,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token.", rich_help_panel=CHOOSING)
+    ] = 0.8,
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="Of the likeliest K tokens only.", rich_help_panel=CHOOSING),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Of the likeliest tokens that make up P.", rich_help_panel=CHOOSING),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Of tokens at least P times as likely as the likeliest.",
+            rich_help_panel=CHOOSING,
+        ),
+    ] = None,
+    repetition_penalty: Annotated[
+        float,
+        typer.Option(
+            help="Logits of tokens that are in the text, divided by it where above 0.",
+            rich_help_panel=CHOOSING,
+        ),
+    ] = 1.0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            help="The same seed gives the same text. The k-th text after it has the seed + k.",
+            rich_help_panel=CHOOSING,
+        ),
+    ] = 0,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help='A file with a prompt a line, or .jsonl with {"prompt": …} a line.',
+            rich_help_panel=SEVERAL,
+        ),
+    ] = None,
+    n: Annotated[
+        int, typer.Option("--n", help="Texts of each prompt.", rich_help_panel=SEVERAL)
+    ] = 1,
+    batch_size: Annotated[
+        int, typer.Option(help="Texts written at a time.", rich_help_panel=SEVERAL)
+    ] = BATCH,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="A JSON line for each text: tokens, log-probabilities, why it ended.",
+            rich_help_panel=SEVERAL,
+        ),
+    ] = False,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:N, mps or auto.", rich_help_panel=SPEED)
+    ] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or auto.", rich_help_panel=SPEED)
+    ] = "auto",
+    compile_: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="torch.compile a step.",
+            show_default="on a GPU; on a CPU for 10,000 steps or more",
+            rich_help_panel=SPEED,
+        ),
+    ] = None,
 ) -> None:
     """Write text with a trained model.
 
-    It ends at the end-of-document token or after --max-tokens.
+    It ends at the end-of-document token, at a --stop text or after --max-tokens.
     """
     from pretrain_cli.engine.process import wait_passively
 
     wait_passively("auto")
-    from pretrain_cli.engine.sample import Controls, open_for_sampling, sample_text
+    from pretrain_cli.engine import sample as engine
+    from pretrain_cli.engine.choosing import Controls
     from pretrain_cli.errors import ConfigError
 
-    if n < 1:
-        raise ConfigError(f"--n: {n} is not at least 1")
-    controls = [
-        Controls(
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed + number,
-            use_cache=cache,
-        )
-        for number in range(n)
-    ]
-    if prompt == "-" or (prompt is None and _is_waiting(sys.stdin)):
-        prompt = sys.stdin.read()
-    folder, model, tokenizer = open_for_sampling(where, device=device, dtype=dtype, report=notice)
+    for name, value in (("n", n), ("batch-size", batch_size)):
+        if value < 1:
+            raise ConfigError(f"--{name}: {value} is not at least 1")
+    if prompt is not None and prompts is not None:
+        raise ConfigError("--prompts: has prompts, and --prompt is one; leave one of them out")
+    controls = Controls(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=tuple(stop or ()),
+        seed=seed,
+    )
+    if prompts is not None:
+        asked = engine.read_prompts(prompts)
+    elif prompt == "-" or (prompt is None and _is_waiting(sys.stdin)):
+        asked = [sys.stdin.read()]
+    else:
+        asked = [prompt or ""]
+    report = aside if as_json else notice
+    folder, model, tokenizer = engine.open_for_sampling(
+        where, device=device, dtype=dtype, report=report, best=best
+    )
     error_console.print(f"[dim]{escape(str(folder))}[/]", soft_wrap=True)
+    texts = engine.plan_texts(model, tokenizer, asked, controls, n)
+    show = _JsonLines(asked, n) if as_json else _Written(asked, n)
     try:
-        for number, control in enumerate(controls):
-            if n > 1:
-                console.rule(f"{number + 1} of {n}")
-            pieces = sample_text(model, tokenizer, prompt or "", control)
-            first = next(pieces, "")  # a prompt that is refused is refused before it is shown
-            _write(typer.style(prompt or "", dim=True) if console.is_terminal else prompt or "")
-            for piece in chain((first,), pieces):
-                _write(piece)
-            console.print()
+        writer = engine.make_writer(model, compile_, texts, batch_size, report)
+        for piece in engine.write(writer, tokenizer, texts, controls, rows=batch_size):
+            show(piece)
     except KeyboardInterrupt:
-        console.print()
+        show.interrupted()
         raise typer.Exit(130) from None
+
+
+class _InOrder:
+    """Pieces of several texts, which come mixed: shown text by text, the first unfinished one as it
+    comes, and those behind it once it is their turn."""
+
+    def __init__(self, prompts: list[str], n: int) -> None:
+        self.prompts, self.n = prompts, n
+        self.count = len(prompts) * n
+        self.turn = 0
+        self.kept: dict[int, list[Any]] = {}
+
+    def __call__(self, piece: Any) -> None:
+        self.kept.setdefault(piece.text.number, []).append(piece)
+        while pieces := self.kept.pop(self.turn, None):
+            for piece in pieces:
+                self.show(piece)
+            if pieces[-1].whole is None:
+                return
+            self.turn += 1
+
+    def show(self, piece: Any) -> None:
+        raise NotImplementedError
+
+    def interrupted(self) -> None:
+        """The text ends here."""
+
+    def prompt(self, text: Any) -> str:
+        return self.prompts[text.number // self.n]
+
+
+class _Written(_InOrder):
+    """Texts behind their prompts, which a terminal shows dim."""
+
+    begun = -1
+
+    def show(self, piece: Any) -> None:
+        number = piece.text.number
+        if number != self.begun:
+            self.begun = number
+            if self.count > 1:
+                console.rule(f"{number + 1} of {self.count}")
+            prompt = self.prompt(piece.text)
+            _write(typer.style(prompt, dim=True) if console.is_terminal else prompt)
+        _write(piece.piece)
+        if piece.whole is not None:
+            console.print()
+
+    def interrupted(self) -> None:
+        console.print()
+
+
+class _JsonLines(_InOrder):
+    """A line for each text, once it is whole."""
+
+    def show(self, piece: Any) -> None:
+        if piece.whole is None:
+            return
+        text = piece.text
+        line = {
+            "prompt": self.prompt(text),
+            "text": piece.whole,
+            "tokens": text.tokens,
+            "logprobs": text.logprobs,
+            "stopped": text.stopped,
+            "seed": text.seed,
+        }
+        _write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def _is_waiting(stream: TextIO) -> bool:

@@ -110,3 +110,11 @@ def activation_bytes_per_token(config: ModelConfig, compute_bytes: int) -> int:
     per_block = compute_bytes * (6 * D + 4 * (H + Hkv) * Dh + 4 * width)
     per_block += 4 * ((4 if config.has_post_norms else 2) * 2 * D + 2 * (H + Hkv) * Dh)
     return config.num_hidden_layers * per_block + 12 * D
+
+
+def cache_bytes(config: ModelConfig, seq_len: int, compute_bytes: int) -> int:
+    """What sampling remembers of one text of this length: a key and a value of every key/value
+    head, for each of its tokens in full layers and for those of the window in sliding ones."""
+    windows = [config.window(kind) or seq_len for kind in config.layer_types]
+    places = sum(min(window, seq_len) for window in windows)
+    return 2 * places * config.num_key_value_heads * config.head_dim * compute_bytes

@@ -1,7 +1,16 @@
-"""What sampling remembers of the tokens so far: every layer's keys and values.
+"""What sampling remembers of the tokens so far: every layer's keys and values, for several texts
+each of its own length.
 
-A full layer remembers all of them; a sliding layer the last window − 1, which with the new token's
-own make the window that its queries see.
+A sliding layer is a ring of `window` places, in which position p has place p mod window: a token is
+written over the one that has just left its window. A full layer remembers all, in a buffer that
+grows by an eighth, so that it's never much larger than the text and what is copied to grow it
+stays a small multiple of it.
+
+    window 4, six tokens:    place  0  1  2  3
+                          position  4  5  2  3
+
+A prompt is written piece by piece (`extend`, by the decoder's own attention), then a token of every
+text at a time (model/decode.py). Memory: see `cache_bytes` in counting.py.
 """
 
 import torch
@@ -9,50 +18,65 @@ from torch import Tensor
 
 from pretrain_cli.model.config import ModelConfig
 
+BLOCK = 256
+"""Positions by which a full layer's buffer grows at least."""
+
 
 class LayerCache:
-    """One layer's keys and values, the last `remembered` of them between calls.
+    """One layer's keys and values, (B, Hkv, places, Dh) each.
 
-    They lie in a buffer (B, room, Hkv, Dh) and slide to its front only when it is full; where room
-    is twice what is remembered that is rare, so adding a token costs no copy of the rest.
+    Places that nothing was written to hold zeros: they are not seen, but 0 · NaN would be.
     """
 
-    def __init__(self, buffer: Tensor, remembered: int) -> None:
-        self.remembered = remembered
-        self.keys = buffer
-        self.values = torch.empty_like(self.keys)
-        self.start = self.end = 0
+    def __init__(self, keys: Tensor, window: int | None) -> None:
+        self.keys, self.values = keys, torch.zeros_like(keys)
+        self.window = window
+        self.length = 0
+        """Positions that `extend` has written, of every text."""
+        self.ends: list[int] | None = None
 
-    def __len__(self) -> int:
-        return self.end - self.start
+    @property
+    def places(self) -> int:
+        return self.keys.shape[2]
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add T new positions; give the remembered ones and these. (B, T, ...) -> (B, S, ...)."""
-        new = k.shape[1]
-        if len(self) + new > self.keys.shape[1]:  # a long prompt: more than is ever remembered
-            k = torch.cat((self.keys[:, self.start : self.end], k), dim=1)
-            v = torch.cat((self.values[:, self.start : self.end], v), dim=1)
-            first = k.shape[1] - self.remembered
-            self._restart(k[:, first:], v[:, first:])
-            return k, v
-        if self.end + new > self.keys.shape[1]:
-            kept = slice(self.start, self.end)
-            self._restart(self.keys[:, kept].clone(), self.values[:, kept].clone())
-        self.keys[:, self.end : self.end + new] = k
-        self.values[:, self.end : self.end + new] = v
-        self.end += new
-        seen = slice(self.start, self.end)
-        self.start = max(self.start, self.end - self.remembered)
-        return self.keys[:, seen], self.values[:, seen]
+        """Add T positions to every text; give those before that are still seen, and these.
+        (B, T, Hkv, Dh) -> (B, S, Hkv, Dh)."""
+        past, new = self.length, k.shape[1]
+        self.length += new
+        k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, Hkv, T, Dh)
+        if self.window is None:
+            whole = slice(past + new)
+            self.keys[:, :, past : past + new] = k
+            self.values[:, :, past : past + new] = v
+            return self.keys[:, :, whole].transpose(1, 2), self.values[:, :, whole].transpose(1, 2)
+        seen = torch.arange(max(0, past - self.window + 1), past, device=k.device) % self.places
+        seen_k = torch.cat((self.keys[:, :, seen], k), dim=2)
+        seen_v = torch.cat((self.values[:, :, seen], v), dim=2)
+        for row, end in enumerate(self.ends or [past + new] * len(k)):
+            end = min(end, past + new)
+            first = max(past, end - self.places)
+            if first < end:  # what pads a text must not be written over what it remembers
+                places = torch.arange(first, end, device=k.device) % self.places
+                self.keys[row, :, places] = k[row, :, first - past : end - past]
+                self.values[row, :, places] = v[row, :, first - past : end - past]
+        return seen_k.transpose(1, 2), seen_v.transpose(1, 2)
 
-    def _restart(self, k: Tensor, v: Tensor) -> None:
-        self.start, self.end = 0, k.shape[1]
-        self.keys[:, : self.end] = k
-        self.values[:, : self.end] = v
+    def grow(self, places: int) -> None:
+        """Have so many places, what is remembered kept."""
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros((*old.shape[:2], places, old.shape[3]))
+            new[:, :, : old.shape[2]] = old
+            setattr(self, name, new)
 
 
 class KVCache:
-    """Every layer's cache, for `batch` sequences of at most `capacity` tokens."""
+    """Every layer's cache, for `batch` texts of at most `capacity` tokens.
+
+    `ends`, where texts differ in length, is where each one's prompt ends: positions behind it are
+    padding. With `whole`, full layers have all their places from the beginning.
+    """
 
     def __init__(
         self,
@@ -62,15 +86,50 @@ class KVCache:
         capacity: int,
         device: torch.device,
         dtype: torch.dtype,
+        ends: list[int] | None = None,
+        whole: bool = False,
     ) -> None:
+        self.capacity = capacity
+        self.length = 0
+        """Tokens given to the decoder so far: the position of the next one."""
         self.layers: list[LayerCache] = []
         for kind in config.layer_types:
             window = config.window(kind)
-            remembered = capacity if window is None else min(window - 1, capacity)
-            room = min(capacity, 2 * remembered + 1)
-            size = (batch, room, config.num_key_value_heads, config.head_dim)
-            self.layers.append(
-                LayerCache(torch.empty(size, device=device, dtype=dtype), remembered)
-            )
-        self.length = 0
-        """Tokens seen so far: the position of the next one."""
+            places = min(capacity, BLOCK) if window is None else min(capacity, window)
+            if whole and window is None:
+                places = capacity
+            size = (batch, config.num_key_value_heads, places, config.head_dim)
+            layer = LayerCache(torch.zeros(size, device=device, dtype=dtype), window)
+            layer.ends = ends
+            self.layers.append(layer)
+
+    def reserve(self, length: int) -> None:
+        """Have places for texts of so many tokens."""
+        for layer in self.layers:
+            if layer.window is None and layer.places < length:
+                grown = layer.places + max(BLOCK, layer.places // 8)
+                wanted = -(-max(length, grown) // BLOCK) * BLOCK
+                layer.grow(min(wanted, self.capacity))
+
+    def take(self, row: int, other: "KVCache", other_row: int, length: int) -> None:
+        """Begin text `row` with the `length` tokens of another cache's."""
+        self.reserve(length)
+        for layer, source in zip(self.layers, other.layers, strict=True):
+            kept = min(length, source.places, layer.places)
+            layer.keys[row, :, :kept] = source.keys[other_row, :, :kept]
+            layer.values[row, :, :kept] = source.values[other_row, :, :kept]
+
+    @property
+    def bytes(self) -> int:
+        return sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in self.layers)
+
+
+def seen_places(positions: Tensor, places: int) -> Tensor:
+    """Which places the token at each text's position sees, itself among them. (B,) -> (B, places).
+
+    Place s holds the last position up to p that has this place, p − (p − s) mod places; one below 0
+    was never written. The same for a ring and for a buffer with a place for every position.
+    """
+    place = torch.arange(places, device=positions.device)
+    behind = (positions.unsqueeze(-1) - place) % places
+    return behind <= positions.unsqueeze(-1)

@@ -56,6 +56,16 @@ def test_training_flops_follow_the_length(pretrain):
         assert flops["exact"] < flops["conventional"]
 
 
+def test_what_sampling_remembers_follows_the_length_and_the_windows(pretrain):
+    """A text of 32,768 tokens of the 27B: 10 full layers, and 52 with windows of 1024."""
+    counts = json.loads(pretrain("count-params --model gemma3-27b --seq-len 32768 --json").out)
+    remembered = counts["tied"]["sampling_bytes"]["cache_per_text"]
+    assert remembered == 2 * 2 * 16 * 128 * (10 * 32768 + 52 * 1024)
+    table = pretrain("count-params --model gemma3-27b --seq-len 32768 --tied").out
+    assert "keys and values of 32,768 tokens" in table
+    assert "3.1 GB" in table
+
+
 def test_another_vocabulary_changes_the_embeddings_alone(pretrain):
     counts = json.loads(pretrain("count-params --json --tied --vocab-size 1000").out)
     assert counts["tied"]["parameters"]["total"] == GEMMA_TIED - GEMMA_EMBEDDINGS + 640_000

@@ -1,6 +1,7 @@
 """`pretrain sample`: text from a run, a checkpoint or a model folder, and to the letter."""
 
 import importlib
+import json
 import shlex
 import shutil
 from pathlib import Path
@@ -33,22 +34,6 @@ def test_a_run_a_checkpoint_and_a_model_folder_write_the_same(pretrain):
     hot = "--max-tokens 60 --temperature 2 --n 4 --prompt 'green bottles'"
     older = pretrain(f"sample runs/tiny/checkpoints/step-000040 {hot}").out
     assert older != pretrain(f"sample runs/tiny {hot}").out
-
-
-@pytest.mark.usefixtures("trained")
-@pytest.mark.parametrize("controls", ["--temperature 0", "--top-k 20 --top-p 0.9 --seed 5"])
-def test_text_is_the_same_with_a_cache_and_without(pretrain, monkeypatch, controls):
-    """Over 60 tokens, many windows of 8."""
-    line = f"sample --max-tokens 60 --dtype float32 --prompt 'green bottles' {controls}"
-    with_cache, without = pretrain(f"{line} --cache"), pretrain(f"{line} --no-cache")
-    assert with_cache.code == without.code == 0
-    assert with_cache.out == without.out
-    assert len(with_cache.out) > 20
-    # and --no-cache is honoured
-    monkeypatch.delattr("pretrain_cli.engine.sample.KVCache")
-    assert pretrain(f"{line} --no-cache").out == without.out
-    with pytest.raises(NameError, match="KVCache"):
-        pretrain(f"{line} --cache")
 
 
 @pytest.mark.usefixtures("trained")
@@ -112,9 +97,76 @@ def test_a_seed_gives_a_text_and_n_gives_several(pretrain):
     assert first == pretrain(f"{line} --seed 1").out
     assert first != second
     several = pretrain(f"{line} --seed 1 --n 2").out
-    assert first in several
-    assert second in several
+    assert several.index(first) < several.index(second)
     assert several.count(" of 2 ") == 2
+
+
+@pytest.mark.usefixtures("trained")
+def test_prompts_of_a_file_are_written_in_order_and_as_one_by_one(pretrain):
+    """Of different lengths, over windows of 8, in batches that do not divide them."""
+    prompts = ["And if one green bottle " * k + "x" * k for k in range(1, 6)] + ["a", "green"]
+    Path("prompts.txt").write_text("\n\n".join(prompts) + "\n")
+    line = "sample --max-tokens 30 --dtype float32 --json"
+    together = rows(pretrain(f"{line} --prompts prompts.txt --batch-size 3 --n 2 --seed 4"))
+    assert [row["prompt"] for row in together] == [p for prompt in prompts for p in [prompt] * 2]
+    assert [row["seed"] for row in together] == list(range(4, 18))
+    for row in together[::3]:
+        alone = rows(pretrain(f"{line} --seed {row['seed']} --prompt {shlex.quote(row['prompt'])}"))
+        assert len(alone) == 1
+        assert alone[0].pop("logprobs") == pytest.approx(row.pop("logprobs"), abs=1e-3)
+        assert alone[0] == row
+    Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    again = rows(pretrain(f"{line} --prompts prompts.jsonl --batch-size 7 --n 2 --seed 4"))
+    assert [row["tokens"] for row in again] == [row["tokens"] for row in together]
+
+
+@pytest.mark.usefixtures("trained")
+def test_json_lines_say_what_was_made_and_why_it_ended(pretrain):
+    outcome = pretrain(f"sample {GREEDY} --json")
+    assert outcome.err.startswith("runs/tiny/checkpoints/step-000060\n")
+    (row,) = rows(outcome)
+    assert row["stopped"] == "max-tokens"
+    assert len(row["tokens"]) == len(row["logprobs"]) == 24
+    assert bytes(row["tokens"]).decode() == row["text"]
+    assert f"green bottles{row['text']}\n" == pretrain(f"sample {GREEDY}").out
+    transformers = importlib.import_module("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        "runs/tiny/checkpoints/step-000060", dtype=torch.float32
+    )
+    ids = torch.tensor([[*b"green bottles", *row["tokens"]]])
+    with torch.no_grad():
+        logprobs = model(ids).logits[0, 12:-1, :257].log_softmax(-1)
+    expected = logprobs.gather(-1, ids[0, 13:, None]).squeeze(-1)
+    torch.testing.assert_close(torch.tensor(row["logprobs"]), expected, rtol=1e-3, atol=1e-4)
+    stop = row["text"][5:9]
+    (stopped,) = rows(pretrain(f"sample {GREEDY} --json --stop never --stop {shlex.quote(stop)}"))
+    assert stopped["stopped"] == "stop"
+    assert stopped["text"] == row["text"][: row["text"].index(stop)]
+    assert stopped["tokens"] == row["tokens"][: row["text"].index(stop) + len(stop)]
+    (full,) = rows(pretrain("sample --json --temperature 0 --max-tokens 99", "x" * 2040))
+    assert full["stopped"] == "positions" or full["stopped"] == "end"
+
+
+@pytest.mark.usefixtures("trained")
+def test_an_interrupted_text_ends_with_its_line(pretrain, monkeypatch):
+    choose, turns = importlib.import_module("pretrain_cli.engine.generate").choose, []
+
+    def interrupted(*args):
+        turns.append(args)
+        if len(turns) == 6:
+            raise KeyboardInterrupt
+        return choose(*args)
+
+    whole = pretrain(f"sample {GREEDY}").out
+    monkeypatch.setattr("pretrain_cli.engine.generate.choose", interrupted)
+    outcome = pretrain(f"sample {GREEDY}")
+    assert outcome.code == 130
+    assert outcome.out == whole[: len("green bottles") + 5] + "\n"
+
+
+def rows(outcome):
+    assert outcome.code == 0, outcome.err
+    return [json.loads(line) for line in outcome.out.splitlines()]
 
 
 @pytest.mark.usefixtures("trained")
@@ -144,6 +196,12 @@ def test_nothing_trained_yet(refused):
         ("--temperature nan", "--temperature: nan is not at least 0"),
         ("--top-k 0", "--top-k: 0 is not at least 1"),
         ("--top-p 1.5", "--top-p: 1.5 is not above 0, up to 1"),
+        ("--min-p 2", "--min-p: 2.0 is not above 0, up to 1"),
+        ("--repetition-penalty 0", "--repetition-penalty: 0.0 is not above 0"),
+        ("--stop ''", "--stop: an empty text ends nothing; leave it out"),
+        ("--batch-size 0", "--batch-size: 0 is not at least 1"),
+        ("--prompts nowhere", "--prompts: nowhere: No such file or directory; give a file"),
+        ("--prompts corpus --prompt a", "--prompts: has prompts, and --prompt is one"),
         ("--device cuda:99", "train.device: 'cuda:99' is not there"),
         ("--dtype float8", "speed.dtype: 'float8' is not one of auto, float32, bfloat16"),
         ("--seed 99999999999999999999", "--seed: 99999999999999999999 "),

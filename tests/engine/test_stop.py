@@ -12,7 +12,7 @@ import time
 import pytest
 
 from pretrain_cli.config import seconds_of
-from pretrain_cli.engine import checkpoint, evaluate, keeping, sample, step, stop
+from pretrain_cli.engine import checkpoint, evaluate, generate, keeping, step, stop
 from pretrain_cli.engine.metrics import Notice, StepMetrics
 from pretrain_cli.engine.stop import StopRequest
 from pretrain_cli.errors import ConfigError
@@ -51,8 +51,8 @@ PHASES = {
     "the last micro-step of step 3": (step, "gradients_kept", 6, 3),
     "an evaluation": (evaluate, "validation_batches", 1, 3),
     "the last evaluation": (evaluate, "validation_batches", 2, 6),
-    "sampling": (sample, "choose", 2, 2),
-    "the last sampling": (sample, "choose", 18, 6),
+    "sampling": (generate, "choose", 2, 2),
+    "the last sampling": (generate, "choose", 18, 6),
 }
 
 

@@ -1,4 +1,6 @@
-"""Sampling with a cache gives the logits of the whole sequence, and sliding layers stay small."""
+"""What is remembered: rings of a window, buffers that grow, and nothing of what pads a prompt."""
+
+import itertools
 
 import pytest
 import torch
@@ -6,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain_cli.model.attention_backends import BACKENDS
-from pretrain_cli.model.config import FULL, SLIDING
+from pretrain_cli.model.config import FULL, SLIDING, variant
+from pretrain_cli.model.counting import cache_bytes
 from pretrain_cli.model.decoder import Decoder
-from pretrain_cli.model.kv_cache import KVCache, LayerCache
+from pretrain_cli.model.kv_cache import KVCache, LayerCache, seen_places
+from pretrain_cli.model.presets import preset
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -30,17 +34,16 @@ SPLITS = {
 }
 
 
-def new_cache(model, capacity=LENGTH):
-    return KVCache(
-        model.config, batch=2, capacity=capacity, device=torch.device("cpu"), dtype=model.dtype
-    )
+def new_cache(config, capacity=LENGTH, batch=2, **more):
+    cpu = torch.device("cpu")
+    return KVCache(config, batch=batch, capacity=capacity, device=cpu, dtype=torch.float32, **more)
 
 
 @torch.no_grad()
 def piecewise(model, tokens, split, capacity=LENGTH):
     """The logits of all tokens, fed in pieces of these lengths through one cache."""
     assert sum(split) == tokens.shape[1]
-    cache = new_cache(model, capacity)
+    cache = new_cache(model.config, capacity)
     return torch.cat([model(piece, cache=cache) for piece in tokens.split(split, dim=1)], dim=1)
 
 
@@ -100,48 +103,71 @@ def test_only_the_last_logits_are_formed_when_asked(build, tokens):
     torch.testing.assert_close(ours, expected)
 
 
-def test_sliding_layers_hold_a_bounded_buffer_and_window_minus_one_keys(build):
-    model = build(layer_types=(SLIDING, FULL), sliding_window=W)
-    cache = new_cache(model, capacity=500)
-    sliding, full = cache.layers
-    tokens = torch.ones(2, 1, dtype=torch.long)
-    with torch.no_grad():
-        for seen in range(1, 60):
-            model(tokens, cache=cache)
-            assert cache.length == len(full) == seen
-            assert len(sliding) == min(seen, W - 1)
-    assert sliding.keys.shape[1] < 2 * W
-    assert full.keys.shape[1] == 500
-
-
-def test_a_long_prompt_leaves_no_more_than_a_window_behind(build):
-    model = build(layer_types=(SLIDING,), sliding_window=W)
-    cache = new_cache(model, capacity=500)
-    with torch.no_grad():
-        model(torch.ones(2, 400, dtype=torch.long), cache=cache)
-    assert len(cache.layers[0]) == W - 1
-    assert cache.layers[0].keys.untyped_storage().nbytes() == 2 * (2 * W - 1) * 2 * 16 * 4
-
-
-def test_a_buffer_is_no_longer_than_the_text_can_be(build):
-    cache = new_cache(build(layer_types=(SLIDING, FULL), sliding_window=1024), capacity=10)
-    assert [layer.keys.shape[1] for layer in cache.layers] == [10, 10]
-
-
-@given(
-    pieces=st.lists(st.integers(1, 12), min_size=1, max_size=25),
-    remembered=st.integers(0, 8),
-    spare=st.integers(1, 10),
-)
-def test_a_layer_gives_what_it_remembers_and_then_the_new(pieces, remembered, spare):
-    """Against a list: the last `remembered` positions before the piece, then the piece."""
-    layer = LayerCache(torch.empty(1, remembered + spare, 1, 2), remembered)
+@given(pieces=st.lists(st.integers(1, 12), min_size=1, max_size=25), window=st.integers(1, 9))
+def test_a_ring_gives_what_is_still_seen_and_then_the_new(pieces, window):
+    """Against a list: the last window − 1 positions before the piece, then the piece."""
+    layer = LayerCache(torch.zeros(1, 1, window, 2), window)
     start = 0
     for length in pieces:
         stream = torch.arange(start, start + length).float().view(1, length, 1, 1)
         k, v = layer.extend(stream.expand(-1, -1, -1, 2), -stream.expand(-1, -1, -1, 2))
-        expected = list(range(max(0, start - remembered), start + length))
+        expected = list(range(max(0, start - window + 1), start + length))
         assert k[0, :, 0, 0].tolist() == expected
         assert v[0, :, 0, 1].tolist() == [-x for x in expected]
         start += length
-        assert len(layer) == min(start, remembered)
+
+
+@given(ends=st.lists(st.integers(1, 20), min_size=1, max_size=4), chunk=st.integers(1, 20))
+def test_what_pads_a_prompt_is_not_written_over_what_it_remembers(ends, chunk):
+    window, longest = 5, max(ends)
+    layer = LayerCache(torch.full((len(ends), 1, window, 1), -1.0), window)
+    layer.ends = ends
+    positions = torch.arange(longest).float().view(1, longest, 1, 1).expand(len(ends), -1, -1, -1)
+    for piece in positions.split(chunk, dim=1):
+        layer.extend(piece, piece)
+    for row, end in enumerate(ends):
+        expected = [-1.0] * window
+        for position in range(end):
+            expected[position % window] = position
+        assert layer.keys[row, 0, :, 0].tolist() == expected
+
+
+def test_places_seen_as_small_literal_rows():
+    ring = seen_places(torch.tensor([0, 2, 3, 9]), 4)
+    assert ring.int().tolist() == [[1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
+
+
+def test_a_ring_has_a_windows_places_and_a_full_layer_grows_to_the_capacity(make_config):
+    config = make_config(layer_types=(SLIDING, FULL), sliding_window=W)
+    cache = new_cache(config, capacity=5000)
+    sliding, full = cache.layers
+    sizes = []
+    for length in range(1, 5001):
+        before = full.keys
+        cache.reserve(length)
+        if full.keys is not before:
+            sizes.append(full.places)
+    assert sliding.places == W
+    assert sizes[0] == 512
+    assert sizes[-1] == 5000
+    assert all(bigger <= max(smaller * 1.125 + 256, smaller + 512)
+               for smaller, bigger in itertools.pairwise(sizes))  # fmt: skip
+    assert sum(sizes) < 15 * 5000  # copied in all to grow: a small multiple, not a square
+
+
+def test_a_buffer_is_no_longer_than_the_text_can_be(make_config):
+    config = make_config(layer_types=(SLIDING, FULL), sliding_window=1024)
+    assert [layer.places for layer in new_cache(config, capacity=10).layers] == [10, 10]
+
+
+@pytest.mark.parametrize(("length", "expected"), [(32_768, 3_120_562_176), (1024, 520_093_696)])
+def test_a_27b_remembers_what_the_arithmetic_says(length, expected):
+    """62 layers, 10 of them full; 16 key/value heads of 128, in bfloat16; a window of 1024:
+    2 · 2 · 16 · 128 · (10 · 32768 + 52 · 1024) bytes."""
+    config = preset("gemma3-27b")
+    assert cache_bytes(config, length, 2) == expected
+    one_layer_each = variant(config, {"layer_types": config.layer_types[4:6]})
+    cache = new_cache(one_layer_each, capacity=length, batch=1, whole=True)
+    sliding, full = (2 * 2 * 16 * 128 * places for places in (min(1024, length), length))
+    assert cache.bytes == 2 * (sliding + full)  # in float32
+    assert 52 * sliding + 10 * full == expected

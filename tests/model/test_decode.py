@@ -1,0 +1,121 @@
+"""One token of every text at a time gives the logits of each whole text."""
+
+import pytest
+import torch
+
+from pretrain_cli.model.attention_backends import BACKENDS
+from pretrain_cli.model.config import FULL, SLIDING
+from pretrain_cli.model.decode import CHUNK, Writer
+from pretrain_cli.model.decoder import Decoder
+from pretrain_cli.model.layout import Merged
+
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+W, NEW = 7, 12
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def build(make_config, wide):
+    def make(attention="eager", family="gemma3", **changes):
+        model = Decoder(make_config(family, **changes), attention=attention)
+        wide(model)
+        return model.eval()
+
+    return make
+
+
+def draw(*lengths):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(1, 60, (length,), generator=generator).tolist() for length in lengths]
+
+
+@torch.no_grad()
+def last_logits(model, texts):
+    """Of each whole text by itself, without a cache."""
+    return torch.cat([model(torch.tensor([ids]), last_only=True)[0] for ids in texts])
+
+
+def compare(model, writer, prompts, new=NEW, capacity=None, **tolerance):
+    """Prefill the prompts together, move each to a row of its own, and go on token by token."""
+    lengths = [len(ids) for ids in prompts]
+    prefix = writer.new_cache(batch=len(prompts), capacity=max(lengths), ends=lengths)
+    logits = writer.prefill(prefix, prompts)
+    cache = writer.new_cache(batch=len(prompts), capacity=capacity or max(lengths) + new)
+    for row, length in enumerate(lengths):
+        cache.take(row, prefix, row, length)
+    texts = [list(ids) for ids in prompts]
+    continuations = draw(*[new] * len(prompts))
+    positions = torch.tensor(lengths)
+    for turn in range(new):
+        torch.testing.assert_close(logits, last_logits(model, texts), **tolerance or TOLERANCE)
+        tokens = [ids[turn] for ids in continuations]
+        for text, token in zip(texts, tokens, strict=True):
+            text.append(token)
+        cache.reserve(max(map(len, texts)))
+        logits = writer.step(cache, torch.tensor(tokens), positions)
+        positions = positions + 1
+    torch.testing.assert_close(logits, last_logits(model, texts), **tolerance or TOLERANCE)
+    return cache
+
+
+@pytest.mark.parametrize("length", [1, W - 1, W, W + 1, 2 * W, 2 * W + 1, 30])
+@pytest.mark.parametrize("attention", BACKENDS)
+def test_a_step_gives_the_logits_of_the_whole_text(build, attention, length):
+    compare(build("eager"), Writer(build(attention)), draw(length))
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3", "moe"])
+@pytest.mark.parametrize("attention", BACKENDS)
+def test_texts_of_different_lengths_go_on_side_by_side(build, attention, family):
+    prompts = draw(30, 1, W - 1, W, W + 1, 2 * W, 23)
+    compare(build("eager", family), Writer(build(attention, family)), prompts)
+
+
+@pytest.mark.parametrize("window", [1, 2, 40, 1000])
+def test_windows_may_be_one_or_longer_than_the_text(build, window):
+    model = build(sliding_window=window)
+    compare(model, Writer(model), draw(30, 3))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_heads_share_keys_as_they_are_grouped(build, groups):
+    model = build(num_key_value_heads=groups)
+    compare(model, Writer(model), draw(9, 20))
+
+
+@pytest.mark.parametrize("merged", [Merged(), Merged(qkv=False, gate_up=False)])
+@pytest.mark.parametrize("family", ["gemma3", "qwen3", "moe"])
+def test_packed_matrices_give_the_same_logits(make_config, wide, merged, family):
+    plain, packed = (
+        Decoder(make_config(family, tie_word_embeddings=merged.qkv), merged=merged)
+        for _ in range(2)
+    )
+    for model in (plain, packed):
+        wide(model)
+    compare(plain, Writer(packed, pack=True), draw(11, 4, 30))
+
+
+def test_a_long_prompt_goes_through_in_chunks(build, monkeypatch):
+    """Of less than the window, of more, and in both kinds of layer."""
+    model = build(layer_types=(SLIDING, FULL))
+    for chunk in (3, W, 20):
+        monkeypatch.setattr("pretrain_cli.model.decode.CHUNK", chunk)
+        compare(model, Writer(model), draw(33), new=3)
+        monkeypatch.setattr("pretrain_cli.model.decode.CHUNK", 3 * chunk)
+        compare(model, Writer(model), draw(33, 32, 14), new=3)
+    assert CHUNK >= 128
+
+
+def test_a_full_layer_grows_and_keeps_what_it_has(build, monkeypatch):
+    monkeypatch.setattr("pretrain_cli.model.kv_cache.BLOCK", 4)
+    model = build(layer_types=(SLIDING, FULL), sliding_window=W)
+    cache = compare(model, Writer(model), draw(5, 2), new=25, capacity=500)
+    assert [layer.places for layer in cache.layers] == [W, 32]
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3"])
+def test_bfloat16_differs_by_its_rounding(make_config, wide, family):
+    model = Decoder(make_config(family), dtype=torch.bfloat16)
+    wide(model)
+    compare(model, Writer(model), draw(11, 25), rtol=0.1, atol=0.25)

@@ -1,5 +1,5 @@
 """`pretrain benchmark`: what a training step costs here, setting by setting; beside it, how fast
-batches are read and text is tokenized."""
+batches are read, text is tokenized and written."""
 
 import shlex
 import sys
@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from pretrain_cli.commands.benchmark_data import benchmark_data
+from pretrain_cli.commands.benchmark_sample import benchmark_sample
 from pretrain_cli.commands.benchmark_show import (
     Outputs,
     say_workload,
@@ -26,6 +27,7 @@ MODES, OUTPUTS = "What is measured, beside one step", "What is written"
 app = typer.Typer(invoke_without_command=True)
 app.command("data")(benchmark_data)
 app.command("tokenize")(benchmark_tokenize)
+app.command("sample")(benchmark_sample)
 
 
 @app.callback()
@@ -136,7 +138,8 @@ def benchmark(
     What learns something else than it should is told. An attention backend that can't train on this
     device is timed forward only, and says so.
 
-    `data`: how fast batches are read. `tokenize`: how fast text becomes tokens.
+    `data`: how fast batches are read. `tokenize`: how fast text becomes tokens. `sample`: how fast
+    text is written.
     """
     from pretrain_cli.errors import ConfigError
 

@@ -1,0 +1,128 @@
+"""`pretrain benchmark sample`: how fast text is written."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from pretrain_cli.amounts import duration
+from pretrain_cli.amounts import size as in_bytes
+from pretrain_cli.commands.display import check_output, console, notice, write_json
+
+PROMPT, TOKENS, ROUNDS = 512, 256, 3
+
+
+def benchmark_sample(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A name or a YAML file.", show_default="gemma3-tiny on a CPU, gemma3-270m else"
+        ),
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens of a prompt.", show_default=str(PROMPT))
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens written behind it.")] = TOKENS,
+    micro_batch_size: Annotated[
+        int | None, typer.Option(help="Texts at a time.", show_default="1")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Times each is measured.")] = ROUNDS,
+    vs: Annotated[
+        str | None, typer.Option(help="transformers: its generate, in turns with ours.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, mps or auto.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto.")] = "auto",
+    compile_: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile", help="torch.compile.", show_default="as pretrain sample has"
+        ),
+    ] = None,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", help="Also write the results to this file.")
+    ] = None,
+) -> None:
+    """Time prefill and greedy decoding of random tokens with random weights."""
+    from pretrain_cli.config import ModelSettings, build_config, find_model
+    from pretrain_cli.errors import ConfigError
+
+    check_output(as_json)
+    prompt, batch = seq_len or PROMPT, micro_batch_size or 1
+    for name, value, least in (
+        ("max-tokens", max_tokens, 2),
+        ("seq-len", prompt, 1),
+        ("micro-batch-size", batch, 1),
+        ("rounds", rounds, 1),
+    ):
+        if value < least:
+            raise ConfigError(f"--{name}: {value} is not at least {least}")
+    asked = build_config({}, {"speed.dtype": dtype}, []).speed
+
+    from pretrain_cli.engine.process import wait_passively
+
+    wait_passively("auto")
+    from pretrain_cli.engine.benchmark import sample as engine
+    from pretrain_cli.engine.distributed import find_device
+    from pretrain_cli.engine.run import device_name
+    from pretrain_cli.engine.speed import resolve_speed
+
+    place = find_device(device)
+    name, config = find_model(
+        ModelSettings(name=model or ("gemma3-tiny" if place.type == "cpu" else "gemma3-270m"))
+    )
+    if prompt + max_tokens > config.max_position_embeddings:
+        raise ConfigError(
+            f"--seq-len: {prompt:,} and --max-tokens {max_tokens:,} are beyond the model's "
+            f"{config.max_position_embeddings:,} positions"
+        )
+    speed = resolve_speed(asked, place, training=False)
+    workload = engine.Workload(
+        model=config,
+        prompt=prompt,
+        tokens=max_tokens,
+        batch=batch,
+        rounds=rounds,
+        device=str(place),
+        dtype=str(speed.dtype),
+        compiled=compile_,
+        vs=tuple(vs.split(",")) if vs else (),
+    )
+    with console.status("starting") as status:
+        measured = engine.measure(workload, status.update)
+    console.print(
+        f"[bold]{escape(name)}[/] {batch} × {prompt} tokens, {max_tokens} behind each, "
+        f"{speed.dtype}, {device_name(place)}\n"
+        f"A step reads {in_bytes(measured.step_bytes)}; memory copies "
+        f"{in_bytes(measured.copy_rate)}/s, which is {measured.limit:.1f} tokens/s",
+        soft_wrap=True,
+    )
+    for result in measured.results:
+        for said in result.said:
+            notice(f"{result.arm}: {said}")
+    console.print(_table(measured.results))
+    if as_json is not None:
+        write_json(as_json, {"workload": {"name": name, **asdict(workload)}, **asdict(measured)})
+
+
+def _table(results: list[Any]) -> Table:
+    table = Table()
+    table.add_column("")
+    for heading in ("prefill tok/s", "decode tok/s", "of the limit", "from – to", "ratio",
+                    "load", "compile"):  # fmt: skip
+        table.add_column(heading, justify="right")
+    for result in results:
+        rates = [rate for _, rate in result.rounds]
+        table.add_row(
+            result.arm,
+            f"{result.prefill_tokens_per_second:,.0f}",
+            f"{result.decode_tokens_per_second:,.1f}",
+            f"{result.share_of_limit:.0%}",
+            f"{min(rates):,.1f} – {max(rates):,.1f}",
+            "" if result.ratio is None else f"{result.ratio:.2f}",
+            duration(result.load_seconds),
+            duration(result.compile_seconds),
+        )
+    return table

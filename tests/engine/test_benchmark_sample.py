@@ -1,0 +1,51 @@
+"""What is measured of writing text: the same work on both sides, and the right limit."""
+
+import pytest
+import torch
+
+from pretrain_cli.engine.benchmark.sample import Workload, copy_rate, measure, step_bytes
+from pretrain_cli.errors import ConfigError
+from pretrain_cli.model.config import variant
+from pretrain_cli.model.presets import preset
+
+
+def workload(name="gemma3-tiny", **more):
+    settings = {"prompt": 20, "tokens": 12, "batch": 2, "rounds": 1, "device": "cpu",
+                "dtype": "float32", "compiled": False}  # fmt: skip
+    return Workload(model=preset(name), **settings | more)
+
+
+@pytest.mark.slow
+def test_both_sides_write_the_same_tokens_in_turns():
+    told = []
+    measured = measure(workload(vs=("transformers",), rounds=2), told.append)
+    ours, theirs = measured.results
+    assert [result.arm for result in measured.results] == ["pretrain", "transformers"]
+    assert theirs.agreed == 12  # of 12, in float32
+    assert len(ours.rounds) == len(theirs.rounds) == 2
+    assert theirs.ratio == pytest.approx(
+        sum(b[1] / a[1] for a, b in zip(theirs.rounds, ours.rounds, strict=True)) / 2
+    )
+    assert ours.share_of_limit == pytest.approx(ours.decode_tokens_per_second / measured.limit)
+    rounds = [line for line in told if "round" in line]
+    assert [line.split(":")[0] for line in rounds] == ["pretrain", "transformers"] * 3
+
+
+def test_a_step_reads_the_weights_and_what_each_text_remembers():
+    """Qwen 3 0.6B: 28 layers of 8 key/value heads of 128; 595,776,512 matrix weights with its
+    tied head; in the middle of 256 tokens behind 512."""
+    small = workload("qwen3-0.6b", dtype="bfloat16", prompt=512, tokens=256, batch=8)
+    norms = 28 * (2 * 1024 + 2 * 128) + 1024
+    weights = 28 * (1024 * 128 * (2 * 16 + 2 * 8) + 3 * 1024 * 3072) + 151_936 * 1024 + norms
+    assert step_bytes(small) == 2 * weights + 8 * 28 * 2 * 8 * 128 * 640 * 2
+    untied = variant(small.model, {"tie_word_embeddings": False})
+    assert step_bytes(Workload(**vars(small) | {"model": untied})) == step_bytes(small)
+
+
+def test_the_memorys_rate_is_a_rate():
+    assert 1e8 < copy_rate(torch.device("cpu")) < 1e13
+
+
+def test_it_is_measured_against_transformers_alone():
+    with pytest.raises(ConfigError, match=r"--vs: 'vllm' is not transformers"):
+        measure(workload(vs=("vllm",)), print)

@@ -98,7 +98,7 @@ def sample(
         typer.Option(
             "--compile/--no-compile",
             help="torch.compile a step.",
-            show_default="on a GPU; on a CPU for 10,000 steps or more",
+            show_default="on a GPU; on a CPU for 3000 steps or more",
             rich_help_panel=SPEED,
         ),
     ] = None,

@@ -22,8 +22,8 @@ from torch import Tensor
 from pretrain_cli.errors import ConfigError
 
 NUCLEUS = 1024
-"""Tokens that mostly hold a top-p nucleus. On a CPU sorting these takes a fifth of the time that
-sorting a vocabulary of 262,144 does; a GPU, where looking whether they do would keep the CPU
+"""Tokens that mostly hold a top-p nucleus. On a CPU finding these takes a small part of the time
+that sorting a vocabulary of 262,144 does; a GPU, where looking whether they do would keep the CPU
 waiting, sorts all."""
 
 

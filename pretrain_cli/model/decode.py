@@ -154,8 +154,8 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) 
     -> (B, H, Dh).
 
     The heads that share keys are taken as queries of one head: in one kernel, which reads the keys
-    once, and on a CPU three to ten times as fast as with `enable_gqa`. As fast, and more steps:
-    two matrix products with a softmax between them.
+    once, and in bfloat16 on a CPU several times as fast as with `enable_gqa`. As
+    fast, and more steps: two matrix products with a softmax between them.
     """
     grouped = q.unflatten(1, (keys.shape[1], -1))  # (B, Hkv, G, Dh)
     out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)

@@ -110,10 +110,10 @@ def test_beside_transformers_the_ratios_are_printed(pretrain):
     outcome = pretrain(f"benchmark --vs transformers --no-compile {TINY} --rounds 2 --json v.json")
     assert outcome.code == 0, outcome.err
     assert "pretrain / transformers: " in outcome.out
-    assert "pretrain / transformers, our process settings: " in outcome.out
+    assert "pretrain / transformers, tuned: " in outcome.out
     written = json.loads(Path("v.json").read_text())
     assert [ratio["arm"] for ratio in written["ratios"]] == [
-        "transformers", "transformers, our process settings",
+        "transformers", "transformers, tuned",
     ]  # fmt: skip
     _, *theirs = written["results"]
     for result in theirs:

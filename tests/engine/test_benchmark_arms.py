@@ -154,14 +154,14 @@ def test_a_peer_is_measured_as_shipped_and_with_our_process_settings(workload):
         "pretrain",
         "transformers, compiled",
         "transformers",
-        "transformers, compiled, our process settings",
-        "transformers, our process settings",
+        "transformers, compiled, tuned",
+        "transformers, tuned",
     ]
     assert found["pretrain, compiled"].speed == asked
     shipped = found["transformers, compiled"].speed
     assert (shipped.dtype, shipped.compile) == ("bfloat16", True)
     assert shipped.keep_freed_memory is shipped.passive_threads is shipped.onednn_matmul is False
-    same = found["transformers, compiled, our process settings"].speed
+    same = found["transformers, compiled, tuned"].speed
     assert same == asked
     assert {arm.same_as for arm in found.values()} == {"", "pretrain, compiled"}
 

@@ -227,7 +227,7 @@ SWEPT: dict[str, Callable[[Workload, str, FindModel], Workload]] = {
 
 def versus(workload: Workload, asked: SpeedConfig, peer: str) -> list[Arm]:
     """Our step beside a peer's, compiled unless that is off, and not: the peer as it is shipped,
-    and with the settings of the process that ours has."""
+    and tuned: with the settings of the process that ours has."""
     if peer not in peers.PEERS:
         known = ", ".join(peers.PEERS)
         raise ConfigError(f"--vs: '{peer}' is not one of {known}{did_you_mean(peer, peers.PEERS)}")
@@ -241,7 +241,7 @@ def versus(workload: Workload, asked: SpeedConfig, peer: str) -> list[Arm]:
             arms.append(
                 Arm(
                     name=f"{program}{', compiled' if compiled else ''}"
-                    + (", our process settings" if group == OURS_SET else ""),
+                    + (", tuned" if group == OURS_SET else ""),
                     group=group,
                     workload=workload,
                     speed=speed.model_copy(update={"compile": compiled}),

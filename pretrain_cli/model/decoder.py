@@ -21,9 +21,9 @@ from pretrain_cli.model.attention import Attention
 from pretrain_cli.model.attention_backends import BACKENDS, Mask
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.kv_cache import KVCache, LayerCache
-from pretrain_cli.model.layers import GatedMLP, Linear, RMSNorm
+from pretrain_cli.model.layers import GatedMLP, Linear, RMSNorm, lookup
 from pretrain_cli.model.layout import EMBEDDING, Merged, Piece, layout
-from pretrain_cli.model.loss import IGNORED, Softmax, cross_entropy, softmax_, with_z_loss
+from pretrain_cli.model.loss import IGNORED, Loss, Softmax, softmax_, with_z_loss
 from pretrain_cli.model.moe import MixtureOfExperts, balancing_loss
 from pretrain_cli.model.parts import part
 from pretrain_cli.model.rope import rope_table
@@ -146,17 +146,11 @@ class Decoder(nn.Module):
         """
         if targets is not None and coefficients is not None:
             return self._terms(tokens, targets, documents, normalizer, coefficients)
-        hidden = self.hidden(tokens, cache, documents)
         if targets is not None:
-            with part("loss"):
-                return cross_entropy(
-                    hidden,
-                    self.head_weight,
-                    targets,
-                    normalizer=normalizer,
-                    chunked=self.chunked_loss,
-                    softmax=self.softmax,
-                )
+            waiting = self._place_for_the_gradient(tokens)
+            hidden, _ = self._hidden_and_use(tokens, cache, documents, waiting=waiting)
+            return self._loss(hidden, targets, normalizer, 0.0, waiting).minimized
+        hidden = self.hidden(tokens, cache, documents)
         if last_only:
             hidden = hidden[:, -1:]
         return F.linear(hidden, self.head_weight.to(hidden.dtype))
@@ -171,17 +165,9 @@ class Decoder(nn.Module):
     ) -> Terms:
         """The balancing loss is that of the tokens given here, by their share of `normalizer`."""
         counted = targets != IGNORED
-        hidden, uses = self._hidden_and_use(tokens, None, documents, counted)
-        with part("loss"):
-            loss = with_z_loss(
-                hidden,
-                self.head_weight,
-                targets,
-                normalizer=normalizer,
-                chunked=self.chunked_loss,
-                z_loss=coefficients.z_loss,
-                softmax=self.softmax,
-            )
+        waiting = self._place_for_the_gradient(tokens)
+        hidden, uses = self._hidden_and_use(tokens, None, documents, counted, waiting)
+        loss = self._loss(hidden, targets, normalizer, coefficients.z_loss, waiting)
         if not uses:
             return Terms(*loss, balancing=torch.zeros_like(loss.z_loss), choices=None)
         use = torch.stack(uses)
@@ -195,6 +181,33 @@ class Decoder(nn.Module):
             use[:, 0].detach(),
         )
 
+    def _loss(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        normalizer: float | None,
+        z_loss: float,
+        waiting: list[Tensor] | None,
+    ) -> Loss:
+        with part("loss"):
+            return with_z_loss(
+                hidden,
+                self.head_weight,
+                targets,
+                normalizer=normalizer,
+                chunked=self.chunked_loss,
+                z_loss=z_loss,
+                softmax=self.softmax,
+                waiting=waiting,
+            )
+
+    def _place_for_the_gradient(self, tokens: Tensor) -> list[Tensor] | None:
+        """Where the head's gradient waits for the embedding's, if they are one: see `lookup`. On a
+        GPU, whose memory is some hundred times as fast, autograd's own way costs nothing much, and
+        has a deterministic kernel."""
+        tied = self.config.tie_word_embeddings and self.chunked_loss
+        return [] if tied and tokens.device.type == "cpu" and torch.is_grad_enabled() else None
+
     def hidden(
         self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
     ) -> Tensor:
@@ -207,6 +220,7 @@ class Decoder(nn.Module):
         cache: KVCache | None,
         documents: Tensor | None,
         counted: Tensor | None = None,
+        waiting: list[Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """With `counted` (B, T), also the use of each sparse layer's experts by those tokens."""
         assert cache is None or documents is None, "a cache remembers no documents"
@@ -224,7 +238,7 @@ class Decoder(nn.Module):
             mask = Mask(T, remembered + T, window, documents)
             masks[kind] = self.backend.lower(mask, device, self.dtype)
 
-        x, uses = self.embed(tokens), []
+        x, uses = self.embed(tokens, waiting), []
         for layer, block in enumerate(self.blocks):
             kind = self.config.layer_types[layer]
             of_layer = cache.layers[layer] if cache else None
@@ -247,9 +261,9 @@ class Decoder(nn.Module):
             block.compile(dynamic=False)
         self.softmax = torch.compile(softmax_, dynamic=False)
 
-    def embed(self, tokens: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor, waiting: list[Tensor] | None = None) -> Tensor:
         """(B, T) -> (B, T, D). The scale is rounded to the type of the weights, as published."""
-        x = self.embedding(tokens)
+        x = self.embedding(tokens) if waiting is None else lookup(tokens, self.embedding, waiting)
         if self.config.embedding_is_scaled:
             x = x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype).item()
         return x.to(self.dtype)

@@ -5,6 +5,8 @@ activations: a layer casts its weight to what comes in. So bfloat16 compute need
 model loaded in bfloat16 runs as it is.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -86,3 +88,33 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x)
         return self.down(activate(self.activation, gate) * up)
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, tokens: Tensor, weight: Tensor, padding: int | None, waiting: list[Tensor]
+    ) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.like = {"size": weight.shape, "dtype": weight.dtype, "device": weight.device}
+        ctx.padding, ctx.waiting = padding, waiting
+        return F.embedding(tokens, weight, padding)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None, None]:
+        (tokens,) = ctx.saved_tensors
+        d_weight = ctx.waiting.pop() if ctx.waiting else torch.zeros(**ctx.like)
+        if ctx.padding is not None:
+            grads = (grads[0].masked_fill((tokens == ctx.padding).unsqueeze(-1), 0.0),)
+        d_weight.index_add_(0, tokens.flatten(), grads[0].flatten(0, -2).to(d_weight.dtype))
+        return None, d_weight, None, None
+
+
+def lookup(tokens: Tensor, embedding: nn.Embedding, waiting: list[Tensor]) -> Tensor:
+    """The embedding of tokens, where it is the head as well. (B, T) -> (B, T, D).
+
+    In the backward pass, of which the lookup is the end, it adds its rows to the head's gradient,
+    which `cross_entropy` left in `waiting`. Autograd would make another gradient of the
+    vocabulary's size, mostly of zeros, and add the two.
+    """
+    return _Lookup.apply(tokens, embedding.weight, embedding.padding_idx, waiting)

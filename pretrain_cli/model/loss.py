@@ -50,12 +50,14 @@ def cross_entropy(
     normalizer: float | None,
     chunked: bool,
     softmax: Softmax | None = None,
+    waiting: list[Tensor] | None = None,
 ) -> Tensor:
     """Summed cross entropy over `normalizer`, in float32: the mean where that is the target count.
 
     hidden (B, T, D) in the compute type, weight (V, D), targets (B, T). A step that is made of
     several micro-steps passes the whole step's count, so that its parts add up to its mean; None
-    means the targets given here.
+    means the targets given here. With `waiting`, the chunked loss leaves weight's gradient there in
+    its backward pass, for a `lookup` to take, and gives autograd none.
     """
     return with_z_loss(
         hidden,
@@ -65,6 +67,7 @@ def cross_entropy(
         chunked=chunked,
         z_loss=0.0,
         softmax=softmax,
+        waiting=waiting,
     ).minimized
 
 
@@ -77,6 +80,7 @@ def with_z_loss(
     chunked: bool,
     z_loss: float,
     softmax: Softmax | None = None,
+    waiting: list[Tensor] | None = None,
 ) -> Loss:
     """The same with the z-loss, `z_loss` its coefficient."""
     hidden, targets = hidden.flatten(0, 1), targets.flatten()
@@ -84,7 +88,9 @@ def with_z_loss(
     if chunked and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         scale = 1.0 / count
         softmax = softmax or softmax_
-        return Loss(*_LinearCrossEntropy.apply(hidden, weight, targets, scale, z_loss, softmax))
+        return Loss(
+            *_LinearCrossEntropy.apply(hidden, weight, targets, scale, z_loss, softmax, waiting)
+        )
     rows = _chunk_rows(hidden, weight) if chunked else max(1, len(hidden))
     weight = weight.to(hidden.dtype)
     entropy = torch.zeros((), device=hidden.device)
@@ -127,14 +133,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale: Tensor | float,
         z_loss: float,
         softmax: Softmax,
+        waiting: list[Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         w = weight.to(hidden.dtype)
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros(weight.shape, device=weight.device, dtype=torch.float32)
+        d_weight = torch.empty(weight.shape, device=weight.device, dtype=torch.float32)
         entropy = torch.zeros((), device=hidden.device)
         z_term = torch.zeros((), device=hidden.device)
         rows = _chunk_rows(hidden, weight)
-        for h, t, dh in zip(*(x.split(rows) for x in (hidden, targets, d_hidden)), strict=True):
+        parts = zip(*(x.split(rows) for x in (hidden, targets, d_hidden)), strict=True)
+        for number, (h, t, dh) in enumerate(parts):
             share = (t != IGNORED).unsqueeze(-1) * scale  # of the loss: 0 for an ignored token
             t = t.clamp(min=0).unsqueeze(-1)
             logits = F.linear(h, w)  # (rows, V)
@@ -146,8 +154,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             of_target = share * (probability * (1 + 2 * z_loss * log_sum) - 1)
             grad = logits.scatter_(-1, t, of_target.to(logits.dtype))
             torch.mm(grad, w, out=dh)
-            _add_product(d_weight, grad.t(), h)
-        ctx.gradients = d_hidden, d_weight.to(weight.dtype)
+            _add_product(d_weight, grad.t(), h, first=number == 0)
+        ctx.gradients, ctx.waiting = (d_hidden, d_weight.to(weight.dtype)), waiting
         ctx.mark_non_differentiable(entropy, z_term)
         return entropy + z_term, entropy, z_term
 
@@ -159,17 +167,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.gradients = None  # held by none but autograd, they are not copied
         # Training passes 1. On a CPU a second V × D tensor would cost more than the product, and
         # looking at a number is free; on a GPU it is the other way round.
-        if outer.device.type == "cpu" and outer == 1:
-            return d_hidden, d_weight, None, None, None, None
-        scaled = d_hidden * outer.to(d_hidden.dtype), d_weight * outer.to(d_weight.dtype)
-        return *scaled, None, None, None, None
+        if outer.device.type != "cpu" or outer != 1:
+            d_hidden, d_weight = (x * outer.to(x.dtype) for x in (d_hidden, d_weight))
+        if ctx.waiting is not None:
+            ctx.waiting.append(d_weight)
+            return d_hidden, *[None] * 6
+        return d_hidden, d_weight, *[None] * 5
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where total may be of a wider type."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-        return
-    rows = len(total) if total.device.type == "cuda" else SLICE_ELEMENTS // total.shape[1]
+def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """total += a @ b, or with `first` total = a @ b; total may be of a wider type."""
+    on_cpu = total.device.type == "cpu"
+    rows = max(1, SLICE_ELEMENTS // total.shape[1]) if on_cpu else len(total)
     for part, of_a in zip(total.split(rows), a.split(rows), strict=True):
-        part.add_(of_a @ b)
+        if total.dtype == a.dtype:
+            torch.addmm(part, of_a, b, beta=0 if first else 1, out=part)
+        elif first:
+            part.copy_(of_a @ b)
+        else:
+            part.add_(of_a @ b)

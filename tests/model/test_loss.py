@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain_cli.model import loss
 from pretrain_cli.model.decoder import Decoder
@@ -208,21 +209,35 @@ def test_the_z_loss_of_logits_far_below_zero_has_a_gradient(case):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_a_tied_embedding_has_its_gradient_where_the_heads_was_made(monkeypatch):
-    """Autograd adds the lookup's to it, and copies nothing."""
-    made = []
-    zeros = torch.zeros
-
-    def watched(*args, **kwargs):
-        tensor = zeros(*args, **kwargs)
-        made.append((tensor.shape, tensor.data_ptr()))  # not the tensor, which would be copied
-        return tensor
-
+def test_a_tied_embedding_has_its_gradient_where_the_heads_was_made():
+    """No other tensor of the vocabulary's size is made: the lookup adds its rows to it."""
     model = Decoder(replace(preset("gemma3-tiny"), vocab_size=320))
     model.initialize(0)
     tokens = torch.randint(320, (2, 9))
-    monkeypatch.setattr(torch, "zeros", watched)
-    model(tokens[:, :-1], tokens[:, 1:]).backward()
-    gradient = model.embedding.weight.grad
-    (place,) = [place for shape, place in made if shape == gradient.shape]
-    assert gradient.data_ptr() == place
+    places = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.shape == model.embedding.weight.shape:
+                places.append(out.data_ptr())
+            return out
+
+    with Watch():
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+    assert set(places) == {model.embedding.weight.grad.data_ptr()}
+
+
+@pytest.mark.parametrize("padding", [None, 3])
+def test_a_tied_embeddings_gradient_is_the_lookups_and_the_heads(padding):
+    """As autograd adds them up, without what the padding token is looked up for."""
+    config = replace(preset("gemma3-tiny"), vocab_size=64, pad_token_id=padding)
+    tokens = torch.randint(5, (2, 12))  # some of them again and again
+    gradients = []
+    for chunked in (True, False):
+        model = Decoder(config, chunked_loss=chunked)
+        model.initialize(0)
+        for _ in range(2):  # the second adds to the first
+            model(tokens[:, :-1], tokens[:, 1:]).backward()
+        gradients.append(model.embedding.weight.grad)
+    torch.testing.assert_close(*gradients)

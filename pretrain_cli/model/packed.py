@@ -1,9 +1,9 @@
 """Matrices laid out for products with few rows on a CPU: what a token costs there is reading them.
 
-The library's product with one row reads a matrix of 4096 × 1024 at 17 GB/s where the memory gives
-29, with eight rows at 14. oneDNN's own layout, made once, is read at 25 GB/s with one row and at 24
-with eight, in float32 as in bfloat16. The way to it is what PyTorch's compiler itself uses when it
-is told that weights are constants (mkldnn._reorder_linear_weight and _linear_pointwise).
+The library's product with one row, or eight, reads a matrix far slower than the memory gives it.
+oneDNN's own layout, made once, comes near that with either, in float32 as in bfloat16: `pretrain
+benchmark sample` gives the share. The way to it is what PyTorch's compiler itself uses when it is
+told that weights are constants (mkldnn._reorder_linear_weight and _linear_pointwise).
 
 Tried and left: a compiled (x · w).sum(-1), which reads as fast with one row and slower with more,
 and must be compiled.

@@ -8,8 +8,8 @@
 A block's scores are gone when it is done, and the backward pass makes them again: memory grows with
 T, and time with T times what a query sees. The heads that share keys go through as one matrix.
 
-PyTorch's fused attention for CPUs is slower in bfloat16, as it forms small products of its own; how
-much, `pretrain benchmark --attn sdpa,blocks` says. Tried and left: the softmax compiled, which is no
+PyTorch's fused attention for CPUs is slower in bfloat16, as it forms small products of its own (how
+much: `pretrain benchmark --attn sdpa,blocks`). Tried and left: the softmax compiled, which is no
 faster than PyTorch's kernel and compiles anew for every length of keys; blocks of 64 and 256.
 
 It is an operator of its own (`pretrain::blocked_attention`), which torch.compile calls as it is:

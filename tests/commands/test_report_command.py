@@ -76,6 +76,9 @@ def test_the_page_has_the_numbers_of_the_file(pretrain):
         assert run["steps"]["values"][name] == [row[name] for row in rows["step"]]
     for name in ("loss", "bits_per_byte"):
         assert run["evaluations"]["values"][name] == [row[name] for row in rows["evaluation"]]
+    titles = [chart["title"] for chart in page.data["charts"]]
+    assert sorted(set(titles)) == sorted(titles)
+    assert "Split tokens" not in titles
     # an evaluation is where its step is
     tokens = [128 * row["step"] for row in rows["evaluation"]]
     assert run["evaluations"]["axes"]["tokens"] == tokens

@@ -81,6 +81,8 @@ KINDS: dict[Table, list[_Kind]] = {
         ),
     ],
 }  # fmt: skip
+SAID_ELSEWHERE = {"split_tokens", "evaluation_time"}
+"""Of an evaluation: the size of the split, and a time that the next step's line has."""
 _FROM_SOURCE = "loss of "
 
 
@@ -95,7 +97,9 @@ def build_charts(histories: list[History]) -> list[Chart]:
         others = [
             _Kind(name.replace("_", " ").capitalize(), "number", "", {name: ""})
             for name in _fields(histories, table)
-            if name not in named and " of " not in name
+            if name not in named
+            and " of " not in name
+            and not (table == "evaluations" and name in SAID_ELSEWHERE)
         ]
         found = [(kind, _chart(histories, table, kind)) for kind in kinds + others]
         charts += [chart for kind, chart in found if chart.curves or kind.expected]

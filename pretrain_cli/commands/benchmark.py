@@ -18,6 +18,7 @@ from pretrain_cli.commands.benchmark_show import (
     watch,
 )
 from pretrain_cli.commands.benchmark_tokenize import benchmark_tokenize
+from pretrain_cli.commands.display import check_folder
 
 CPU_STEP_FLOPS = 1e12
 NOT_SET = ("speed.attention=", "model.name=", "model.init_from=", "speed.prefetch=")
@@ -168,6 +169,7 @@ def benchmark(
         raise ConfigError(f"--profile: looks into single steps; leave {mode} out")
     outputs = Outputs(json=as_json, markdown=markdown, plot=plot)
     outputs.check()
+    check_folder(profile, "--profile")
 
     if compile_ is None and mode in ("--ablate", "--vs"):
         compile_ = True  # auto may leave it off for what it takes at the start

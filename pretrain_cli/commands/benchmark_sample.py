@@ -50,7 +50,8 @@ def benchmark_sample(
     from pretrain_cli.errors import ConfigError
 
     check_output(as_json)
-    prompt, batch = seq_len or PROMPT, micro_batch_size or 1
+    prompt = PROMPT if seq_len is None else seq_len
+    batch = 1 if micro_batch_size is None else micro_batch_size
     for name, value, least in (
         ("max-tokens", max_tokens, 2),
         ("seq-len", prompt, 1),

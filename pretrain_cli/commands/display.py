@@ -45,6 +45,16 @@ def check_output(path: Path | None, option: str = "--json") -> None:
         raise ConfigError(f"{option}: no folder {path.parent} to write {path.name} in")
 
 
+def check_folder(path: Path | None, option: str) -> None:
+    """Refuse a folder that can't be made, before what it is to hold is."""
+    from pretrain_cli.errors import ConfigError
+
+    if path is not None:
+        there = next(place for place in (path, *path.parents) if place.exists())
+        if not there.is_dir():
+            raise ConfigError(f"{option}: {there} is a file; give a folder")
+
+
 def write_json(path: Path, value: Any) -> None:
     """A command's results, to a file that was asked for."""
     path.write_text(json.dumps(value, indent=2) + "\n")

@@ -184,6 +184,13 @@ def test_what_cannot_be_measured_is_refused_before_it_is_tried(refused, options,
     assert refused(f"benchmark {model} {options}").startswith(said)
 
 
+@pytest.mark.parametrize("folder", ["taken", "taken/below"])
+def test_a_profile_has_no_room_where_a_file_is(refused, tmp_path, folder):
+    (tmp_path / "taken").touch()
+    said = refused(f"benchmark --model gemma3-tiny --profile {folder}")
+    assert said == "--profile: taken is a file; give a folder"
+
+
 def test_files_that_are_no_results_are_refused(refused, tmp_path):
     assert refused("benchmark --compare a.json b.json").startswith("a.json: can't be read (No such")
     (tmp_path / "a.json").write_text("{}")
@@ -303,7 +310,8 @@ def test_writing_is_measured(pretrain):
     [
         ("--max-tokens 1", "--max-tokens: 1 is not at least 2"),
         ("--rounds 0", "--rounds: 0 is not at least 1"),
-        ("--micro-batch-size -1", "--micro-batch-size: -1 is not at least 1"),
+        ("--micro-batch-size 0", "--micro-batch-size: 0 is not at least 1"),
+        ("--seq-len 0", "--seq-len: 0 is not at least 1"),
         ("--seq-len 2048", "--seq-len: 2,048 and --max-tokens 256 are beyond the model's 2,048"),
         ("--vs vllm", "--vs: 'vllm' is not transformers"),
         ("--dtype int8", "speed.dtype: 'int8' is not one of"),

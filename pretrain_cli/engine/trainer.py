@@ -250,8 +250,8 @@ class Trainer:
             self.report(Notice(f"{self.stop.reason}: stopped"))
         if self.stop.out_of_time and not made:
             raise ConfigError(
-                f"{self.stop.reason} is too short: no step was done when {self.stop.room:.0f} s "
-                "were left, the room for a save; give more"
+                f"{self.stop.reason} is too short: no step was done before the last "
+                f"{self.stop.room:.0f} s, which are kept for a save; give more"
             )
 
     def _tokens_by_source(self, state: State) -> dict[str, int]:

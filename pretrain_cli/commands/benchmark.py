@@ -194,7 +194,7 @@ def benchmark(
     if mode != "--sweep":
         kinds.check_length(workload)
     repeats = Repeats(rounds=rounds or (1 if mode == "--attn" else 3), steps=steps, warmup=warmup)
-    say_workload(workload, repeats)
+    say_workload(workload, repeats, is_swept=mode == "--sweep")
     measured = Rounds(arms, repeats)
     watch(measured)
     command = shlex.join(["pretrain", *sys.argv[1:]])

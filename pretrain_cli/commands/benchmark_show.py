@@ -57,13 +57,14 @@ class Outputs:
             console.print(f"Written to {escape(str(self.plot))}", soft_wrap=True)
 
 
-def say_workload(workload: Any, repeats: Any) -> None:
+def say_workload(workload: Any, repeats: Any, *, is_swept: bool) -> None:
     import torch
 
     from pretrain_cli.engine.run import device_name
     from pretrain_cli.model.counting import count_parameters
 
     console.print(
+        f"{'Varied: ' if is_swept else ''}"
         f"[bold]{escape(workload.name)}[/] {count_parameters(workload.model).total:,} parameters, "
         f"{workload.micro_batch_size} × {workload.seq_len} tokens a step, "
         f"{device_name(torch.device(workload.device))}, torch {torch.__version__}\n"

@@ -9,6 +9,7 @@ import torch
 
 import pretrain_cli
 from pretrain_cli.config import SpeedConfig
+from pretrain_cli.engine.benchmark import picture
 from pretrain_cli.engine.benchmark.markdown import to_markdown
 from pretrain_cli.engine.benchmark.record import commit, compare, record
 from pretrain_cli.engine.benchmark.rounds import Rounds
@@ -121,3 +122,18 @@ def test_a_picture_is_drawn(made, tmp_path, name, begins):
 
     draw(made, tmp_path / name)
     assert (tmp_path / name).read_bytes().startswith(begins)
+
+
+@pytest.mark.parametrize(
+    ("others", "title"),
+    [
+        ({}, "tiny, 2 × 32 tokens a step on here"),
+        ({"seq_len": 64}, "tiny on here"),
+        ({"name": "small"}, "2 × 32 tokens a step on here"),
+        ({"name": "small", "seq_len": 64}, "Training steps on here"),
+    ],
+)
+def test_a_picture_is_titled_by_what_its_arms_share(others, title):
+    workload = {"name": "tiny", "micro_batch_size": 2, "seq_len": 32}
+    results = [{"workload": workload}, {"workload": workload | others}]
+    assert picture._title({"results": results, "machine": "here"}) == title

@@ -93,9 +93,13 @@ def _places(results: list[dict[str, Any]]) -> list[float]:
 
 
 def _title(record: dict[str, Any]) -> str:
-    first = record["results"][0]["workload"]
-    tokens = f"{first['micro_batch_size']} × {first['seq_len']} tokens"
-    return f"{first['name']}, {tokens} a step on {record['machine']}"
+    """What all arms have in common."""
+    workloads = [result["workload"] for result in record["results"]]
+    models = {workload["name"] for workload in workloads}
+    sizes = {f"{each['micro_batch_size']} × {each['seq_len']}" for each in workloads}
+    shared = [*models] if len(models) == 1 else []
+    shared += [f"{size} tokens a step" for size in sizes if len(sizes) == 1]
+    return f"{', '.join(shared) or 'Training steps'} on {record['machine']}"
 
 
 def _footnote(record: dict[str, Any]) -> str:

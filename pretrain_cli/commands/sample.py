@@ -3,6 +3,7 @@
 import json
 import select
 import sys
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -151,7 +152,7 @@ def sample(
         raise typer.Exit(130) from None
 
 
-class _InOrder:
+class _InOrder(ABC):
     """Pieces of several texts, which come mixed: shown text by text, the first unfinished one as it
     comes, and those behind it once it is their turn."""
 
@@ -170,11 +171,13 @@ class _InOrder:
                 return
             self.turn += 1
 
+    @abstractmethod
     def show(self, piece: Any) -> None:
-        raise NotImplementedError
+        """A piece of the text whose turn it is."""
 
+    @abstractmethod
     def interrupted(self) -> None:
-        """The text ends here."""
+        """What is shown ends here, in the middle of a text."""
 
     def prompt(self, text: Any) -> str:
         return self.prompts[text.number // self.n]
@@ -217,6 +220,9 @@ class _JsonLines(_InOrder):
             "seed": text.seed,
         }
         _write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def interrupted(self) -> None:
+        """Lines are whole."""
 
 
 def _is_waiting(stream: TextIO) -> bool:

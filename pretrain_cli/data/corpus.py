@@ -7,6 +7,7 @@ corpus that moved, or grew, is recognized.
 
 import glob
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,11 +27,11 @@ searched."""
 ARCHIVES = (".tar", ".zip", ".7z", ".rar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TextFile:
-    """One file to read."""
+    """One file to read. A corpus may be of millions, so that each is kept small."""
 
-    path: Path
+    location: str
     name: str
     """The folder that was asked for, and the path inside it."""
     source: str
@@ -41,6 +42,10 @@ class TextFile:
     modified: int = 0
     """In nanoseconds."""
     is_stream: bool = False
+
+    @property
+    def path(self) -> Path:
+        return Path(self.location)
 
 
 @dataclass
@@ -71,7 +76,7 @@ def find_corpus(
     corpus = Corpus([])
     for name in names:
         if name == STANDARD_INPUT:
-            corpus.files.append(TextFile(Path("/dev/stdin"), name, name, is_stream=True))
+            corpus.files.append(TextFile("/dev/stdin", name, name, is_stream=True))
         elif os.path.isdir(name):
             corpus.files += _below(Path(name), include, exclude, corpus.left_out)
         elif os.path.exists(name):
@@ -172,8 +177,8 @@ def _is_chosen(inside: Path, include: Sequence[str], exclude: Sequence[str]) -> 
 
 
 def _file(path: Path, name: str, source: str) -> TextFile:
-    name, source = legible(name), legible(source)
+    name, source = legible(name), sys.intern(legible(source))
     status = path.stat()
     if not path.is_file():
-        return TextFile(path, name, source, is_stream=True)
-    return TextFile(path, name, source, status.st_size, status.st_mtime_ns)
+        return TextFile(str(path), name, source, is_stream=True)
+    return TextFile(str(path), name, source, status.st_size, status.st_mtime_ns)

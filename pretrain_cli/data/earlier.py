@@ -77,7 +77,13 @@ def _is_same_corpus(corpus: Corpus, out: Path) -> bool:
 
 def new_files(request: TokenizeRequest, corpus: Corpus) -> Corpus:
     """The files that the dataset doesn't have yet; refuse one that it has otherwise."""
-    rows = {row["name"]: row for row in rows_of(request.out / FILES)}
+    names = {file.name for file in corpus.files}
+    kept = ("size", "modified", "sha256")
+    rows = {
+        row["name"]: {key: row[key] for key in kept}
+        for row in rows_of(request.out / FILES)
+        if row["name"] in names
+    }
     new = []
     for file in corpus.files:
         row = rows.get(file.name)
@@ -151,9 +157,9 @@ def _begins_with_the_same(
 ) -> bool:
     """Whether the files that are done with are the first of the corpus still."""
     with (aside(request.out) / FILES).open("rb") as file:
-        rows = [json.loads(line) for line in file.read(written.files_bytes).splitlines()]
-    done = rows[len(rows) - count :]
+        lines = file.read(written.files_bytes).splitlines()
+    done = lines[len(lines) - count :]
     return len(done) == count and all(
         row["name"] == file.name and _is_unchanged(file, row)
-        for row, file in zip(done, corpus.files, strict=False)
+        for row, file in zip(map(json.loads, done), corpus.files, strict=False)
     )

@@ -10,6 +10,7 @@ pieces that a tokenizer asks for are found faster there than among what loading 
 """
 
 import array
+import gc
 import multiprocessing
 import os
 import signal
@@ -103,6 +104,7 @@ def encoders(tokenizer: Tokenizer, dtype: np.dtype, workers: int) -> Iterator[An
     _ = encode.cutter.lead  # found once, before the fork
     previous = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    gc.freeze()  # what a collection looks at is written to, and then no longer shared
     try:
         if workers == 1:
             pool, work = ThreadPoolExecutor(1), encode
@@ -116,6 +118,7 @@ def encoders(tokenizer: Tokenizer, dtype: np.dtype, workers: int) -> Iterator[An
         finally:
             pool.shutdown(cancel_futures=True)
     finally:
+        gc.unfreeze()
         if previous is None:
             del os.environ["TOKENIZERS_PARALLELISM"]
         else:

@@ -8,8 +8,10 @@ are formed on the way, in the forward pass, so nothing is kept and nothing is co
                                g = softmax − onehot    dh = g W      dW += gᵀ h
 
 g takes the logits' place, in their type. It is made by one function, `softmax_`, which
-torch.compile makes one kernel of. dW is summed in float32, a slice of the vocabulary at a time, so
-that the product to be added is still in the cache.
+torch.compile makes one kernel of. On a CPU it is given a few rows at a time: it keeps their
+exponentials in float32, which for a whole chunk would be twice the logits' memory, and of a few
+rows stay in the cache. dW is summed in float32, a slice of the vocabulary at a time, so that the
+product to be added is still there, too.
 
 Targets of −100 are not counted. With a z-loss, z · (log Σ exp logits)² of each token is minimized
 as well, which keeps the logits from drifting away together (Chowdhery et al. 2022, section 5): the
@@ -26,8 +28,10 @@ from torch import Tensor
 IGNORED = -100
 CHUNK_ELEMENTS = {"cpu": 2**27, "cuda": 2**30}
 """Logits held at a time. Fewer cost more passes over the V × D gradient, more cost memory."""
-SLICE_ELEMENTS = 2**22
-"""Of the V × D gradient, added up at a time on a CPU: 8 MB in bfloat16."""
+SLICE_ELEMENTS = 2**21
+"""Of the V × D gradient, added up at a time on a CPU: 4 MB in bfloat16."""
+SOFTMAX_ELEMENTS = 2**21
+"""Logits whose softmax is taken at a time on a CPU: 8 MB in float32."""
 
 
 Softmax = Callable[[Tensor, Tensor, float], Tensor]
@@ -121,6 +125,21 @@ def softmax_(logits: Tensor, share: Tensor, z_loss: float) -> Tensor:
     return log_sum
 
 
+def _by_rows(softmax: Softmax, logits: Tensor, share: Tensor, z_loss: float) -> Tensor:
+    """`softmax` of logits, on a CPU a few rows at a time. -> log Σ exp, (rows, 1)."""
+    if logits.device.type != "cpu":
+        return softmax(logits, share, z_loss)
+    rows = _power_of_two(SOFTMAX_ELEMENTS // logits.shape[1])
+    parts = zip(logits.split(rows), share.split(rows), strict=True)
+    return torch.cat([softmax(part, of_part, z_loss) for part, of_part in parts])
+
+
+def _power_of_two(count: int) -> int:
+    """The last up to `count`, or 1: chunks are of even numbers of rows, and products of matrices
+    with such a number of rows fast."""
+    return 1 << max(0, count.bit_length() - 1)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Σ (cross entropy + z-loss) · scale, with both gradients formed in the forward pass."""
 
@@ -135,26 +154,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         softmax: Softmax,
         waiting: list[Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        # the largest first, which finds its place of the step before
+        d_weight = torch.empty(weight.shape, device=weight.device, dtype=torch.float32)
         w = weight.to(hidden.dtype)
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.empty(weight.shape, device=weight.device, dtype=torch.float32)
         entropy = torch.zeros((), device=hidden.device)
         z_term = torch.zeros((), device=hidden.device)
         rows = _chunk_rows(hidden, weight)
+        chunk = hidden.new_empty(min(rows, len(hidden)), len(w))
         parts = zip(*(x.split(rows) for x in (hidden, targets, d_hidden)), strict=True)
         for number, (h, t, dh) in enumerate(parts):
             share = (t != IGNORED).unsqueeze(-1) * scale  # of the loss: 0 for an ignored token
             t = t.clamp(min=0).unsqueeze(-1)
-            logits = F.linear(h, w)  # (rows, V)
+            logits = torch.mm(h, w.t(), out=chunk[: len(h)])  # (rows, V)
             of_target = logits.gather(-1, t).float()
-            log_sum = softmax(logits, share, z_loss)
+            log_sum = _by_rows(softmax, logits, share, z_loss)
             entropy += ((log_sum - of_target) * share).sum()
             z_term += z_loss * (log_sum.square() * share).sum()
             probability = (of_target - log_sum).exp()
             of_target = share * (probability * (1 + 2 * z_loss * log_sum) - 1)
-            grad = logits.scatter_(-1, t, of_target.to(logits.dtype))
-            torch.mm(grad, w, out=dh)
-            _add_product(d_weight, grad.t(), h, first=number == 0)
+            row = torch.arange(len(h), device=h.device)  # on a CPU scatter_ copies all logits first
+            logits[row, t.squeeze(-1)] = of_target.squeeze(-1).to(logits.dtype)
+            torch.mm(logits, w, out=dh)
+            _add_product(d_weight, logits.t(), h, first=number == 0)
         ctx.gradients, ctx.waiting = (d_hidden, d_weight.to(weight.dtype)), waiting
         ctx.mark_non_differentiable(entropy, z_term)
         return entropy + z_term, entropy, z_term
@@ -178,7 +200,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     """total += a @ b, or with `first` total = a @ b; total may be of a wider type."""
     on_cpu = total.device.type == "cpu"
-    rows = max(1, SLICE_ELEMENTS // total.shape[1]) if on_cpu else len(total)
+    rows = _power_of_two(SLICE_ELEMENTS // total.shape[1]) if on_cpu else len(total)
     for part, of_a in zip(total.split(rows), a.split(rows), strict=True):
         if total.dtype == a.dtype:
             torch.addmm(part, of_a, b, beta=0 if first else 1, out=part)

@@ -1,15 +1,19 @@
 """The chunked loss against PyTorch's own cross entropy over whole logits: values and gradients."""
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pretrain_cli.model import loss
 from pretrain_cli.model.decoder import Decoder
-from pretrain_cli.model.loss import cross_entropy, with_z_loss
+from pretrain_cli.model.loss import cross_entropy, softmax_, with_z_loss
 from pretrain_cli.model.presets import preset
 
 B, T, D, V = 3, 9, 12, 40
@@ -62,12 +66,71 @@ def test_the_size_of_a_chunk_changes_nothing(case, elements, monkeypatch):
     torch.testing.assert_close(case[1].grad, expected.float(), rtol=1e-5, atol=1e-7)
 
 
-def test_only_a_chunk_of_logits_exists_at_a_time(case, monkeypatch):
-    rows = []
-    linear = F.linear
-    monkeypatch.setattr(F, "linear", lambda x, w: rows.append(x.shape[0]) or linear(x, w))
-    cross_entropy(*case, normalizer=None, chunked=True).backward()
-    assert rows == [4, 4, 4, 4, 4, 4, 3]
+class Shapes(TorchDispatchMode):
+    """Remembers the shape of whatever is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.seen |= {tuple(x.shape) for x in tree_leaves(out) if isinstance(x, torch.Tensor)}
+        return out
+
+
+def test_only_a_chunk_of_logits_exists_at_a_time(case):
+    with Shapes() as shapes:
+        cross_entropy(*case, normalizer=None, chunked=True).backward()
+    rows = {shape[0] for shape in shapes.seen if shape[1:] == (V,)}
+    assert max(rows - {D}) == 4  # the weights are (D, V)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_the_softmax_is_taken_of_a_few_rows_at_a_time(case, rows, monkeypatch):
+    monkeypatch.setattr(loss, "SOFTMAX_ELEMENTS", rows * V + 1)
+    taken = []
+
+    def softmax(logits, share, z_loss):
+        taken.append(len(logits))
+        return softmax_(logits, share, z_loss)
+
+    ours = cross_entropy(*case, normalizer=None, chunked=True, softmax=softmax)
+    assert sum(taken) == B * T
+    assert max(taken) == rows
+    torch.testing.assert_close(ours.double(), by_torch(*case), rtol=1e-6, atol=0)
+    ours.backward()
+    expected = torch.autograd.grad(by_torch(*case), case[1])[0]
+    torch.testing.assert_close(case[1].grad, expected.float(), rtol=1e-5, atol=1e-7)
+
+
+PEAK = """
+import re, torch
+from pretrain_cli.model.loss import cross_entropy
+
+def status(key):
+    return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+
+def loss():
+    hidden = torch.randn(1, 2048, 64).bfloat16().requires_grad_()
+    weight = torch.randn(2**16, 64).requires_grad_()
+    open("/proc/self/clear_refs", "w").write("5")
+    before = status("VmRSS")
+    cross_entropy(hidden, weight, torch.zeros(1, 2048).long(), normalizer=None, chunked=True)
+    return status("VmHWM") - before
+
+loss()  # libraries set themselves up
+print(loss())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="a peak is told by Linux")
+def test_the_logits_are_held_once_and_in_their_own_type():
+    out = subprocess.run(
+        [sys.executable, "-c", PEAK], capture_output=True, text=True, check=True
+    ).stdout
+    logits, weights = 2048 * 2**16 * 2 / 2**20, 2**16 * 64 * (2 + 4) / 2**20
+    assert logits < float(out) < 1.15 * (logits + weights)
 
 
 @pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "whole"])

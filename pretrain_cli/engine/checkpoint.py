@@ -165,9 +165,7 @@ def estimated_seconds(size: int) -> float:
     return size / SAVED_PER_SECOND
 
 
-def load_training_state(
-    folder: Path, model: Decoder, optimizer: Optimizer, device: torch.device
-) -> State:
+def load_training_state(folder: Path, model: Decoder, optimizer: Optimizer) -> State:
     """Set the optimizer to where it was. Weights are read by `load_weights`, like any model's."""
     parameters = dict(model.named_parameters())
     kept, values = kept_for(optimizer), dict[str, dict[str, Tensor]]()
@@ -181,16 +179,13 @@ def load_training_state(
                 piece.of(slot[moment]).copy_(file.get_tensor(f"{moment}.{piece.name}"))
         torch.set_rng_state(file.get_tensor("rng"))
     state = read_state(folder)
-    fused = optimizer.defaults["fused"]
     for name, slot in values.items():
         parameter = parameters[name]
-        moments = {moment: place_like(value, parameter) for moment, value in slot.items()}
-        optimizer.state[parameter] = moments
-        if "exp_avg" in moments:  # AdamW counts; Muon doesn't
-            steps = torch.tensor(
-                float(state.step - state.skipped), device=device if fused else "cpu"
-            )
-            optimizer.state[parameter]["step"] = steps
+        ours = optimizer.state[parameter]
+        for moment, value in slot.items():
+            ours[moment].copy_(place_like(value, parameter))
+        if "step" in ours:
+            ours["step"].fill_(state.step - state.skipped)
     return state
 
 

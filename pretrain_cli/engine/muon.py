@@ -46,10 +46,7 @@ class Muon(Optimizer):
             for parameter, blocks in zip(group["params"], group["blocks"], strict=True):
                 if parameter.grad is None:
                     continue
-                state = self.state[parameter]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                whole = parameter, parameter.grad, state["momentum_buffer"]
+                whole = parameter, parameter.grad, self.state[parameter]["momentum_buffer"]
                 for rows in blocks:
                     weight, grad, buffer = (tensor[..., rows, :] for tensor in whole)
                     self._step_block(weight, grad, buffer, group)

@@ -19,7 +19,9 @@ def build_optimizer(
     """AdamW over every parameter, or Muon for the matrices of the layers and AdamW for the rest.
 
     The rate is set at each step, by `set_learning_rate`. Fused, AdamW's update of a group is one
-    pass over its parameters; else a pass for each operation.
+    pass over its parameters; else a pass for each operation. What it keeps is there from the
+    beginning: memory that runs out does so at once, and what stays lies below what comes and goes,
+    which on a CPU leaves fewer gaps.
     """
     groups = list(parameter_groups(model, settings))
     muons = [group for group in groups if settings.name == "muon" and group["name"] == "matrices"]
@@ -27,7 +29,13 @@ def build_optimizer(
     adamw = AdamW(
         others, lr=0.0, betas=settings.betas, eps=settings.eps, fused=fused, foreach=not fused
     )
-    return MuonWithAdamW(Muon(muons, momentum=settings.momentum), adamw) if muons else adamw
+    optimizer = MuonWithAdamW(Muon(muons, momentum=settings.momentum), adamw) if muons else adamw
+    for parameter, names in kept_for(optimizer).items():
+        state: dict[str, Tensor] = {name: torch.zeros_like(parameter) for name in names}
+        if "exp_avg" in state:  # AdamW counts; Muon doesn't
+            state["step"] = torch.zeros((), device=parameter.device if fused else "cpu")
+        optimizer.state[parameter] = state
+    return optimizer
 
 
 def parameter_groups(model: Decoder, settings: OptimizerSettings) -> Iterator[dict[str, Any]]:

@@ -153,4 +153,4 @@ def restore(
                 parts[name].copy_(place_like(value, parts[name]))
     else:
         load_weights(decoder, folder)
-    return checkpoint.load_training_state(folder, decoder, optimizer, ranks.device)
+    return checkpoint.load_training_state(folder, decoder, optimizer)

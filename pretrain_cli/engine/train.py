@@ -89,7 +89,7 @@ def train(
         )
         state = State()
         if start is not None:
-            state = checkpoint.load_training_state(start, decoder, optimizer, ranks.device)
+            state = checkpoint.load_training_state(start, decoder, optimizer)
         if state.step > plan.steps:
             raise ConfigError(
                 f"train.steps: {plan.steps:,} is less than the {state.step:,} that {run} has; give "

@@ -156,6 +156,7 @@ def tokenize(
     from pretrain_cli.data.text import Reading
     from pretrain_cli.data.tokenize import BPE_VOCAB_SIZE, demo_request
     from pretrain_cli.data.tokenize import tokenize as run
+    from pretrain_cli.engine.process import give_back_memory
 
     if paths:
         request = TokenizeRequest(
@@ -188,6 +189,7 @@ def tokenize(
         **{name: value for name, value in given.items() if value is not None},
     )
     with TokenizeProgress() as progress:
+        give_back_memory()
         result = run(request, progress)
 
     manifest, total = result.manifest, result.manifest.total

@@ -8,6 +8,9 @@ keep_freed_memory   glibc keeps freed memory for the next step instead of giving
                     kernel and faulting it in again, page by page: a vocabulary's gradients are
                     hundreds of megabytes.
 
+Tokenizing wants the opposite, `give_back_memory`: blocks of many sizes come and go there, and kept
+they leave ever more gaps.
+
 This module imports no torch, so that a command can call `wait_passively` first.
 """
 
@@ -24,7 +27,8 @@ from typing import Any
 SPINS, BRIEF = "GOMP_SPINCOUNT", "1000"
 POLICY = "OMP_WAIT_POLICY"
 CGROUPS = Path("/sys/fs/cgroup")
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # mallopt's numbers, in glibc's malloc.h
+# mallopt's numbers, in glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
 
 
 _LOADED = time.monotonic()
@@ -111,3 +115,12 @@ def apply_memory(keep: bool) -> None:
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
         libc.mallopt(_M_TOP_PAD, 64 * 2**20)
+
+
+def give_back_memory() -> None:
+    """Have glibc give back what is freed, rather than find out what size of it to keep. It holds
+    for the rest of the process, and for those that are forked from it."""
+    if platform.libc_ver()[0] == "glibc":
+        libc: Any = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**18)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**20)

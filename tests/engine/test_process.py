@@ -1,5 +1,8 @@
 """What this process may take of the machine."""
 
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,3 +53,30 @@ def test_a_system_that_says_nothing_has_no_answer(monkeypatch):
 
     monkeypatch.setattr(Path, "read_text", missing)
     assert process.available_memory() is None
+
+
+GAPS = """
+from pretrain_cli.engine.process import give_back_memory
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+
+if {give_back}:
+    give_back_memory()
+bytes(2**24)  # after which glibc by itself keeps blocks up to this size
+before = resident()
+blocks = [bytearray(2**20) for _ in range(20)]
+del blocks
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's")
+def test_memory_that_is_freed_is_given_back():
+    def left(give_back):
+        script = GAPS.format(give_back=give_back)
+        out = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+        return float(out.stdout)
+
+    assert left(give_back=False) > 15
+    assert left(give_back=True) < 5

@@ -25,6 +25,7 @@ from pretrain_cli.data.request import TokenizeRequest
 from pretrain_cli.data.text import FileReader
 from pretrain_cli.data.tokenize import demo_request, tokenize
 from pretrain_cli.data.tokenizer import load_tokenizer
+from pretrain_cli.engine.process import give_back_memory
 from pretrain_cli.errors import DataError
 
 
@@ -88,6 +89,7 @@ class Turn(NamedTuple):
 
 
 def our_turn(request: TokenizeRequest) -> Turn:
+    give_back_memory()
     with tempfile.TemporaryDirectory() as folder:
         made = tokenize(replace(request, out=Path(folder) / "made"), lambda *_: None)
     return Turn(made.seconds, made.manifest.total.bytes, made.manifest.total.tokens)

@@ -55,7 +55,7 @@ def benchmark_data(
         raise ConfigError(f"--size: {size:g} is not above 0")
 
     from pretrain_cli.engine.benchmark import data as engine
-    from pretrain_cli.engine.plan import open_path
+    from pretrain_cli.engine.finding import open_path
 
     workload = engine.Workload(
         seq_len=seq_len or SEQ_LEN, samples=samples or SAMPLES, packing=asked.data.packing

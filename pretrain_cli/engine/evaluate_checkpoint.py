@@ -17,10 +17,10 @@ from pretrain_cli.config import build_config
 from pretrain_cli.data.mixture import Mixture
 from pretrain_cli.engine.distributed import open_ranks
 from pretrain_cli.engine.evaluate import evaluate
+from pretrain_cli.engine.finding import check_tokenizer, open_mixture
 from pretrain_cli.engine.keeping import find_model_folder
 from pretrain_cli.engine.metrics import Evaluation
 from pretrain_cli.engine.open_model import open_model, run_of
-from pretrain_cli.engine.plan import check_tokenizer, open_mixture
 from pretrain_cli.engine.speed import resolve_speed
 from pretrain_cli.errors import CheckpointError, ConfigError, DataError
 from pretrain_cli.model.config import ModelConfig

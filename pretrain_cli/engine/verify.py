@@ -17,9 +17,9 @@ from torch import Tensor
 from pretrain_cli.config import SpeedConfig
 from pretrain_cli.data.dataset import Dataset
 from pretrain_cli.engine.distributed import find_device
+from pretrain_cli.engine.finding import check_tokenizer, open_mixture
 from pretrain_cli.engine.keeping import find_model_folder
 from pretrain_cli.engine.open_model import folder_tokenizer, open_model
-from pretrain_cli.engine.plan import check_tokenizer, open_mixture
 from pretrain_cli.engine.speed import resolve_speed
 from pretrain_cli.errors import CheckpointError, ConfigError, DataError
 from pretrain_cli.model.config_json import read_config

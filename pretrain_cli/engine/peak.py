@@ -3,29 +3,12 @@ what a matrix product reaches, both with their source.
 """
 
 import functools
-import re
 import time
 from dataclasses import dataclass
 
 import torch
 
-# Dense bfloat16 FLOP/s as the makers state them, by what the device calls itself.
-STATED = {
-    "B200": 2250e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "GH200": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
-LESS = re.compile(r"\b(Laptop|MIG|D)\b")
-"""In the name of a part or a slower kin of a device in the table."""
+from pretrain_cli.engine.devices import stated_for
 
 LARGEST = 8192
 PRODUCTS = 16
@@ -53,18 +36,12 @@ def find_peak(device: torch.device, dtype: torch.dtype, *, seconds: float) -> Pe
 
 
 def _stated(device: torch.device, dtype: torch.dtype) -> tuple[str, float | None]:
-    """(the device's name, its peak in the table); None where it is not there, or another type."""
+    """(the device's name, its peak as stated); None where that is not known, or another type's."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return device.type, None
     name = torch.cuda.get_device_name(device)
-    return name, stated_for(name)
-
-
-def stated_for(name: str) -> float | None:
-    """The peak in the table of a device that calls itself so."""
-    if LESS.search(name):
-        return None
-    return next((p for part, p in STATED.items() if re.search(rf"\b{part}\b", name)), None)
+    stated = stated_for(name)
+    return name, stated.flops if stated else None
 
 
 @functools.cache

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pretrain_cli.engine.peak import find_peak, stated_for
+from pretrain_cli.engine.devices import stated_for
+from pretrain_cli.engine.peak import find_peak
 
 
 @pytest.mark.parametrize(
@@ -26,7 +27,8 @@ from pretrain_cli.engine.peak import find_peak, stated_for
     ],
 )
 def test_a_gpu_has_the_peak_of_its_own_name_or_none(name, teraflops):
-    assert stated_for(name) == (teraflops and teraflops * 1e12)
+    stated = stated_for(name)
+    assert (stated and stated.flops) == (teraflops and teraflops * 1e12)
 
 
 def test_a_device_that_is_not_in_the_table_has_the_peak_that_is_measured():

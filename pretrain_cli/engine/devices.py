@@ -1,0 +1,48 @@
+"""What the makers of GPUs state of them, for MFU and for plans of runs on a GPU that is not here.
+
+Without torch: a plan is arithmetic.
+"""
+
+import re
+from typing import NamedTuple
+
+
+class Stated(NamedTuple):
+    """One GPU, by its data sheet."""
+
+    flops: float
+    """Dense bfloat16, a second."""
+    memory: float
+    """Bytes, decimal; the larger where it is sold with two."""
+
+
+# By what the device calls itself.
+STATED = {
+    "B200": Stated(2250e12, 180e9),
+    "H200 NVL": Stated(835e12, 141e9),
+    "H200": Stated(989e12, 141e9),
+    "H100 PCIe": Stated(756e12, 80e9),
+    "H100 NVL": Stated(835e12, 94e9),
+    "H100": Stated(989e12, 80e9),
+    "GH200": Stated(989e12, 96e9),
+    "A100": Stated(312e12, 80e9),
+    "L40S": Stated(362e12, 48e9),
+    "L4": Stated(121e12, 24e9),
+    "RTX 4090": Stated(165e12, 24e9),
+    "RTX 3090": Stated(71e12, 24e9),
+}
+LESS = re.compile(r"\b(Laptop|MIG|D)\b")
+"""In the name of a part or a slower kin of a device in the table."""
+
+
+def stated_for(name: str) -> Stated | None:
+    """What is stated of a device that calls itself so."""
+    if LESS.search(name):
+        return None
+    return next((s for part, s in STATED.items() if re.search(rf"\b{part}\b", name)), None)
+
+
+def called(name: str) -> str | None:
+    """The name in the table of what a person calls h200, H100-PCIe or rtx-4090."""
+    key = re.sub(r"[-_ ]+", " ", name).strip().upper()
+    return key if key in STATED else None

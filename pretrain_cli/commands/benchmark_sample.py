@@ -66,8 +66,7 @@ def benchmark_sample(
 
     wait_passively("auto")
     from pretrain_cli.engine.benchmark import sample as engine
-    from pretrain_cli.engine.distributed import find_device
-    from pretrain_cli.engine.run import device_name
+    from pretrain_cli.engine.distributed import device_name, find_device
     from pretrain_cli.engine.speed import resolve_speed
 
     place = find_device(device)

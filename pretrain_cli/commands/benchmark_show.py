@@ -60,7 +60,7 @@ class Outputs:
 def say_workload(workload: Any, repeats: Any, *, is_swept: bool) -> None:
     import torch
 
-    from pretrain_cli.engine.run import device_name
+    from pretrain_cli.engine.distributed import device_name
     from pretrain_cli.model.counting import count_parameters
 
     console.print(

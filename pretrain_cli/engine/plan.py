@@ -7,21 +7,22 @@ and whatever can't work is refused.
     data.seq_len            512 on a CPU, 1024 on a GPU
     train.tokens_per_step   on a CPU 1 to 8 sequences, fewer for a larger model; on a GPU 262,144
     train.steps             on a CPU a few minutes' worth; on a GPU 20 tokens a parameter
-    train.micro_batch_size  what an estimate of the memory admits
+    train.micro_batch_size  the fastest measured here, or what an estimate of the memory admits
     learning_rate           by the model's size, as GPT-3's table has it
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
-
-import torch
 
 from pretrain_cli.config import RunConfig
 from pretrain_cli.data.mixture import Mixture
-from pretrain_cli.engine.distributed import Ranks
+from pretrain_cli.engine.distributed import Ranks, device_name
 from pretrain_cli.engine.finding import find_architecture, find_data, fit_to_data
+from pretrain_cli.engine.memory import SETTINGS, Training, estimate
 from pretrain_cli.engine.metrics import Notice, Report
+from pretrain_cli.engine.micro_batch import Choice, choose, measured, memory_here, recall
+from pretrain_cli.engine.record import Record
 from pretrain_cli.engine.speed import Speed, resolve_speed
 from pretrain_cli.engine.stop import StopRequest
 from pretrain_cli.engine.trackers import check_trackers
@@ -29,14 +30,11 @@ from pretrain_cli.errors import ConfigError
 from pretrain_cli.model import counting
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.decoder import Coefficients
-from pretrain_cli.model.loss import CHUNK_ELEMENTS
 
 CPU_RUN_FLOPS = 1.2e13
 CPU_STEPS = 400
 CPU_SEQUENCES = 8
 GPU_TOKENS_PER_STEP = 2**18
-LOGIT_BYTES = 10
-"""Of the loss for each logit of a chunk: float32, its exponential, the gradient in bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +48,8 @@ class Plan:
     speed: Speed
     seq_len: int
     micro_batch_size: int
+    micro_batch_reason: str
+    """Why it is that; empty where it was asked for."""
     samples_per_step: int
     steps: int
     learning_rate: float
@@ -77,9 +77,10 @@ def make_plan(
     report: Report,
     stop: StopRequest,
     *,
-    model: ModelConfig | None = None,
+    resumed: Record | None = None,
 ) -> Plan:
-    """Decide everything. A resumed run passes the model that it has."""
+    """Decide everything. A resumed run has its model, and on the same machine its micro-batch."""
+    model = resumed.model if resumed else None
     check_trackers(settings.train.log)
     speed = resolve_speed(settings.speed, ranks.device)
     name, config = find_architecture(settings, model)
@@ -115,7 +116,7 @@ def make_plan(
     seq_len = _seq_len(data.seq_len, config, mixture, on_cpu)
     flops = counting.training_flops(config, seq_len).exact
     samples = _samples_per_step(settings, ranks, seq_len, flops, on_cpu)
-    micro = _micro_batch_size(settings, ranks, config, seq_len, samples, speed)
+    micro = _micro_batch_size(settings, ranks, config, seq_len, samples, speed, resumed)
     per_step = samples * seq_len
 
     parameters = counting.count_parameters(config)
@@ -131,7 +132,7 @@ def make_plan(
             )
         )
     elif steps == "auto":
-        steps = max(20, math.ceil(20 * parameters.active / per_step))
+        steps = max(20, math.ceil(counting.suggested_tokens(config) / per_step))
         report(Notice(f"{steps:,} steps: 20 tokens a parameter; --steps or --tokens sets it"))
 
     eval_every = _interval(train.eval_every, steps, at_least=50)
@@ -142,7 +143,7 @@ def make_plan(
     warmup = min(1000, max(1, steps // 20)) if warmup == "auto" else warmup
     choices = {
         "seq-len": (data.seq_len, f"{seq_len:,}"),
-        "micro-batch": (train.micro_batch_size, f"{micro}"),
+        "micro-batch": (train.micro_batch_size, f"{micro.size} ({micro.reason})"),
         "tokens a step": (train.tokens_per_step, f"{per_step:,}"),
         "learning rate": (optimizer.learning_rate, f"{rate:g}"),
         **{
@@ -161,7 +162,8 @@ def make_plan(
         data=mixture,
         speed=speed,
         seq_len=seq_len,
-        micro_batch_size=micro,
+        micro_batch_size=micro.size,
+        micro_batch_reason=micro.reason,
         samples_per_step=samples,
         steps=steps,
         learning_rate=rate,
@@ -245,26 +247,40 @@ def _micro_batch_size(
     seq_len: int,
     samples_per_step: int,
     speed: Speed,
-) -> int:
-    """Sequences a rank takes at once: as many as the estimate of their memory admits."""
+    resumed: Record | None,
+) -> Choice:
+    """Sequences a rank takes at once."""
     share, rest = divmod(samples_per_step, ranks.world)
     if rest:
         raise ConfigError(
             f"train.tokens_per_step: its {samples_per_step} sequences don't divide among "
             f"{ranks.world} ranks; give a multiple of {ranks.world * seq_len:,}"
         )
-    asked = settings.train.micro_batch_size
+    asked, train = settings.train.micro_batch_size, settings.train
     if asked != "auto":
-        return asked
-    if ranks.device.type == "cuda":
-        parts = ranks.world if settings.train.parallel == "fsdp" else 1
-        free = torch.cuda.mem_get_info(ranks.device)[0] * 0.8
-        free -= counting.state_bytes(config) / parts + LOGIT_BYTES * CHUNK_ELEMENTS["cuda"]
-    else:
-        free = 4 * 2**30
-    per_token = counting.activation_bytes_per_token(config, speed.compute_dtype.itemsize)
-    fits = ranks.least(max(1, int(free / (per_token * seq_len))))
-    return max(size for size in range(1, share + 1) if share % size == 0 and size <= fits)
+        return Choice(asked, "")
+
+    def bytes_of(size: int) -> int:
+        return estimate(
+            Training(
+                model=config,
+                seq_len=seq_len,
+                micro_batch_size=size,
+                is_accumulated=size < share,
+                device=ranks.device.type,
+                optimizer=settings.optimizer.name,
+                parallel=train.parallel if ranks.world > 1 else "alone",
+                ranks=ranks.world,
+                **{setting: getattr(speed, setting) for setting in SETTINGS},
+            )
+        ).peak
+
+    machine = device_name(ranks.device)
+    in_force = {name: decision.in_force for name, decision in speed.decisions.items()}
+    had = resumed.micro_batch_size if resumed and resumed.machine == machine else None
+    rates = recall(measured(machine, config, seq_len, in_force, {}))
+    choice = choose(share, bytes_of, memory_here(ranks.device), had=had, rates=rates)
+    return replace(choice, size=ranks.least(choice.size))
 
 
 def _interval(asked: int | str, steps: int, *, at_least: int) -> int:

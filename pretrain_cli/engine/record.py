@@ -61,6 +61,8 @@ class Record:
     model_name: str
     data_name: str
     data_fingerprint: str
+    machine: str
+    micro_batch_size: int
 
 
 def read_record(run: Path) -> Record:
@@ -73,13 +75,14 @@ def read_record(run: Path) -> Record:
         model = dict(raw["model"])
         name = model.pop("name")
         data = raw["dataset"]["path"], raw["dataset"]["fingerprint"]
+        machine = raw["machine"]["device"], raw["machine"]["micro_batch_size"]
         settings, asked = raw["settings"], raw["asked"]
         if missing := set(FIELDS) - set(model):
             raise KeyError(missing)
     except (yaml.YAMLError, KeyError, TypeError, ValueError):
         raise CheckpointError(f"{path}: damaged; copy it back from a backup") from None
     # every field is in the file, so nothing of the preset it starts from is left
-    return Record(settings, asked, variant(preset("gemma3-tiny"), model), name, *data)
+    return Record(settings, asked, variant(preset("gemma3-tiny"), model), name, *data, *machine)
 
 
 def resumed_settings(

@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from pretrain_cli import __version__
+from pretrain_cli.engine.distributed import device_name
 from pretrain_cli.engine.peak import Peak
 from pretrain_cli.engine.plan import Plan, resolved
 from pretrain_cli.engine.record import RECORD
@@ -78,6 +79,7 @@ def write_record(
             "device": device_name(device),
             "threads": torch.get_num_threads(),
             "micro_batch_size": plan.micro_batch_size,
+            "micro_batch_is": plan.micro_batch_reason or "as asked",
             "peak": dataclasses.asdict(peak),
         },
     }
@@ -92,20 +94,3 @@ def write_record(
 
 def _fields(config: ModelConfig) -> dict[str, Any]:
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-
-
-def device_name(device: torch.device) -> str:
-    """What a person would call the device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "cpu":
-        return f"{_cpu_name()}, {torch.get_num_threads()} threads"
-    return device.type
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -61,8 +61,7 @@ def train(
         if not ranks.is_first:
             report = _silent
         stop.ranks = ranks
-        model = resume[1].model if resume else None
-        plan = make_plan(settings, ranks, report, stop, model=model)
+        plan = make_plan(settings, ranks, report, stop, resumed=resume[1] if resume else None)
         run, start = _choose_run(plan, report, resume, resume_from)
         done = checkpoint.read_state(start).step if start else 0
         check_space(plan, run, ranks, report, done=done)

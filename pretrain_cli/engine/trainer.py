@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from pretrain_cli.data.batches import Batches
 from pretrain_cli.engine import keeping
 from pretrain_cli.engine.checkpoint import State
-from pretrain_cli.engine.distributed import Ranks
+from pretrain_cli.engine.distributed import Ranks, device_name
 from pretrain_cli.engine.evaluate import evaluate
 from pretrain_cli.engine.feed import Feed
 from pretrain_cli.engine.guard import Guard
@@ -33,7 +33,6 @@ from pretrain_cli.engine.peak import Peak
 from pretrain_cli.engine.plan import Plan, resolved
 from pretrain_cli.engine.profile import WARMUP_STEPS, Profiler
 from pretrain_cli.engine.recovery import Recovery
-from pretrain_cli.engine.run import device_name
 from pretrain_cli.engine.samples import Samples
 from pretrain_cli.engine.saving import Saver
 from pretrain_cli.engine.schedule import learning_rate

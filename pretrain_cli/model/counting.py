@@ -16,6 +16,10 @@ from dataclasses import dataclass
 
 from pretrain_cli.model.config import ModelConfig
 
+CHUNK_ELEMENTS = {"cpu": 2**27, "cuda": 2**30}
+"""Logits that the chunked loss holds at a time. Fewer cost more passes over the V × D gradient,
+more cost memory."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCount:
@@ -85,6 +89,11 @@ def training_flops(config: ModelConfig, seq_len: int) -> Flops:
     )
 
 
+def suggested_tokens(config: ModelConfig) -> int:
+    """To train on: 20 a parameter that a token meets (Hoffmann et al. 2022)."""
+    return 20 * count_parameters(config).active
+
+
 def state_bytes(config: ModelConfig) -> int:
     """Bytes held for the whole of training: float32 weights, gradients and AdamW's two moments."""
     return 16 * count_parameters(config).total
@@ -94,22 +103,6 @@ def checkpoint_bytes(config: ModelConfig) -> int:
     """Bytes of a checkpoint's weights and AdamW's two moments, and of the copy in the host's memory
     that it is written from."""
     return 12 * count_parameters(config).total
-
-
-def activation_bytes_per_token(config: ModelConfig, compute_bytes: int) -> int:
-    """Roughly what one token keeps for the backward pass; a guide for choosing a micro-batch.
-
-    Per block the inputs of its matrix products and the float32 copies that unfused norms and
-    RoPE keep; the loss keeps nothing but its gradient, being formed in chunks.
-    """
-    D, Dh = config.hidden_size, config.head_dim
-    H, Hkv = config.num_attention_heads, config.num_key_value_heads
-    width = config.intermediate_size
-    if config.num_experts:
-        width = config.moe_intermediate_size * config.num_experts_per_tok
-    per_block = compute_bytes * (6 * D + 4 * (H + Hkv) * Dh + 4 * width)
-    per_block += 4 * ((4 if config.has_post_norms else 2) * 2 * D + 2 * (H + Hkv) * Dh)
-    return config.num_hidden_layers * per_block + 12 * D
 
 
 def cache_bytes(config: ModelConfig, seq_len: int, compute_bytes: int) -> int:

@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain_cli.model.counting import CHUNK_ELEMENTS
+
 IGNORED = -100
-CHUNK_ELEMENTS = {"cpu": 2**27, "cuda": 2**30}
-"""Logits held at a time. Fewer cost more passes over the V × D gradient, more cost memory."""
 SLICE_ELEMENTS = 2**21
 """Of the V × D gradient, added up at a time on a CPU: 4 MB in bfloat16."""
 SOFTMAX_ELEMENTS = 2**21

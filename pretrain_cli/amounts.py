@@ -1,8 +1,10 @@
 """Numbers as people say them."""
 
 import re
+from decimal import Decimal
 
 UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1}
+COUNTS = {"T": 10**12, "B": 10**9, "M": 10**6, "K": 10**3, "": 1}
 
 
 def amount(number: float) -> str:
@@ -22,8 +24,10 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 1h02m, 3m20s or 12s."""
+    """Seconds as 5d03h, 1h02m, 3m20s or 12s."""
     seconds = round(seconds)
+    if seconds >= 2 * 86400:
+        return f"{seconds // 86400}d{seconds % 86400 // 3600:02d}h"
     if seconds >= 3600:
         return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
     return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
@@ -35,3 +39,12 @@ def in_bytes(words: str) -> int:
     if match is None or (number := int(float(match[1]) * UNITS[match[2]])) < 1:
         raise ValueError(words)
     return number
+
+
+def in_number(words: str) -> int:
+    """5B, 1.5T, 200M, 10k or 1000000 as a whole number. ValueError for what is no such number."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([TBMK]?)", words.strip().upper())
+    number = Decimal(match[1]) * COUNTS[match[2]] if match else Decimal(0)
+    if number < 1 or number != int(number):
+        raise ValueError(words)
+    return int(number)

@@ -21,7 +21,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from pretrain_cli.amounts import in_bytes
+from pretrain_cli.amounts import in_bytes, in_number
 from pretrain_cli.errors import ConfigError, did_you_mean
 from pretrain_cli.model.config import FIELDS, ModelConfig, variant
 from pretrain_cli.model.presets import PRESETS, full_name, preset
@@ -114,6 +114,16 @@ def _is_size(value: Any) -> str:
 Size = Annotated[str, BeforeValidator(_is_size)]
 
 
+def _as_number(value: Any) -> Any:
+    try:
+        return in_number(value) if isinstance(value, str) else value
+    except ValueError:
+        raise PydanticCustomError("amount", "Input should be a number such as 5B, 200M") from None
+
+
+Amount = Annotated[PositiveInt, BeforeValidator(_as_number)]
+
+
 def _named(value: Any) -> Any:
     """`a,b` or a list, as a tuple of names."""
     several = value.split(",") if isinstance(value, str) else value
@@ -169,8 +179,8 @@ class OptimizerSettings(Section):
 
 class TrainSettings(Section):
     steps: PositiveInt | Auto = "auto"
-    tokens: PositiveInt | None = None
-    """Train on this many tokens; instead of steps."""
+    tokens: Amount | None = None
+    """Train on this many tokens, as 5B or 200M; instead of steps."""
     tokens_per_step: PositiveInt | Auto = "auto"
     """On all ranks; what the micro-batch leaves is accumulated."""
     micro_batch_size: PositiveInt | Auto = "auto"

@@ -42,6 +42,21 @@ def refusal(*assignments, base=None, flags=None):
 # --- where values come from ----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("said", "tokens"),
+    [("5B", 5 * 10**9), ("200M", 2 * 10**8), ("2.3b", 23 * 10**8), ("1.5T", 15 * 10**11),
+     ("10k", 10_000), ("1000", 1000), (1000, 1000)],
+)  # fmt: skip
+def test_tokens_are_given_as_people_say_them(said, tokens):
+    assert build_config({}, {"train.tokens": said}, []).train.tokens == tokens
+
+
+@pytest.mark.parametrize("said", ["5X", "B", "-5B", "0", "0.5", "1.2345k", "5 GB", ""])
+def test_what_is_no_number_of_tokens_is_refused(said):
+    with pytest.raises(ConfigError, match="is not a number such as 5B, 200M"):
+        build_config({}, {"train.tokens": said}, [])
+
+
 def test_a_file_wins_over_defaults_and_flags_over_a_file():
     file = {"optimizer": {"learning_rate": 0.5, "clip": 2.0}, "train": {"seed": 3}}
     flags = {"optimizer.learning_rate": 0.25, "train.seed": None}  # None: not given

@@ -10,6 +10,7 @@ import typer
 
 from pretrain_cli.commands.benchmark_data import benchmark_data
 from pretrain_cli.commands.benchmark_sample import benchmark_sample
+from pretrain_cli.commands.benchmark_search import search
 from pretrain_cli.commands.benchmark_show import (
     Outputs,
     say_workload,
@@ -20,7 +21,6 @@ from pretrain_cli.commands.benchmark_show import (
 from pretrain_cli.commands.benchmark_tokenize import benchmark_tokenize
 from pretrain_cli.commands.display import check_folder
 
-CPU_STEP_FLOPS = 1e12
 NOT_SET = ("speed.attention=", "model.name=", "model.init_from=", "speed.prefetch=")
 """--attn and --model say the first two; weights cost what random ones do; no batch is read."""
 MODES, OUTPUTS = "What is measured, beside one step", "What is written"
@@ -64,6 +64,14 @@ def benchmark(
             metavar="PROGRAM", help="The same step by transformers.", rich_help_panel=MODES
         ),
     ] = None,
+    find_micro_batch: Annotated[
+        bool,
+        typer.Option(
+            "--find-micro-batch",
+            help="The largest micro-batch that fits, and the fastest; train takes that.",
+            rich_help_panel=MODES,
+        ),
+    ] = False,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(
@@ -152,7 +160,8 @@ def benchmark(
                 f"{context.invoked_subcommand} behind it"
             )
         return
-    asked_for = [name for name in ("--ablate", "--sweep", "--vs", "--compare") if name in typed]
+    modes = ("--ablate", "--sweep", "--vs", "--find-micro-batch", "--compare")
+    asked_for = [name for name in modes if name in typed]
     if len(asked_for) > 1:
         raise ConfigError(f"{' and '.join(asked_for)}: one at a time")
     mode = asked_for[0] if asked_for else "--attn"
@@ -167,6 +176,11 @@ def benchmark(
         raise ConfigError(f"--attn: {attn} with {mode} is one backend; name it")
     if mode != "--attn" and profile is not None:
         raise ConfigError(f"--profile: looks into single steps; leave {mode} out")
+    if find_micro_batch and micro_batch_size is not None:
+        raise ConfigError(
+            f"--micro-batch-size: {micro_batch_size} is what --find-micro-batch looks for; leave "
+            "it out"
+        )
     outputs = Outputs(json=as_json, markdown=markdown, plot=plot)
     outputs.check()
     check_folder(profile, "--profile")
@@ -183,6 +197,10 @@ def benchmark(
     from pretrain_cli.engine.benchmark.rounds import Rounds
     from pretrain_cli.engine.benchmark.workload import Repeats
 
+    repeats = Repeats(rounds=rounds or (1 if mode == "--attn" else 3), steps=steps, warmup=warmup)
+    if find_micro_batch:
+        kinds.check_length(workload)
+        return search(workload, settings.speed, repeats, outputs)
     if mode == "--ablate":
         arms = kinds.ablation(workload, settings.speed)
     elif mode == "--sweep":
@@ -193,7 +211,6 @@ def benchmark(
         arms = kinds.backend_arms(workload, settings.speed, kinds.parse_backends(attn or "all"))
     if mode != "--sweep":
         kinds.check_length(workload)
-    repeats = Repeats(rounds=rounds or (1 if mode == "--attn" else 3), steps=steps, warmup=warmup)
     say_workload(workload, repeats, is_swept=mode == "--sweep")
     measured = Rounds(arms, repeats)
     watch(measured)
@@ -226,9 +243,8 @@ def _workload(
             )
     settings = build_config({}, flags, assignments)
 
-    from pretrain_cli.engine.benchmark.workload import Workload
+    from pretrain_cli.engine.benchmark.workload import Workload, usual_micro_batch
     from pretrain_cli.engine.distributed import find_device
-    from pretrain_cli.model.counting import training_flops
 
     place = find_device(device)
     on_cpu = place.type == "cpu"
@@ -242,8 +258,7 @@ def _workload(
         seq_len = min(512 if on_cpu else 1024, config.max_position_embeddings)
     rows: Any = settings.train.micro_batch_size
     if rows == "auto":
-        affordable = CPU_STEP_FLOPS / (training_flops(config, seq_len).exact * seq_len)
-        rows = max(1, min(4, int(affordable))) if on_cpu else 16
+        rows = usual_micro_batch(config, seq_len, on_cpu=on_cpu)
     workload = Workload(
         name=name, model=config, seq_len=seq_len, micro_batch_size=rows, device=str(place)
     )

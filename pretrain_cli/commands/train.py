@@ -54,7 +54,12 @@ def train(
         typer.Option("--document-mask", help="A token sees its own document alone."),
     ] = None,
     micro_batch_size: Annotated[
-        int | None, typer.Option(help="Samples at once.", show_default="what memory admits")
+        str | None,
+        typer.Option(
+            help="Samples at once; auto: the fastest that pretrain benchmark --find-micro-batch "
+            "measured here, else the most that are estimated to fit.",
+            show_default="auto",
+        ),
     ] = None,
     tokens_per_step: Annotated[
         int | None,
@@ -63,7 +68,10 @@ def train(
     steps: Annotated[
         int | None, typer.Option(help="Optimizer steps.", show_default="by the device")
     ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens in all; instead of --steps.")] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(help="Tokens in all, as 5B or 200M; instead of --steps."),
+    ] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="The highest.", show_default="by the model's size")
     ] = None,
@@ -199,7 +207,7 @@ def train(
         "data.seq_len": seq_len,
         "data.packing": packing,
         "data.document_mask": document_mask,
-        "train.micro_batch_size": micro_batch_size,
+        "train.micro_batch_size": _number(micro_batch_size),
         "train.tokens_per_step": tokens_per_step,
         "train.steps": steps,
         "train.tokens": tokens,
@@ -267,6 +275,11 @@ def train(
             notice(f"{stop.reason}: stopped before training began; the same command begins again")
     if reason == "stopped":
         raise typer.Exit(STOPPED)
+
+
+def _number(text: str | None) -> int | str | None:
+    """A whole number as one; what else it is is for the settings to judge."""
+    return int(text) if text is not None and text.isdecimal() else text
 
 
 def _prove_resume(settings: Any, steps: int, display: TrainDisplay, stop: Any) -> NoReturn:

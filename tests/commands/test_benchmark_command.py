@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from pretrain_cli.engine import micro_batch
 from pretrain_cli.engine.benchmark import data as benchmark_data
-from pretrain_cli.engine.benchmark import rounds, timing
+from pretrain_cli.engine.benchmark import rounds, search, timing
 
 MODEL = (
     "--model gemma3-tiny --set model.layer_types=[sliding_attention,full_attention] "
@@ -131,6 +133,54 @@ def test_a_profile_is_shown_and_its_trace_written(pretrain):
     assert Path("looked/sdpa.json").stat().st_size > 1000
 
 
+@pytest.fixture
+def room(monkeypatch):
+    """For a process with all that the tests have loaded, and little time for a step."""
+    monkeypatch.setattr(micro_batch, "memory_here", lambda device: 20 * 10**9)
+    monkeypatch.setattr(search, "LONGEST", 0.05)
+
+
+@pytest.mark.usefixtures("here", "room", "trained")
+def test_the_micro_batch_that_is_found_is_the_one_that_training_takes(pretrain):
+    model = MODEL.replace("vocab_size=512", "vocab_size=320")  # the dataset's
+    line = f"benchmark --find-micro-batch {model} --seq-len 32 --dtype float32 --device cpu"
+    outcome = pretrain(f"{line} --rounds 2 --steps 2 --warmup 1 --json found.json")
+    assert outcome.code == 0, outcome.err
+    found = json.loads(Path("found.json").read_text())["micro_batch"]
+    rates = {int(size): rate for size, rate in found["tokens_per_second"].items()}
+    assert {1, 2, 4} <= set(rates)
+    assert rates[found["fastest"]] >= 0.98 * max(rates.values())
+    assert found["largest"] == max(rates)
+    assert "Fastest: micro-batch " in outcome.out
+    assert "Largest: micro-batch " in outcome.out
+    assert "Kept in runs/micro-batches.json: pretrain train takes the fastest that" in outcome.out
+
+    tiny = "train --model gemma3-tiny " + model.partition(" ")[2].partition(" ")[2]
+    line = f"{tiny} --seq-len 32 --dtype float32 --tokens-per-step 1024 --steps 1 --out fast"
+    outcome = pretrain(f"{line} --micro-batch-size auto --data data/corpus")
+    assert outcome.code == 0, outcome.err
+    assert "(the fastest measured here)" in outcome.out
+
+
+def test_a_machine_that_has_no_room_for_one_sample_is_told_so(refused, monkeypatch):
+    monkeypatch.setattr(micro_batch, "memory_here", lambda device: 1_500_000)
+    said = refused(f"benchmark --find-micro-batch {MODEL} --seq-len 32 --device cpu")
+    assert said.startswith("--find-micro-batch: a micro-batch of 1 takes about 33")
+    assert said.endswith(", and 1.5 MB may be used; give a smaller model, or --seq-len")
+
+
+@pytest.mark.usefixtures("here", "room")
+def test_a_search_that_measures_nothing_gives_exit_code_1_and_keeps_nothing(pretrain, monkeypatch):
+    def broken(arm, repeats):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(timing, "measure_round", broken)
+    outcome = pretrain(f"benchmark --find-micro-batch {MODEL} --seq-len 32 --device cpu")
+    assert outcome.code == 1
+    assert "micro-batch 1: not run: out of memory" in outcome.out
+    assert not Path("runs").exists()
+
+
 @pytest.mark.usefixtures("here")
 def test_an_arm_that_fails_gives_exit_code_1(pretrain, monkeypatch):
     def broken(arm, repeats):
@@ -173,6 +223,12 @@ def test_an_arm_that_fails_gives_exit_code_1(pretrain, monkeypatch):
         ("--ablate --profile p", "--profile: looks into single steps; leave --ablate out"),
         ("--sweep windw=3", "--sweep: 'windw' is not one of seq-len, window, vocab, micro-batch"),
         ("--vs llama.cpp", "--vs: 'llama.cpp' is not one of transformers"),
+        ("--find-micro-batch --ablate", "--ablate and --find-micro-batch: one at a time"),
+        (
+            "--find-micro-batch --micro-batch-size 2",
+            "--micro-batch-size: 2 is what --find-micro-batch looks for; leave it out",
+        ),
+        ("--find-micro-batch --profile p", "--profile: looks into single steps; leave --find-mi"),
         ("--compare a.json b.json", "--model: --compare measures nothing; leave it out"),
         (
             "data --size 1",

@@ -40,7 +40,7 @@ def record(rounds: Rounds, what: str, command: str) -> dict[str, Any]:
         "peaks": {dtype: asdict(peak) for dtype, peak in rounds.peaks.items()},
         "results": [asdict(result) for result in results],
         "ratios": [asdict(ratio) for ratio in ratios(results)],
-    }
+    } | rounds.answers()
 
 
 def commit() -> str:

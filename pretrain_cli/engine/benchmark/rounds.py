@@ -29,26 +29,38 @@ class Rounds:
     each type that is computed in, and the best counts."""
 
     def __init__(self, arms: list[Arm], repeats: Repeats, *, start: Start | None = None) -> None:
-        self.arms, self.repeats, self.start = arms, repeats, start or in_a_fresh_process
-        self.measured: dict[str, list[Round]] = {arm.name: [] for arm in arms}
+        self.arms, self.repeats, self.start = list[Arm](), repeats, start or in_a_fresh_process
+        self.measured: dict[str, list[Round]] = {}
         self.failures: dict[str, str] = {}
         """Why an arm came to an end, and its traceback where that is a bug."""
         self.tracebacks: list[str] = []
         self.peaks: dict[str, Peak] = {}
-        self.dtypes = {arm.name: _dtype(arm) for arm in arms if not arm.left_out}
+        self.dtypes: dict[str, str] = {}
+        for arm in arms:
+            self.add(arm)
+
+    def add(self, arm: Arm) -> None:
+        """One more, at the end."""
+        self.arms.append(arm)
+        self.measured[arm.name] = []
+        if not arm.left_out:
+            self.dtypes[arm.name] = _dtype(arm)
 
     def go(self) -> Iterator[str]:
         """Measure. Says what is next, each time."""
         with tempfile.TemporaryDirectory(prefix="pretrain-compiled-") as folder:
-            for number in range(self.repeats.rounds):
-                said = f"round {number + 1} of {self.repeats.rounds}: "
-                for dtype in dict.fromkeys(self.dtypes.values()):
-                    yield f"{said}the peak in {dtype}"
-                    self._measure_peak(dtype, Path(folder))
-                for arm in self.arms if number % 2 == 0 else reversed(self.arms):
-                    if not arm.left_out and arm.name not in self.failures:
-                        yield said + arm.name
-                        self._measure(arm, Path(folder))
+            yield from self._in_turn(self.arms, Path(folder))
+
+    def _in_turn(self, arms: list[Arm], folder: Path) -> Iterator[str]:
+        for number in range(self.repeats.rounds):
+            said = f"round {number + 1} of {self.repeats.rounds}: "
+            for dtype in dict.fromkeys(self.dtypes.values()):
+                yield f"{said}the peak in {dtype}"
+                self._measure_peak(dtype, folder)
+            for arm in arms if number % 2 == 0 else reversed(arms):
+                if not arm.left_out and arm.name not in self.failures:
+                    yield said + arm.name
+                    self._measure(arm, self.repeats, folder)
 
     def _measure_peak(self, dtype: str, folder: Path) -> None:
         asked, device = SpeedConfig.model_validate({"dtype": dtype}), self.arms[0].workload.device
@@ -57,9 +69,9 @@ class Rounds:
         if before is None or found.measured > before.measured:
             self.peaks[dtype] = found
 
-    def _measure(self, arm: Arm, folder: Path) -> None:
+    def _measure(self, arm: Arm, repeats: Repeats, folder: Path) -> None:
         try:
-            measured = self.start("measure_round", arm.speed, folder, arm, self.repeats)
+            measured = self.start("measure_round", arm.speed, folder, arm, repeats)
         except BrokenProcessPool:
             self.failures[arm.name] = "its process was killed, perhaps for want of memory"
         except torch.OutOfMemoryError:
@@ -83,6 +95,10 @@ class Rounds:
             )
             for arm in self.arms
         ]
+
+    def answers(self) -> dict[str, Any]:
+        """What the results come to, where something was looked for."""
+        return {}
 
     def profile(self, arm: Arm, trace: Path) -> Profile:
         """One arm's step looked into, in one more process."""

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 from pretrain_cli.config import SpeedConfig
 from pretrain_cli.model.config import ModelConfig
+from pretrain_cli.model.counting import training_flops
+
+CPU_STEP_FLOPS = 1e12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +25,14 @@ class Workload:
     def tokens(self) -> int:
         """Of a step, which is one micro-batch."""
         return self.seq_len * self.micro_batch_size
+
+
+def usual_micro_batch(model: ModelConfig, seq_len: int, *, on_cpu: bool) -> int:
+    """Samples that are timed where nothing is said: on a CPU as many as take seconds."""
+    if not on_cpu:
+        return 16
+    affordable = CPU_STEP_FLOPS / (training_flops(model, seq_len).exact * seq_len)
+    return max(1, min(4, int(affordable)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,10 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from pretrain_cli.commands.count_params_plan import Asked, show_plan
 from pretrain_cli.commands.display import console, size
 
+PLAN = "With --plan"
 PARTS = ("embeddings", "attention", "mlp", "norms", "head")
 
 
@@ -29,11 +31,78 @@ def count_params(
     seq_len: Annotated[
         int, typer.Option(help="For the FLOPs, and what sampling remembers.")
     ] = 1024,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            help="What a run would take: memory by part, the micro-batch that fits, time, disk.",
+        ),
+    ] = False,
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="To train on: 5B, 200M, …", show_default="20 a parameter", rich_help_panel=PLAN
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="h200, h100, a100, … need not be here; cpu, cuda and mps are this machine's.",
+            show_default="the one that is here",
+            rich_help_panel=PLAN,
+        ),
+    ] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            help="So many, with a copy of the model on each, and with a part.",
+            show_default="1",
+            rich_help_panel=PLAN,
+        ),
+    ] = None,
+    micro_batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Samples at once.", show_default="the most that fit", rich_help_panel=PLAN
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32 or bfloat16.", show_default="by the device", rich_help_panel=PLAN
+        ),
+    ] = None,
+    compile_: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="torch.compile.",
+            show_default="on a GPU",
+            rich_help_panel=PLAN,
+        ),
+    ] = None,
+    mfu: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the stated peak, by the exact mask.",
+            show_default="0.4",
+            rich_help_panel=PLAN,
+        ),
+    ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Time some real steps on the device that is here.",
+            rich_help_panel=PLAN,
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Count parameters by part, training FLOPs and memory.
 
-    From the architecture's numbers alone: nothing is allocated.
+    From the architecture's numbers alone: nothing is allocated. So is the plan of a run, unless it
+    is calibrated.
     """
     from pretrain_cli.config import ModelSettings, find_model
     from pretrain_cli.errors import ConfigError
@@ -50,6 +119,13 @@ def count_params(
             f"--seq-len: {seq_len:,} is not from 1 to the model's "
             f"{config.max_position_embeddings:,} positions"
         )
+    asked = Asked(tokens, device, gpus, micro_batch_size, dtype, compile_, mfu, calibrate)
+    if plan:
+        if tied is not None:
+            config = variant(config, {"tie_word_embeddings": tied})
+        show_plan(name, config, seq_len, asked, as_json=as_json)
+        return
+    asked.refuse_alone()
     choices = [True, False] if tied is None else [tied]
     columns = {
         ("tied" if choice else "untied"): variant(config, {"tie_word_embeddings": choice})

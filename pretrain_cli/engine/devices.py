@@ -44,5 +44,5 @@ def stated_for(name: str) -> Stated | None:
 
 def called(name: str) -> str | None:
     """The name in the table of what a person calls h200, H100-PCIe or rtx-4090."""
-    key = re.sub(r"[-_ ]+", " ", name).strip().upper()
-    return key if key in STATED else None
+    typed = re.sub(r"[-_ ]+", " ", name).strip().upper()
+    return next((part for part in STATED if part.upper() == typed), None)

@@ -102,6 +102,7 @@ def test_what_a_block_keeps_is_counted_to_the_byte(name, dtype, attention, merge
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile's own
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", ["gemma3-tiny", "qwen3-tiny"])
 def test_what_a_compiled_block_keeps_is_counted(name, dtype):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pretrain_cli.model.config import ModelConfig
-from pretrain_cli.model.counting import CHUNK_ELEMENTS, count_parameters
+from pretrain_cli.model.counting import CHUNK_ELEMENTS, SOFTMAX_ELEMENTS, count_parameters
 
 MOMENTS = ("loss", "backward", "gradients", "step")
 PARTS = (
@@ -113,7 +113,7 @@ def estimate(t: Training) -> Estimate:
     ranks = t.ranks if t.parallel == "fsdp" else 1
     # DDP has all gradients in buckets of its own from the start
     earlier = weights if t.is_accumulated or t.parallel == "ddp" else 0
-    copies = 2 * matrices if c == 2 else 0
+    copies = 2 * matrices if c == 2 and not _is_lean(t) else 0
     activations = sum(kept) + (8 + c) * hidden  # and of the last norm, and the loss's gradient
     if t.activation_checkpointing:  # a block's input alone; one block at a time has the rest
         activations += c * hidden * depth + max(kept) - sum(kept)
@@ -181,8 +181,8 @@ def logits_bytes(t: Training) -> int:
     if not t.chunked_loss:
         return 12 * t.tokens * V  # in float32 with their softmax's and their own gradient
     rows = min(t.tokens, max(1, CHUNK_ELEMENTS.get(t.device, CHUNK_ELEMENTS["cpu"]) // V))
-    before = c if rows < t.tokens else 0  # the gradient of the chunk before
-    return rows * V * (c + (4 if c == 2 else 0) + before)  # and in float32
+    wide = 0 if c == 4 else rows * V if t.device != "cpu" else min(rows * V, SOFTMAX_ELEMENTS)
+    return rows * V * c + 4 * wide  # in float32: on a CPU of a few rows
 
 
 # --- what autograd keeps -------------------------------------------------------------------------
@@ -197,14 +197,19 @@ def kept_by_block(t: Training, layer: int) -> int:
     scales = 4 * (norms + H + Hkv)  # 1 / root mean square, of every norm
     mlp = _kept_by_mlp(t, layer)
     if t.compile:
-        # Inputs and outputs of the products; what lies between is made again.
-        hidden = 5 if m.has_post_norms else 4
+        # What products give and, on a GPU, take; what lies between is made again.
+        hidden = (1 if m.has_post_norms else 0) + (2 if _is_lean(t) else 4)
         return t.tokens * (c * (hidden * D + 3 * q + 3 * kv) + mlp + scales)
     normed = 4 if m.norm_is_zero_centered else c  # before it is scaled by the norm's weight
     a_token = 2 * (4 + normed + c) * D  # in float32, normed, and as the next product takes it
     a_token += (norms - 2) * (4 + normed) * D
     a_token += (normed + (4 if c < 4 else 0)) * (q + kv)  # in float32 a view of the product
     return round(t.tokens * (a_token + _kept_by_attention(t, layer) + mlp + scales))
+
+
+def _is_lean(t: Training) -> bool:
+    """Whether the backward pass makes all but products again, and the weights' copies."""
+    return t.compile and t.device == "cpu"
 
 
 def _kept_by_attention(t: Training, layer: int) -> float:
@@ -233,7 +238,7 @@ def _kept_by_mlp(t: Training, layer: int) -> int:
     """Bytes a token."""
     m, c = t.model, t.compute_bytes
     if not m.is_sparse(layer):
-        # gate and up, activated where that is not made again, and their product
-        return (3 if t.compile else 4) * c * m.intermediate_size
+        # gate and up; activated, and their product, where they are not made again
+        return (2 if _is_lean(t) else 3 if t.compile else 4) * c * m.intermediate_size
     K, E = m.num_experts_per_tok, m.num_experts
     return c * K * (3 * m.hidden_size + 4 * m.moe_intermediate_size) + 4 * E + 32 * K

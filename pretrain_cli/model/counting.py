@@ -19,6 +19,8 @@ from pretrain_cli.model.config import ModelConfig
 CHUNK_ELEMENTS = {"cpu": 2**27, "cuda": 2**30}
 """Logits that the chunked loss holds at a time. Fewer cost more passes over the V × D gradient,
 more cost memory."""
+SOFTMAX_ELEMENTS = 2**21
+"""Logits whose softmax is taken at a time on a CPU: 8 MB in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)

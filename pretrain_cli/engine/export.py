@@ -43,12 +43,7 @@ def export(
 
     Costs the memory of the weights in float32 and, beside them, in the type that is written.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"--dtype: '{dtype}' is not one of {', '.join(DTYPES)}")
-    if out.exists():
-        raise ConfigError(f"{out}: exists, and nothing is overwritten; give another place")
-    if not out.parent.is_dir():
-        raise ConfigError(f"{out}: no folder {out.parent} to write {out.name} in")
+    check_target(out, dtype)
     folder = find_model_folder(where, report, best=best)
     tokenizer = folder_tokenizer(folder)
     asked = SpeedConfig(dtype="float32", compile=False)
@@ -63,13 +58,23 @@ def export(
         write_weights(aside, weights, max_shard_size)
         written = str(kind).removeprefix("torch.")
         _write_about_the_model(aside, model.config, tokenizer, written)
-        card = model_card(_name(folder), model.config, tokenizer, written, *_run_facts(folder))
+        card = model_card(name_of(folder), model.config, tokenizer, written, *_run_facts(folder))
         write_whole(aside / "README.md", card)
         aside.rename(out)
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)  # on a full disk, it takes what others need
         raise
     return folder
+
+
+def check_target(out: Path, dtype: str) -> None:
+    """Refuse a type or a place that can't be written."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype: '{dtype}' is not one of {', '.join(DTYPES)}")
+    if out.exists():
+        raise ConfigError(f"{out}: exists, and nothing is overwritten; give another place")
+    if not out.parent.is_dir():
+        raise ConfigError(f"{out}: no folder {out.parent} to write {out.name} in")
 
 
 def _write_about_the_model(
@@ -85,7 +90,7 @@ def _write_about_the_model(
     tokenizer.save(folder)
 
 
-def _name(folder: Path) -> str:
+def name_of(folder: Path) -> str:
     """A run's name and step, or the folder's."""
     found = run_of(folder)
     return folder.resolve().name if found is None else f"{found[0].name} {folder.name}"

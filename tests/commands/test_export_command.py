@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,10 +100,32 @@ def test_what_comes_from_elsewhere_stays_text_in_the_card():
         ("runs/tiny out --dtype int8", "--dtype: 'int8' is not one of bf16"),
         ("runs/tiny out --max-shard-size 5", "--max-shard-size: '5' is not a size"),
         ("nowhere out", "nowhere: no such run"),
+        ("runs/tiny out --gguf", "--gguf: out is to be one file; call it out.gguf"),
+        ("runs/tiny out.gguf --gguf --max-shard-size 1GB", "--max-shard-size: --gguf writes one"),
+        ("runs/tiny no/out.gguf --gguf", "no/out.gguf: no folder no to write out.gguf in"),
     ],
 )
 def test_what_can_not_be_exported_is_refused(refused, line, said):
     assert refused(f"export {line}").startswith(said)
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_run_is_written_as_one_file_for_llama_cpp(pretrain):
+    gguf = pytest.importorskip("gguf")
+    outcome = pretrain("export runs/tiny --best tiny.gguf --gguf --dtype fp16")
+    assert outcome.code == 0, outcome.err
+    reader = gguf.GGUFReader("tiny.gguf")
+    assert "in fp16, " in outcome.out
+    assert reader.get_field("general.name").contents().startswith("tiny step-")
+    head = {tensor.name: tensor for tensor in reader.tensors}
+    assert "output.weight" not in head  # it is the embedding
+    assert head["token_embd.weight"].tensor_type.name == "F16"
+
+
+@pytest.mark.usefixtures("trained")
+def test_without_the_gguf_package_it_says_what_to_install(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert "pip install 'pretrain[gguf]'" in refused("export runs/tiny tiny.gguf --gguf")
 
 
 @pytest.mark.usefixtures("trained")

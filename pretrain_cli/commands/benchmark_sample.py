@@ -35,6 +35,10 @@ def benchmark_sample(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, mps or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto.")] = "auto",
+    quantize: Annotated[
+        str | None,
+        typer.Option(metavar="int8", help="Our matrices in int8.", show_default="no"),
+    ] = None,
     compile_: Annotated[
         bool | None,
         typer.Option(
@@ -88,13 +92,15 @@ def benchmark_sample(
         device=str(place),
         dtype=str(speed.dtype),
         compiled=compile_,
+        quantize=quantize,
         vs=tuple(vs.split(",")) if vs else (),
     )
+    int8 = f", matrices in {quantize}" if quantize else ""
     with console.status("starting") as status:
         measured = engine.measure(workload, status.update)
     console.print(
         f"[bold]{escape(name)}[/] {batch} × {prompt} tokens, {max_tokens} behind each, "
-        f"{speed.dtype}, {device_name(place)}\n"
+        f"{speed.dtype}{int8}, {device_name(place)}\n"
         f"A step reads {in_bytes(measured.step_bytes)}; memory copies "
         f"{in_bytes(measured.copy_rate)}/s, which is {measured.limit:.1f} tokens/s",
         soft_wrap=True,

@@ -62,6 +62,14 @@ def evaluate(
         bool | None,
         typer.Option("--compile/--no-compile", help="torch.compile.", show_default="no"),
     ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="int8",
+            help="The loss of the weights in int8 too, as pretrain sample has them.",
+            show_default="no",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Measure loss, perplexity and bits per byte on validation splits: every token once.
@@ -86,6 +94,7 @@ def evaluate(
         dtype=dtype,
         attention=attn,
         compile=compile_,
+        quantize=quantize,
     )
     result = evaluate_checkpoint(request, aside if as_json else notice)
     if result is None:  # a rank that is not the first
@@ -95,12 +104,16 @@ def evaluate(
         typer.echo(json.dumps(facts, indent=2))
         return
     masked = ", documents masked" if result.document_mask else ""
+    int8 = f", matrices in {result.quantize}" if result.quantize else ""
     console.print(
         f"[bold]{escape(str(result.folder))}[/] on {escape(result.data)}, windows of "
-        f"{result.seq_len:,}{masked}, {result.attention}, {result.dtype}",
+        f"{result.seq_len:,}{masked}, {result.attention}, {result.dtype}{int8}",
         soft_wrap=True,
     )
     console.print(_table(result.data, facts))
+    if result.unquantized is not None:
+        plain, loss = result.unquantized.loss, result.evaluation.loss
+        console.print(f"Of the weights as they are: {plain:.4f}; {loss - plain:+.5f} by int8")
 
 
 def _facts(result: Any) -> dict[str, Any]:
@@ -112,8 +125,10 @@ def _facts(result: Any) -> dict[str, Any]:
         "document_mask": result.document_mask,
         "attention": result.attention,
         "dtype": result.dtype,
+        "quantize": result.quantize,
         **_measures(whole),
         "sources": {name: _measures(source) for name, source in whole.sources.items()},
+        "unquantized": _measures(result.unquantized) if result.unquantized else None,
     }
 
 

@@ -94,6 +94,15 @@ def sample(
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16 or auto.", rich_help_panel=SPEED)
     ] = "auto",
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="int8",
+            help="Matrices in int8, on a CPU: less to read for a token.",
+            show_default="no",
+            rich_help_panel=SPEED,
+        ),
+    ] = None,
     compile_: Annotated[
         bool | None,
         typer.Option(
@@ -138,7 +147,7 @@ def sample(
         asked = [prompt or ""]
     report = aside if as_json else notice
     folder, model, tokenizer = engine.open_for_sampling(
-        where, device=device, dtype=dtype, report=report, best=best
+        where, device=device, dtype=dtype, report=report, best=best, quantize=quantize
     )
     error_console.print(f"[dim]{escape(str(folder))}[/]", soft_wrap=True)
     texts = engine.plan_texts(model, tokenizer, asked, controls, n)

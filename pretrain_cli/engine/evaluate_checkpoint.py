@@ -20,11 +20,12 @@ from pretrain_cli.engine.evaluate import evaluate
 from pretrain_cli.engine.finding import check_tokenizer, open_mixture
 from pretrain_cli.engine.keeping import find_model_folder
 from pretrain_cli.engine.metrics import Evaluation
-from pretrain_cli.engine.open_model import open_model, run_of
+from pretrain_cli.engine.open_model import open_model, quantized, run_of
 from pretrain_cli.engine.speed import resolve_speed
 from pretrain_cli.errors import CheckpointError, ConfigError, DataError
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.config_json import read_config
+from pretrain_cli.model.quantized import quantize
 
 TOKENS_AT_ONCE = 8192
 
@@ -46,6 +47,8 @@ class Request:
     dtype: str | None = None
     attention: str | None = None
     compile: bool | None = None
+    quantize: str | None = None
+    """int8: evaluate the weights as they are, and then in int8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,8 @@ class Result:
     dtype: str
     attention: str
     evaluation: Evaluation
+    quantize: str | None = None
+    unquantized: Evaluation | None = None
 
 
 def evaluate_checkpoint(request: Request, report: Callable[[str], None]) -> Result | None:
@@ -69,7 +74,7 @@ def evaluate_checkpoint(request: Request, report: Callable[[str], None]) -> Resu
     with open_ranks(request.device) as ranks:
         say = report if ranks.is_first else _silent
         folder = find_model_folder(request.where, say, best=request.best)
-        settings = _as_in_its_run(folder)
+        settings = as_in_its_run(folder)
         flags = {
             "data.path": request.data,
             "data.tokenizer": request.tokenizer,
@@ -92,25 +97,25 @@ def evaluate_checkpoint(request: Request, report: Callable[[str], None]) -> Resu
         check_tokenizer(folder, data, say)
         seq_len = _seq_len(config, data, asked.data.seq_len, ranks.device)
         speed = resolve_speed(asked.speed, ranks.device, training=False)
+        int8 = quantized(request.quantize, config)
         model = open_model(folder, speed, ranks.device, say)
-        evaluation = evaluate(
-            model,
-            data,
-            step=0,
-            seq_len=seq_len,
-            batch_size=max(1, TOKENS_AT_ONCE // seq_len),
-            ranks=ranks,
-            document_mask=asked.data.document_mask,
-        )
-        if evaluation is None:
-            raise DataError(
-                f"{data.name}: no validation split; tokenize with --val-fraction above 0"
+
+        def measured() -> Evaluation:
+            found = evaluate(
+                model,
+                data,
+                step=0,
+                seq_len=seq_len,
+                batch_size=max(1, TOKENS_AT_ONCE // seq_len),
+                ranks=ranks,
+                document_mask=asked.data.document_mask,
             )
-        if not math.isfinite(evaluation.loss):
-            raise CheckpointError(
-                f"{folder}: its loss is {evaluation.loss}: its training diverged; take an earlier "
-                "checkpoint"
-            )
+            return _checked(found, folder, data)
+
+        evaluation, unquantized = measured(), None
+        if int8:
+            quantize(model)
+            evaluation, unquantized = measured(), evaluation
         if not ranks.is_first:
             return None
         return Result(
@@ -121,10 +126,23 @@ def evaluate_checkpoint(request: Request, report: Callable[[str], None]) -> Resu
             dtype=speed.dtype,
             attention=speed.attention,
             evaluation=evaluation,
+            quantize=request.quantize,
+            unquantized=unquantized,
         )
 
 
-def _as_in_its_run(folder: Path) -> dict[str, dict[str, Any]]:
+def _checked(evaluation: Evaluation | None, folder: Path, data: Mixture) -> Evaluation:
+    if evaluation is None:
+        raise DataError(f"{data.name}: no validation split; tokenize with --val-fraction above 0")
+    if not math.isfinite(evaluation.loss):
+        raise CheckpointError(
+            f"{folder}: its loss is {evaluation.loss}: its training diverged; take an earlier "
+            "checkpoint"
+        )
+    return evaluation
+
+
+def as_in_its_run(folder: Path) -> dict[str, dict[str, Any]]:
     """Of the settings of the run that a checkpoint is of, those that its validation depends on."""
     found = run_of(folder)
     if found is None:

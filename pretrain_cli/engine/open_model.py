@@ -13,10 +13,12 @@ from pretrain_cli.engine.speed import (
     build_model,
     compile_blocks,
 )
-from pretrain_cli.errors import CheckpointError
+from pretrain_cli.errors import CheckpointError, ConfigError
+from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.config_json import read_config
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.huggingface import load_weights, say_left_out
+from pretrain_cli.model.quantized import no_quantizing
 
 
 def open_model(
@@ -31,6 +33,17 @@ def open_model(
         report(say_left_out(folder, left_out))
     compile_blocks(model, speed)
     return model.eval()
+
+
+def quantized(asked: str | None, config: ModelConfig) -> bool:
+    """Whether --quantize asks for int8. ConfigError for what is not to be had."""
+    if asked is None:
+        return False
+    if asked != "int8":
+        raise ConfigError(f"--quantize: '{asked}' is not int8")
+    if reason := no_quantizing(config):
+        raise ConfigError(f"--quantize: not of this model: {reason}; leave it out")
+    return True
 
 
 def folder_tokenizer(folder: Path) -> Tokenizer:

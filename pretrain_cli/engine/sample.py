@@ -14,12 +14,14 @@ from pretrain_cli.engine.choosing import Controls
 from pretrain_cli.engine.distributed import find_device
 from pretrain_cli.engine.generate import Generation, Text
 from pretrain_cli.engine.keeping import find_model_folder
-from pretrain_cli.engine.open_model import folder_tokenizer, open_model
+from pretrain_cli.engine.open_model import folder_tokenizer, open_model, quantized
 from pretrain_cli.engine.speed import Speed, resolve_speed
 from pretrain_cli.engine.streamed import StopStrings, TextStream
 from pretrain_cli.errors import ConfigError, DataError
+from pretrain_cli.model.config_json import read_config
 from pretrain_cli.model.decode import Writer
 from pretrain_cli.model.decoder import Decoder
+from pretrain_cli.model.quantized import quantize as quantize_model
 
 Report = Callable[[str], None]
 
@@ -29,24 +31,45 @@ saves 0.2 to 0.9 ms of a layer's step, the matrices being packed in either case.
 
 
 def open_for_sampling(
-    where: Path | None, *, device: str, dtype: str, report: Report, best: bool = False
+    where: Path | None,
+    *,
+    device: str,
+    dtype: str,
+    report: Report,
+    best: bool = False,
+    quantize: str | None = None,
 ) -> tuple[Path, Decoder, Tokenizer]:
     """The model and tokenizer of a run, a checkpoint or a Hugging Face folder."""
     place = find_device(device)
     folder = find_model_folder(where, report, best=best)
     tokenizer = folder_tokenizer(folder)
+    int8 = quantized(quantize, read_config(folder))
+    if int8:
+        refuse_int8_off_cpu(place)
     asked = build_config({}, {"speed.dtype": dtype, "speed.compile": False}, []).speed
     speed = resolve_speed(asked, place, training=False)
-    return folder, open_to_write(folder, speed, place, report), tokenizer
+    return folder, open_to_write(folder, speed, place, report, int8=int8), tokenizer
 
 
-def open_to_write(folder: Path, speed: Speed, device: torch.device, report: Report) -> Decoder:
-    """The model of a folder, its matrices cast once, and not again at every token."""
+def open_to_write(
+    folder: Path, speed: Speed, device: torch.device, report: Report, *, int8: bool = False
+) -> Decoder:
+    """The model of a folder, its matrices cast or quantized once, and not again at every token."""
     model = open_model(folder, speed, device, report)
+    if int8:
+        quantize_model(model)
     for parameter in model.parameters():
         if parameter.ndim >= 2:
             parameter.data = parameter.data.to(model.dtype)
     return model
+
+
+def refuse_int8_off_cpu(device: torch.device) -> None:
+    if device.type != "cpu":
+        raise ConfigError(
+            f"--quantize: int8 is for writing text on a CPU, and the device is {device}; leave it "
+            "out, or give --device cpu"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.kv_cache import KVCache, seen_places
 from pretrain_cli.model.packed import PackedLinear, can_pack, pack_blocks
+from pretrain_cli.model.quantized import is_quantized
 from pretrain_cli.model.rope import rope_table, rotate
 
 CHUNK = 512
@@ -39,7 +40,9 @@ class Writer:
         self.device = model.embedding.weight.device
         self.on_gpu_graph = compiled and self.device.type == "cuda"
         self.head: Head = lambda x: F.linear(x, model.head_weight.to(x.dtype))
-        if pack and can_pack(self.device):
+        if is_quantized(model):
+            self.head = model.head
+        elif pack and can_pack(self.device):
             self.head = PackedLinear(model.head_weight.to(model.dtype))
             pack_blocks(model)
         self._step = step

@@ -29,7 +29,8 @@ from pretrain_cli.config import build_config
 from pretrain_cli.engine.choosing import Controls
 from pretrain_cli.engine.distributed import find_device
 from pretrain_cli.engine.generate import Generation, Text
-from pretrain_cli.engine.sample import make_writer, open_to_write
+from pretrain_cli.engine.open_model import quantized
+from pretrain_cli.engine.sample import make_writer, open_to_write, refuse_int8_off_cpu
 from pretrain_cli.engine.speed import Speed, build_model, resolve_speed
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.model.config import ModelConfig
@@ -58,6 +59,8 @@ class Workload:
     """As speed.dtype: auto is what suits the device."""
     compiled: bool | None
     vs: tuple[str, ...] = ()
+    quantize: str | None = None
+    """int8 for our own matrices, None for the weights as they are."""
 
 
 class Ready(NamedTuple):
@@ -110,6 +113,8 @@ def measure(workload: Workload, progress: Callable[[str], None]) -> Measured:
     """Our rates, and those of the arms it is measured against."""
     if set(workload.vs) - {THEIRS}:
         raise ConfigError(f"--vs: '{', '.join(workload.vs)}' is not {THEIRS}")
+    if quantized(workload.quantize, workload.model):
+        refuse_int8_off_cpu(find_device(workload.device))
     arms = [OURS, *workload.vs]
     turns: dict[str, list[Round]] = {arm: [] for arm in arms}
     ready = {}
@@ -143,7 +148,8 @@ def step_bytes(workload: Workload) -> float:
     count = count_parameters(config)
     matrices = count.active - (0 if config.tie_word_embeddings else count.embeddings)
     middle = workload.prompt + workload.tokens // 2
-    return size * matrices + workload.batch * cache_bytes(config, middle, size)
+    each = size if workload.quantize is None else 1
+    return each * matrices + workload.batch * cache_bytes(config, middle, size)
 
 
 def copy_rate(device: torch.device) -> float:
@@ -269,7 +275,13 @@ def _prompts(workload: Workload) -> torch.Tensor:
 
 def _ours(workload: Workload, folder: Path) -> tuple[Ready, Callable[[int], Round]]:
     began = time.perf_counter()
-    model = open_to_write(folder, _speed(workload), find_device(workload.device), print)
+    model = open_to_write(
+        folder,
+        _speed(workload),
+        find_device(workload.device),
+        print,
+        int8=workload.quantize is not None,
+    )
     load = time.perf_counter() - began
     prompts = _prompts(workload).tolist()
     controls = Controls(temperature=0, max_tokens=workload.tokens)

@@ -1,0 +1,116 @@
+"""Matrices in int8: what they multiply by is the nearest there is, and every way to is the same."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pretrain_cli.model.decode import Writer
+from pretrain_cli.model.decoder import Decoder
+from pretrain_cli.model.layout import Merged, layout
+from pretrain_cli.model.quantized import FEW, QuantizedLinear, no_quantizing, quantize
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def drawn(*shape, scale=1.0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))) * scale
+
+
+@pytest.fixture(params=["gemma3", "qwen3", "qwen3-apart"])
+def model(request, make_config, wide):
+    family, _, apart = request.param.partition("-")
+    made = Decoder(make_config(family), merged=Merged(*(not apart,) * 2))
+    wide(made)
+    return made.eval()
+
+
+@torch.no_grad()
+def by_hand(model):
+    """The same decoder, each of its matrices replaced by whole numbers times a scale for each row,
+    its head too, but not its embedding."""
+    out = copy.deepcopy(model)
+    parameters = dict(out.named_parameters())
+    for piece in layout(out.config, merged=out.merged):
+        matrix = piece.of(parameters[piece.parameter])
+        if len(piece.shape) == 2 and piece.name not in ("model.embed_tokens.weight",):
+            matrix.copy_(rounded(matrix))
+    if out.config.tie_word_embeddings:
+        out.config = replace(out.config, tie_word_embeddings=False)
+        out.head = torch.nn.Linear(*reversed(out.embedding.weight.shape), bias=False)
+        out.head.weight.copy_(rounded(out.embedding.weight))
+    return out
+
+
+def rounded(matrix):
+    out = torch.empty_like(matrix)
+    for row, values in enumerate(matrix):
+        scale = max(values.max(), -values.min()) / 127
+        out[row] = torch.stack([torch.round(value) * scale for value in values / scale])
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_weight_moves_by_more_than_half_a_step(dtype):
+    weight = drawn(33, 50, scale=0.3)
+    weight[3] = 0.0
+    weight[4, 7] = 30.0
+    linear = QuantizedLinear(weight, dtype)
+    steps = weight.abs().amax(1, keepdim=True) / 127
+    slack = 1e-6 if dtype == torch.float32 else 2**-8 * 127  # the scale itself is rounded
+    wide = linear.whole.float() * linear.scales.float().unsqueeze(1)
+    assert ((wide - weight).abs() <= steps * (0.5 + slack) + 1e-30).all()
+    assert linear.whole.dtype == torch.int8
+    assert linear.whole[3].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, FEW, FEW + 1, 70])
+@pytest.mark.parametrize(("width", "height"), [(64, 48), (50, 33), (7, 1)])
+def test_few_rows_and_many_are_multiplied_by_the_same(dtype, rows, width, height):
+    linear = QuantizedLinear(drawn(height, width), dtype)
+    x = drawn(rows, width).to(dtype)
+    expected = (x.double() @ linear.whole.double().T) * linear.scales.double()
+    error = (linear(x).double() - expected).norm() / expected.norm()
+    assert error < (1e-6 if dtype == torch.float32 else 5e-3)
+    assert linear(x).dtype == dtype
+    assert torch.equal(linear(x.view(1, rows, width))[0], linear(x))
+
+
+def test_a_quantized_model_is_the_rounded_one_by_any_way_through_it(model):
+    expected = by_hand(model)
+    tokens = torch.randint(1, 60, (2, 33), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        plain = model(tokens)
+        logits = expected(tokens)
+        loss = expected(tokens[:, :-1], tokens[:, 1:])
+        quantize(model)
+        torch.testing.assert_close(model(tokens), logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(tokens[:, :-1], tokens[:, 1:]), loss)
+    assert not torch.allclose(plain, logits, rtol=1e-3, atol=1e-3)  # or nothing was seen
+    writer = Writer(model, pack=True)
+    cache = writer.new_cache(batch=2, capacity=33)
+    last = writer.prefill(cache, tokens[:, :20].tolist())
+    torch.testing.assert_close(last, logits[:, 19], rtol=1e-4, atol=1e-4)
+    for place in range(20, 33):
+        positions = torch.full((2,), place)
+        last = writer.step(cache, tokens[:, place], positions)
+        torch.testing.assert_close(last, logits[:, place], rtol=1e-4, atol=1e-4)
+
+
+def test_the_embedding_is_left_alone(make_config, wide):
+    model = Decoder(make_config())
+    wide(model)
+    before = model.embedding.weight.clone()
+    quantize(model)
+    assert torch.equal(model.embedding.weight, before)
+    assert not torch.equal(model.head_weight, before)
+    assert F.cosine_similarity(model.head_weight, before).min() > 0.999
+
+
+def test_a_mixture_of_experts_is_not_quantized(make_config):
+    reason = no_quantizing(make_config("moe"))
+    assert reason
+    assert "experts" in reason

@@ -106,6 +106,7 @@ def test_every_tensor_is_the_folders_under_its_gguf_name(folder, export, dtype):
 def test_the_files_numbers_are_the_configs(folder, export):
     reader = gguf.GGUFReader(export(folder, "bf16"))
     config = json.loads((folder / "config.json").read_text())
+    config |= {"num_experts": config.get("num_local_experts", config.get("num_experts"))}
 
     def field(key: str) -> Any:
         found = reader.get_field(key)
@@ -179,8 +180,8 @@ def llama() -> Callable[..., Any]:
     return open_file
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 2e-3), ("fp16", 5e-3), ("bf16", 3e-2)])
-def test_llama_cpp_computes_the_same_logits(folder, export, llama, dtype, tolerance):
+@pytest.mark.parametrize("dtype", TYPES)
+def test_llama_cpp_computes_the_same_logits(folder, export, llama, dtype):
     transformers = importlib.import_module("transformers")
     tokens = torch.randint(0, 256, (1, LENGTH), generator=torch.Generator().manual_seed(3))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -189,6 +190,8 @@ def test_llama_cpp_computes_the_same_logits(folder, export, llama, dtype, tolera
     model = llama(export(folder, dtype))
     model.eval(tokens[0].tolist())
     logits = torch.from_numpy(model.scores[:LENGTH].copy())
+    is_gemma = "Gemma" in type(theirs).__name__  # whose GELU llama.cpp has as a float16 table
+    tolerance = {"fp32": 2e-3 if is_gemma else 1e-5, "fp16": 5e-3, "bf16": 4e-2}[dtype]
     assert (logits - expected).norm() / expected.norm() < tolerance
 
 

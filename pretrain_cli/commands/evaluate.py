@@ -9,6 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from pretrain_cli.commands.display import aside, console, notice
+from pretrain_cli.commands.evaluate_tasks import show_tasks
+
+TASKS = "Tasks"
 
 
 def evaluate(
@@ -39,7 +42,10 @@ def evaluate(
     ] = None,
     seq_len: Annotated[
         int | None,
-        typer.Option(help="Tokens a window.", show_default="the run's; else 512 on a CPU, 1024"),
+        typer.Option(
+            help="Tokens a window; with --tasks, the longest text.",
+            show_default="the run's; else 512 on a CPU, 1024; with --tasks, the model's",
+        ),
     ] = None,
     document_mask: Annotated[
         bool | None,
@@ -70,6 +76,26 @@ def evaluate(
             show_default="no",
         ),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,…",
+            help="Of lm-evaluation-harness, or YAML files of its kind, instead of the loss.",
+            rich_help_panel=TASKS,
+        ),
+    ] = None,
+    include_path: Annotated[
+        Path | None,
+        typer.Option(help="A folder with tasks of your own.", rich_help_panel=TASKS),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            help="Of each task the first so many questions.",
+            show_default="all",
+            rich_help_panel=TASKS,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Measure loss, perplexity and bits per byte on validation splits: every token once.
@@ -77,6 +103,24 @@ def evaluate(
     As training measures it; a checkpoint has the loss that its run's metrics.jsonl has for its
     step. A dataset that another tokenizer made is refused.
     """
+    of_loss = {"data": data, "tokenizer": tokenizer, "eval-tokens": eval_tokens,
+               "document-mask": document_mask, "compile": compile_}  # fmt: skip
+    _refuse_others(of_loss, {"include-path": include_path, "limit": limit}, tasks)
+    if tasks is not None:
+        show_tasks(
+            as_json,
+            where=where,
+            best=best,
+            tasks=tuple(name for name in tasks.split(",") if name),
+            include_path=include_path,
+            limit=limit,
+            seq_len=seq_len,
+            device=device,
+            dtype=dtype,
+            attention=attn,
+            quantize=quantize,
+        )
+        return
     from pretrain_cli.engine.process import wait_passively
 
     wait_passively("auto")
@@ -114,6 +158,21 @@ def evaluate(
     if result.unquantized is not None:
         plain, loss = result.unquantized.loss, result.evaluation.loss
         console.print(f"Of the weights as they are: {plain:.4f}; {loss - plain:+.5f} by int8")
+
+
+def _refuse_others(of_loss: dict[str, Any], of_tasks: dict[str, Any], tasks: str | None) -> None:
+    """An option that what is asked for would ignore."""
+    from pretrain_cli.errors import ConfigError
+
+    others, reason = of_tasks, "is of --tasks, which was not given; leave it out"
+    if tasks is not None:
+        others, reason = (
+            of_loss,
+            "is of the validation loss, and --tasks asks for tasks; choose one",
+        )
+    for name, value in others.items():
+        if value is not None:
+            raise ConfigError(f"--{name}: {reason}")
 
 
 def _facts(result: Any) -> dict[str, Any]:

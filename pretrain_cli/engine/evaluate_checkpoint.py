@@ -25,7 +25,7 @@ from pretrain_cli.engine.speed import resolve_speed
 from pretrain_cli.errors import CheckpointError, ConfigError, DataError
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.config_json import read_config
-from pretrain_cli.model.quantized import quantize
+from pretrain_cli.model.quantized import as_floats, quantize
 
 TOKENS_AT_ONCE = 8192
 
@@ -115,6 +115,7 @@ def evaluate_checkpoint(request: Request, report: Callable[[str], None]) -> Resu
         evaluation, unquantized = measured(), None
         if int8:
             quantize(model)
+            as_floats(model)
             evaluation, unquantized = measured(), evaluation
         if not ranks.is_first:
             return None

@@ -21,9 +21,11 @@ from pretrain_cli.errors import ConfigError, DataError
 from pretrain_cli.model.config_json import read_config
 from pretrain_cli.model.decode import Writer
 from pretrain_cli.model.decoder import Decoder
+from pretrain_cli.model.quantized import FEW, as_floats, is_quantized
 from pretrain_cli.model.quantized import quantize as quantize_model
 
 Report = Callable[[str], None]
+CPU = torch.device("cpu")
 
 WORTH_COMPILING = 3000
 """Steps from which compiling pays on a CPU, whatever the model: it takes 1.2 to 1.6 s a layer and
@@ -155,17 +157,31 @@ def make_writer(
 ) -> Writer:
     """The model made ready to write these texts; it can do nothing else afterwards. Compiles a step
     where that was asked for or pays, and says so."""
+    if is_quantized(model) and (why := no_int8_steps(model, asked, min(rows, len(texts)))):
+        as_floats(model)
+        report(f"The int8 weights are read as {str(model.dtype).removeprefix('torch.')}: {why}")
     compiled, reason = decide_compile(model, asked, texts, rows)
     if asked and not compiled:
         report(f"Not compiled: {reason}")
     writer = Writer(model, pack=True, compiled=compiled)
-    if compiled:
+    if compiled or is_quantized(model):
         began = time.perf_counter()
         capacity = max(len(text.prompt) + text.limit for text in texts)
         writer.warm_up(rows=min(rows, len(texts)), capacity=capacity)
+        reason = reason if compiled else "products of int8"
         why = "" if asked else f" ({reason}; --no-compile leaves it out)"
         report(f"Compiled in {time.perf_counter() - began:.0f} s{why}")
     return writer
+
+
+def no_int8_steps(model: Decoder, asked: bool | None, rows: int) -> str:
+    """Why steps of so many texts are taken with floats of an int8 model's values; else nothing."""
+    if asked is False:
+        return "products of int8 are compiled"
+    if rows > FEW[model.dtype]:
+        return f"with {rows} texts at a time that is faster (up to {FEW[model.dtype]}, int8 is)"
+    possible = resolve_speed(SpeedConfig(compile=True), CPU, training=False).decisions["compile"]
+    return "" if possible.in_force else f"{possible.reason}, which products of int8 need"
 
 
 def decide_compile(

@@ -25,6 +25,7 @@ from pretrain_cli.engine.sample import open_to_write
 from pretrain_cli.engine.speed import resolve_speed
 from pretrain_cli.errors import ConfigError, DataError, did_you_mean
 from pretrain_cli.model.config_json import read_config
+from pretrain_cli.model.quantized import as_floats
 
 MAX_TOKENS = 256
 """Of an answer, where a task doesn't say."""
@@ -103,6 +104,8 @@ def evaluate_tasks(request: TaskRequest, report: Callable[[str], None]) -> TaskR
         )
     loaded = _loaded_tasks(request)
     model = open_to_write(folder, speed, device, report, int8=int8)
+    if int8:
+        as_floats(model)  # which are faster with several texts at a time
     reader = Reader(model, tokenizer, request.seq_len or positions)
     harness = importlib.import_module("lm_eval")
     found: Any = importlib.import_module("lm_eval.evaluator").evaluate(

@@ -3,13 +3,20 @@ float32, and on a CPU a token costs little but reading them.
 
     row of W  ≈  scale · q,    q = −127 … 127 whole,    scale = max |row| / 127
 
-With few rows of activations a product is PyTorch's own for such weights. With many, as of a prompt,
-it is the library's with q as floats, which holds them exactly in bfloat16 too, and then scaled: the
-same sums. Activations stay as they are, and so do the embedding, the norms and what is remembered
-of a text. A head that is the embedding is quantized apart.
+With the one row of activations that a token has, or some, a product is compiled: it reads q once,
+makes floats of it and sums as many rows at once. With many, as of a prompt, it is the library's
+with q as floats, which holds them exactly in bfloat16 too, and then scaled: the same sums.
+Activations stay as they are, and so do the embedding, the norms and what is remembered of a text. A
+head that is the embedding is quantized apart.
+
+Tried and left: PyTorch's own product for such weights (_weight_int8pack_mm). In float32 it is
+slower than oneDNN's product of floats, in bfloat16 no faster than that with more than a row; and
+there it reads beyond rows whose width is no multiple of its vectors (torch 2.13).
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,13 +25,23 @@ from torch import Tensor, nn
 
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.decoder import Decoder
-from pretrain_cli.model.layers import Projections
+from pretrain_cli.model.layers import Linear, Projections
 
-FEW = 16
-"""Rows up to which PyTorch's product for int8 weights is taken: it is made for one or some."""
-VECTOR = 32
-"""That a row's width must be a multiple of for it: in bfloat16 it reads whole vectors, with others
-beyond the row (torch 2.13: wrong sums, or a crash)."""
+FEW = {torch.float32: 4, torch.bfloat16: 2}
+"""Rows up to which int8 is faster than floats laid out anew (packed.py), on two CPU cores."""
+
+
+def _sums(x: Tensor, whole: Tensor, scales: Tensor) -> Tensor:
+    """(rows, in), (out, in), (out,) -> (rows, out). The sums of all rows are one loop over q."""
+    wide = whole.float()
+    return torch.stack([(wide * row).sum(-1) for row in x.unbind()]) * scales
+
+
+@cache
+def _compiled() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Compiled once for all sizes, for each number of rows. (To import the compiler takes a second;
+    a model that isn't quantized has no need of it.)"""
+    return torch.compile(_sums, dynamic=True)
 
 
 class QuantizedLinear(nn.Module):
@@ -33,26 +50,25 @@ class QuantizedLinear(nn.Module):
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
         wide = weight.detach().float()
-        least = torch.finfo(dtype).tiny  # of a row of zeros
-        scales = (wide.abs().amax(1) / 127).clamp(min=least).to(dtype)
-        whole = (wide / scales.float().unsqueeze(1)).round().clamp(-127, 127)
+        least = torch.finfo(torch.float32).tiny  # of a row of zeros
+        scales = (wide.abs().amax(1) / 127).clamp(min=least)
+        self.dtype = dtype
+        self.sums = _compiled()
         self.whole: Tensor
         self.scales: Tensor
-        self.register_buffer("whole", whole.to(torch.int8))
+        self.register_buffer("whole", (wide / scales.unsqueeze(1)).round().to(torch.int8))
         self.register_buffer("scales", scales)
 
     @property
     def weight(self) -> Tensor:
-        """The matrix that this multiplies by."""
-        return self.whole.to(self.scales.dtype) * self.scales.unsqueeze(1)
+        """The matrix that this multiplies by, as floats."""
+        return (self.whole.float() * self.scales.unsqueeze(1)).to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        if len(rows) <= FEW and rows.shape[1] % VECTOR == 0 and x.device.type == "cpu":
-            out = torch.ops.aten._weight_int8pack_mm(rows, self.whole, self.scales)
-        else:
-            out = F.linear(rows, self.whole.to(x.dtype)) * self.scales
-        return out.view(*x.shape[:-1], -1)
+        # of a step a token a text, (B, in); a prompt has one dimension more
+        if x.ndim == 2 and len(x) <= FEW[x.dtype] and x.device.type == "cpu":
+            return self.sums(x.float(), self.whole, self.scales).to(x.dtype)
+        return (F.linear(x, self.whole.to(x.dtype)) * self.scales).to(x.dtype)
 
 
 class QuantizedProjections(nn.Module):
@@ -89,6 +105,33 @@ def quantize(model: Decoder) -> None:
         attention.output = QuantizedLinear(attention.output.weight, model.dtype)
         mlp.gate_up = QuantizedProjections(mlp.gate_up, model.dtype)
         mlp.down = QuantizedLinear(mlp.down.weight, model.dtype)
+
+
+@torch.no_grad()
+def as_floats(model: Decoder) -> None:
+    """Put floats in the place of the quantized matrices, of the same values."""
+    whole: Any = model
+    whole.head = _linear(whole.head)
+    for block in whole.blocks:
+        attention, mlp = block.attention, block.mlp
+        attention.qkv = _projections(attention.qkv)
+        attention.output = _linear(attention.output)
+        mlp.gate_up = _projections(mlp.gate_up)
+        mlp.down = _linear(mlp.down)
+
+
+def _linear(quantized: QuantizedLinear) -> Linear:
+    weight = quantized.weight
+    out = Linear(0, 0)
+    out.weight = nn.Parameter(weight, requires_grad=False)
+    return out
+
+
+def _projections(quantized: QuantizedProjections) -> Projections:
+    rows = {str(part): count for part, count in enumerate(quantized.rows)}
+    out = Projections(0, rows, merged=True)
+    out.weight = nn.Parameter(quantized.linear.weight, requires_grad=False)
+    return out
 
 
 def is_quantized(model: Decoder) -> bool:

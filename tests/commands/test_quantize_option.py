@@ -64,13 +64,27 @@ def test_text_is_that_of_the_rounded_weights(pretrain, rounded_folder):
     assert given["logprobs"] != pytest.approx(plain["logprobs"], abs=1e-5)
 
 
+@pytest.mark.usefixtures("trained")
+def test_where_floats_are_faster_that_is_said_and_the_text_is_the_same(pretrain):
+    line = "sample --quantize int8 --temperature 0 --max-tokens 20 --dtype float32"
+    one = pretrain(f"{line} --prompt '1 green'")
+    apart = pretrain(f"{line} --prompt '1 green' --no-compile")
+    assert "read as float32: products of int8 are compiled" in apart.out + apart.err
+    assert apart.out.endswith(one.out.splitlines()[-1] + "\n")
+    several = pretrain(f"{line} --prompt '1 green' --n 5 --batch-size 5 --json")
+    assert "with 5 texts at a time that is faster" in several.err
+    texts = {json.loads(row)["text"] for row in several.out.splitlines()}
+    assert len(texts) == 1
+    assert texts.pop() in one.out
+
+
 @pytest.mark.slow
 def test_a_compiled_step_writes_the_same(pretrain, rounded_folder):
     line = "--temperature 0 --max-tokens 40 --dtype float32 --prompt '1 green'"
     plain = pretrain(f"sample runs/tiny --quantize int8 {line}")
     compiled = pretrain(f"sample runs/tiny --quantize int8 {line} --compile")
     assert "Compiled in" in compiled.out + compiled.err
-    assert plain.out in compiled.out
+    assert plain.out.split("\n", 1)[1] == compiled.out.split("\n", 1)[1]
 
 
 @pytest.mark.slow

@@ -10,6 +10,10 @@ A tokenizer that does anything else is refused, as llama.cpp would make other to
 
 The ▁ of added tokens such as Gemma's ▁▁ are ▁ typed in a text, not spaces: runs of spaces are
 merged, and so those tokens are pieces like any other. (llama.cpp's own converter has it otherwise.)
+
+What llama.cpp has its own way, whatever a file says: a ▁ typed in a text is a space, and tokens
+that look like an end or a mark of code to be filled in are control tokens, so </s> in Gemma's HTML
+and Qwen's <|fim_prefix|> are several pieces where they are typed.
 """
 
 import json

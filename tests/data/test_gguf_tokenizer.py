@@ -32,7 +32,7 @@ WORDS = [" ", "  ", "\n", "\n\n", "\t", "the", "The", "don't", "1234", "é", "�
 
 def spm_like(tmp_path: Path) -> Tokenizer:
     """A small tokenizer of Gemma's make: ▁ for spaces, bytes, and every way to make a token a
-    merge, in the order of the tokens."""
+    merge. Their order is not that of the ids."""
     learner = tokenizers.Tokenizer(tokenizers.models.BPE())
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=500, show_progress=False)
     corpus = [*LINES * 3, *(Path(random.__file__).read_text()[:20_000]).split("\n")]
@@ -41,7 +41,8 @@ def spm_like(tmp_path: Path) -> Tokenizer:
     made = ["".join(pair) for pair in spec["merges"]]
     characters = sorted({c for line in corpus for c in line.replace(" ", "▁")})
     pieces = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)),
-              "<b>", "▁▁▁▁", *characters, *(text for text in made if text != "▁▁▁▁")]  # fmt: skip
+              "<b>", "▁▁▁▁", *characters]  # fmt: skip
+    pieces += [text for text in reversed(made) if text != "▁▁▁▁"]
     vocab = {text: id for id, text in enumerate(pieces)}
     merges = []
     for text in made:

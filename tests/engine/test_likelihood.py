@@ -81,8 +81,10 @@ def test_what_is_greedy_is_known(theirs, reader):
     prompt = list(b"the cat")
     with torch.no_grad():
         best = int(theirs(torch.tensor([prompt])).logits[0, -1].argmax())
-    spans = [Span([*prompt, best], 1), Span([*prompt, (best + 1) % 256], 1)]
-    assert [is_greedy for _, is_greedy in found(reader, spans)] == [True, False]
+        other = (best + 1) % 256
+        then = int(theirs(torch.tensor([[*prompt, other]])).logits[0, -1].argmax())
+    spans = [Span([*prompt, *more], len(more)) for more in ([best], [other], [other, then])]
+    assert [is_greedy for _, is_greedy in found(reader, spans)] == [True, False, False]
 
 
 def test_what_no_token_is_asked_about_is_certain(reader):

@@ -61,7 +61,9 @@ def benchmark(
     vs: Annotated[
         str | None,
         typer.Option(
-            metavar="PROGRAM", help="The same step by transformers.", rich_help_panel=MODES
+            metavar="PROGRAM",
+            help="The same step by transformers, in turns.",
+            rich_help_panel=MODES,
         ),
     ] = None,
     find_micro_batch: Annotated[

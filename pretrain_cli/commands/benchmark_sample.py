@@ -26,12 +26,11 @@ def benchmark_sample(
         int | None, typer.Option(help="Tokens of a prompt.", show_default=str(PROMPT))
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens written behind it.")] = TOKENS,
-    micro_batch_size: Annotated[
-        int | None, typer.Option(help="Texts at a time.", show_default="1")
-    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Texts written at a time.")] = 1,
     rounds: Annotated[int, typer.Option(help="Times each is measured.")] = ROUNDS,
     vs: Annotated[
-        str | None, typer.Option(help="transformers: its generate, in turns with ours.")
+        str | None,
+        typer.Option(metavar="PROGRAM", help="The same texts by transformers, in turns."),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, mps or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto.")] = "auto",
@@ -55,11 +54,10 @@ def benchmark_sample(
 
     check_output(as_json)
     prompt = PROMPT if seq_len is None else seq_len
-    batch = 1 if micro_batch_size is None else micro_batch_size
     for name, value, least in (
         ("max-tokens", max_tokens, 2),
         ("seq-len", prompt, 1),
-        ("micro-batch-size", batch, 1),
+        ("batch-size", batch_size, 1),
         ("rounds", rounds, 1),
     ):
         if value < least:
@@ -87,7 +85,7 @@ def benchmark_sample(
         model=config,
         prompt=prompt,
         tokens=max_tokens,
-        batch=batch,
+        batch=batch_size,
         rounds=rounds,
         device=str(place),
         dtype=str(speed.dtype),
@@ -99,7 +97,7 @@ def benchmark_sample(
     with console.status("starting") as status:
         measured = engine.measure(workload, status.update)
     console.print(
-        f"[bold]{escape(name)}[/] {batch} × {prompt} tokens, {max_tokens} behind each, "
+        f"[bold]{escape(name)}[/] {batch_size} × {prompt} tokens, {max_tokens} behind each, "
         f"{speed.dtype}{int8}, {device_name(place)}\n"
         f"A step reads {in_bytes(measured.step_bytes)}; memory copies "
         f"{in_bytes(measured.copy_rate)}/s, which is {measured.limit:.1f} tokens/s",

@@ -350,7 +350,7 @@ def test_what_cannot_be_tokenized_is_refused(refused, options, said):
 
 @pytest.mark.slow
 def test_writing_is_measured(pretrain):
-    line = "benchmark sample --seq-len 20 --max-tokens 6 --rounds 2 --micro-batch-size 2"
+    line = "benchmark sample --seq-len 20 --max-tokens 6 --rounds 2 --batch-size 2"
     outcome = pretrain(f"{line} --json s.json")
     assert outcome.code == 0, outcome.err
     assert "gemma3-tiny 2 × 20 tokens, 6 behind each" in outcome.out
@@ -367,7 +367,7 @@ def test_writing_is_measured(pretrain):
     [
         ("--max-tokens 1", "--max-tokens: 1 is not at least 2"),
         ("--rounds 0", "--rounds: 0 is not at least 1"),
-        ("--micro-batch-size 0", "--micro-batch-size: 0 is not at least 1"),
+        ("--batch-size 0", "--batch-size: 0 is not at least 1"),
         ("--seq-len 0", "--seq-len: 0 is not at least 1"),
         ("--seq-len 2048", "--seq-len: 2,048 and --max-tokens 256 are beyond the model's 2,048"),
         ("--vs vllm", "--vs: 'vllm' is not transformers"),

@@ -64,9 +64,6 @@ def benchmark_sample(
             raise ConfigError(f"--{name}: {value} is not at least {least}")
     asked = build_config({}, {"speed.dtype": dtype}, []).speed
 
-    from pretrain_cli.engine.process import wait_passively
-
-    wait_passively("auto")
     from pretrain_cli.engine.benchmark import sample as engine
     from pretrain_cli.engine.distributed import device_name, find_device
     from pretrain_cli.engine.speed import resolve_speed

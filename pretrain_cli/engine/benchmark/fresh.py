@@ -18,6 +18,15 @@ def in_a_fresh_process(name: str, speed: SpeedConfig, compiled: Path, *arguments
         return process.submit(_call, name, speed, compiled, arguments).result()
 
 
+def serve(tuned: bool, compiled: Path, arm: str, *arguments: Any) -> None:
+    """`sample.serve_arm` of an arm, in a process that was just started: `tuned` as `pretrain
+    sample` has it."""
+    if tuned:
+        wait_passively("auto")
+    keep_compiled(compiled)
+    importlib.import_module("pretrain_cli.engine.benchmark.sample").serve_arm(arm, *arguments)
+
+
 def _call(name: str, speed: SpeedConfig, compiled: Path, arguments: tuple[Any, ...]) -> Any:
     wait_passively(speed.passive_threads)  # before torch is loaded
     keep_compiled(compiled)

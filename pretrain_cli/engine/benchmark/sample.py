@@ -3,8 +3,9 @@
     pretrain        what `pretrain sample` does (engine/generate.py), its texts not decoded
     transformers    `generate` with its own KV cache, as it comes
 
-Each in a fresh process with the same random weights. They take turns, so that a machine that is
-busy for a while is so for both; loading, compiling and one round to warm up are timed apart.
+Each in a fresh process with the same random weights; what ours sets for its process, transformers'
+is without. They take turns, so that a machine that is busy for a while is so for both; loading,
+compiling and one round to warm up are timed apart.
 
 What can be reached is a matter of memory: every token reads all weights and what its text has
 remembered. The limit is the rate at which this machine copies a large buffer, read and written
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pretrain_cli.config import build_config
+from pretrain_cli.engine.benchmark.fresh import serve
 from pretrain_cli.engine.choosing import Controls
 from pretrain_cli.engine.distributed import find_device
 from pretrain_cli.engine.generate import Generation, Text
@@ -119,10 +121,10 @@ def measure(workload: Workload, progress: Callable[[str], None]) -> Measured:
     turns: dict[str, list[Round]] = {arm: [] for arm in arms}
     ready = {}
     progress("drawing weights")
-    with _drawn_folder(workload) as folder, _processes(arms, workload, folder) as pipes:
+    with _drawn_folder(workload) as folder, _processes(arms, folder) as pipes:
         for arm, pipe in pipes.items():  # one at a time, so that neither loads while one compiles
             progress(f"{arm}: loading")
-            pipe.send(0)
+            pipe.send(workload)
             ready[arm] = _receive(pipe, arm)
         for number in range(-1, workload.rounds):
             for arm, pipe in pipes.items():
@@ -199,9 +201,7 @@ def _result(
 
 
 @contextmanager
-def _processes(
-    arms: list[str], workload: Workload, folder: Path
-) -> Iterator[dict[str, Connection]]:
+def _processes(arms: list[str], folder: Path) -> Iterator[dict[str, Connection]]:
     """A fresh process for each arm, and the pipe that it is asked by."""
     fresh = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
@@ -209,7 +209,9 @@ def _processes(
         for arm in arms:
             pipes[arm], theirs = fresh.Pipe()
             process = fresh.Process(
-                target=_serve, args=(arm, workload, folder, theirs), daemon=True
+                target=serve,
+                args=(arm == OURS, folder / "compiled", arm, folder, theirs),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -233,10 +235,10 @@ def _receive(pipe: Connection, arm: str) -> Any:
     return answer
 
 
-def _serve(arm: str, workload: Workload, folder: Path, pipe: Connection) -> None:
-    """Load when told to, then write so many tokens whenever told to."""
+def serve_arm(arm: str, folder: Path, pipe: Connection) -> None:
+    """Load when told what is measured, then write so many tokens whenever told to."""
     try:
-        pipe.recv()
+        workload = pipe.recv()
         ready, one_round = (_ours if arm == OURS else _theirs)(workload, folder)
         pipe.send(ready)
         while tokens := pipe.recv():

@@ -117,9 +117,10 @@ def sample(
 
     It ends at the end-of-document token, at a --stop text or after --max-tokens.
     """
-    from pretrain_cli.engine.process import wait_passively
+    from pretrain_cli.engine.process import take_huge_pages, wait_passively
 
     wait_passively("auto")
+    take_huge_pages()
     from pretrain_cli.engine import sample as engine
     from pretrain_cli.engine.choosing import Controls
     from pretrain_cli.errors import ConfigError

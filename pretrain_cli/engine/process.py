@@ -1,4 +1,4 @@
-"""Settings of the whole process, two of which must be made before torch is loaded or at once after.
+"""Settings of the whole process, most of them made before torch is loaded or at once after.
 
 passive_threads     OpenMP threads that wait for each other spin briefly and then sleep. Spinning on
                     and on is slower where anything else wants a core; sleeping at once
@@ -7,6 +7,10 @@ passive_threads     OpenMP threads that wait for each other spin briefly and the
 keep_freed_memory   glibc keeps freed memory for the next step instead of giving it back to the
                     kernel and faulting it in again, page by page: a vocabulary's gradients are
                     hundreds of megabytes.
+huge pages          Large buffers in pages of 2 MB, where the kernel gives them to whoever asks: a
+                    token reads every weight once, and by 4 KB at a time waits for addresses too.
+                    Taken to write text; training was not measured with it. Read by torch at its
+                    first large buffer.
 
 Tokenizing wants the opposite, `give_back_memory`: blocks of many sizes come and go there, and kept
 they leave ever more gaps.
@@ -26,6 +30,7 @@ from typing import Any
 
 SPINS, BRIEF = "GOMP_SPINCOUNT", "1000"
 POLICY = "OMP_WAIT_POLICY"
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 CGROUPS = Path("/sys/fs/cgroup")
 # mallopt's numbers, in glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
@@ -76,6 +81,11 @@ def wait_passively(asked: bool | str) -> None:
     loaded already."""
     if asked is not False and "torch" not in sys.modules and POLICY not in os.environ:
         os.environ.setdefault(SPINS, BRIEF)
+
+
+def take_huge_pages() -> None:
+    """Have torch ask for huge pages, unless the environment says whether."""
+    os.environ.setdefault(HUGE_PAGES, "1")
 
 
 def passive_threads(asked: bool | str) -> tuple[bool, str]:

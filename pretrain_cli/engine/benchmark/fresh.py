@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain_cli.config import SpeedConfig
-from pretrain_cli.engine.process import keep_compiled, wait_passively
+from pretrain_cli.engine.process import keep_compiled, take_huge_pages, wait_passively
 
 
 def in_a_fresh_process(name: str, speed: SpeedConfig, compiled: Path, *arguments: Any) -> Any:
@@ -23,6 +23,7 @@ def serve(tuned: bool, compiled: Path, arm: str, *arguments: Any) -> None:
     sample` has it."""
     if tuned:
         wait_passively("auto")
+        take_huge_pages()
     keep_compiled(compiled)
     importlib.import_module("pretrain_cli.engine.benchmark.sample").serve_arm(arm, *arguments)
 

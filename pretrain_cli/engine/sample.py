@@ -163,11 +163,12 @@ def make_writer(
     compiled, reason = decide_compile(model, asked, texts, rows)
     if asked and not compiled:
         report(f"Not compiled: {reason}")
-    writer = Writer(model, pack=True, compiled=compiled)
+    rows = min(rows, len(texts))
+    writer = Writer(model, fast=True, compiled=compiled, rows=rows)
     if compiled or is_quantized(model):
         began = time.perf_counter()
         capacity = max(len(text.prompt) + text.limit for text in texts)
-        writer.warm_up(rows=min(rows, len(texts)), capacity=capacity)
+        writer.warm_up(rows=rows, capacity=capacity)
         reason = reason if compiled else "products of int8"
         why = "" if asked else f" ({reason}; --no-compile leaves it out)"
         report(f"Compiled in {time.perf_counter() - began:.0f} s{why}")

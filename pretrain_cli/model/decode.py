@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.kv_cache import KVCache, seen_places
-from pretrain_cli.model.packed import PackedLinear, can_pack, pack_blocks
+from pretrain_cli.model.products import faster_linear, replace_matrices
 from pretrain_cli.model.quantized import is_quantized
 from pretrain_cli.model.rope import rope_table, rotate
 
@@ -30,21 +30,29 @@ Head = Callable[[Tensor], Tensor]
 class Writer:
     """A decoder made ready to write text.
 
-    With `pack`, on a CPU, its matrices are laid out anew (packed.py), after which it can do nothing
-    else; the head, where it is the embedding too, is there twice. With `compiled`, a step is one
-    compiled graph, on a GPU a CUDA graph; the first step compiles.
+    With `fast`, on a CPU, its matrices are multiplied as suits `rows` texts at a time, if that is
+    known (products.py), after which it can do nothing else. With `compiled`, a step is one compiled
+    graph, on a GPU a CUDA graph; the first step compiles.
     """
 
-    def __init__(self, model: Decoder, *, pack: bool = False, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        fast: bool = False,
+        compiled: bool = False,
+        rows: int | None = None,
+    ) -> None:
         self.model = model
         self.device = model.embedding.weight.device
         self.on_gpu_graph = compiled and self.device.type == "cuda"
         self.head: Head = lambda x: F.linear(x, model.head_weight.to(x.dtype))
         if is_quantized(model):
-            self.head = model.head
-        elif pack and can_pack(self.device):
-            self.head = PackedLinear(model.head_weight.to(model.dtype))
-            pack_blocks(model)
+            self.head, fast = model.head, False
+        linear = faster_linear(self.device, rows, compiled) if fast else None
+        if linear is not None:
+            self.head = linear(model.head_weight.to(model.dtype))
+            replace_matrices(model, linear)
         self._step = step
         if compiled:
             mode = "reduce-overhead" if self.on_gpu_graph else None

@@ -25,13 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain_cli.model.counting import CHUNK_ELEMENTS
+from pretrain_cli.model.counting import CHUNK_ELEMENTS, SOFTMAX_ELEMENTS
 
 IGNORED = -100
 SLICE_ELEMENTS = 2**21
 """Of the V × D gradient, added up at a time on a CPU: 4 MB in bfloat16."""
-SOFTMAX_ELEMENTS = 2**21
-"""Logits whose softmax is taken at a time on a CPU: 8 MB in float32."""
 
 
 Softmax = Callable[[Tensor, Tensor, float], Tensor]

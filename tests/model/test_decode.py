@@ -8,6 +8,7 @@ from pretrain_cli.model.config import FULL, SLIDING
 from pretrain_cli.model.decode import CHUNK, Writer
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.layout import Merged
+from pretrain_cli.model.products import SummedLinear, summed
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -93,7 +94,35 @@ def test_packed_matrices_give_the_same_logits(make_config, wide, merged, family)
     )
     for model in (plain, packed):
         wide(model)
-    compare(plain, Writer(packed, pack=True), draw(11, 4, 30))
+    compare(plain, Writer(packed, fast=True), draw(11, 4, 30))
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
+def test_a_sum_along_rows_is_the_product_rounded_once(dtype, rounding):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 40, generator=generator).to(dtype)
+    weight = torch.randn(23, 40, generator=generator).to(dtype)
+    exact = x.double() @ weight.double().T
+    torch.testing.assert_close(summed(x, weight).double(), exact, rtol=rounding, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "merged"), [("gemma3", Merged()), ("qwen3", Merged(qkv=False, gate_up=False))]
+)
+def test_one_text_compiled_gives_the_same_logits_and_holds_no_second_head(
+    make_config, wide, family, merged
+):
+    plain, fast = (
+        Decoder(make_config(family, tie_word_embeddings=True), merged=merged).eval()
+        for _ in range(2)
+    )
+    for model in (plain, fast):
+        wide(model)
+    writer = Writer(fast, fast=True, compiled=True, rows=1)
+    assert isinstance(writer.head, SummedLinear)
+    assert writer.head.weight.data_ptr() == fast.embedding.weight.data_ptr()
+    compare(plain, writer, draw(11))
 
 
 def test_a_long_prompt_goes_through_in_chunks(build, monkeypatch):

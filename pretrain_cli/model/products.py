@@ -85,7 +85,11 @@ class SummedLinear(nn.Module):
 
 
 def summed(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight^T by products and sums in float32. Not compiled, it holds all products at once."""
+    """x @ weight^T by products and sums in float32. Not compiled, it holds all products at once.
+
+    Naming its strides has the compiler write x down first. It would else make it anew for each of
+    the matrix's rows, from what x itself is made of: a norm, for example."""
+    x = x.as_strided(x.shape, x.stride())
     return (x.unsqueeze(-2).float() * weight.float()).sum(-1).to(x.dtype)
 
 

@@ -166,23 +166,9 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) 
 
     The heads that share keys are taken as queries of one head: in one kernel, which reads the keys
     once, and in bfloat16 on a CPU several times as fast as with `enable_gqa`. As fast, and more
-    steps: two matrix products with a softmax between them. But in float32, of one text and
-    compiled, a sum along each key (products.py) is faster than that kernel with many heads, and as
-    fast with one; in bfloat16 it isn't.
+    steps: two matrix products with a softmax between them. Scores as sums along the keys are faster
+    in float32 by themselves, and in a compiled step, where the places grow, much slower.
     """
     grouped = q.unflatten(1, (keys.shape[1], -1))  # (B, Hkv, G, Dh)
-    if summing(q):
-        scores = (grouped.unsqueeze(-2) * keys.unsqueeze(2)).sum(-1) * scale + mask
-        out = scores.softmax(-1) @ values
-    else:
-        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
     return out.flatten(1, 2)
-
-
-def summing(q: Tensor) -> bool:
-    return (
-        torch.compiler.is_compiling()
-        and q.device.type == "cpu"
-        and q.dtype == torch.float32
-        and len(q) == 1
-    )

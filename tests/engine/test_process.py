@@ -1,5 +1,6 @@
 """What this process may take of the machine."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -80,3 +81,13 @@ def test_memory_that_is_freed_is_given_back():
 
     assert left(give_back=False) > 15
     assert left(give_back=True) < 5
+
+
+def test_huge_pages_are_taken_unless_the_environment_says_otherwise(monkeypatch):
+    monkeypatch.setenv(process.HUGE_PAGES, "0")  # so that it is undone
+    monkeypatch.delenv(process.HUGE_PAGES)
+    process.take_huge_pages()
+    assert os.environ[process.HUGE_PAGES] == "1"
+    monkeypatch.setenv(process.HUGE_PAGES, "0")
+    process.take_huge_pages()
+    assert os.environ[process.HUGE_PAGES] == "0"

@@ -105,7 +105,7 @@ def test_a_quantized_model_is_the_rounded_one_by_any_way_through_it(model):
         torch.testing.assert_close(model(tokens), logits, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(model(tokens[:, :-1], tokens[:, 1:]), loss)
     assert not torch.allclose(plain, logits, rtol=1e-3, atol=1e-3)  # or nothing was seen
-    writer = Writer(model, pack=True)
+    writer = Writer(model, fast=True)
     cache = writer.new_cache(batch=2, capacity=33)
     last = writer.prefill(cache, tokens[:, :20].tolist())
     torch.testing.assert_close(last, logits[:, 19], rtol=1e-4, atol=1e-4)
@@ -117,7 +117,7 @@ def test_a_quantized_model_is_the_rounded_one_by_any_way_through_it(model):
     assert not is_quantized(model)
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), logits, rtol=1e-4, atol=1e-4)
-    packed = Writer(model, pack=True)
+    packed = Writer(model, fast=True)
     last = packed.prefill(packed.new_cache(batch=2, capacity=33), tokens.tolist())
     torch.testing.assert_close(last, logits[:, -1], rtol=1e-4, atol=1e-4)
 

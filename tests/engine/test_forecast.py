@@ -55,8 +55,8 @@ def test_time_memory_and_disk_of_a_run_on_eight_gpus():
     copy, part = found.ways["ddp"].memory, found.ways["fsdp"].memory
     assert (copy.most("weights"), part.most("weights")) == (4 * parameters, parameters // 2)
     assert (copy.most("optimizer"), part.most("optimizer")) == (8 * parameters, parameters)
-    # 2^30 logits at a time, in bfloat16 and float32, and the gradient of those before
-    assert copy.most("logits") == 8 * 2**30
+    # 2^30 logits at a time, in bfloat16 and float32
+    assert copy.most("logits") == 6 * 2**30
     written = found.record()
     assert written["ways"]["ddp"]["memory"]["peak"] == copy.peak <= machine.memory
     assert written["seconds"] == found.seconds

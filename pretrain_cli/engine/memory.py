@@ -37,11 +37,6 @@ SETTINGS = (
     "fused_optimizer", "keep_freed_memory",
 )  # fmt: skip
 """Speed settings that memory depends on."""
-SETTINGS = (
-    "dtype", "attention", "compile", "merged_qkv", "chunked_loss", "activation_checkpointing",
-    "fused_optimizer", "keep_freed_memory",
-)  # fmt: skip
-"""Speed settings that memory depends on."""
 
 
 @dataclass(frozen=True, kw_only=True)

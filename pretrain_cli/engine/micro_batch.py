@@ -26,7 +26,7 @@ from pretrain_cli.files import write_whole
 from pretrain_cli.model.config import ModelConfig
 
 MEASURED = Path("runs/micro-batches.json")
-SETTINGS = (
+DECISIVE = (
     "attention", "dtype", "onednn_matmul", "compile", "chunked_loss", "activation_checkpointing",
 )  # fmt: skip
 """Speed settings by which another size may be the fastest."""
@@ -112,7 +112,7 @@ def measured(
         str(torch.__version__),
         json.loads(json.dumps(fields)),
         seq_len,
-        {name: speed[name] for name in SETTINGS},
+        {name: speed[name] for name in DECISIVE},
         rates,
     )
 

@@ -52,7 +52,7 @@ class Writer:
         linear = faster_linear(self.device, rows, compiled) if fast else None
         if linear is not None:
             self.head = linear(model.head_weight.to(model.dtype))
-            replace_matrices(model, linear)
+            replace_matrices(model, lambda weight: linear(weight.to(model.dtype)))
         self._step = step
         if compiled:
             mode = "reduce-overhead" if self.on_gpu_graph else None

@@ -106,24 +106,22 @@ class OneProduct(nn.Module):
 
 @torch.no_grad()
 def replace_matrices(model: Decoder, make: MakeLinear) -> None:
-    """Have the blocks' products made in another way, a layer at a time. Experts stay as they are,
-    and so do embedding and head, which the decoder reads by other ways too."""
-    dtype = model.dtype
+    """Have the blocks' products made in another way, a layer at a time, of the matrices as they
+    are stored. Experts stay as they are, and so do embedding and head, which the decoder reads by
+    other ways too."""
     blocks: Any = model.blocks
     for block in blocks:
-        attention = block.attention
-        attention.qkv = _one_product(attention.qkv, dtype, make)
-        attention.output = make(attention.output.weight.to(dtype))
-        if isinstance(block.mlp, GatedMLP):
-            _replace_in_mlp(block.mlp, dtype, make)
+        attention, mlp = block.attention, block.mlp
+        attention.qkv = _one_product(attention.qkv, make)
+        attention.output = make(attention.output.weight)
+        if isinstance(mlp, GatedMLP):
+            whole: Any = mlp
+            whole.gate_up = _one_product(whole.gate_up, make)
+            whole.down = make(whole.down.weight)
 
 
-def _replace_in_mlp(mlp: Any, dtype: torch.dtype, make: MakeLinear) -> None:
-    mlp.gate_up = _one_product(mlp.gate_up, dtype, make)
-    mlp.down = make(mlp.down.weight.to(dtype))
-
-
-def _one_product(projections: Projections, dtype: torch.dtype, make: MakeLinear) -> Any:
-    weights = [weight.to(dtype) for weight in projections.parameters()]
-    whole = weights[0] if len(weights) == 1 else torch.cat(weights)
-    return OneProduct(projections.rows, make(whole))
+def _one_product(projections: Projections | OneProduct, make: MakeLinear) -> OneProduct:
+    weights: list[Tensor] = list(projections.parameters())
+    return OneProduct(
+        projections.rows, make(weights[0] if len(weights) == 1 else torch.cat(weights))
+    )

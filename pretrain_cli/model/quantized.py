@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.decoder import Decoder
-from pretrain_cli.model.layers import Linear, Projections
+from pretrain_cli.model.layers import Linear
+from pretrain_cli.model.products import replace_matrices
 
 FEW = {torch.float32: 4, torch.bfloat16: 2}
-"""Rows up to which int8 is faster than floats laid out anew (packed.py), on two CPU cores."""
+"""Rows up to which int8 is faster than floats laid out anew (products.py), on two CPU cores."""
 
 
 def _sums(x: Tensor, whole: Tensor, scales: Tensor) -> Tensor:
@@ -71,18 +72,6 @@ class QuantizedLinear(nn.Module):
         return (F.linear(x, self.whole.to(x.dtype)) * self.scales).to(x.dtype)
 
 
-class QuantizedProjections(nn.Module):
-    """Projections, quantized. (..., in) -> one (..., rows) for each."""
-
-    def __init__(self, projections: Projections, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.rows = projections.rows
-        self.linear = QuantizedLinear(torch.cat(list(projections.parameters())), dtype)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.linear(x).split(self.rows, dim=-1)
-
-
 def no_quantizing(config: ModelConfig) -> str | None:
     """Why a model is not quantized here; None where it can be."""
     if config.num_experts:
@@ -99,38 +88,21 @@ def quantize(model: Decoder) -> None:
     head = QuantizedLinear(model.head_weight, model.dtype)
     model.config = replace(model.config, tie_word_embeddings=False)
     whole.head = head
-    for block in whole.blocks:
-        attention, mlp = block.attention, block.mlp
-        attention.qkv = QuantizedProjections(attention.qkv, model.dtype)
-        attention.output = QuantizedLinear(attention.output.weight, model.dtype)
-        mlp.gate_up = QuantizedProjections(mlp.gate_up, model.dtype)
-        mlp.down = QuantizedLinear(mlp.down.weight, model.dtype)
+    replace_matrices(model, lambda weight: QuantizedLinear(weight, model.dtype))
 
 
 @torch.no_grad()
 def as_floats(model: Decoder) -> None:
     """Put floats in the place of the quantized matrices, of the same values."""
-    whole: Any = model
-    whole.head = _linear(whole.head)
-    for block in whole.blocks:
-        attention, mlp = block.attention, block.mlp
-        attention.qkv = _projections(attention.qkv)
-        attention.output = _linear(attention.output)
-        mlp.gate_up = _projections(mlp.gate_up)
-        mlp.down = _linear(mlp.down)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, QuantizedLinear):
+                setattr(module, name, _linear(child))
 
 
 def _linear(quantized: QuantizedLinear) -> Linear:
-    weight = quantized.weight
     out = Linear(0, 0)
-    out.weight = nn.Parameter(weight, requires_grad=False)
-    return out
-
-
-def _projections(quantized: QuantizedProjections) -> Projections:
-    rows = {str(part): count for part, count in enumerate(quantized.rows)}
-    out = Projections(0, rows, merged=True)
-    out.weight = nn.Parameter(quantized.linear.weight, requires_grad=False)
+    out.weight = nn.Parameter(quantized.weight, requires_grad=False)
     return out
 
 

@@ -57,7 +57,7 @@ def test_of_rates_that_are_alike_the_smallest_is_the_fastest():
 
 # --- what was measured ---------------------------------------------------------------------------
 
-SPEED = dict.fromkeys(micro_batch.SETTINGS, "x") | {"prefetch": True}
+SPEED = dict.fromkeys(micro_batch.DECISIVE, "x") | {"prefetch": True}
 
 
 def a_measurement(rates, **changes):

@@ -29,7 +29,8 @@ class Rounds:
     each type that is computed in, and the best counts."""
 
     def __init__(self, arms: list[Arm], repeats: Repeats, *, start: Start | None = None) -> None:
-        self.arms, self.repeats, self.start = list[Arm](), repeats, start or in_a_fresh_process
+        self.repeats, self.start = repeats, start or in_a_fresh_process
+        self.arms: list[Arm] = []
         self.measured: dict[str, list[Round]] = {}
         self.failures: dict[str, str] = {}
         """Why an arm came to an end, and its traceback where that is a bug."""

@@ -220,6 +220,8 @@ def _kept_by_attention(t: Training, layer: int) -> float:
         values = kv if t.merged_qkv and of_product else 0
         return kept + c * (of_product + values)
     kept += c * kv
+    if t.attention == "blocks":  # values are laid out anew
+        return kept + c * (kv + of_product + (kv if of_product and t.merged_qkv else 0))
     if t.attention in ("sdpa", "flex"):
         kept += 4 * m.num_attention_heads  # log Σ exp
     window = m.window(m.layer_types[layer])

@@ -374,22 +374,22 @@ def test_blocks_hold_the_scores_of_one_block_at_a_time(window):
             sizes.extend(x.numel() for x in tensors if isinstance(x, torch.Tensor))
             return out
 
-    q, k, v = made(40, 40, head_dim=1)
-    operators = blocked_attention.blocked_attention, blocked_attention._backward
+    q = torch.randn(2, 2, 40, 2, 1)  # (B, Hkv, T, G, Dh)
+    k = v = torch.randn(2, 2, 40, 1)
+    operators = blocked_attention._attend, blocked_attention._backward
     with Watch():
         for operator, grad in zip(operators, ((), (q,)), strict=True):
-            operator._init_fn(*grad, q, k, v, 0.4, window, None)
+            operator._init_fn(*grad, q, k, v, window, None)
     seen_by_a_block = 40 if window is None else 5 + window - 1
-    assert max(sizes) == max(2 * 4 * 5 * seen_by_a_block, q.numel())
+    assert max(sizes) == max(2 * 2 * 2 * 5 * seen_by_a_block, q.numel())
 
 
 def test_blocks_are_as_they_are_under_torch_compile():
     """An operator that the compiler is told the shapes and gradients of, and doesn't look into."""
-    q, k, v = (x.requires_grad_() for x in made(7, 12))
+    q = torch.randn(2, 2, 7, 3, 4, requires_grad=True)
+    k, v = (torch.randn(2, 2, 12, 4, requires_grad=True) for _ in range(2))
     for documents in (None, starting_at((3,), (5, 9), length=12)):
-        torch.library.opcheck(
-            torch.ops.pretrain.blocked_attention.default, (q, k, v, 0.4, 3, documents)
-        )
+        torch.library.opcheck(torch.ops.pretrain.blocked_attention.default, (q, k, v, 3, documents))
 
 
 def test_blocks_are_for_cpus_and_say_so():

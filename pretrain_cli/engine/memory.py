@@ -16,7 +16,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pretrain_cli.model.config import ModelConfig
-from pretrain_cli.model.counting import CHUNK_ELEMENTS, SOFTMAX_ELEMENTS, count_parameters
+from pretrain_cli.model.counting import (
+    CHUNK_ELEMENTS,
+    FOLDS,
+    SOFTMAX_ELEMENTS,
+    count_parameters,
+)
 
 MOMENTS = ("loss", "backward", "gradients", "step")
 PARTS = (
@@ -227,7 +232,9 @@ def _kept_by_attention(t: Training, layer: int) -> float:
     window = m.window(m.layer_types[layer])
     if t.attention == "sdpa" and window is not None and window < T:
         # folded: attended in two parts; queries, keys and values behind the first block anew
-        kept += c * (q + (1 - window / T) * (q + 4 * kv))
+        block = -(-window // FOLDS)
+        blocks = -(-(T - window) // block)
+        kept += c * (q + blocks / T * (block * q + (window + block) * 2 * kv))
     return kept + c * (q + 2 * kv if t.merged_qkv else of_product + kv)  # values are a view
 
 

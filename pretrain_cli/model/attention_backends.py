@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain_cli.model.blocked_attention import blocked_attention
+from pretrain_cli.model.counting import FOLDS
 
 
 @dataclass(frozen=True)
@@ -105,14 +106,15 @@ def _eager_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -
 
 
 class Folds(NamedTuple):
-    """A sliding window over a whole sequence, as blocks of `window` queries."""
+    """A sliding window over a whole sequence: its first queries, and blocks of the others."""
 
     window: int
+    block: int
     first: Tensor | bool
-    """What the first block sees of itself: True for causal, or (B, 1, window, window)."""
+    """What the first `window` queries see: True for causal, or (B, 1, window, window)."""
     rest: Tensor
-    """What the others see of their predecessor and themselves: (window, 2 · window) for all of
-    them, or (B · blocks, 1, window, 2 · window)."""
+    """What each block sees of the `window` keys before it and of itself: (block, window + block)
+    for all of them, or (B · blocks, 1, block, window + block)."""
 
 
 def _sdpa_lower(mask: Mask, device: torch.device, dtype: torch.dtype) -> Tensor | Folds | bool:
@@ -126,17 +128,19 @@ def _sdpa_lower(mask: Mask, device: torch.device, dtype: torch.dtype) -> Tensor 
 
 
 def _fold(mask: Mask, window: int, device: torch.device, dtype: torch.dtype) -> Folds:
-    i = torch.arange(window, device=device).unsqueeze(-1)
-    j = torch.arange(2 * window, device=device)
+    block = -(-window // FOLDS)
+    i = torch.arange(block, device=device).unsqueeze(-1)
+    j = torch.arange(window + block, device=device)
     seen = (j > i) & (j <= i + window)
     if mask.documents is None:
-        return Folds(window, True, _added(seen, dtype))
+        return Folds(window, block, True, _added(seen, dtype))
     first = Mask(window, window, None, mask.documents[:, :window]).matrix(device).unsqueeze(1)
-    documents = F.pad(mask.documents, (0, -mask.keys % window))
-    of_query = documents[:, window:].unfold(1, window, window)  # (B, blocks, window)
-    of_key = documents.unfold(1, 2 * window, window)  # (B, blocks, 2 · window)
+    documents = F.pad(mask.documents, (0, (window - mask.keys) % block))
+    of_query = documents[:, window:].unfold(1, block, block)  # (B, blocks, block)
+    of_key = documents.unfold(1, window + block, block)  # (B, blocks, window + block)
     rest = seen & (of_query.unsqueeze(-1) == of_key.unsqueeze(-2))
-    return Folds(window, _added(first, dtype), _added(rest.flatten(0, 1).unsqueeze(1), dtype))
+    rest = rest.flatten(0, 1).unsqueeze(1)
+    return Folds(window, block, _added(first, dtype), _added(rest, dtype))
 
 
 def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -169,31 +173,33 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | bool, scale: float) ->
 
 
 def _folded(q: Tensor, k: Tensor, v: Tensor, folds: Folds, scale: float) -> Tensor:
-    """Sliding window without a T × T mask: blocks of `window` queries, each seeing its own block
-    and the one before it. (B, heads, T, Dh) -> (B, H, T, Dh).
+    """Sliding window without a T × T mask: blocks of queries, each seeing the `window` keys before
+    it and its own. (B, heads, T, Dh) -> (B, H, T, Dh).
 
-    Time and memory grow with T · window. The first block has no predecessor; the others go through
-    as a larger batch.
+    Time and memory grow with T · window. The first `window` queries are plain causal; the others go
+    through as a larger batch. Half of the window a block: kernels compute what a mask hides, a
+    third of it then, and each key is there three times.
 
-        keys:     ├── block n−1 ──┼── block n ──┤
-        query 0   · █ █ █ █ █ █ █   █ · · · · ·
-        query 1   · · █ █ █ █ █ █   █ █ · · · ·
+        keys:     ├─── window before ───┼── block ──┤
+        query 0   · █ █ █ █ █ █ █ █ █ █   █ · · · ·
+        query 1   · · █ █ █ █ █ █ █ █ █   █ █ · · ·
     """
     B, H, T, Dh = q.shape
-    window = folds.window
+    window, block = folds.window, folds.block
     first = _sdpa(q[:, :, :window], k[:, :, :window], v[:, :, :window], folds.first, scale)
-    blocks = -(-T // window) - 1  # those after the first
-    padding = (blocks + 1) * window - T
+    blocks = -(-(T - window) // block)
+    padding = window + blocks * block - T
     q, k, v = (F.pad(x, (0, 0, 0, padding)) for x in (q, k, v))
 
     def folded(x: Tensor, size: int) -> Tensor:
-        """Windows of this size, one every `window`. -> (B · blocks, heads, size, Dh)."""
-        windows = x.unfold(2, size, window).permute(0, 2, 1, 4, 3)  # (B, blocks, heads, size, Dh)
+        """Windows of this size, one every block. -> (B · blocks, heads, size, Dh)."""
+        windows = x.unfold(2, size, block).permute(0, 2, 1, 4, 3)  # (B, blocks, heads, size, Dh)
         return windows.reshape(B * blocks, x.shape[1], size, Dh)
 
-    queries = folded(q[:, :, window:], window)
-    rest = _sdpa(queries, folded(k, 2 * window), folded(v, 2 * window), folds.rest, scale)
-    rest = rest.view(B, blocks, H, window, Dh).transpose(1, 2).reshape(B, H, blocks * window, Dh)
+    queries = folded(q[:, :, window:], block)
+    keys, values = (folded(x, window + block) for x in (k, v))
+    rest = _sdpa(queries, keys, values, folds.rest, scale)
+    rest = rest.view(B, blocks, H, block, Dh).transpose(1, 2).reshape(B, H, blocks * block, Dh)
     return torch.cat((first, rest[:, :, : T - window]), dim=2)
 
 

@@ -21,6 +21,8 @@ CHUNK_ELEMENTS = {"cpu": 2**27, "cuda": 2**30}
 more cost memory."""
 SOFTMAX_ELEMENTS = 2**21
 """Logits whose softmax is taken at a time on a CPU: 8 MB in float32."""
+FOLDS = 2
+"""Blocks of queries to a sliding window, where it is folded for PyTorch's fused attention."""
 
 
 @dataclass(frozen=True, kw_only=True)

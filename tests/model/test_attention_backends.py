@@ -1,6 +1,7 @@
 """Masks as matrices one can read; every backend against a loop over queries, and against eager."""
 
 import itertools
+import time
 
 import pytest
 import torch
@@ -362,26 +363,57 @@ def test_the_scale_multiplies_the_scores_once(backend):
     torch.testing.assert_close(ours, by_hand(q, k, v, None, scale=0.05))
 
 
+class Sizes(TorchDispatchMode):
+    """Notes how many numbers each tensor has that an operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.noted = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = out if isinstance(out, tuple) else (out,)
+        self.noted.extend(x.numel() for x in tensors if isinstance(x, torch.Tensor))
+        return out
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "blocks"])
+def test_with_a_window_no_tensor_grows_faster_than_the_length(backend):
+    largest = {}
+    for length in (1024, 4096):
+        q, k, v = (x.requires_grad_() for x in made(length, length, group=4, head_dim=8))
+        with Sizes() as sizes:
+            attend(backend, q, k, v, 64).sum().backward()
+        largest[length] = max(sizes.noted)
+    assert largest[4096] <= 4.2 * largest[1024]
+    assert largest[4096] < 4096 * 4096 / 8
+
+
+@pytest.mark.slow
+def test_a_folded_window_takes_at_most_a_quarter_of_full_attention():
+    """Forward and backward of 8192 positions with a window of 512, taken in turns."""
+    length, seconds = 8192, {512: [], None: []}
+    q, k, v = (x[:1].requires_grad_() for x in made(length, length, group=4, head_dim=64))
+    backend = BACKENDS["sdpa"]
+    masks = {w: backend.lower(Mask(length, length, w), CPU, q.dtype) for w in seconds}
+    for window in [512, None] * 3:
+        began = time.perf_counter()
+        backend.attend(q, k, v, masks[window], 0.125).sum().backward()
+        seconds[window].append(time.perf_counter() - began)
+    assert min(seconds[512]) <= min(seconds[None]) / 4
+
+
 @pytest.mark.parametrize("window", [None, 3])
 def test_blocks_hold_the_scores_of_one_block_at_a_time(window):
     """Forward and backward, of 40 queries in blocks of 5: a matrix of 40 × 40 is never made."""
-    sizes = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            tensors = out if isinstance(out, tuple) else (out,)
-            sizes.extend(x.numel() for x in tensors if isinstance(x, torch.Tensor))
-            return out
-
     q = torch.randn(2, 2, 40, 2, 1)  # (B, Hkv, T, G, Dh)
     k = v = torch.randn(2, 2, 40, 1)
     operators = blocked_attention._attend, blocked_attention._backward
-    with Watch():
+    with Sizes() as sizes:
         for operator, grad in zip(operators, ((), (q,)), strict=True):
             operator._init_fn(*grad, q, k, v, window, None)
     seen_by_a_block = 40 if window is None else 5 + window - 1
-    assert max(sizes) == max(2 * 2 * 2 * 5 * seen_by_a_block, q.numel())
+    assert max(sizes.noted) == max(2 * 2 * 2 * 5 * seen_by_a_block, q.numel())
 
 
 def test_blocks_are_as_they_are_under_torch_compile():

@@ -199,7 +199,8 @@ def kept_by_block(t: Training, layer: int) -> int:
     if t.compile:
         # What products give and, on a GPU, take; what lies between is made again.
         hidden = (1 if m.has_post_norms else 0) + (2 if _is_lean(t) else 4)
-        return t.tokens * (c * (hidden * D + 3 * q + 3 * kv) + mlp + scales)
+        values = 2 if t.attention == "blocks" else 1  # laid out anew
+        return t.tokens * (c * (hidden * D + 3 * q + (2 + values) * kv) + mlp + scales)
     normed = 4 if m.norm_is_zero_centered else c  # before it is scaled by the norm's weight
     a_token = 2 * (4 + normed + c) * D  # in float32, normed, and as the next product takes it
     a_token += (norms - 2) * (4 + normed) * D

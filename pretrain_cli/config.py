@@ -232,6 +232,7 @@ class SpeedConfig(Section):
     float32_matmul: Literal["auto", "highest", "high", "medium"] = "auto"
     onednn_matmul: bool | Auto = "auto"
     compile: bool | Auto = "auto"
+    recompute_cheap: bool | Auto = "auto"
     merged_qkv: bool = True
     merged_gate_up: bool = True
     fused_optimizer: bool | Auto = "auto"

@@ -26,10 +26,12 @@ ON_A_GPU = {
     "dtype": "bfloat16",
     "attention": "sdpa",
     "compile": True,
+    "recompute_cheap": False,
     "fused_optimizer": True,
     "keep_freed_memory": False,
 }
-"""What `auto` becomes on every GPU of the table. (Where one is here, engine/speed.py decides.)"""
+"""What `auto` becomes on every GPU of the table; what is false has no effect there. (Where one is
+here, engine/speed.py decides.)"""
 KEPT = TrainSettings()
 CHECKPOINTS = KEPT.keep_checkpoints + KEPT.keep_best + 1
 """On the disk at a time, where nothing else is asked for: the newest, the best, the one written."""
@@ -181,7 +183,10 @@ def find_machine(device: str | None, gpus: int, asked: SpeedConfig) -> Machine:
         gpus=gpus,
         memory=int(FITS * STATED[stated].memory),
         peak_flops=STATED[stated].flops,
-        speed={key: ON_A_GPU[key] if value == "auto" else value for key, value in settings.items()},
+        speed={
+            key: ON_A_GPU[key] if value == "auto" or ON_A_GPU.get(key) is False else value
+            for key, value in settings.items()
+        },
     )
 
 

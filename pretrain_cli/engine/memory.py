@@ -38,8 +38,8 @@ keep_freed_memory: resident memory at its peak, less all that is counted here.""
 BACKWARD = 0.5
 """What a block's backward pass has of gradients, as a share of what the block kept."""
 SETTINGS = (
-    "dtype", "attention", "compile", "merged_qkv", "chunked_loss", "activation_checkpointing",
-    "fused_optimizer", "keep_freed_memory",
+    "dtype", "attention", "compile", "recompute_cheap", "merged_qkv", "chunked_loss",
+    "activation_checkpointing", "fused_optimizer", "keep_freed_memory",
 )  # fmt: skip
 """Speed settings that memory depends on."""
 
@@ -62,6 +62,7 @@ class Training:
     dtype: str
     attention: str
     compile: bool
+    recompute_cheap: bool
     merged_qkv: bool
     chunked_loss: bool
     activation_checkpointing: bool
@@ -113,7 +114,7 @@ def estimate(t: Training) -> Estimate:
     ranks = t.ranks if t.parallel == "fsdp" else 1
     # DDP has all gradients in buckets of its own from the start
     earlier = weights if t.is_accumulated or t.parallel == "ddp" else 0
-    copies = 2 * matrices if c == 2 and not _is_lean(t) else 0
+    copies = 2 * matrices if c == 2 and not t.recompute_cheap else 0
     activations = sum(kept) + (8 + c) * hidden  # and of the last norm, and the loss's gradient
     if t.activation_checkpointing:  # a block's input alone; one block at a time has the rest
         activations += c * hidden * depth + max(kept) - sum(kept)
@@ -197,8 +198,8 @@ def kept_by_block(t: Training, layer: int) -> int:
     scales = 4 * (norms + H + Hkv)  # 1 / root mean square, of every norm
     mlp = _kept_by_mlp(t, layer)
     if t.compile:
-        # What products give and, on a GPU, take; what lies between is made again.
-        hidden = (1 if m.has_post_norms else 0) + (2 if _is_lean(t) else 4)
+        # What products give and, where that isn't made again, take.
+        hidden = (1 if m.has_post_norms else 0) + (2 if t.recompute_cheap else 4)
         values = 2 if t.attention == "blocks" else 1  # laid out anew
         return t.tokens * (c * (hidden * D + 3 * q + (2 + values) * kv) + mlp + scales)
     normed = 4 if m.norm_is_zero_centered else c  # before it is scaled by the norm's weight
@@ -206,11 +207,6 @@ def kept_by_block(t: Training, layer: int) -> int:
     a_token += (norms - 2) * (4 + normed) * D
     a_token += (normed + (4 if c < 4 else 0)) * (q + kv)  # in float32 a view of the product
     return round(t.tokens * (a_token + _kept_by_attention(t, layer) + mlp + scales))
-
-
-def _is_lean(t: Training) -> bool:
-    """Whether the backward pass makes all but products again, and the weights' copies."""
-    return t.compile and t.device == "cpu"
 
 
 def _kept_by_attention(t: Training, layer: int) -> float:
@@ -244,6 +240,6 @@ def _kept_by_mlp(t: Training, layer: int) -> int:
     m, c = t.model, t.compute_bytes
     if not m.is_sparse(layer):
         # gate and up; activated, and their product, where they are not made again
-        return (2 if _is_lean(t) else 3 if t.compile else 4) * c * m.intermediate_size
+        return (2 if t.recompute_cheap else 3 if t.compile else 4) * c * m.intermediate_size
     K, E = m.num_experts_per_tok, m.num_experts
     return c * K * (3 * m.hidden_size + 4 * m.moe_intermediate_size) + 4 * E + 32 * K

@@ -254,15 +254,14 @@ class Decoder(nn.Module):
             cache.length += T
         return self.norm(x), uses
 
-    def compile_parts(self) -> None:
+    def compile_parts(self, *, recompute_cheap: bool) -> None:
         """Compile each block in place, and the loss's softmax. All blocks of a kind share one
         compiled graph, so that costs the compile time of one or two blocks and not of the depth;
-        what is left is a few large products. On a CPU the backward pass makes norms, rotations and
-        the like again, fused into what needs them, which is as fast as reading them and keeps a
-        third fewer activations."""
-        if self.embedding.weight.device.type == "cpu":
-            for name in ("materialized_backward", "used_far_apart", "long_fusible_chains"):
-                setattr(autograd_config, f"ban_recompute_{name}", False)
+        what is left is a few large products. With `recompute_cheap` the backward pass makes norms,
+        rotations and the like again, fused into what needs them. That is a setting of the whole
+        process."""
+        for name in ("materialized_backward", "used_far_apart", "long_fusible_chains"):
+            setattr(autograd_config, f"ban_recompute_{name}", not recompute_cheap)
         for block in self.blocks:
             block.compile(dynamic=False)
         self.softmax = torch.compile(softmax_)

@@ -65,7 +65,8 @@ def test_every_setting_that_is_in_force_is_alone_off(workload):
     assert {"− attention", "− dtype", "− merged_qkv", "− merged_gate_up", "− chunked_loss"} <= set(
         off
     )
-    assert {"− compile", "− fused_optimizer", "− keep_freed_memory"} <= set(off)
+    assert {"− compile", "− recompute_cheap", "− fused_optimizer"} <= set(off)
+    assert "− keep_freed_memory" in off
     assert not {"− deterministic", "− cudnn_benchmark", "− float32_matmul"} & set(off)
     for arm in off.values():
         changed = [n for n, v in arm.speed.model_dump().items() if v != asked.model_dump()[n]]
@@ -90,6 +91,7 @@ def test_what_has_no_effect_on_a_cpu_is_left_out_with_its_reason(workload):
     assert "CUDA allocator" in left_out["+ expandable_segments"]
     assert "no backward pass on a CPU" in left_out["+ attention flex"]
     assert "no batch is read" in left_out["+ prefetch"]
+    assert "of compiled blocks" in left_out["+ recompute_cheap"]
     assert not {"baseline", "all on", "+ attention sdpa", "+ merged_qkv"} & set(left_out)
 
 

@@ -41,6 +41,9 @@ def test_what_is_asked_of_a_setting_holds_on_a_gpu_that_is_not_here():
     asked = SpeedConfig(dtype="float32", compile=False, attention="eager")
     speed = find_machine("h200", 1, asked).speed
     assert (speed["dtype"], speed["compile"], speed["attention"]) == ("float32", False, "eager")
+    on_a_cpu = SpeedConfig(recompute_cheap=True, keep_freed_memory=True)
+    speed = find_machine("h200", 1, on_a_cpu).speed
+    assert (speed["recompute_cheap"], speed["keep_freed_memory"]) == (False, False)
 
 
 def test_time_memory_and_disk_of_a_run_on_eight_gpus():

@@ -103,11 +103,21 @@ def test_what_a_block_keeps_is_counted_to_the_byte(name, dtype, attention, merge
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile's own
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("name", ["gemma3-tiny", "qwen3-tiny"])
-def test_what_a_compiled_block_keeps_is_counted(name, dtype):
+@pytest.mark.parametrize(
+    ("name", "dtype", "recompute"),
+    [
+        ("gemma3-tiny", "bfloat16", True),
+        ("gemma3-tiny", "bfloat16", False),
+        ("gemma3-tiny", "float32", True),
+        ("qwen3-tiny", "bfloat16", True),
+        ("qwen3-tiny", "float32", True),
+        ("qwen3-tiny", "float32", False),
+    ],
+)
+def test_what_a_compiled_block_keeps_is_counted(name, dtype, recompute):
+    torch.compiler.reset()  # of the same block it would be taken as it was
     config, rows, seq_len = small(name), 2, 144
-    speed = in_force(dtype=dtype, compile=True)
+    speed = in_force(dtype=dtype, compile=True, recompute_cheap=recompute)
     if not speed.compile:
         pytest.skip(speed.decisions["compile"].reason)
     expected = kept_by_block(training(config, rows, seq_len, speed), 2)

@@ -1,11 +1,14 @@
 """A speed setting never changes what is learned, and is recorded as asked and as in force."""
 
+import sys
+import types
 import typing
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch._functorch import config as autograd_config
 
 from pretrain_cli.config import SpeedConfig
 from pretrain_cli.engine.metrics import StepMetrics
@@ -90,6 +93,30 @@ def test_compile_without_a_compiler_is_said_and_left_off(monkeypatch):
     decision = resolve_speed(SpeedConfig(compile=True), CPU).decisions["compile"]
     assert decision.in_force is False
     assert "no C++ compiler" in decision.reason
+
+
+def test_making_cheap_things_again_is_for_compiled_blocks_on_a_cpu(monkeypatch):
+    def decided(asked, device=CPU, **more):
+        speed = resolve_speed(SpeedConfig(recompute_cheap=asked, **more), device)
+        return speed.decisions["recompute_cheap"]
+
+    monkeypatch.setattr("shutil.which", lambda name: name)  # a compiler is there
+    assert decided("auto", compile=True).in_force is True
+    assert decided(False, compile=True).in_force is False
+    for found in (decided(True), decided("auto")):
+        assert (found.in_force, found.reason) == (False, "a setting of compiled blocks")
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    on_a_gpu = decided(True, torch.device("cuda", 0), compile=True)
+    assert (on_a_gpu.in_force, "not tried on a GPU" in on_a_gpu.reason) == (False, True)
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_compiling_says_what_is_to_be_made_again(tiny_model, recompute):
+    banned = [f"ban_recompute_{n}" for n in ("materialized_backward", "used_far_apart",
+                                             "long_fusible_chains")]  # fmt: skip
+    with autograd_config.patch(dict.fromkeys(banned, recompute)):  # so that it is undone
+        tiny_model().compile_parts(recompute_cheap=recompute)
+        assert [getattr(autograd_config, name) for name in banned] == [not recompute] * 3
 
 
 @pytest.mark.gpu

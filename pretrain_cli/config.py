@@ -241,6 +241,7 @@ class SpeedConfig(Section):
     prefetch: bool = True
     passive_threads: bool | Auto = "auto"
     keep_freed_memory: bool | Auto = "auto"
+    huge_pages: bool | Auto = "auto"
     cudnn_benchmark: bool | Auto = "auto"
     expandable_segments: bool | Auto = "auto"
     deterministic: bool = False

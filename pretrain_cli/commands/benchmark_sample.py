@@ -30,7 +30,11 @@ def benchmark_sample(
     rounds: Annotated[int, typer.Option(help="Times each is measured.")] = ROUNDS,
     vs: Annotated[
         str | None,
-        typer.Option(metavar="PROGRAM", help="The same texts by transformers, in turns."),
+        typer.Option(
+            metavar="PROGRAM",
+            help="The same texts by transformers, or by us with speed.NAME=VALUE, a setting of the "
+            "process, in turns. Several with commas.",
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, mps or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto.")] = "auto",
@@ -44,15 +48,25 @@ def benchmark_sample(
             "--compile/--no-compile", help="torch.compile.", show_default="as pretrain sample has"
         ),
     ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="SPEED.NAME=VALUE",
+            help="A speed setting of the process, as speed.huge_pages. Repeatable.",
+        ),
+    ] = None,
     as_json: Annotated[
         Path | None, typer.Option("--json", help="Also write the results to this file.")
     ] = None,
 ) -> None:
     """Time prefill and greedy decoding of random tokens with random weights."""
     from pretrain_cli.config import ModelSettings, build_config, find_model
+    from pretrain_cli.engine.process import check_process_settings
     from pretrain_cli.errors import ConfigError
 
     check_output(as_json)
+    check_process_settings("--set", set_ or ())
     prompt = PROMPT if seq_len is None else seq_len
     for name, value, least in (
         ("max-tokens", max_tokens, 2),
@@ -62,7 +76,7 @@ def benchmark_sample(
     ):
         if value < least:
             raise ConfigError(f"--{name}: {value} is not at least {least}")
-    asked = build_config({}, {"speed.dtype": dtype}, []).speed
+    asked = build_config({}, {"speed.dtype": dtype}, set_ or ()).speed
 
     from pretrain_cli.engine.benchmark import sample as engine
     from pretrain_cli.engine.distributed import device_name, find_device
@@ -77,7 +91,7 @@ def benchmark_sample(
             f"--seq-len: {prompt:,} and --max-tokens {max_tokens:,} are beyond the model's "
             f"{config.max_position_embeddings:,} positions"
         )
-    speed = resolve_speed(asked, place, training=False)
+    speed = resolve_speed(asked, place, training=False, writing=True)
     workload = engine.Workload(
         model=config,
         prompt=prompt,
@@ -88,6 +102,7 @@ def benchmark_sample(
         dtype=str(speed.dtype),
         compiled=compile_,
         quantize=quantize,
+        settings=tuple(set_ or ()),
         vs=tuple(vs.split(",")) if vs else (),
     )
     int8 = f", matrices in {quantize}" if quantize else ""

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from pretrain_cli.commands.display import aside, console, notice
 from pretrain_cli.commands.evaluate_tasks import show_tasks
+from pretrain_cli.commands.settings import settle_process
 
 TASKS = "Tasks"
 
@@ -68,6 +69,14 @@ def evaluate(
         bool | None,
         typer.Option("--compile/--no-compile", help="torch.compile.", show_default="no"),
     ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="SPEED.NAME=VALUE",
+            help="A speed setting of the process, as speed.huge_pages. Repeatable.",
+        ),
+    ] = None,
     quantize: Annotated[
         str | None,
         typer.Option(
@@ -105,6 +114,7 @@ def evaluate(
     """
     of_loss = {"data": data, "tokenizer": tokenizer, "eval-tokens": eval_tokens,
                "document-mask": document_mask, "compile": compile_}  # fmt: skip
+    settle_process(set_)
     _refuse_others(of_loss, {"include-path": include_path, "limit": limit}, tasks)
     if tasks is not None:
         show_tasks(
@@ -119,11 +129,9 @@ def evaluate(
             dtype=dtype,
             attention=attn,
             quantize=quantize,
+            settings=tuple(set_ or ()),
         )
         return
-    from pretrain_cli.engine.process import wait_passively
-
-    wait_passively("auto")
     from pretrain_cli.engine.evaluate_checkpoint import Request, evaluate_checkpoint
 
     request = Request(
@@ -139,6 +147,7 @@ def evaluate(
         attention=attn,
         compile=compile_,
         quantize=quantize,
+        settings=tuple(set_ or ()),
     )
     result = evaluate_checkpoint(request, aside if as_json else notice)
     if result is None:  # a rank that is not the first

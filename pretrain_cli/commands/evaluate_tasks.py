@@ -12,9 +12,6 @@ from pretrain_cli.commands.display import aside, console, notice
 
 
 def show_tasks(as_json: bool, **asked: Any) -> None:
-    from pretrain_cli.engine.process import wait_passively
-
-    wait_passively("auto")
     from pretrain_cli.engine.tasks import TaskRequest, evaluate_tasks
 
     result = evaluate_tasks(TaskRequest(**asked), aside if as_json else notice)

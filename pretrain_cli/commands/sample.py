@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 
 from pretrain_cli.commands.display import aside, console, error_console, notice
+from pretrain_cli.commands.settings import settle_process
 
 BATCH = 8
 CHOOSING, SEVERAL, SPEED = "How tokens are chosen", "Several texts", "Speed"
@@ -112,15 +113,21 @@ def sample(
             rich_help_panel=SPEED,
         ),
     ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="SPEED.NAME=VALUE",
+            help="A speed setting of the process, as speed.huge_pages. Repeatable.",
+            rich_help_panel=SPEED,
+        ),
+    ] = None,
 ) -> None:
     """Write text with a trained model.
 
     It ends at the end-of-document token, at a --stop text or after --max-tokens.
     """
-    from pretrain_cli.engine.process import take_huge_pages, wait_passively
-
-    wait_passively("auto")
-    take_huge_pages()
+    settle_process(set_)
     from pretrain_cli.engine import sample as engine
     from pretrain_cli.engine.choosing import Controls
     from pretrain_cli.errors import ConfigError
@@ -148,7 +155,13 @@ def sample(
         asked = [prompt or ""]
     report = aside if as_json else notice
     folder, model, tokenizer = engine.open_for_sampling(
-        where, device=device, dtype=dtype, report=report, best=best, quantize=quantize
+        where,
+        device=device,
+        dtype=dtype,
+        report=report,
+        best=best,
+        quantize=quantize,
+        settings=set_ or (),
     )
     error_console.print(f"[dim]{escape(str(folder))}[/]", soft_wrap=True)
     texts = engine.plan_texts(model, tokenizer, asked, controls, n)

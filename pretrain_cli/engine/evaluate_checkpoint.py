@@ -49,6 +49,8 @@ class Request:
     compile: bool | None = None
     quantize: str | None = None
     """int8: evaluate the weights as they are, and then in int8."""
+    settings: tuple[str, ...] = ()
+    """Of speed, as `speed.NAME=VALUE`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,7 @@ def evaluate_checkpoint(request: Request, report: Callable[[str], None]) -> Resu
         }
         if request.data is not None:
             settings["data"].pop("tokenizer", None)  # which says what made the run's own files
-        asked = build_config(settings, flags, [])
+        asked = build_config(settings, flags, request.settings)
         if asked.data.path is None:
             raise ConfigError(f"--data: {folder} is of no run that names one; give a dataset")
         data = open_mixture(asked.data.path, asked.data.tokenizer, say)
@@ -96,7 +98,9 @@ def evaluate_checkpoint(request: Request, report: Callable[[str], None]) -> Resu
         config = read_config(folder)
         check_tokenizer(folder, data, say)
         seq_len = _seq_len(config, data, asked.data.seq_len, ranks.device)
-        speed = resolve_speed(asked.speed, ranks.device, training=False)
+        speed = resolve_speed(asked.speed, ranks.device, training=False, writing=True)
+        for said in speed.departures():
+            say(said)
         int8 = quantized(request.quantize, config)
         model = open_model(folder, speed, ranks.device, say)
 

@@ -7,15 +7,18 @@ passive_threads     OpenMP threads that wait for each other spin briefly and the
 keep_freed_memory   glibc keeps freed memory for the next step instead of giving it back to the
                     kernel and faulting it in again, page by page: a vocabulary's gradients are
                     hundreds of megabytes.
-huge pages          Large buffers in pages of 2 MB, where the kernel gives them to whoever asks: a
+huge_pages          Large buffers in pages of 2 MB, where the kernel gives them to whoever asks: a
                     token reads every weight once, and by 4 KB at a time waits for addresses too.
-                    Taken to write text; training was not measured with it. Read by torch at its
-                    first large buffer.
+                    Taken by `auto` to write text and to evaluate, though they give little: of a
+                    gemma3-270m in float32 1.03 × the tokens, compiled 1.01 ×, both within the
+                    spread (`pretrain benchmark sample --vs speed.huge_pages=false`). A qwen3-small
+                    trains no faster with them, and takes 7 % more memory (`pretrain
+                    benchmark --ablate`). Read by torch at its first buffer.
 
 Tokenizing wants the opposite, `give_back_memory`: blocks of many sizes come and go there, and kept
 they leave ever more gaps.
 
-This module imports no torch, so that a command can call `wait_passively` first.
+This module imports no torch, so that a command can call `before_torch` first.
 """
 
 import ctypes
@@ -25,12 +28,29 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pretrain_cli.config import SpeedConfig
+from pretrain_cli.errors import ConfigError, did_you_mean
+
+PROCESS_SETTINGS = (
+    "float32_matmul",
+    "onednn_matmul",
+    "passive_threads",
+    "keep_freed_memory",
+    "huge_pages",
+    "cudnn_benchmark",
+    "expandable_segments",
+    "deterministic",
+)
+"""Speed settings that hold for the whole process, whatever it computes."""
+LATE = "torch was loaded before it could be set"
 SPINS, BRIEF = "GOMP_SPINCOUNT", "1000"
 POLICY = "OMP_WAIT_POLICY"
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+GIVEN = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 CGROUPS = Path("/sys/fs/cgroup")
 # mallopt's numbers, in glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
@@ -76,16 +96,15 @@ def _left_of(group: Path) -> float:
     return int(limit) - int(used) + int(cached[1] if cached else 0)
 
 
-def wait_passively(asked: bool | str) -> None:
-    """Have OpenMP's threads spin but briefly, unless the environment says how they wait or torch is
-    loaded already."""
-    if asked is not False and "torch" not in sys.modules and POLICY not in os.environ:
+def before_torch(asked: SpeedConfig, *, writing: bool = False) -> None:
+    """Set what torch reads when it is loaded, unless the environment says it or torch is there
+    already. `writing`: as in `huge_pages`."""
+    if "torch" in sys.modules:
+        return
+    if asked.passive_threads is not False and POLICY not in os.environ:
         os.environ.setdefault(SPINS, BRIEF)
-
-
-def take_huge_pages() -> None:
-    """Have torch ask for huge pages, unless the environment says whether."""
-    os.environ.setdefault(HUGE_PAGES, "1")
+    if _wants_huge_pages(asked.huge_pages, writing):
+        os.environ.setdefault(HUGE_PAGES, "1")
 
 
 def passive_threads(asked: bool | str) -> tuple[bool, str]:
@@ -98,7 +117,7 @@ def passive_threads(asked: bool | str) -> tuple[bool, str]:
         return in_force, "other programs may want a core"
     if policy or SPINS in os.environ:
         return in_force, f"{POLICY} or {SPINS} is set in the environment"
-    return in_force, "torch was loaded before it could be set"
+    return in_force, LATE
 
 
 def keep_freed_memory(asked: bool | str, device_type: str) -> tuple[bool, str]:
@@ -110,6 +129,51 @@ def keep_freed_memory(asked: bool | str, device_type: str) -> tuple[bool, str]:
     if platform.libc_ver()[0] != "glibc":
         return False, "this system's malloc is not glibc's"
     return True, "" if asked is True else "no memory is faulted in again at each step"
+
+
+def huge_pages(asked: bool | str, device_type: str, *, writing: bool) -> tuple[bool, str]:
+    """(whether large buffers are in huge pages, why where that is not what was asked). `writing`:
+    whether text is written, or evaluated, and nothing trained."""
+    if device_type != "cpu":
+        return False, "" if asked is False else "a setting of the CPU's memory"
+    given = _huge_pages_given()
+    if given == "always":
+        return True, "" if asked is True else "this system gives them unasked"
+    if given != "madvise":
+        return False, "" if asked is False else "this system gives none"
+    wanted, taken = _wants_huge_pages(asked, writing), os.environ.get(HUGE_PAGES) == "1"
+    if taken != wanted and HUGE_PAGES in os.environ:
+        return taken, f"{HUGE_PAGES} is set in the environment"
+    if taken != wanted:
+        return taken, LATE
+    if asked != "auto":
+        return taken, ""
+    return taken, "a token reads every weight once" if taken else "training is no faster with them"
+
+
+def _wants_huge_pages(asked: bool | str, writing: bool) -> bool:
+    return writing if asked == "auto" else bool(asked)
+
+
+def _huge_pages_given() -> str:
+    """always, madvise (to who asks) or never; nothing where the system has no such pages."""
+    try:
+        chosen = re.search(r"\[(\w+)\]", GIVEN.read_text())
+    except OSError:
+        return ""
+    return chosen[1] if chosen else ""
+
+
+def check_process_settings(option: str, assignments: Iterable[str]) -> None:
+    """Refuse what is not `speed.NAME=VALUE` of a setting of the whole process."""
+    known = [f"speed.{name}" for name in PROCESS_SETTINGS]
+    for assignment in assignments:
+        name, equals, _ = assignment.partition("=")
+        if not equals or name not in known:
+            raise ConfigError(
+                f"{option} {assignment}: not NAME=VALUE of one of {', '.join(known)}"
+                + did_you_mean(name, known)
+            )
 
 
 def keep_compiled(folder: Path) -> None:

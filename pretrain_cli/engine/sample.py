@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,16 +41,21 @@ def open_for_sampling(
     report: Report,
     best: bool = False,
     quantize: str | None = None,
+    settings: Iterable[str] = (),
 ) -> tuple[Path, Decoder, Tokenizer]:
-    """The model and tokenizer of a run, a checkpoint or a Hugging Face folder."""
+    """The model and tokenizer of a run, a checkpoint or a Hugging Face folder. `settings`: as
+    `speed.NAME=VALUE`."""
     place = find_device(device)
     folder = find_model_folder(where, report, best=best)
     tokenizer = folder_tokenizer(folder)
     int8 = quantized(quantize, read_config(folder))
     if int8:
         refuse_int8_off_cpu(place)
-    asked = build_config({}, {"speed.dtype": dtype, "speed.compile": False}, []).speed
-    speed = resolve_speed(asked, place, training=False)
+    flags = {"speed.dtype": dtype, "speed.compile": False}
+    asked = build_config({}, flags, settings).speed
+    speed = resolve_speed(asked, place, training=False, writing=True)
+    for said in speed.departures():
+        report(said)
     return folder, open_to_write(folder, speed, place, report, int8=int8), tokenizer
 
 

@@ -62,9 +62,20 @@ class Speed:
             for name, d in self.decisions.items()
         }
 
+    def departures(self) -> list[str]:
+        """A line for each setting that is not in force as it was asked for."""
+        return [
+            f"speed.{d.setting}: {d.in_force}, {d.reason}"
+            for d in self.decisions.values()
+            if d.asked not in ("auto", d.in_force)
+        ]
 
-def resolve_speed(asked: SpeedConfig, device: torch.device, *, training: bool = True) -> Speed:
-    """Decide every setting for this device. Raises ConfigError for a backend that can't train."""
+
+def resolve_speed(
+    asked: SpeedConfig, device: torch.device, *, training: bool = True, writing: bool = False
+) -> Speed:
+    """Decide every setting for this device; `writing`: for writing text, or evaluating it. Raises
+    ConfigError for a backend that can't train."""
     decide = {
         "attention": _attention,
         "dtype": _dtype,
@@ -74,6 +85,7 @@ def resolve_speed(asked: SpeedConfig, device: torch.device, *, training: bool = 
         "fused_optimizer": _fused_optimizer,
         "passive_threads": lambda asked, _: process.passive_threads(asked),
         "keep_freed_memory": lambda asked, device: process.keep_freed_memory(asked, device.type),
+        "huge_pages": lambda asked, device: process.huge_pages(asked, device.type, writing=writing),
         "cudnn_benchmark": _cudnn_benchmark,
         "expandable_segments": _expandable_segments,
     }
@@ -91,18 +103,6 @@ def resolve_speed(asked: SpeedConfig, device: torch.device, *, training: bool = 
             in_force, reason = value, ""
         decisions[setting] = Decision(setting, value, in_force, reason)
     return Speed(decisions)
-
-
-PROCESS_SETTINGS = (
-    "float32_matmul",
-    "onednn_matmul",
-    "passive_threads",
-    "keep_freed_memory",
-    "cudnn_benchmark",
-    "expandable_segments",
-    "deterministic",
-)
-"""Those that hold for the whole process, whatever it computes."""
 
 
 def apply_process_settings(speed: Speed) -> None:

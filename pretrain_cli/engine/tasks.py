@@ -52,6 +52,8 @@ class TaskRequest:
     attention: str | None = None
     quantize: str | None = None
     """int8, or None for the weights as they are."""
+    settings: tuple[str, ...] = ()
+    """Of speed, as `speed.NAME=VALUE`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +94,10 @@ def evaluate_tasks(request: TaskRequest, report: Callable[[str], None]) -> TaskR
     folder = find_model_folder(request.where, report, best=request.best)
     tokenizer = folder_tokenizer(folder)
     flags = {"speed.dtype": request.dtype, "speed.attention": request.attention}
-    asked = build_config(as_in_its_run(folder), flags, [])
-    speed = resolve_speed(asked.speed, device, training=False)
+    asked = build_config(as_in_its_run(folder), flags, request.settings)
+    speed = resolve_speed(asked.speed, device, training=False, writing=True)
+    for said in speed.departures():
+        report(said)
     config = read_config(folder)
     int8 = quantized(request.quantize, config)
     positions = config.max_position_embeddings

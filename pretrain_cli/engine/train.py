@@ -70,9 +70,8 @@ def train(
         batches = open_batches(plan, ranks, report)
         torch.manual_seed(settings.train.seed)  # nothing draws from it yet; a checkpoint keeps it
         apply_process_settings(plan.speed)
-        for decision in plan.speed.decisions.values():
-            if decision.asked not in ("auto", decision.in_force):
-                report(Notice(f"speed.{decision.setting}: {decision.in_force}, {decision.reason}"))
+        for said in plan.speed.departures():
+            report(Notice(said))
         if plan.speed.deterministic:
             report(Notice(f"speed.deterministic: {DETERMINISM}"))
 

@@ -46,6 +46,29 @@ def test_the_memorys_rate_is_a_rate():
     assert 1e8 < copy_rate(torch.device("cpu")) < 1e13
 
 
-def test_it_is_measured_against_transformers_alone():
-    with pytest.raises(ConfigError, match=r"--vs: 'vllm' is not transformers"):
-        measure(workload(vs=("vllm",)), print)
+@pytest.mark.parametrize(
+    ("arm", "said"),
+    [
+        ("vllm", "--vs: 'vllm' is not transformers, and not speed.NAME=VALUE"),
+        ("speed.compile=true", "--vs speed.compile=true: not NAME=VALUE of one of speed."),
+    ],
+)
+def test_it_is_measured_against_transformers_or_another_setting_of_its_process(arm, said):
+    with pytest.raises(ConfigError) as error:
+        measure(workload(vs=(arm,)), print)
+    assert str(error.value).startswith(said)
+
+
+def test_our_own_arm_has_another_setting_in_force():
+    arms = ("speed.keep_freed_memory=false",)
+    measured = measure(workload(vs=arms, settings=("speed.onednn_matmul=false",)), lambda _: None)
+    ours, other = measured.results
+    assert (ours.arm, other.arm) == ("pretrain", *arms)
+    keeps = [each.speed["keep_freed_memory"] for each in (ours, other)]
+    assert [each["asked"] for each in keeps] == ["auto", False]
+    assert keeps[1]["in_force"] is False
+    for each in (ours, other):
+        assert each.speed["onednn_matmul"] == {"asked": False, "in_force": False}
+        assert each.speed["huge_pages"]["asked"] == "auto"
+    assert other.agreed == 12
+    assert other.ratio == pytest.approx(ours.rounds[0][1] / other.rounds[0][1])

@@ -14,7 +14,8 @@ import torch
 from pretrain_cli.config import SpeedConfig
 from pretrain_cli.engine.benchmark import peers
 from pretrain_cli.engine.benchmark.workload import Arm, Workload
-from pretrain_cli.engine.speed import PROCESS_SETTINGS, resolve_speed
+from pretrain_cli.engine.process import LATE, PROCESS_SETTINGS
+from pretrain_cli.engine.speed import resolve_speed
 from pretrain_cli.errors import ConfigError, did_you_mean
 from pretrain_cli.model.attention_backends import BACKENDS
 from pretrain_cli.model.config import FULL, SLIDING, ModelConfig, variant
@@ -22,9 +23,6 @@ from pretrain_cli.model.config import FULL, SLIDING, ModelConfig, variant
 BASELINE, ALL_ON = "baseline", "all on"
 NOT_IN_A_STEP = {"prefetch": "it reads the next batch during a step, and here no batch is read"}
 """Settings that these steps don't meet."""
-ONLY_FRESH = ("passive_threads",)
-"""Settings that a process which has loaded torch can't tell about; a fresh one does, in its
-record."""
 
 FindModel = Callable[[str], tuple[str, ModelConfig]]
 
@@ -111,12 +109,8 @@ def ablation(workload: Workload, asked: SpeedConfig) -> list[Arm]:
     arms.append(Arm(name=ALL_ON, workload=workload, speed=asked, same_as=BASELINE, beside=BASELINE))
     in_force = resolve_speed(asked, device)
     for name, value in plain.items():
-        is_on = (
-            asked.passive_threads is not False
-            if name in ONLY_FRESH
-            else (getattr(in_force, name) != value)
-        )
-        if is_on:
+        decision = in_force.decisions[name]
+        if decision.in_force != value or decision.reason == LATE:  # a fresh process has it
             add(f"− {name}", "all on but", asked, name, value)
     return arms
 
@@ -129,7 +123,7 @@ def _without_effect(speed: SpeedConfig, setting: str, value: Any, device: torch.
         decision = resolve_speed(speed, device).decisions[setting]
     except ConfigError as error:
         return str(error)
-    if setting not in ONLY_FRESH and decision.in_force != value:
+    if decision.in_force != value and decision.reason != LATE:  # a fresh process isn't late
         return decision.reason
     return ""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain_cli.config import SpeedConfig
-from pretrain_cli.engine.process import keep_compiled, take_huge_pages, wait_passively
+from pretrain_cli.engine.process import before_torch, keep_compiled
 
 
 def in_a_fresh_process(name: str, speed: SpeedConfig, compiled: Path, *arguments: Any) -> Any:
@@ -18,18 +18,17 @@ def in_a_fresh_process(name: str, speed: SpeedConfig, compiled: Path, *arguments
         return process.submit(_call, name, speed, compiled, arguments).result()
 
 
-def serve(tuned: bool, compiled: Path, arm: str, *arguments: Any) -> None:
-    """`sample.serve_arm` of an arm, in a process that was just started: `tuned` as `pretrain
-    sample` has it."""
-    if tuned:
-        wait_passively("auto")
-        take_huge_pages()
+def serve(ours: SpeedConfig | None, compiled: Path, arm: str, *arguments: Any) -> None:
+    """`sample.serve_arm` of an arm, in a process that was just started: as `pretrain sample` has it
+    where these settings are asked for, or as another program's."""
+    if ours is not None:
+        before_torch(ours, writing=True)
     keep_compiled(compiled)
     importlib.import_module("pretrain_cli.engine.benchmark.sample").serve_arm(arm, *arguments)
 
 
 def _call(name: str, speed: SpeedConfig, compiled: Path, arguments: tuple[Any, ...]) -> Any:
-    wait_passively(speed.passive_threads)  # before torch is loaded
+    before_torch(speed)
     keep_compiled(compiled)
     timing = importlib.import_module("pretrain_cli.engine.benchmark.timing")
     return getattr(timing, name)(*arguments)

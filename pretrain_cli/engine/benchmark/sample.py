@@ -1,7 +1,8 @@
 """How fast text is written: a prompt's prefill, then tokens one after the other, greedily.
 
-    pretrain        what `pretrain sample` does (engine/generate.py), its texts not decoded
-    transformers    `generate` with its own KV cache, as it comes
+    pretrain            what `pretrain sample` does (engine/generate.py), its texts not decoded
+    speed.NAME=VALUE    the same with another setting of its process
+    transformers        `generate` with its own KV cache, as it comes
 
 Each in a fresh process with the same random weights; what ours sets for its process, transformers'
 is without. They take turns, so that a machine that is busy for a while is so for both; loading,
@@ -26,12 +27,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pretrain_cli.config import build_config
+from pretrain_cli.config import SpeedConfig, build_config
 from pretrain_cli.engine.benchmark.fresh import serve
 from pretrain_cli.engine.choosing import Controls
 from pretrain_cli.engine.distributed import find_device
 from pretrain_cli.engine.generate import Generation, Text
 from pretrain_cli.engine.open_model import quantized
+from pretrain_cli.engine.process import check_process_settings
 from pretrain_cli.engine.sample import make_writer, open_to_write, refuse_int8_off_cpu
 from pretrain_cli.engine.speed import Speed, build_model, resolve_speed
 from pretrain_cli.errors import ConfigError
@@ -60,7 +62,10 @@ class Workload:
     dtype: str
     """As speed.dtype: auto is what suits the device."""
     compiled: bool | None
+    settings: tuple[str, ...] = ()
+    """Of the process, as `speed.NAME=VALUE`."""
     vs: tuple[str, ...] = ()
+    """transformers, or such settings, each by itself beside those."""
     quantize: str | None = None
     """int8 for our own matrices, None for the weights as they are."""
 
@@ -69,6 +74,8 @@ class Ready(NamedTuple):
     load: float
     compile: float
     said: list[str]
+    speed: dict[str, Any]
+    """Our settings as asked and as in force."""
 
 
 class Round(NamedTuple):
@@ -97,6 +104,8 @@ class Result:
     rounds: list[tuple[float, float]]
     """Prefill and decode rates of each."""
     said: list[str]
+    speed: dict[str, Any]
+    """Our settings as asked and as in force; none of transformers'."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,15 +122,17 @@ class Measured:
 
 def measure(workload: Workload, progress: Callable[[str], None]) -> Measured:
     """Our rates, and those of the arms it is measured against."""
-    if set(workload.vs) - {THEIRS}:
-        raise ConfigError(f"--vs: '{', '.join(workload.vs)}' is not {THEIRS}")
+    for arm in workload.vs:
+        if arm != THEIRS and not arm.startswith("speed."):
+            raise ConfigError(f"--vs: '{arm}' is not {THEIRS}, and not speed.NAME=VALUE")
+    check_process_settings("--vs", (arm for arm in workload.vs if arm != THEIRS))
     if quantized(workload.quantize, workload.model):
         refuse_int8_off_cpu(find_device(workload.device))
-    arms = [OURS, *workload.vs]
+    arms = [OURS, *dict.fromkeys(workload.vs)]
     turns: dict[str, list[Round]] = {arm: [] for arm in arms}
     ready = {}
     progress("drawing weights")
-    with _drawn_folder(workload) as folder, _processes(arms, folder) as pipes:
+    with _drawn_folder(workload) as folder, _processes(workload, arms, folder) as pipes:
         for arm, pipe in pipes.items():  # one at a time, so that neither loads while one compiles
             progress(f"{arm}: loading")
             pipe.send(workload)
@@ -194,6 +205,7 @@ def _result(
         agreed=None if is_ours else agreed,
         rounds=rates,
         said=ready.said,
+        speed=ready.speed,
     )
 
 
@@ -201,16 +213,19 @@ def _result(
 
 
 @contextmanager
-def _processes(arms: list[str], folder: Path) -> Iterator[dict[str, Connection]]:
+def _processes(
+    workload: Workload, arms: list[str], folder: Path
+) -> Iterator[dict[str, Connection]]:
     """A fresh process for each arm, and the pipe that it is asked by."""
     fresh = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
     try:
         for arm in arms:
             pipes[arm], theirs = fresh.Pipe()
+            ours = None if arm == THEIRS else _asked(workload, arm)
             process = fresh.Process(
                 target=serve,
-                args=(arm == OURS, folder / "compiled", arm, folder, theirs),
+                args=(ours, folder / "compiled", arm, folder, theirs),
                 daemon=True,
             )
             process.start()
@@ -239,7 +254,10 @@ def serve_arm(arm: str, folder: Path, pipe: Connection) -> None:
     """Load when told what is measured, then write so many tokens whenever told to."""
     try:
         workload = pipe.recv()
-        ready, one_round = (_ours if arm == OURS else _theirs)(workload, folder)
+        if arm == THEIRS:
+            ready, one_round = _theirs(workload, folder)
+        else:
+            ready, one_round = _ours(workload, arm, folder)
         pipe.send(ready)
         while tokens := pipe.recv():
             pipe.send(one_round(tokens))
@@ -264,9 +282,16 @@ def _drawn_folder(workload: Workload) -> Iterator[Path]:
         yield Path(name)
 
 
-def _speed(workload: Workload) -> Speed:
-    asked = build_config({}, {"speed.dtype": workload.dtype, "speed.compile": False}, []).speed
-    return resolve_speed(asked, find_device(workload.device), training=False)
+def _asked(workload: Workload, arm: str) -> SpeedConfig:
+    """What one of our arms is to have."""
+    flags = {"speed.dtype": workload.dtype, "speed.compile": False}
+    own = () if arm in (OURS, THEIRS) else (arm,)
+    return build_config({}, flags, (*workload.settings, *own)).speed
+
+
+def _speed(workload: Workload, arm: str = OURS) -> Speed:
+    place = find_device(workload.device)
+    return resolve_speed(_asked(workload, arm), place, training=False, writing=True)
 
 
 def _prompts(workload: Workload) -> torch.Tensor:
@@ -275,11 +300,12 @@ def _prompts(workload: Workload) -> torch.Tensor:
     return torch.randint(0, workload.model.vocab_size, size, generator=generator)
 
 
-def _ours(workload: Workload, folder: Path) -> tuple[Ready, Callable[[int], Round]]:
+def _ours(workload: Workload, arm: str, folder: Path) -> tuple[Ready, Callable[[int], Round]]:
     began = time.perf_counter()
+    speed = _speed(workload, arm)
     model = open_to_write(
         folder,
-        _speed(workload),
+        speed,
         find_device(workload.device),
         print,
         int8=workload.quantize is not None,
@@ -292,7 +318,7 @@ def _ours(workload: Workload, folder: Path) -> tuple[Ready, Callable[[int], Roun
         return [Text(i, ids, tokens, "max-tokens", i) for i, ids in enumerate(prompts)]
 
     began = time.perf_counter()
-    said: list[str] = []
+    said = speed.departures()
     writer = make_writer(
         model, workload.compiled, texts(workload.tokens), workload.batch, said.append
     )
@@ -314,7 +340,7 @@ def _ours(workload: Workload, folder: Path) -> tuple[Ready, Callable[[int], Roun
         ended = time.perf_counter()
         return Round((first or ended) - began, ended - (first or ended), asked[0].tokens)
 
-    return Ready(load, time.perf_counter() - began, said), one_round
+    return Ready(load, time.perf_counter() - began, said, speed.record()), one_round
 
 
 def _theirs(workload: Workload, folder: Path) -> tuple[Ready, Callable[[int], Round]]:
@@ -353,4 +379,4 @@ def _theirs(workload: Workload, folder: Path) -> tuple[Ready, Callable[[int], Ro
         )
         return Round(times[0] - began, times[-1] - times[0], out[0, workload.prompt :].tolist())
 
-    return Ready(load, 0.0, [f"transformers {transformers.__version__}"]), one_round
+    return Ready(load, 0.0, [f"transformers {transformers.__version__}"], {}), one_round

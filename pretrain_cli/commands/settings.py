@@ -1,0 +1,12 @@
+"""`--set` of the commands that write text: speed settings of the whole process, and no others."""
+
+from collections.abc import Sequence
+
+
+def settle_process(assignments: Sequence[str] | None) -> None:
+    """Set what has to be set before torch is loaded."""
+    from pretrain_cli.config import build_config
+    from pretrain_cli.engine.process import before_torch, check_process_settings
+
+    check_process_settings("--set", assignments or ())
+    before_torch(build_config({}, {}, assignments or ()).speed, writing=True)

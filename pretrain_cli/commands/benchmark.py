@@ -146,6 +146,7 @@ def benchmark(
     """Time the real training step on synthetic tokens.
 
     Every arm is measured in a fresh process, in turn with the others, warm-up and compiling apart.
+    Ctrl-C or SIGTERM ends it early: what is there is shown and written, marked as cut short.
     What learns something else than it should is told. An attention backend that can't train on this
     device is timed forward only, and says so.
 
@@ -196,6 +197,7 @@ def benchmark(
     settings, workload, find = _workload(flags, set_ or [], model, device)
 
     from pretrain_cli.engine.benchmark import arms as kinds
+    from pretrain_cli.engine.benchmark.interruption import Interruption
     from pretrain_cli.engine.benchmark.rounds import Rounds
     from pretrain_cli.engine.benchmark.workload import Repeats
 
@@ -215,11 +217,14 @@ def benchmark(
         kinds.check_length(workload)
     say_workload(workload, repeats, is_swept=mode == "--sweep")
     measured = Rounds(arms, repeats)
-    watch(measured)
     command = shlex.join(["pretrain", *sys.argv[1:]])
-    outputs.write(measured, mode.removeprefix("--"), command)
-    if profile is not None:
-        show_profiles(measured, profile)
+    with Interruption() as interruption:
+        watch(measured, interruption)
+        outputs.write(measured, mode.removeprefix("--"), command)
+        if profile is not None:
+            show_profiles(measured, profile, interruption)
+    if interruption.signal:
+        raise typer.Exit(interruption.exit_code)
     if measured.failures:
         raise typer.Exit(1)
 

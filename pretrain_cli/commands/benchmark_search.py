@@ -16,6 +16,7 @@ def search(workload: Any, speed: Any, repeats: Any, outputs: Outputs) -> None:
     import torch
 
     from pretrain_cli.engine import micro_batch
+    from pretrain_cli.engine.benchmark.interruption import Interruption
     from pretrain_cli.engine.benchmark.search import MicroBatchSearch
     from pretrain_cli.engine.distributed import device_name
     from pretrain_cli.errors import ConfigError
@@ -28,10 +29,13 @@ def search(workload: Any, speed: Any, repeats: Any, outputs: Outputs) -> None:
             f"{size(measured.room)} may be used; give a smaller model, or --seq-len"
         )
     say_workload(workload, repeats, is_swept=True)
-    watch(measured)
-    found = measured.found()
     command = shlex.join(["pretrain", *sys.argv[1:]])
-    outputs.write(measured, "find-micro-batch", command)
+    with Interruption() as interruption:
+        watch(measured, interruption)
+        outputs.write(measured, "find-micro-batch", command)
+    if interruption.signal:
+        raise typer.Exit(interruption.exit_code)  # nothing is kept of half a search
+    found = measured.found()
     if found is None:
         raise typer.Exit(1)  # why is told with the table
     rate, (of_fastest, of_largest) = (

@@ -40,6 +40,8 @@ class Outputs:
             need_matplotlib(self.plot)
 
     def write(self, measured: Any, what: str, command: str) -> None:
+        if not measured.arms:  # of a search that was cut short at once
+            return
         from pretrain_cli.engine.benchmark.record import record
 
         written = record(measured, what, command)
@@ -74,15 +76,15 @@ def say_workload(workload: Any, repeats: Any, *, is_swept: bool) -> None:
     )
 
 
-def watch(measured: Any) -> None:
-    """Measure, with the table as far as it is known on a terminal; and say what was found."""
-    if console.is_terminal:
-        with Live(console=console, refresh_per_second=4, transient=True) as live:
-            for coming in measured.go():
-                live.update(Group(_table(measured), Text(f"{coming} …", style="dim")))
-    else:
-        for coming in measured.go():
-            aside(coming)
+def watch(measured: Any, interruption: Any) -> None:
+    """Measure, with the table as far as it is known on a terminal; and say what was found, also
+    where a signal ends it early."""
+    try:
+        with interruption.can_be_given_up():
+            _measure(measured)
+    except KeyboardInterrupt:
+        measured.cut(interruption.signal.name)
+        notice(f"{measured.cut_short}: cut short; this is what is there")
     from pretrain_cli.engine.benchmark.markdown import peaks
     from pretrain_cli.engine.benchmark.results import ratios
     from pretrain_cli.engine.benchmark.table import LEGEND, remarks
@@ -107,6 +109,16 @@ def watch(measured: Any) -> None:
         error_console.print(text, markup=False, soft_wrap=True)
 
 
+def _measure(measured: Any) -> None:
+    if not console.is_terminal:
+        for coming in measured.go():
+            aside(coming)
+        return
+    with Live(console=console, refresh_per_second=4, transient=True) as live:
+        for coming in measured.go():
+            live.update(Group(_table(measured), Text(f"{coming} …", style="dim")))
+
+
 def _table(measured: Any) -> Table:
     from pretrain_cli.engine.benchmark.table import COLUMNS, rows
 
@@ -124,12 +136,12 @@ def _table(measured: Any) -> Table:
     return table
 
 
-def show_profiles(measured: Any, folder: Path) -> None:
+def show_profiles(measured: Any, folder: Path, interruption: Any) -> None:
     """Each arm's, one after the other."""
     for arm in measured.arms:
         if arm.left_out or arm.name in measured.failures:
             continue
-        with console.status(f"{arm.name}: profile"):
+        with interruption.can_be_given_up(), console.status(f"{arm.name}: profile"):
             found = measured.profile(arm, folder / f"{arm.name}.json")
         console.print(profile_table(arm.name, found))
 

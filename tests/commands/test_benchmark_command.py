@@ -1,6 +1,13 @@
 """`pretrain benchmark`: the real step, timed, and what can't be timed said."""
 
+import contextlib
 import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +16,7 @@ import torch
 from pretrain_cli.engine import micro_batch
 from pretrain_cli.engine.benchmark import data as benchmark_data
 from pretrain_cli.engine.benchmark import rounds, search, timing
+from pretrain_cli.engine.benchmark.interruption import Interruption
 
 MODEL = (
     "--model gemma3-tiny --set model.layer_types=[sliding_attention,full_attention] "
@@ -131,6 +139,114 @@ def test_a_profile_is_shown_and_its_trace_written(pretrain):
     for name in ("forward", "loss", "backward", "optimizer", "aten::"):
         assert name in outcome.out
     assert Path("looked/sdpa.json").stat().st_size > 1000
+
+
+# --- stopped -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stopped_at(monkeypatch):
+    """Arms run in this process, which gets a signal once this is to be done of this arm."""
+    monkeypatch.setattr(timing, "PEAK_SECONDS", 0.01)
+
+    def prepare(number, what, arm):
+        def start(name, speed, folder, *arguments):
+            if name == what and arguments[0].name == arm:
+                os.kill(os.getpid(), number)
+                time.sleep(5)
+                raise AssertionError("went on")
+            return getattr(timing, name)(*arguments)
+
+        monkeypatch.setattr(rounds, "in_a_fresh_process", start)
+
+    return prepare
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_was_measured_before_a_signal_is_shown_and_written(pretrain, stopped_at, number):
+    pytest.importorskip("matplotlib")
+    stopped_at(number, "measure_round", "seq-len 20")
+    line = TINY.replace("--seq-len 32", "--sweep seq-len=10,20,30")
+    outcome = pretrain(f"benchmark {line} --json c.json --markdown c.md --plot c.svg")
+    assert outcome.code == 128 + number
+    assert f"{number.name}: cut short; this is what is there" in outcome.out
+    assert f"seq-len 20, seq-len 30: not run: {number.name} came first" in outcome.out
+    written = json.loads(Path("c.json").read_text())
+    assert written["cut_short"] == number.name
+    first, *others = written["results"]
+    assert first["figures"]["tokens_per_second"] > 0
+    assert [other["figures"] for other in others] == [None, None]
+    assert f"Cut short by {number.name}." in Path("c.md").read_text()
+    assert f"cut short by {number.name}" in Path("c.svg").read_text()
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+
+
+def test_a_profile_that_is_stopped_leaves_what_was_written(pretrain, stopped_at):
+    stopped_at(signal.SIGTERM, "profile_arm", "sdpa")
+    outcome = pretrain(f"benchmark --attn sdpa {TINY} --profile looked --json c.json")
+    assert outcome.code == 128 + signal.SIGTERM
+    assert json.loads(Path("c.json").read_text())["results"][0]["figures"]
+
+
+@pytest.mark.usefixtures("room")
+def test_nothing_is_kept_of_a_search_that_is_stopped(pretrain, stopped_at):
+    stopped_at(signal.SIGTERM, "measure_round", "micro-batch 2")
+    line = f"benchmark --find-micro-batch {MODEL} --seq-len 32 --device cpu --json c.json"
+    assert pretrain(line).code == 128 + signal.SIGTERM
+    assert json.loads(Path("c.json").read_text())["micro_batch"] is None
+    assert not Path("runs").exists()
+
+
+def test_a_second_signal_leaves_at_once_and_an_echo_of_the_first_does_not(monkeypatch):
+    left = []
+    monkeypatch.setattr("os._exit", left.append)
+    with Interruption() as interruption:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert (left, interruption.exit_code) == ([], 128 + signal.SIGTERM)
+        interruption.came -= 2
+        os.kill(os.getpid(), signal.SIGINT)
+    assert left == [128 + signal.SIGINT]
+
+
+def running(processes):
+    """Those that have not ended, though nobody may have asked how yet."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(FileNotFoundError):
+            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+            found += [process] if state != "Z" else []
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are told by /proc")
+def test_a_benchmark_that_is_stopped_leaves_no_process_behind(tmp_path):
+    line = f"{TINY} --attn sdpa --json c.json".replace("--steps 3", "--steps 1000000")
+    program = subprocess.Popen(
+        [sys.executable, "-m", "pretrain_cli", "benchmark", *shlex.split(line)],
+        cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    for said in program.stderr:
+        if "round 1 of 1: sdpa" in said:
+            break
+    time.sleep(1)
+    children = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
+    assert children
+    program.send_signal(signal.SIGTERM)
+    try:
+        assert program.wait(timeout=30) == 128 + signal.SIGTERM
+    finally:
+        program.kill()
+        program.stderr.close()
+    assert json.loads((tmp_path / "c.json").read_text())["cut_short"] == "SIGTERM"
+    until = time.monotonic() + 10
+    while running(children) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not running(children)
+
+
+# --- a micro-batch that fits ---------------------------------------------------------------------
 
 
 @pytest.fixture

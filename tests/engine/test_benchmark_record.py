@@ -136,4 +136,14 @@ def test_a_picture_is_drawn(made, tmp_path, name, begins):
 def test_a_picture_is_titled_by_what_its_arms_share(others, title):
     workload = {"name": "tiny", "micro_batch_size": 2, "seq_len": 32}
     results = [{"workload": workload}, {"workload": workload | others}]
-    assert picture._title({"results": results, "machine": "here"}) == title
+    record = {"results": results, "machine": "here", "cut_short": ""}
+    assert picture._title(record) == title
+    assert picture._title(record | {"cut_short": "SIGINT"}) == f"{title}, cut short by SIGINT"
+
+
+def test_what_was_cut_short_is_told_as_that(made):
+    assert made["cut_short"] == ""
+    cut = made | {"cut_short": "SIGTERM"}
+    assert "Cut short by SIGTERM." in to_markdown(cut).splitlines()
+    assert "ut short" not in to_markdown(made)
+    assert compare(made, cut).differences == ["the second was cut short by SIGTERM"]

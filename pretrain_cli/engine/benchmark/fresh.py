@@ -8,14 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from pretrain_cli.config import SpeedConfig
+from pretrain_cli.engine.benchmark.interruption import unheard_by_children
 from pretrain_cli.engine.process import before_torch, keep_compiled
 
 
 def in_a_fresh_process(name: str, speed: SpeedConfig, compiled: Path, *arguments: Any) -> Any:
-    """What `timing.NAME` gives for these arguments. What is compiled is kept in `compiled`."""
+    """What `timing.NAME` gives for these arguments. What is compiled is kept in `compiled`. An
+    interrupt ends the process."""
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=fresh) as process:
-        return process.submit(_call, name, speed, compiled, arguments).result()
+        try:
+            with unheard_by_children():
+                called = process.submit(_call, name, speed, compiled, arguments)
+            return called.result()
+        except KeyboardInterrupt:
+            for child in multiprocessing.active_children():
+                child.kill()
+            raise
 
 
 def serve(ours: SpeedConfig | None, compiled: Path, arm: str, *arguments: Any) -> None:

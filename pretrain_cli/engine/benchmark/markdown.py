@@ -10,11 +10,13 @@ def to_markdown(record: dict[str, Any]) -> str:
     first = record["results"][0]["workload"]
     commit = f", commit {record['commit']}" if record["commit"] else ""
     repeats = record["repeats"]
+    cut = [f"Cut short by {record['cut_short']}.", ""] if record["cut_short"] else []
     lines = [
         "```sh",
         record["command"],
         "```",
         "",
+        *cut,
         f"{first['name']}, {first['micro_batch_size']} × {first['seq_len']} tokens a step, "
         f"{repeats['rounds']} rounds of {repeats['warmup']} + {repeats['steps']} steps. "
         f"{record['machine']}, torch {record['torch']}, pretrain {record['pretrain']}{commit}. "

@@ -99,7 +99,8 @@ def _title(record: dict[str, Any]) -> str:
     sizes = {f"{each['micro_batch_size']} × {each['seq_len']}" for each in workloads}
     shared = [*models] if len(models) == 1 else []
     shared += [f"{size} tokens a step" for size in sizes if len(sizes) == 1]
-    return f"{', '.join(shared) or 'Training steps'} on {record['machine']}"
+    cut = f", cut short by {record['cut_short']}" if record["cut_short"] else ""
+    return f"{', '.join(shared) or 'Training steps'} on {record['machine']}{cut}"
 
 
 def _footnote(record: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """A benchmark as JSON: what was measured where, and with which settings; and two of them compared.
 
-{what, command, machine, threads, torch, python, pretrain, commit, repeats, tolerance,
+{what, cut_short, command, machine, threads, torch, python, pretrain, commit, repeats, tolerance,
  peaks: {dtype: {flops, source, measured}}, results: [Result], ratios: [Ratio]}
 """
 
@@ -28,6 +28,7 @@ def record(rounds: Rounds, what: str, command: str) -> dict[str, Any]:
     results = rounds.results()
     return {
         "what": what,
+        "cut_short": rounds.cut_short,
         "command": command,
         "machine": device_name(find_device(rounds.arms[0].workload.device)),
         "threads": torch.get_num_threads(),
@@ -116,6 +117,9 @@ def compare(first: dict[str, Any], second: dict[str, Any]) -> Comparison:
     differences = [
         f"{name}: {first[name]} → {second[name]}" for name in ABOUT if first[name] != second[name]
     ]
+    for which, each in (("first", first), ("second", second)):
+        if each.get("cut_short"):
+            differences.append(f"the {which} was cut short by {each['cut_short']}")
     for change, where in settings.items():
         differences.append(change if len(where) == len(arms) else f"{change} ({', '.join(where)})")
     return Comparison(arms, differences, unmatched)

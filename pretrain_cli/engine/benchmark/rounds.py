@@ -37,6 +37,8 @@ class Rounds:
         self.tracebacks: list[str] = []
         self.peaks: dict[str, Peak] = {}
         self.dtypes: dict[str, str] = {}
+        self.cut_short = ""
+        """The signal that ended it early."""
         for arm in arms:
             self.add(arm)
 
@@ -84,6 +86,13 @@ class Rounds:
             self.tracebacks.append("".join(traceback.format_exception(error)))
         else:
             self.measured[arm.name].append(measured)
+
+    def cut(self, signal: str) -> None:
+        """It ended early. What was not measured at all says so."""
+        self.cut_short = signal
+        for arm in self.arms:
+            if not arm.left_out and not self.measured[arm.name]:
+                self.failures.setdefault(arm.name, f"{signal} came first")
 
     def results(self) -> list[Result]:
         """As far as it has gone."""

@@ -84,9 +84,9 @@ class MicroBatchSearch(Rounds):
             yield from self._try_largest(folder)
 
     def found(self) -> Found | None:
-        """The answers; None where not even one sample could be measured."""
+        """The answers; None where not even one sample could be measured, or not all was."""
         fitting, rates, peaks = sorted(self._fitting()), self._rates(), self._peaks()
-        if not fitting:
+        if not fitting or self.cut_short:
             return None
         rates = {size: rates[size] for size in fitting}
         return Found(

@@ -19,7 +19,7 @@ from pretrain_cli.commands.benchmark_show import (
     watch,
 )
 from pretrain_cli.commands.benchmark_tokenize import benchmark_tokenize
-from pretrain_cli.commands.display import check_folder
+from pretrain_cli.commands.display import check_folder, notice
 
 NOT_SET = ("speed.attention=", "model.name=", "model.init_from=", "speed.prefetch=")
 """--attn and --model say the first two; weights cost what random ones do; no batch is read."""
@@ -45,7 +45,9 @@ def benchmark(
         bool,
         typer.Option(
             "--ablate",
-            help="Everything plain, each speed setting alone on, all on, each alone off.",
+            help="Everything plain, each speed setting alone on, all on, each alone off. A setting "
+            "that is given a value (--no-compile, --dtype, --attn, --set speed.NAME) has it in "
+            "every arm, and no arm of its own.",
             rich_help_panel=MODES,
         ),
     ] = False,
@@ -188,13 +190,16 @@ def benchmark(
     outputs.check()
     check_folder(profile, "--profile")
 
-    if compile_ is None and mode in ("--ablate", "--vs"):
-        compile_ = True  # auto may leave it off for what it takes at the start
     flags = {"speed.dtype": dtype, "speed.compile": compile_, "model.name": model}
     flags |= {"train.micro_batch_size": micro_batch_size, "data.seq_len": seq_len}
     if mode != "--attn":
         flags["speed.attention"] = attn
     settings, workload, find = _workload(flags, set_ or [], model, device)
+    speed = settings.speed
+    given = {n: v for n, v in speed if n in speed.model_fields_set and v != "auto"}
+    if mode in ("--ablate", "--vs") and "compile" not in speed.model_fields_set:
+        # auto may leave it off for what it takes at the start
+        speed = speed.model_copy(update={"compile": True})
 
     from pretrain_cli.engine.benchmark import arms as kinds
     from pretrain_cli.engine.benchmark.interruption import Interruption
@@ -204,18 +209,20 @@ def benchmark(
     repeats = Repeats(rounds=rounds or (1 if mode == "--attn" else 3), steps=steps, warmup=warmup)
     if find_micro_batch:
         kinds.check_length(workload)
-        return search(workload, settings.speed, repeats, outputs)
+        return search(workload, speed, repeats, outputs)
     if mode == "--ablate":
-        arms = kinds.ablation(workload, settings.speed)
+        arms = kinds.ablation(workload, speed, given)
     elif mode == "--sweep":
-        arms = kinds.sweep(workload, settings.speed, sweep or [], find)
+        arms = kinds.sweep(workload, speed, sweep or [], find)
     elif mode == "--vs":
-        arms = kinds.versus(workload, settings.speed, vs or "")
+        arms = kinds.versus(workload, speed, vs or "")
     else:
-        arms = kinds.backend_arms(workload, settings.speed, kinds.parse_backends(attn or "all"))
+        arms = kinds.backend_arms(workload, speed, kinds.parse_backends(attn or "all"))
     if mode != "--sweep":
         kinds.check_length(workload)
     say_workload(workload, repeats, is_swept=mode == "--sweep")
+    if mode == "--ablate" and given:
+        notice(f"In every arm, as given: {', '.join(f'{n} {v}' for n, v in given.items())}")
     measured = Rounds(arms, repeats)
     command = shlex.join(["pretrain", *sys.argv[1:]])
     with Interruption() as interruption:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pretrain_cli.config import SpeedConfig
 from pretrain_cli.engine import micro_batch
 from pretrain_cli.engine.benchmark import data as benchmark_data
 from pretrain_cli.engine.benchmark import rounds, search, timing
@@ -95,9 +96,7 @@ def test_an_ablation_has_all_arms_and_says_which_are_not_run(pretrain, monkeypat
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("shutil.which", lambda name: None)  # compiling takes its time
     line = f"benchmark --ablate {TINY} --rounds 1"
-    outcome = pretrain(
-        f"{line} --set speed.merged_qkv=true --json a.json --markdown a.md --plot a.svg"
-    )
+    outcome = pretrain(f"{line} --json a.json --markdown a.md --plot a.svg")
     assert outcome.code == 0, outcome.err
     written = json.loads(Path("a.json").read_text())
     kinds = {result["arm"]: result["kind"] for result in written["results"]}
@@ -113,6 +112,24 @@ def test_an_ablation_has_all_arms_and_says_which_are_not_run(pretrain, monkeypat
     assert "| *all on but* |" in markdown
     assert "| + merged_qkv |" in markdown
     assert Path("a.svg").stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("here")
+def test_what_is_turned_off_by_hand_does_not_come_back_as_an_arm(pretrain, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: name)  # a compiler is there
+    line = f"benchmark --ablate {TINY} --rounds 1 --dtype float32 --no-compile"
+    off = " ".join(
+        f"--set speed.{name}=false" for name in SpeedConfig.model_fields
+        if name not in ("attention", "dtype", "float32_matmul", "compile", "merged_qkv", "prefetch")
+    )  # fmt: skip
+    outcome = pretrain(f"{line} --attn sdpa {off} --set speed.float32_matmul=auto --json a.json")
+    assert outcome.code == 0, outcome.err
+    assert "In every arm, as given: attention sdpa, dtype float32, onednn_mat" in outcome.out
+    written = json.loads(Path("a.json").read_text())
+    assert [result["arm"] for result in written["results"]] == [
+        "baseline", "+ float32_matmul high", "+ float32_matmul medium", "+ merged_qkv",
+        "+ prefetch", "all on", "− merged_qkv", "− prefetch",
+    ]  # fmt: skip
 
 
 @pytest.mark.usefixtures("here")

@@ -74,6 +74,17 @@ def test_every_setting_that_is_in_force_is_alone_off(workload):
         assert (arm.same_as, arm.beside) == ("baseline", "all on")
 
 
+def test_what_is_given_is_in_every_arm_and_none_of_its_own(workload):
+    asked = SpeedConfig(compile=False, dtype="bfloat16", merged_qkv=True)
+    found = by_name(arms.ablation(workload, asked, {"compile", "dtype", "merged_qkv"}))
+    for arm in found.values():
+        settings = arm.speed.model_dump()
+        assert settings | {"compile": False, "dtype": "bfloat16", "merged_qkv": True} == settings
+        assert not {"compile", "dtype", "merged_qkv"} & set(arm.name.split())
+    assert found["baseline"].speed.merged_gate_up is False
+    assert {"+ merged_gate_up", "− merged_gate_up", "+ attention sdpa", "all on"} <= set(found)
+
+
 def test_a_setting_that_is_added_cannot_be_forgotten(workload):
     class More(SpeedConfig):
         folded_norms: bool = True

@@ -6,7 +6,7 @@ An ablation knows the settings by the fields of SpeedConfig alone, so that it ca
 import dataclasses
 import itertools
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -79,11 +79,15 @@ def choices(settings: type[SpeedConfig], name: str) -> list[Any]:
     return values(settings.model_fields[name].annotation)
 
 
-def ablation(workload: Workload, asked: SpeedConfig) -> list[Arm]:
+def ablation(
+    workload: Workload, asked: SpeedConfig, given: Collection[str] = frozenset()
+) -> list[Arm]:
     """Everything plain; each value of each setting alone; what is asked, all on; and that with each
-    setting alone made plain."""
+    setting alone made plain. The settings `given` are in every arm as they are asked, and have none
+    of their own."""
     settings, device = type(asked), torch.device(workload.device)
-    plain = {name: choices(settings, name)[0] for name in settings.model_fields}
+    varied = [name for name in settings.model_fields if name not in given]
+    plain = {name: choices(settings, name)[0] for name in varied}
     baseline = asked.model_copy(update=plain)
     arms = [Arm(name=BASELINE, workload=workload, speed=baseline)]
 
@@ -102,7 +106,7 @@ def ablation(workload: Workload, asked: SpeedConfig) -> list[Arm]:
             )
         )
 
-    for name in settings.model_fields:
+    for name in varied:
         for value in choices(settings, name)[1:]:
             label = name if value is True else f"{name} {value}"
             add(f"+ {label}", "alone on", baseline, name, value)

@@ -20,6 +20,7 @@ from pretrain_cli.commands import (
     verify,
 )
 from pretrain_cli.commands.display import error_console
+from pretrain_cli.commands.options import Command
 from pretrain_cli.errors import PretrainError
 from pretrain_cli.files import is_disk_full
 
@@ -54,16 +55,16 @@ app = typer.Typer(
     help="Pretrain Gemma 3 and Qwen 3 models: from a folder of text to a model that transformers "
     "opens.",
 )
-app.command("tokenize", rich_help_panel="The main line")(tokenize.tokenize)
-app.command("train", rich_help_panel="The main line")(train.train)
-app.command("sample", rich_help_panel="The main line")(sample.sample)
-app.command("report", rich_help_panel="What there is")(report.report)
-app.command("evaluate", rich_help_panel="What there is")(evaluate.evaluate)
-app.command("verify", rich_help_panel="What there is")(verify.verify)
-app.command("export", rich_help_panel="What there is")(export.export)
-app.command("inspect", rich_help_panel="What there is")(inspect.inspect)
+app.command("tokenize", cls=Command, rich_help_panel="The main line")(tokenize.tokenize)
+app.command("train", cls=Command, rich_help_panel="The main line")(train.train)
+app.command("sample", cls=Command, rich_help_panel="The main line")(sample.sample)
+app.command("report", cls=Command, rich_help_panel="What there is")(report.report)
+app.command("evaluate", cls=Command, rich_help_panel="What there is")(evaluate.evaluate)
+app.command("verify", cls=Command, rich_help_panel="What there is")(verify.verify)
+app.command("export", cls=Command, rich_help_panel="What there is")(export.export)
+app.command("inspect", cls=Command, rich_help_panel="What there is")(inspect.inspect)
 app.add_typer(benchmark.app, name="benchmark", rich_help_panel="What it costs")
-app.command("count-params", rich_help_panel="What it costs")(count_params.count_params)
+app.command("count-params", cls=Command, rich_help_panel="What it costs")(count_params.count_params)
 
 
 def _version(asked: bool) -> None:

@@ -129,7 +129,7 @@ def _named(value: Any) -> Any:
     several = value.split(",") if isinstance(value, str) else value
     if not isinstance(several, list | tuple):
         raise PydanticCustomError("names", "Input should be names with commas between")
-    return tuple(dict.fromkeys(str(name).strip() for name in several if name != ""))
+    return tuple(dict.fromkeys(str(name).strip() for name in several))
 
 
 Trackers = Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_named)]

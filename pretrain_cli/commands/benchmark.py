@@ -20,15 +20,16 @@ from pretrain_cli.commands.benchmark_show import (
 )
 from pretrain_cli.commands.benchmark_tokenize import benchmark_tokenize
 from pretrain_cli.commands.display import check_folder, notice
+from pretrain_cli.commands.options import Command, Group
 
 NOT_SET = ("speed.attention=", "model.name=", "model.init_from=", "speed.prefetch=")
 """--attn and --model say the first two; weights cost what random ones do; no batch is read."""
 MODES, OUTPUTS = "What is measured, beside one step", "What is written"
 
-app = typer.Typer(invoke_without_command=True)
-app.command("data")(benchmark_data)
-app.command("tokenize")(benchmark_tokenize)
-app.command("sample")(benchmark_sample)
+app = typer.Typer(cls=Group, invoke_without_command=True)
+app.command("data", cls=Command)(benchmark_data)
+app.command("tokenize", cls=Command)(benchmark_tokenize)
+app.command("sample", cls=Command)(benchmark_sample)
 
 
 @app.callback()

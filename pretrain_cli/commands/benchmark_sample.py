@@ -103,7 +103,7 @@ def benchmark_sample(
         compiled=compile_,
         quantize=quantize,
         settings=tuple(set_ or ()),
-        vs=tuple(vs.split(",")) if vs else (),
+        vs=tuple(name.strip() for name in vs.split(",")) if vs else (),
     )
     int8 = f", matrices in {quantize}" if quantize else ""
     with console.status("starting") as status:

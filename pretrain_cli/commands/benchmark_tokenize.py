@@ -43,7 +43,7 @@ def benchmark_tokenize(
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers: {workers} is not at least 1")
     check_output(as_json)
-    names = tokenizers.split(",") if tokenizers else list(HUB)
+    names = [name.strip() for name in tokenizers.split(",")] if tokenizers else list(HUB)
     results = []
     with console.status("reading") as status:
         for name in names:

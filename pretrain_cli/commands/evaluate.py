@@ -121,7 +121,7 @@ def evaluate(
             as_json,
             where=where,
             best=best,
-            tasks=tuple(name for name in tasks.split(",") if name),
+            tasks=tuple(name.strip() for name in tasks.split(",")),
             include_path=include_path,
             limit=limit,
             seq_len=seq_len,

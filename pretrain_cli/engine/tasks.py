@@ -85,8 +85,11 @@ def evaluate_tasks(request: TaskRequest, report: Callable[[str], None]) -> TaskR
     one whose data can't be had."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("--tasks: runs in one process; start it without torchrun")
-    if not request.tasks:
-        raise ConfigError("--tasks: names none; give a task, or several with commas between")
+    if not all(request.tasks):
+        raise ConfigError(
+            f"--tasks: '{','.join(request.tasks)}' has an empty name; give a task, or several with "
+            "commas between"
+        )
     for name, value in (("limit", request.limit), ("seq-len", request.seq_len)):
         if value is not None and value < 1:
             raise ConfigError(f"--{name}: {value} is not at least 1")

@@ -157,7 +157,7 @@ def test_so_many_questions_in_a_table(pretrain, tasks):
         ("--tasks tasks/bottles.yaml --quantize int4", "'int4' is not int8"),
         ("--tasks tasks/bottles.yaml --data data/corpus", "--data: is of the validation loss"),
         ("--limit 3", "--limit: is of --tasks, which was not given"),
-        ("--tasks ,", "--tasks: names none"),
+        ("--tasks a,,b", "--tasks: 'a,,b' has an empty name"),
     ],
 )  # fmt: skip
 def test_what_is_no_task_is_refused(refused, tasks, options, said):

@@ -198,7 +198,6 @@ def test_nothing_trained_yet(refused):
         ("--top-p 1.5", "--top-p: 1.5 is not above 0, up to 1"),
         ("--min-p 2", "--min-p: 2.0 is not above 0, up to 1"),
         ("--repetition-penalty 0", "--repetition-penalty: 0.0 is not above 0"),
-        ("--stop ''", "--stop: an empty text ends nothing; leave it out"),
         ("--batch-size 0", "--batch-size: 0 is not at least 1"),
         ("--prompts nowhere", "--prompts: nowhere: No such file or directory; give a file"),
         ("--prompts corpus --prompt a", "--prompts: has prompts, and --prompt is one"),

@@ -366,7 +366,7 @@ def test_a_json_line_without_the_key(refused, tmp_path):
         ),
         ("--tokenizer bytes --out corpus/verse-00.txt/x", "corpus/verse-00.txt/x: can't be made"),
         ("--tokenizer bytes --bos '<s>'", "--bos: '<s>' is no token of bytes; name one that is"),
-        ("--tokenizer bytes --eos ''", "--eos: '' is no token of bytes; name one that is"),
+        ("--tokenizer bytes --eos '<s>'", "--eos: '<s>' is no token of bytes; name one that is"),
         ("--tokenizer bytes --workers 0", "--workers: 0 is not at least 1"),
         ("--tokenizer bytes --shard-tokens 1023", "--shard-tokens: 1023 is not at least 1,024"),
         ("--tokenizer bytes --append", "data/corpus: no dataset there to append to"),

@@ -118,6 +118,8 @@ def test_a_package_that_is_absent_is_said_before_anything_is_done(
 
 def test_another_name_is_refused(settings):
     assert settings(train__log="wandb, tensorboard").train.log == ("wandb", "tensorboard")
+    with pytest.raises(ConfigError, match=r"train.log: '' is not one of tensorboard, wandb"):
+        settings(train__log="wandb,")
     with pytest.raises(ConfigError, match=r"train.log: 'tensorbord' is not one of tensorboard, wa"):
         settings(train__log="tensorbord")
 

@@ -18,6 +18,7 @@ PARTS = {
     "optimizer": "AdamW's moments",
     "copies": "weights in the products' type",
     "activations": "activations",
+    "masks": "attention masks",
     "logits": "logits",
     "gathered": "gathered from the other GPUs",
     "process": "the program itself",

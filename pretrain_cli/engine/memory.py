@@ -25,8 +25,8 @@ from pretrain_cli.model.counting import (
 
 MOMENTS = ("loss", "backward", "gradients", "step")
 PARTS = (
-    "weights", "optimizer", "gradients", "copies", "activations", "logits", "gathered", "process",
-    "lost",
+    "weights", "optimizer", "gradients", "copies", "activations", "masks", "logits", "gathered",
+    "process", "lost",
 )  # fmt: skip
 FITS = 0.9
 """Of what is there, to be taken: the estimate may be a tenth short."""
@@ -54,6 +54,7 @@ class Training:
     micro_batch_size: int
     is_accumulated: bool = False
     """Whether gradients of an earlier micro-step are there."""
+    document_mask: bool = False
     device: str
     """cpu, cuda or mps."""
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -137,6 +138,7 @@ def estimate(t: Training) -> Estimate:
                 "gradients": earlier + head,
                 "copies": copies + (head // 2 if c == 2 else 0),
                 "activations": activations,
+                "masks": masks_bytes(t),
                 "logits": logits_bytes(t),
                 "gathered": root,
             },
@@ -145,6 +147,7 @@ def estimate(t: Training) -> Estimate:
                 "gradients": earlier + head * (2 if on_gpu else 1),
                 "copies": copies,
                 "activations": activations + round(BACKWARD * max(kept)),
+                "masks": masks_bytes(t),
                 "gathered": root + 4 * block,  # two blocks, and the gradients of two
             },
             "gradients": always
@@ -186,6 +189,30 @@ def logits_bytes(t: Training) -> int:
     return rows * V * c + 4 * wide  # in float32: on a CPU of a few rows
 
 
+def masks_bytes(t: Training) -> int:
+    """Attention masks that all layers of a kind share, made anew for each micro-batch. Blocks have
+    none; flex's are of whole blocks."""
+    if t.attention not in ("eager", "sdpa"):
+        return 0
+    each = _sdpa_mask if t.attention == "sdpa" else _eager_mask
+    return sum(each(t, t.model.window(kind)) for kind in set(t.model.layer_types))
+
+
+def _sdpa_mask(t: Training, window: int | None) -> int:
+    T, rows = t.seq_len, t.micro_batch_size
+    if window is None or window >= T:
+        return t.compute_bytes * rows * T**2 if t.document_mask else 0
+    behind = -(-T // window) - 1  # folds behind the first, which alone has a mask of its own
+    folds = rows * (1 + 2 * behind) if t.document_mask else 2
+    return t.compute_bytes * folds * window**2
+
+
+def _eager_mask(t: Training, window: int | None) -> int:
+    """Every layer keeps one of its own, unless all is made again."""
+    rows = t.micro_batch_size if t.document_mask else 1
+    return rows * t.seq_len**2 if t.activation_checkpointing else 0
+
+
 # --- what autograd keeps -------------------------------------------------------------------------
 
 
@@ -218,7 +245,7 @@ def _kept_by_attention(t: Training, layer: int) -> float:
     if t.attention == "eager":
         # keys and values repeated for every head, weights also in float32, the mask
         kept += 2 * c * q + m.num_attention_heads * T * (4 if c == 4 else 6)
-        kept += T / t.micro_batch_size
+        kept += T if t.document_mask else T / t.micro_batch_size
         values = kv if t.merged_qkv and of_product else 0
         return kept + c * (of_product + values)
     kept += c * kv

@@ -267,6 +267,7 @@ def _micro_batch_size(
                 seq_len=seq_len,
                 micro_batch_size=size,
                 is_accumulated=size < share,
+                document_mask=settings.data.document_mask,
                 device=ranks.device.type,
                 optimizer=settings.optimizer.name,
                 parallel=train.parallel if ranks.world > 1 else "alone",

@@ -12,10 +12,18 @@ from pretrain_cli.engine.benchmark.fresh import in_a_fresh_process
 from pretrain_cli.engine.benchmark.workload import Arm, Repeats, Workload
 from pretrain_cli.engine.distributed import Ranks
 from pretrain_cli.engine.guard import Guard
-from pretrain_cli.engine.memory import SETTINGS, Training, estimate, kept_by_block, largest
+from pretrain_cli.engine.memory import (
+    SETTINGS,
+    Training,
+    estimate,
+    kept_by_block,
+    largest,
+    masks_bytes,
+)
 from pretrain_cli.engine.optimizer import build_optimizer, set_learning_rate
 from pretrain_cli.engine.speed import build_model, compile_blocks, resolve_speed
 from pretrain_cli.engine.step import train_step
+from pretrain_cli.model.attention_backends import BACKENDS, Mask
 from pretrain_cli.model.config import FULL, SLIDING, variant
 from pretrain_cli.model.presets import preset
 
@@ -61,14 +69,20 @@ def tokens(config, rows, seq_len):
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
-def kept_by_blocks(config, speed, rows, seq_len):
-    """Bytes that autograd keeps of the last two blocks, behind those that meet the RoPE tables
-    first; weights and copies of them aside."""
+def documents(rows, seq_len):
+    """One that ends in the middle, and another."""
+    return (torch.arange(seq_len) >= seq_len // 2).long().expand(rows, seq_len).contiguous()
+
+
+def kept_by_blocks(config, speed, rows, seq_len, masked=False):
+    """Bytes that autograd keeps of the last two blocks, behind those that meet the RoPE tables and
+    masks first; weights and copies of them aside."""
     model = build_model(config, speed, CPU)
     model.initialize(0)
     compile_blocks(model, speed)
     inputs, targets = tokens(config, rows, seq_len)
-    model(inputs, targets).backward()  # compiled now, where it is
+    parted = documents(rows, seq_len) if masked else None
+    model(inputs, targets, documents=parted).backward()  # compiled now, where it is
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     shapes = [tuple(p.shape) for p in model.parameters()]
     copies = {shape for each in shapes for shape in (each, (*each[:-2], *each[:-3:-1]))}
@@ -83,7 +97,7 @@ def kept_by_blocks(config, speed, rows, seq_len):
     for block in model.blocks:
         block.register_forward_hook(lambda *_: so_far.append(sum(n for n, _ in kept.values())))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(inputs, targets)
+        model(inputs, targets, documents=parted)
     return [after - before for before, after in itertools.pairwise(so_far)][-2:]
 
 
@@ -99,6 +113,35 @@ def test_what_a_block_keeps_is_counted_to_the_byte(name, dtype, attention, merge
     # of experts a few numbers a layer beside
     slack = 2e-4 if config.num_experts else 0
     assert kept_by_blocks(config, speed, rows, seq_len) == pytest.approx(expected, rel=slack)
+
+
+@pytest.mark.parametrize("attention", ["blocks", "sdpa", "eager"])
+def test_what_a_block_keeps_with_documents_masked_is_counted_to_the_byte(attention):
+    config, rows, seq_len = small("gemma3-tiny"), 2, 144
+    speed = in_force(dtype="bfloat16", attention=attention)
+    counted = training(config, rows, seq_len, speed, document_mask=True)
+    expected = [kept_by_block(counted, layer) for layer in (2, 3)]
+    assert kept_by_blocks(config, speed, rows, seq_len, masked=True) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("seq_len", [30, 48, 100, 144])
+def test_the_masks_that_sdpa_makes_are_counted_to_the_byte(seq_len, masked, dtype):
+    """Of a full layer and of one with a window of 48."""
+    config, rows = small("gemma3-tiny"), 3
+    parted = documents(rows, seq_len) if masked else None
+    made = [
+        BACKENDS["sdpa"].lower(Mask(seq_len, seq_len, window, parted), CPU, dtype)
+        for window in (None, 48)
+    ]
+    tensors = [
+        part for mask in made for part in (mask if isinstance(mask, tuple) else (mask,))
+        if isinstance(part, torch.Tensor)
+    ]  # fmt: skip
+    speed = in_force(dtype=str(dtype).removeprefix("torch."), attention="sdpa")
+    counted = training(config, rows, seq_len, speed, document_mask=masked)
+    assert masks_bytes(counted) == sum(tensor.nbytes for tensor in tensors)
 
 
 @pytest.mark.slow
@@ -127,7 +170,7 @@ def test_what_a_compiled_block_keeps_is_counted(name, dtype, recompute):
 # --- a whole step --------------------------------------------------------------------------------
 
 
-def live_peak(config, speed, rows, seq_len, *, micro_steps=1, optimizer="adamw"):
+def live_peak(config, speed, rows, seq_len, *, micro_steps=1, optimizer="adamw", masked=False):
     """The most bytes that are allocated at once in a step, weights and moments among them."""
     model = build_model(config, speed, CPU)
     model.initialize(0)
@@ -136,9 +179,13 @@ def live_peak(config, speed, rows, seq_len, *, micro_steps=1, optimizer="adamw")
     set_learning_rate(adamw, 1e-4)
     inputs, targets = tokens(config, rows * micro_steps, seq_len)
     guard = Guard(Ranks(0, 1, CPU))
+    parted = documents(len(inputs), seq_len) if masked else None
 
     def step():
-        train_step(model, adamw, inputs, targets, micro_batch_size=rows, clip=1.0, guard=guard)
+        train_step(
+            model, adamw, inputs, targets, micro_batch_size=rows, clip=1.0, guard=guard,
+            documents=parted,
+        )  # fmt: skip
 
     step()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -189,6 +236,27 @@ def test_the_peak_of_what_is_allocated_is_as_estimated(name, changes, asked, row
         micro_steps=2 if "is_accumulated" in more else 1, optimizer=more.get("optimizer", "adamw"),
     )  # fmt: skip
     assert without_process(counted) == pytest.approx(measured, rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("attention", "more", "tolerance"),
+    [
+        ("eager", {}, 0.1),
+        ("sdpa", {}, 0.01),
+        ("sdpa", {"activation_checkpointing": True}, 0.2),
+        ("blocks", {}, 0),
+    ],
+)
+def test_what_masking_documents_adds_to_the_peak_is_as_estimated(attention, more, tolerance):
+    """A megabyte, of masks of 512 × 512."""
+    config, rows, seq_len = small("gemma3-tiny"), 2, 512
+    speed = in_force(dtype="bfloat16", attention=attention, **more)
+    plain, masked = (
+        without_process(estimate(training(config, rows, seq_len, speed, document_mask=on)))
+        for on in (False, True)
+    )
+    measured = [live_peak(config, speed, rows, seq_len, masked=on) for on in (False, True)]
+    assert masked - plain == pytest.approx(measured[1] - measured[0], rel=tolerance)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 
 from pretrain_cli.config import SpeedConfig, TrainSettings
 from pretrain_cli.engine.devices import STATED, called, stated_for
-from pretrain_cli.engine.memory import FITS, SETTINGS, Estimate, Training, estimate, largest
+from pretrain_cli.engine.memory import FITS, Estimate, Training, estimate, largest, speed_settings
 from pretrain_cli.errors import ConfigError, did_you_mean
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.counting import (
@@ -176,7 +176,6 @@ def find_machine(device: str | None, gpus: int, asked: SpeedConfig) -> Machine:
     stated = called(device) if device else None
     if device is None or stated is None:
         return _here(device or "auto", gpus, asked)
-    settings = {setting: getattr(asked, setting) for setting in SETTINGS}
     return Machine(
         name=stated,
         device="cuda",
@@ -185,7 +184,7 @@ def find_machine(device: str | None, gpus: int, asked: SpeedConfig) -> Machine:
         peak_flops=STATED[stated].flops,
         speed={
             key: ON_A_GPU[key] if value == "auto" or ON_A_GPU.get(key) is False else value
-            for key, value in settings.items()
+            for key, value in speed_settings(asked).items()
         },
     )
 
@@ -212,5 +211,5 @@ def _here(device: str, gpus: int, asked: SpeedConfig) -> Machine:
         gpus=gpus,
         memory=int(memory_here(place)),
         peak_flops=stated.flops if stated else None,
-        speed={setting: getattr(speed, setting) for setting in SETTINGS},
+        speed=speed_settings(speed),
     )

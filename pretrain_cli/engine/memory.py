@@ -12,9 +12,10 @@ measured, with its source.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
+from pretrain_cli.config import SpeedConfig
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.counting import (
     CHUNK_ELEMENTS,
@@ -37,11 +38,6 @@ LOST = {True: 0.2, False: 0.14}
 keep_freed_memory: resident memory at its peak, less all that is counted here."""
 BACKWARD = 0.5
 """What a block's backward pass has of gradients, as a share of what the block kept."""
-SETTINGS = (
-    "dtype", "attention", "compile", "recompute_cheap", "merged_qkv", "chunked_loss",
-    "activation_checkpointing", "fused_optimizer", "keep_freed_memory",
-)  # fmt: skip
-"""Speed settings that memory depends on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +73,15 @@ class Training:
     @property
     def tokens(self) -> int:
         return self.seq_len * self.micro_batch_size
+
+
+SETTINGS = tuple(f.name for f in fields(Training) if f.name in SpeedConfig.model_fields)
+"""Speed settings that memory depends on."""
+
+
+def speed_settings(speed: Any) -> dict[str, Any]:
+    """Those, of a Speed or a SpeedConfig."""
+    return {setting: getattr(speed, setting) for setting in SETTINGS}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from pretrain_cli.config import RunConfig
 from pretrain_cli.data.mixture import Mixture
 from pretrain_cli.engine.distributed import Ranks, device_name
 from pretrain_cli.engine.finding import find_architecture, find_data, fit_to_data
-from pretrain_cli.engine.memory import SETTINGS, Training, estimate
+from pretrain_cli.engine.memory import Training, estimate, speed_settings
 from pretrain_cli.engine.metrics import Notice, Report
 from pretrain_cli.engine.micro_batch import Choice, choose, measured, memory_here, recall
 from pretrain_cli.engine.record import Record
@@ -272,7 +272,7 @@ def _micro_batch_size(
                 optimizer=settings.optimizer.name,
                 parallel=train.parallel if ranks.world > 1 else "alone",
                 ranks=ranks.world,
-                **{setting: getattr(speed, setting) for setting in SETTINGS},
+                **speed_settings(speed),
             )
         ).peak
 

@@ -13,12 +13,12 @@ from pretrain_cli.engine.benchmark.workload import Arm, Repeats, Workload
 from pretrain_cli.engine.distributed import Ranks
 from pretrain_cli.engine.guard import Guard
 from pretrain_cli.engine.memory import (
-    SETTINGS,
     Training,
     estimate,
     kept_by_block,
     largest,
     masks_bytes,
+    speed_settings,
 )
 from pretrain_cli.engine.optimizer import build_optimizer, set_learning_rate
 from pretrain_cli.engine.speed import build_model, compile_blocks, resolve_speed
@@ -54,7 +54,7 @@ def small(name, **changes):
 
 
 def training(config, rows, seq_len, speed, **more):
-    settings = {setting: getattr(speed, setting) for setting in SETTINGS}
+    settings = speed_settings(speed)
     return Training(
         model=config, seq_len=seq_len, micro_batch_size=rows, device="cpu", **settings, **more
     )

@@ -25,7 +25,7 @@ from pretrain_cli.config import SpeedConfig
 from pretrain_cli.engine.benchmark.results import Result
 from pretrain_cli.engine.benchmark.rounds import Rounds, Start
 from pretrain_cli.engine.benchmark.workload import Arm, Repeats, Workload
-from pretrain_cli.engine.memory import SETTINGS, Training, estimate, largest
+from pretrain_cli.engine.memory import Training, estimate, largest, speed_settings
 from pretrain_cli.engine.micro_batch import ALIKE, fastest
 from pretrain_cli.engine.speed import resolve_speed
 
@@ -70,6 +70,7 @@ class MicroBatchSearch(Rounds):
         super().__init__([], repeats, start=start)
         self.workload, self.speed, self.room = workload, speed, room
         in_force = resolve_speed(speed, torch.device(workload.device))
+        self.settings = speed_settings(in_force)
         self.in_force = {name: each.in_force for name, each in in_force.decisions.items()}
         self.tried: dict[int, Arm] = {}
         self.limit = ""
@@ -114,7 +115,7 @@ class MicroBatchSearch(Rounds):
             seq_len=self.workload.seq_len,
             micro_batch_size=size,
             device=torch.device(self.workload.device).type,
-            **{setting: self.in_force[setting] for setting in SETTINGS},
+            **self.settings,
         )
         return estimate(training).peak
 

@@ -156,6 +156,7 @@ def benchmark(
     `data`: how fast batches are read. `tokenize`: how fast text becomes tokens. `sample`: how fast
     text is written.
     """
+    from pretrain_cli.engine.process import hush_profiler
     from pretrain_cli.errors import ConfigError
 
     typed = _typed(context)
@@ -190,6 +191,8 @@ def benchmark(
     outputs = Outputs(json=as_json, markdown=markdown, plot=plot)
     outputs.check()
     check_folder(profile, "--profile")
+    if profile is not None:
+        hush_profiler()
 
     flags = {"speed.dtype": dtype, "speed.compile": compile_, "model.name": model}
     flags |= {"train.micro_batch_size": micro_batch_size, "data.seq_len": seq_len}

@@ -256,11 +256,13 @@ def train(
         where = {}
     else:
         settings, where = _resumed(resume, flags, set_ or [], allow_change)
-    from pretrain_cli.engine.process import before_torch
+    from pretrain_cli.engine.process import before_torch, hush_profiler
     from pretrain_cli.engine.stop import Stopped, StopRequest
 
     with StopRequest(limit=settings.train.max_time) as stop, TrainDisplay() as display:
         before_torch(settings.speed)
+        if profile is not None:
+            hush_profiler()
         if check_resume is not None:
             _prove_resume(settings, check_resume, display, stop)
         from pretrain_cli.engine.train import train as run

@@ -50,6 +50,7 @@ LATE = "torch was loaded before it could be set"
 SPINS, BRIEF = "GOMP_SPINCOUNT", "1000"
 POLICY = "OMP_WAIT_POLICY"
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+KINETO_LEVEL = "KINETO_LOG_LEVEL"
 GIVEN = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 CGROUPS = Path("/sys/fs/cgroup")
 # mallopt's numbers, in glibc's malloc.h
@@ -105,6 +106,13 @@ def before_torch(asked: SpeedConfig, *, writing: bool = False) -> None:
         os.environ.setdefault(SPINS, BRIEF)
     if _wants_huge_pages(asked.huge_pages, writing):
         os.environ.setdefault(HUGE_PAGES, "1")
+
+
+def hush_profiler() -> None:
+    """Have Kineto, which torch profiles with, say nothing, unless the environment says what it
+    does: what it says of every profile (USDT) has a higher level than its errors. Before torch is
+    loaded; processes that are started from this one have it too."""
+    os.environ.setdefault(KINETO_LEVEL, "6")
 
 
 def passive_threads(asked: bool | str) -> tuple[bool, str]:

@@ -18,6 +18,7 @@ from pretrain_cli.engine import micro_batch
 from pretrain_cli.engine.benchmark import data as benchmark_data
 from pretrain_cli.engine.benchmark import rounds, search, timing
 from pretrain_cli.engine.benchmark.interruption import Interruption
+from pretrain_cli.engine.process import KINETO_LEVEL
 
 MODEL = (
     "--model gemma3-tiny --set model.layer_types=[sliding_attention,full_attention] "
@@ -150,9 +151,12 @@ def test_beside_transformers_the_ratios_are_printed(pretrain):
 
 
 @pytest.mark.usefixtures("here")
-def test_a_profile_is_shown_and_its_trace_written(pretrain):
+def test_a_profile_is_shown_and_its_trace_written(pretrain, monkeypatch):
+    monkeypatch.setenv(KINETO_LEVEL, "")  # so that it is undone
+    monkeypatch.delenv(KINETO_LEVEL)
     outcome = pretrain(f"benchmark --attn sdpa {TINY} --profile looked")
     assert outcome.code == 0, outcome.err
+    assert KINETO_LEVEL in os.environ
     for name in ("forward", "loss", "backward", "optimizer", "aten::"):
         assert name in outcome.out
     assert Path("looked/sdpa.json").stat().st_size > 1000

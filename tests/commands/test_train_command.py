@@ -329,6 +329,14 @@ def test_ctrl_c_saves_and_says_how_to_go_on(pretrain, tiny):
     assert [row["step"] for row in metrics(run)] == list(range(1, step + 3))
 
 
+def test_a_profile_is_made_without_the_profilers_own_words(pretrain, trained, monkeypatch):
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "")  # so that it is undone
+    monkeypatch.delenv("KINETO_LOG_LEVEL")
+    outcome = pretrain("train --resume runs/tiny --steps 65 --profile 1")
+    assert outcome.code == 0, outcome.err
+    assert "KINETO_LOG_LEVEL" in os.environ
+
+
 @pytest.mark.usefixtures("trained")
 def test_a_finished_run_goes_on_with_more_steps(pretrain):
     before = Path("runs/tiny/metrics.jsonl").read_text()

@@ -186,6 +186,32 @@ def test_large_buffers_are_in_huge_pages():
     assert huge(True) > 2**14
 
 
+PROFILED = """
+from pretrain_cli.engine.process import hush_profiler
+
+{hush}
+import torch
+
+with torch.profiler.profile():
+    torch.ones(3) + 1
+"""
+
+
+def test_a_profile_says_nothing_on_standard_error():
+    clean = {k: v for k, v in os.environ.items() if k != process.KINETO_LEVEL}
+    done = subprocess.run(
+        [sys.executable, "-c", PROFILED.format(hush="hush_profiler()")],
+        capture_output=True, check=True, env=clean, text=True,
+    )  # fmt: skip
+    assert done.stderr == ""
+
+
+def test_what_the_environment_says_of_the_profiler_holds(monkeypatch):
+    monkeypatch.setenv(process.KINETO_LEVEL, "1")
+    process.hush_profiler()
+    assert os.environ[process.KINETO_LEVEL] == "1"
+
+
 def test_only_settings_of_the_process_are_taken():
     process.check_process_settings("--set", ["speed.huge_pages=false", "speed.passive_threads=no"])
     for wrong in ("speed.compile=true", "huge_pages=true", "speed.huge_pages", "train.steps=3"):

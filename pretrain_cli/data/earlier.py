@@ -11,7 +11,7 @@ from pretrain_cli.data.corpus import Corpus, TextFile
 from pretrain_cli.data.pipeline import Earlier, Moment, Place, identity
 from pretrain_cli.data.request import TokenizeRequest
 from pretrain_cli.data.shards import FILES, MANIFEST, Manifest, read_manifest
-from pretrain_cli.data.tokenizer import BUILT_IN, Tokenizer, load_tokenizer
+from pretrain_cli.data.tokenizer import BUILT_IN, Tokenizer, find_file, load_tokenizer
 from pretrain_cli.errors import DataError
 from pretrain_cli.files import sha256_of
 
@@ -35,6 +35,8 @@ def existing(request: TokenizeRequest, corpus: Corpus) -> Manifest | None:
     changed = [
         name for name, value in request.options.items() if manifest.options.get(name) != value
     ]
+    if "tokenizer" in changed and request.tokenizer not in BUILT_IN:
+        find_file(request.tokenizer)  # raises for what is no tokenizer at all
     if request.tokenizer not in BUILT_IN and Path(request.tokenizer).exists():
         same = _told_by_tokenizer(request, manifest)
         changed = [name for name in changed if name not in same]

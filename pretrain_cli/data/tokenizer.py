@@ -125,17 +125,23 @@ def load_tokenizer(name: str) -> Tokenizer:
         return _byte_level()
     if name == "bpe":
         raise ConfigError("tokenizer 'bpe' is trained on a corpus; there is none to load")
+    if path := find_file(name):
+        return read_tokenizer(path, name=name)
+    return read_tokenizer(_published(name) if name in HUB else _from_hub(name), name=name)
+
+
+def find_file(name: str) -> Path | None:
+    """The file that a name means, None of a published one and of what may be a hub id. Raises
+    ConfigError and DataError for what is none of these."""
     path = Path(name)
     is_folder = path.is_dir() and name not in HUB
     if is_folder:
         path = path / "tokenizer.json"
     if path.is_file():
-        return read_tokenizer(path, name=name)
-    if name in HUB:
-        return read_tokenizer(_published(name), name=name)
+        return path
     is_path = is_folder or name.startswith((".", "/")) or name.endswith(".json")
-    if name.count("/") == 1 and not is_path:
-        return read_tokenizer(_from_hub(name), name=name)
+    if name in HUB or (name.count("/") == 1 and not is_path):
+        return None
     if is_path or "/" in name:
         raise DataError(f"{path}: no such tokenizer file; give a tokenizer.json or its folder")
     known = [*HUB, *BUILT_IN]

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sysconfig
 import threading
 import time
@@ -22,7 +23,7 @@ from pretrain_cli.data.dataset import open_dataset
 from pretrain_cli.data.text import Reading
 from pretrain_cli.data.tokenize import demo_request, tokenize
 from pretrain_cli.data.tokenizer import load_tokenizer, read_tokenizer
-from pretrain_cli.errors import ConfigError, DataError
+from pretrain_cli.errors import ConfigError, DataError, PretrainError
 
 TEXTS = [f"Document {number}: äöü, {'words ' * (number % 7)}\n" for number in range(40)]
 
@@ -489,6 +490,36 @@ def test_another_tokenizer_in_the_same_file_is_another_request(
     load("bpe").save(tmp_path / "mine")
     with pytest.raises(DataError, match="made with another tokenizer; replace it with --force"):
         make(corpus, tmp_path / "made", tokenizer=str(tmp_path / "mine"))
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "said"),
+    [
+        ("gema3", "tokenizer 'gema3' is not one of gemma3, .*; did you mean gemma3"),
+        ("nowhere/tokenizer.json", "nowhere/tokenizer.json: no such tokenizer file"),
+    ],
+)
+@pytest.mark.parametrize("append", [False, True])
+def test_an_unknown_tokenizer_is_told_as_that_beside_a_dataset(
+    tmp_path, make, write_documents, contents, tokenizer, said, append
+):
+    corpus = write_documents(tmp_path / "corpus", TEXTS)
+    make(corpus, tmp_path / "made")
+    before = contents(tmp_path / "made")
+    with pytest.raises(PretrainError, match=said):
+        make(corpus, tmp_path / "made", tokenizer=tokenizer, append=append)
+    assert contents(tmp_path / "made") == before
+
+
+def test_a_dataset_is_up_to_date_without_the_file_of_its_tokenizer(
+    load, tmp_path, make, write_documents
+):
+    corpus = write_documents(tmp_path / "corpus", TEXTS)
+    (tmp_path / "mine").mkdir()
+    load("bytes").save(tmp_path / "mine")
+    make(corpus, tmp_path / "made", tokenizer=str(tmp_path / "mine"))
+    shutil.rmtree(tmp_path / "mine")
+    assert make(corpus, tmp_path / "made", tokenizer=str(tmp_path / "mine")).was_there
 
 
 def test_a_folder_that_is_no_dataset_is_never_replaced(tmp_path, make, write_documents, contents):

@@ -76,9 +76,10 @@ def _facts(folder: Path, manifest: Any) -> dict[str, Any]:
     from dataclasses import asdict
 
     from pretrain_cli.data.dataset import open_split
-    from pretrain_cli.data.inspection import document_lengths
+    from pretrain_cli.data.inspection import document_lengths, marks
 
     total = manifest.total
+    beginning, end = marks(folder, manifest)
     return {
         "dataset": str(folder),
         "fingerprint": manifest.fingerprint,
@@ -86,7 +87,9 @@ def _facts(folder: Path, manifest: Any) -> dict[str, Any]:
         "vocab_size": manifest.vocab_size,
         "dtype": manifest.dtype,
         "beginning_of_document": manifest.beginning_of_document,
+        "beginning_token": beginning,
         "end_of_document": manifest.end_of_document,
+        "end_token": end,
         "paths": manifest.paths,
         "options": manifest.options,
         "splits": {name: part.model_dump() for name, part in manifest.splits.items()},
@@ -145,12 +148,18 @@ def _sample(folder: Path, number: int, seq_len: int, packing: str, seed: int) ->
 
 
 def _print(facts: dict[str, Any]) -> None:
-    bos, eos = facts["beginning_of_document"], facts["end_of_document"]
+    marks = [
+        f"{facts[token]} ({facts[number]})"
+        for number, token in (
+            ("beginning_of_document", "beginning_token"),
+            ("end_of_document", "end_token"),
+        )
+        if facts[number] is not None
+    ]
     console.print(
         f"[bold]{escape(facts['dataset'])}[/]: {escape(facts['tokenizer'])}, "
         f"{facts['vocab_size']:,} ids as {facts['dtype']}, "
-        f"documents {'between' if bos is not None else 'end with'} "
-        f"{f'{bos} and ' if bos is not None else ''}{eos}, "
+        f"documents {'between' if len(marks) == 2 else 'end with'} {escape(' and '.join(marks))}, "
         f"{facts['bytes_per_token']:.2f} bytes a token",
         soft_wrap=True,
     )

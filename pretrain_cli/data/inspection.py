@@ -2,11 +2,13 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from pretrain_cli.data.dataset import Split
-from pretrain_cli.data.tokenizer import Tokenizer
+from pretrain_cli.data.shards import Manifest
+from pretrain_cli.data.tokenizer import Tokenizer, read_tokenizer
 
 READ_AT_ONCE = 2**26
 """Tokens whose documents are looked at together."""
@@ -41,6 +43,13 @@ def document_lengths(split: Split) -> Lengths:
             shortest = min(shortest, int(lengths.min()))
             longest = max(longest, int(lengths.max()))
     return Lengths({2**power: counts[power] for power in sorted(counts)}, shortest, longest)
+
+
+def marks(folder: Path, manifest: Manifest) -> list[str | None]:
+    """The tokens that begin and end a document, by name; None where there is none."""
+    backend = read_tokenizer(folder / "tokenizer.json", name=manifest.tokenizer).backend
+    ids = (manifest.beginning_of_document, manifest.end_of_document)
+    return [None if each is None else backend.id_to_token(each) for each in ids]
 
 
 def documents_in(

@@ -44,6 +44,15 @@ def test_totals_are_those_of_the_texts(pretrain, dataset):
     assert facts["bytes_per_token"] == pytest.approx(total / (total + len(LINES)))
     assert facts["end_of_document"] == 256
     assert facts["beginning_of_document"] is None
+    assert (facts["beginning_token"], facts["end_token"]) == (None, "<|endoftext|>")
+
+
+def test_the_marks_of_documents_are_shown_by_name(pretrain, dataset):
+    assert ", documents end with <|endoftext|> (256), " in pretrain("inspect data/mixed").out
+    line = "tokenize rows.jsonl --tokenizer data/mixed --bos '<|endoftext|>' --eos A --out marked"
+    assert pretrain(line).code == 0
+    out = pretrain("inspect marked").out
+    assert ", documents between <|endoftext|> (256) and A (65), " in out
 
 
 def test_every_source_has_its_share(pretrain, dataset):

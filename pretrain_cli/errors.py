@@ -29,7 +29,17 @@ class CheckpointError(PretrainError):
     """A checkpoint, a run folder or a model folder that can't be used as it is."""
 
 
+NEAR = 0.6
+"""Of the letters of two names, the share that they have in common in one order: fleks and flex have
+0.67, half a name and the whole one too; epochs and steps 0.55, fp16 and bfloat16 0.5."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` for the nearest known name, or nothing where none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
+    """`; did you mean X?` for the nearest known name, or nothing where none is near. The section
+    that a setting has in common with all others makes it no nearer."""
+    known, section = list(known), name[: name.rfind(".") + 1]
+    if not all(other.startswith(section) for other in known):
+        section = ""
+    others = {other.removeprefix(section): other for other in known}
+    near = difflib.get_close_matches(name.removeprefix(section), others, n=1, cutoff=NEAR)
+    return f"; did you mean {others[near[0]]}?" if near else ""

@@ -203,7 +203,8 @@ class TrainSettings(Section):
     max_shard_size: Size = "5GB"
     """A checkpoint's weights are in several files where they are more."""
     max_time: Duration | None = None
-    """Save and stop before the process is so old: 90s, 15m, 3h55m, 1d."""
+    """Save and stop before the process is so old: 90s, 15m, 3h55m, 1d. Of that process alone: a
+    run that is resumed has the limit that it is given then."""
     skip_spikes: Positive | None = None
     """Skip a step whose loss or gradient norm is so many standard deviations above its mean."""
     max_skips: PositiveInt = 10

@@ -94,7 +94,8 @@ def train(
         str | None,
         typer.Option(
             metavar="TIME",
-            help="Save and stop before the process is so old: 90s, 15m, 3h55m, 1d.",
+            help="Save and stop before the process is so old: 90s, 15m, 3h55m, 1d. Of this process "
+            "alone: --resume has none unless it is given again.",
             show_default="no limit",
         ),
     ] = None,
@@ -319,6 +320,7 @@ def _resumed(
         checkpoint, resume = resume, resume.parent.parent
     record = read_record(resume)
     base = {name: dict(section) for name, section in record.settings.items()}
+    base["train"].pop("max_time", None)  # which was that process's
     if flags["train.tokens"] is not None:
         base["train"].pop("steps")
     changed = build_config(base, flags, assignments)

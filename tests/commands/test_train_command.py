@@ -337,6 +337,15 @@ def test_a_profile_is_made_without_the_profilers_own_words(pretrain, trained, mo
     assert "KINETO_LOG_LEVEL" in os.environ
 
 
+def test_a_limit_of_time_is_of_its_process_and_not_of_the_run(pretrain, trained):
+    for options, limit in (("--steps 61 --max-time 9h", "9h"), ("--steps 62", None)):
+        outcome = pretrain(f"train --resume runs/tiny {options}")
+        assert outcome.code == 0, outcome.err
+        record = yaml.safe_load(Path("runs/tiny/run.yaml").read_text())
+        assert record["settings"]["train"]["max_time"] == limit
+    assert "train.max_time: 9h → None" in outcome.out
+
+
 @pytest.mark.usefixtures("trained")
 def test_a_finished_run_goes_on_with_more_steps(pretrain):
     before = Path("runs/tiny/metrics.jsonl").read_text()

@@ -26,15 +26,42 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("line", COMMANDS)
-def test_every_option_of_a_readme_command_is_known(line):
+def given(line):
+    """What a command line's options and arguments come to, by name. Raises for unknown ones."""
     name, *arguments = shlex.split(line)[1:]
-    group = typer.main.get_command(app)
-    command = group.commands[name]
+    command = typer.main.get_command(app).commands[name]
     if arguments and arguments[0] in getattr(command, "commands", {}):
         name = arguments.pop(0)
         command = command.commands[name]
-    command.make_context(name, arguments)  # raises for what it doesn't know
+    return command.make_context(name, arguments).params
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_option_of_a_readme_command_is_known(line):
+    given(line)
+
+
+WRITTEN = ("as_json", "markdown", "plot", "png", "profile", "out")
+
+
+def leavings():
+    """Files and folders that the README's commands make in the current folder."""
+    yield from ("data/corpus", "runs/x", "runs/micro-batches.json", "lr-find.json", "lr-find.png")
+    for line in COMMANDS:
+        for name, value in given(line).items():
+            if name in WRITTEN and isinstance(value, Path):
+                yield str(value)
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+def test_what_the_readmes_commands_leave_is_ignored_by_git():
+    left = sorted(set(leavings()))
+    assert {"published", "ablation.md", "curves.png", "profile", "model.gguf"} <= set(left)
+    asked = ["git", "-C", str(ROOT), "check-ignore", "--no-index", "--stdin"]
+    # a folder's pattern is one of what is in it
+    paths = "\n".join(path if Path(path).suffix else f"{path}/x" for path in left)
+    done = subprocess.run(asked, input=paths, capture_output=True, text=True)
+    assert done.stdout.splitlines() == paths.splitlines()
 
 
 def test_the_readme_has_the_four_commands_as_they_were_asked_for():

@@ -1,5 +1,6 @@
 """Blocks of text in, tokens out: in their order, whatever number of processes encodes."""
 
+import gc
 import os
 import signal
 import time
@@ -46,6 +47,32 @@ def test_batches_come_back_in_their_order(load, workers):
     expected = [encode(batch).tokens.tolist() for batch in batches]
     with encoders(load("bytes"), DTYPE, workers) as several:
         assert [encoded.tokens.tolist() for encoded in several(iter(batches))] == expected
+
+
+def dirtied(batch):
+    """Bytes that a collection of garbage writes to of what a worker process shares."""
+
+    def private():
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if "Private_Dirty" in line)
+
+    before = private()
+    gc.collect()
+    return private() - before
+
+
+@pytest.mark.skipif(
+    encoding.START != "fork" or not Path("/proc/self/smaps_rollup").is_file(),
+    reason="nothing is shared, or it can't be told",
+)
+def test_what_is_shared_with_workers_stays_so_when_garbage_is_collected(load, monkeypatch):
+    monkeypatch.setattr(encoding, "_encode", dirtied)
+    shared = [[] for _ in range(500_000)]  # 36 MB
+    with encoders(load("bytes"), DTYPE, 2) as several:
+        (written,) = several(iter([[]]))
+    assert written < 5_000_000
+    assert len(shared) == 500_000
+    assert gc.get_freeze_count() == 0  # and is collected as ever afterwards
 
 
 @pytest.mark.parametrize("kind", ["bytes", "gpt2", "llama2"])

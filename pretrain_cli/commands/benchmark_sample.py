@@ -78,7 +78,8 @@ def benchmark_sample(
             raise ConfigError(f"--{name}: {value} is not at least {least}")
     asked = build_config({}, {"speed.dtype": dtype}, set_ or ()).speed
 
-    from pretrain_cli.engine.benchmark import sample as engine
+    from pretrain_cli.engine.benchmark.sample import measure
+    from pretrain_cli.engine.benchmark.writers import Workload
     from pretrain_cli.engine.distributed import device_name, find_device
     from pretrain_cli.engine.speed import resolve_speed
 
@@ -92,7 +93,7 @@ def benchmark_sample(
             f"{config.max_position_embeddings:,} positions"
         )
     speed = resolve_speed(asked, place, training=False, writing=True)
-    workload = engine.Workload(
+    workload = Workload(
         model=config,
         prompt=prompt,
         tokens=max_tokens,
@@ -107,7 +108,7 @@ def benchmark_sample(
     )
     int8 = f", matrices in {quantize}" if quantize else ""
     with console.status("starting") as status:
-        measured = engine.measure(workload, status.update)
+        measured = measure(workload, status.update)
     console.print(
         f"[bold]{escape(name)}[/] {batch_size} × {prompt} tokens, {max_tokens} behind each, "
         f"{speed.dtype}{int8}, {device_name(place)}\n"

@@ -28,12 +28,12 @@ def in_a_fresh_process(name: str, speed: SpeedConfig, compiled: Path, *arguments
 
 
 def serve(ours: SpeedConfig | None, compiled: Path, arm: str, *arguments: Any) -> None:
-    """`sample.serve_arm` of an arm, in a process that was just started: as `pretrain sample` has it
-    where these settings are asked for, or as another program's."""
+    """`writers.serve_arm` of an arm, in a process that was just started: ours, with these settings,
+    as `pretrain sample` has it; or another program's."""
     if ours is not None:
         before_torch(ours, writing=True)
     keep_compiled(compiled)
-    importlib.import_module("pretrain_cli.engine.benchmark.sample").serve_arm(arm, *arguments)
+    importlib.import_module("pretrain_cli.engine.benchmark.writers").serve_arm(arm, *arguments)
 
 
 def _call(name: str, speed: SpeedConfig, compiled: Path, arguments: tuple[Any, ...]) -> Any:

@@ -1,0 +1,182 @@
+"""One arm of `pretrain benchmark sample`, in a process of its own: loaded, and then written with
+whenever it is told to.
+
+    pretrain            what `pretrain sample` does (engine/generate.py), its texts not decoded
+    speed.NAME=VALUE    the same with another setting of its process
+    transformers        `generate` with its own KV cache, as it comes
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from pretrain_cli.config import SpeedConfig, build_config
+from pretrain_cli.engine.choosing import Controls
+from pretrain_cli.engine.distributed import find_device
+from pretrain_cli.engine.generate import Generation, Text
+from pretrain_cli.engine.sample import make_writer, open_to_write
+from pretrain_cli.engine.speed import Speed, resolve_speed
+from pretrain_cli.errors import ConfigError
+from pretrain_cli.model.config import ModelConfig
+
+OURS, THEIRS = "pretrain", "transformers"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    model: ModelConfig
+    prompt: int
+    """Tokens of each prompt."""
+    tokens: int
+    """Written behind each."""
+    batch: int
+    rounds: int
+    device: str
+    dtype: str
+    """As speed.dtype: auto is what suits the device."""
+    compiled: bool | None
+    settings: tuple[str, ...] = ()
+    """Of the process, as `speed.NAME=VALUE`."""
+    vs: tuple[str, ...] = ()
+    """transformers, or such settings, each by itself beside those."""
+    quantize: str | None = None
+    """int8 for our own matrices, None for the weights as they are."""
+
+
+class Ready(NamedTuple):
+    load: float
+    compile: float
+    said: list[str]
+    speed: dict[str, Any]
+    """Our settings as asked and as in force."""
+
+
+class Round(NamedTuple):
+    prefill: float
+    """Seconds until the first token of every text."""
+    decode: float
+    """Seconds for the others."""
+    tokens: list[int]
+    """Of the first text."""
+
+
+def settings_of(workload: Workload, arm: str) -> SpeedConfig:
+    """What one of our arms is to have."""
+    flags = {"speed.dtype": workload.dtype, "speed.compile": False}
+    own = () if arm in (OURS, THEIRS) else (arm,)
+    return build_config({}, flags, (*workload.settings, *own)).speed
+
+
+def speed_of(workload: Workload, arm: str = OURS) -> Speed:
+    place = find_device(workload.device)
+    return resolve_speed(settings_of(workload, arm), place, training=False, writing=True)
+
+
+def serve_arm(arm: str, folder: Path, pipe: Connection) -> None:
+    """Load when told what is measured, then write so many tokens whenever told to."""
+    try:
+        workload = pipe.recv()
+        if arm == THEIRS:
+            ready, one_round = _theirs(workload, folder)
+        else:
+            ready, one_round = _ours(workload, arm, folder)
+        pipe.send(ready)
+        while tokens := pipe.recv():
+            pipe.send(one_round(tokens))
+    except (EOFError, KeyboardInterrupt):
+        return
+    except Exception as error:
+        pipe.send(error)
+
+
+def _prompts(workload: Workload) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    size = (workload.batch, workload.prompt)
+    return torch.randint(0, workload.model.vocab_size, size, generator=generator)
+
+
+def _ours(workload: Workload, arm: str, folder: Path) -> tuple[Ready, Callable[[int], Round]]:
+    began = time.perf_counter()
+    speed = speed_of(workload, arm)
+    model = open_to_write(
+        folder,
+        speed,
+        find_device(workload.device),
+        print,
+        int8=workload.quantize is not None,
+    )
+    load = time.perf_counter() - began
+    prompts = _prompts(workload).tolist()
+    controls = Controls(temperature=0, max_tokens=workload.tokens)
+
+    def texts(tokens: int) -> list[Text]:
+        return [Text(i, ids, tokens, "max-tokens", i) for i, ids in enumerate(prompts)]
+
+    began = time.perf_counter()
+    said = speed.departures()
+    writer = make_writer(
+        model, workload.compiled, texts(workload.tokens), workload.batch, said.append
+    )
+
+    def one_round(tokens: int) -> Round:
+        began = time.perf_counter()
+        generation = Generation(
+            writer,
+            controls,
+            rows=workload.batch,
+            capacity=workload.prompt + workload.tokens,
+            end=-1,
+            known=workload.model.vocab_size,
+        )
+        asked = texts(tokens)
+        first = None
+        for _ in generation.run(asked):
+            first = first or time.perf_counter()
+        ended = time.perf_counter()
+        return Round((first or ended) - began, ended - (first or ended), asked[0].tokens)
+
+    return Ready(load, time.perf_counter() - began, said, speed.record()), one_round
+
+
+def _theirs(workload: Workload, folder: Path) -> tuple[Ready, Callable[[int], Round]]:
+    try:
+        import transformers
+    except ImportError:
+        raise ConfigError(
+            "--vs transformers: it is not installed; pip install 'pretrain[verify]'"
+        ) from None
+    began = time.perf_counter()
+    transformers.logging.disable_progress_bar()
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=speed_of(workload).compute_dtype, local_files_only=True
+    )
+    model = model.to(workload.device).eval()
+    load = time.perf_counter() - began
+    prompts = _prompts(workload).to(workload.device)
+
+    def one_round(tokens: int) -> Round:
+        times = []
+
+        def clock(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            ids[0, -1].item()  # waits for the device
+            times.append(time.perf_counter())
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+        began = time.perf_counter()
+        out = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            stopping_criteria=transformers.StoppingCriteriaList([clock]),
+        )
+        return Round(times[0] - began, times[-1] - times[0], out[0, workload.prompt :].tolist())
+
+    return Ready(load, 0.0, [f"transformers {transformers.__version__}"], {}), one_round

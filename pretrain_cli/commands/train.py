@@ -1,17 +1,13 @@
 """`pretrain train`: a dataset to a run folder."""
 
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
-from pretrain_cli.commands.display import TrainDisplay, console, notice
+from pretrain_cli.commands.display import TrainDisplay, notice
 from pretrain_cli.commands.lr_find import RANGE_TEST_STEPS, refuse_meaningless, suggest_rate
-
-STOPPED = 75
-"""Exit code of a run that was asked to stop, or ran out of time, saved itself and has steps left:
-sysexits.h's EX_TEMPFAIL, "try again". Put it in the queue again."""
+from pretrain_cli.commands.resuming import STOPPED, prove_resume, resumed
 
 
 def train(
@@ -256,7 +252,7 @@ def train(
         settings = build_config(read_config(config) if config else {}, flags, set_ or [])
         where = {}
     else:
-        settings, where = _resumed(resume, flags, set_ or [], allow_change)
+        settings, where = resumed(resume, flags, set_ or [], allow_change)
     from pretrain_cli.engine.process import before_torch, hush_profiler
     from pretrain_cli.engine.stop import Stopped, StopRequest
 
@@ -265,7 +261,7 @@ def train(
         if profile is not None:
             hush_profiler()
         if check_resume is not None:
-            _prove_resume(settings, check_resume, display, stop)
+            prove_resume(settings, check_resume, display, stop)
         from pretrain_cli.engine.train import train as run
 
         try:
@@ -283,46 +279,3 @@ def train(
 def _number(text: str | None) -> int | str | None:
     """A whole number as one; what else it is is for the settings to judge."""
     return int(text) if text is not None and text.isdecimal() else text
-
-
-def _prove_resume(settings: Any, steps: int, display: TrainDisplay, stop: Any) -> NoReturn:
-    """Say whether a run that is resumed is the run straight through: exit code 0, else 1."""
-    from pretrain_cli.engine.check_resume import check_resume
-    from pretrain_cli.engine.stop import Stopped
-
-    try:
-        found = check_resume(settings, steps, display, stop)
-    except Stopped:
-        raise typer.Exit(STOPPED) from None
-    if found.difference:
-        console.print(f"[red]Not equal.[/] First: {escape(found.difference)}", soft_wrap=True)
-        raise typer.Exit(1)
-    console.print(
-        f"[green]Equal, bit for bit:[/] {found.numbers} logged numbers, {found.tensors} tensors of "
-        "weights and optimizer",
-        soft_wrap=True,
-    )
-    raise typer.Exit(0)
-
-
-def _resumed(
-    resume: Path, flags: dict[str, Any], assignments: list[str], allow_change: bool
-) -> tuple[Any, dict[str, Any]]:
-    """The run's settings with the changes asked for, and where training goes on."""
-    from pretrain_cli.config import build_config
-    from pretrain_cli.engine.record import read_record, resumed_settings
-    from pretrain_cli.errors import CheckpointError
-
-    if not resume.is_dir():
-        raise CheckpointError(f"{resume}: no such run folder")
-    checkpoint = None
-    if resume.parent.name == "checkpoints":
-        checkpoint, resume = resume, resume.parent.parent
-    record = read_record(resume)
-    base = {name: dict(section) for name, section in record.settings.items()}
-    base["train"].pop("max_time", None)  # which was that process's
-    if flags["train.tokens"] is not None:
-        base["train"].pop("steps")
-    changed = build_config(base, flags, assignments)
-    settings = resumed_settings(record, changed, allow_change=allow_change)
-    return settings, {"resume": (resume, record), "resume_from": checkpoint}

@@ -5,6 +5,7 @@ activations: a layer casts its weight to what comes in. So bfloat16 compute need
 model loaded in bfloat16 runs as it is.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,16 +14,25 @@ from torch import Tensor, nn
 
 from pretrain_cli.model.config import ModelConfig
 
+Product = Callable[[Tensor, Tensor], Tensor]
+"""x (..., in), weight (out, in) -> x @ weight^T (..., out), in x's type."""
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """The library's own, of the weight cast to x's type."""
+    return F.linear(x, weight.to(x.dtype))
+
 
 class Linear(nn.Module):
-    """x @ weight^T, the weight cast to x's type. (..., in) -> (..., out)."""
+    """x @ weight^T. (..., in) -> (..., out)."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.product: Product = product
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return self.product(x, self.weight)
 
 
 class Projections(nn.Module):
@@ -36,6 +46,7 @@ class Projections(nn.Module):
         super().__init__()
         self.rows = list(rows.values())
         self.merged = merged
+        self.product: Product = product
         if merged:
             self.weight = nn.Parameter(torch.empty(sum(self.rows), in_features))
         else:
@@ -44,7 +55,7 @@ class Projections(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         if self.merged:
-            return F.linear(x, self.weight.to(x.dtype)).split(self.rows, dim=-1)
+            return self.product(x, self.weight).split(self.rows, dim=-1)
         return tuple(linear(x) for linear in self.children())
 
 

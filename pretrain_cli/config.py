@@ -229,7 +229,7 @@ class SpeedConfig(Section):
     """
 
     attention: Literal["auto", "eager", "sdpa", "flex", "blocks"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float8"] = "auto"
     float32_matmul: Literal["auto", "highest", "high", "medium"] = "auto"
     onednn_matmul: bool | Auto = "auto"
     compile: bool | Auto = "auto"

@@ -108,7 +108,7 @@ def benchmark(
     warmup: Annotated[int, typer.Option(help="Steps before them, timed apart.")] = 2,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, mps or auto.")] = "auto",
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or auto.", show_default="auto")
+        str | None, typer.Option(help="float32, bfloat16, float8 or auto.", show_default="auto")
     ] = None,
     compile_: Annotated[
         bool | None,

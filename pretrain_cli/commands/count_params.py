@@ -69,7 +69,7 @@ def count_params(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="float32 or bfloat16.", show_default="by the device", rich_help_panel=PLAN
+            help="float32, bfloat16 or float8.", show_default="by the device", rich_help_panel=PLAN
         ),
     ] = None,
     compile_: Annotated[

@@ -109,7 +109,7 @@ def train(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="Compute in float32 or bfloat16.", show_default="by the device"),
+        typer.Option(help="Compute in float32, bfloat16 or float8.", show_default="by the device"),
     ] = None,
     compile_: Annotated[
         bool | None,

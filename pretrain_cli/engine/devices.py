@@ -14,22 +14,27 @@ class Stated(NamedTuple):
     """Dense bfloat16, a second."""
     memory: float
     """Bytes, decimal; the larger where it is sold with two."""
+    capability: tuple[int, int]
+    """NVIDIA's number for what it can compute."""
 
+
+FLOAT8 = (8, 9)
+"""The least capability that multiplies in float8: Ada's. Hopper has 9.0."""
 
 # By what the device calls itself.
 STATED = {
-    "B200": Stated(2250e12, 180e9),
-    "H200 NVL": Stated(835e12, 141e9),
-    "H200": Stated(989e12, 141e9),
-    "H100 PCIe": Stated(756e12, 80e9),
-    "H100 NVL": Stated(835e12, 94e9),
-    "H100": Stated(989e12, 80e9),
-    "GH200": Stated(989e12, 96e9),
-    "A100": Stated(312e12, 80e9),
-    "L40S": Stated(362e12, 48e9),
-    "L4": Stated(121e12, 24e9),
-    "RTX 4090": Stated(165e12, 24e9),
-    "RTX 3090": Stated(71e12, 24e9),
+    "B200": Stated(2250e12, 180e9, (10, 0)),
+    "H200 NVL": Stated(835e12, 141e9, (9, 0)),
+    "H200": Stated(989e12, 141e9, (9, 0)),
+    "H100 PCIe": Stated(756e12, 80e9, (9, 0)),
+    "H100 NVL": Stated(835e12, 94e9, (9, 0)),
+    "H100": Stated(989e12, 80e9, (9, 0)),
+    "GH200": Stated(989e12, 96e9, (9, 0)),
+    "A100": Stated(312e12, 80e9, (8, 0)),
+    "L40S": Stated(362e12, 48e9, (8, 9)),
+    "L4": Stated(121e12, 24e9, (8, 9)),
+    "RTX 4090": Stated(165e12, 24e9, (8, 9)),
+    "RTX 3090": Stated(71e12, 24e9, (8, 6)),
 }
 LESS = re.compile(r"\b(Laptop|MIG|D)\b")
 """In the name of a part or a slower kin of a device in the table."""

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pretrain_cli.config import SpeedConfig, TrainSettings
-from pretrain_cli.engine.devices import STATED, called, stated_for
+from pretrain_cli.engine.devices import FLOAT8, STATED, called, stated_for
 from pretrain_cli.engine.memory import FITS, Estimate, Training, estimate, largest, speed_settings
 from pretrain_cli.errors import ConfigError, did_you_mean
 from pretrain_cli.model.config import ModelConfig
@@ -176,6 +176,8 @@ def find_machine(device: str | None, gpus: int, asked: SpeedConfig) -> Machine:
     stated = called(device) if device else None
     if device is None or stated is None:
         return _here(device or "auto", gpus, asked)
+    if asked.dtype == "float8":
+        _check_float8(stated, asked)
     return Machine(
         name=stated,
         device="cuda",
@@ -187,6 +189,15 @@ def find_machine(device: str | None, gpus: int, asked: SpeedConfig) -> Machine:
             for key, value in speed_settings(asked).items()
         },
     )
+
+
+def _check_float8(stated: str, asked: SpeedConfig) -> None:
+    """Refuse what training would refuse there."""
+    reason = "it is made to be compiled, and compile is false" if asked.compile is False else ""
+    if STATED[stated].capability < FLOAT8:
+        reason = f"{stated} doesn't multiply in it"
+    if reason:
+        raise ConfigError(f"speed.dtype: 'float8' can't be used: {reason}; use bfloat16")
 
 
 def _here(device: str, gpus: int, asked: SpeedConfig) -> Machine:

@@ -5,6 +5,7 @@ refused where something else would have to stand in, and said where it merely ha
 """
 
 import contextlib
+import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,7 +16,9 @@ import torch
 
 from pretrain_cli.config import SpeedConfig
 from pretrain_cli.engine import cpu_matmul, process
+from pretrain_cli.engine.devices import FLOAT8
 from pretrain_cli.errors import ConfigError
+from pretrain_cli.model import float8
 from pretrain_cli.model.attention_backends import BACKENDS
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.decoder import Decoder
@@ -52,7 +55,8 @@ class Speed:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
+        """Of activations, and of all products that are not in float8."""
+        return torch.bfloat16 if self.dtype == "float8" else getattr(torch, self.dtype)
 
     def record(self) -> dict[str, dict[str, Any]]:
         """For run.yaml and benchmark files: setting to asked, in_force and reason."""
@@ -75,10 +79,10 @@ def resolve_speed(
     asked: SpeedConfig, device: torch.device, *, training: bool = True, writing: bool = False
 ) -> Speed:
     """Decide every setting for this device; `writing`: for writing text, or evaluating it. Raises
-    ConfigError for a backend that can't train."""
+    ConfigError for a backend that can't train, and for float8 where it can't be used."""
     decide = {
-        "attention": _attention,
-        "dtype": _dtype,
+        "attention": lambda asked, device: _attention(asked, device, training),
+        "dtype": lambda value, device: _dtype(value, device, training, asked.compile),
         "float32_matmul": _float32_matmul,
         "onednn_matmul": cpu_matmul.onednn_matmul,
         "compile": _compile,
@@ -93,9 +97,7 @@ def resolve_speed(
         decide["cudnn_benchmark"] = _no_benchmark
     decisions = {}
     for setting, value in asked.model_dump().items():
-        if setting == "attention":
-            in_force, reason = _attention(value, device, training)
-        elif setting == "recompute_cheap":
+        if setting == "recompute_cheap":
             in_force, reason = _recompute_cheap(value, device, decisions["compile"].in_force)
         elif setting in decide:
             in_force, reason = decide[setting](value, device)
@@ -148,7 +150,16 @@ def build_model(config: ModelConfig, speed: Speed, device: torch.device) -> Deco
             chunked_loss=speed.chunked_loss,
             activation_checkpointing=speed.activation_checkpointing,
         )
+    if speed.dtype == "float8":
+        check_float8(config)
+        float8.multiply_by(model, float8.float8_product())
     return model.to_empty(device=device)
+
+
+def check_float8(config: ModelConfig) -> None:
+    """Refuse a model that can't be trained in float8."""
+    if reason := float8.no_float8(config):
+        raise ConfigError(f"speed.dtype: 'float8' can't be used: {reason}; use bfloat16")
 
 
 def compile_blocks(model: Decoder, speed: Speed) -> None:
@@ -168,7 +179,13 @@ def _attention(asked: str, device: torch.device, training: bool) -> tuple[str, s
     return asked, ""
 
 
-def _dtype(asked: str, device: torch.device) -> tuple[str, str]:
+def _dtype(
+    asked: str, device: torch.device, training: bool, compile_asked: bool | str
+) -> tuple[str, str]:
+    if asked == "float8":
+        reason = float8_unavailable(device, compile_asked) if training else "it is a way to train"
+        if reason:
+            raise ConfigError(f"speed.dtype: 'float8' can't be used: {reason}; use bfloat16")
     if asked != "auto":
         return asked, ""
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
@@ -176,6 +193,23 @@ def _dtype(asked: str, device: torch.device) -> tuple[str, str]:
     if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
         return "bfloat16", "this CPU multiplies in bfloat16; weights and optimizer stay float32"
     return "float32", f"this {device.type} device has no fast bfloat16"
+
+
+def float8_unavailable(device: torch.device, compile_asked: bool | str) -> str:
+    """Why products can't be in float8 on this device; empty where they can."""
+    least = f"compute capability {FLOAT8[0]}.{FLOAT8[1]}"
+    if device.type != "cuda" or torch.version.hip:
+        return f"it is for NVIDIA's GPUs, from {least} on"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FLOAT8:
+        has = f"{capability[0]}.{capability[1]}"
+        return f"it takes {least}, and {torch.cuda.get_device_name(device)} has {has}"
+    if importlib.util.find_spec("torchao") is None:
+        return "torchao is not installed (pip install 'pretrain[float8]')"
+    compiled, why = _compile(compile_asked, device)
+    if not compiled:
+        return f"it is made to be compiled, and {why or 'compile is false'}"
+    return ""
 
 
 def _float32_matmul(asked: str, device: torch.device) -> tuple[str, str]:

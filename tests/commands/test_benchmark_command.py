@@ -341,7 +341,8 @@ def test_an_arm_that_fails_gives_exit_code_1(pretrain, monkeypatch):
         ("--model gema3", "model: 'gema3' is not a model or a YAML file; did you mean gemma3?"),
         ("--device cuda:99", "train.device: 'cuda:99' is not there"),
         ("--device gpu", "train.device: 'gpu' is not a device; give cpu, cuda, cuda:N or mps"),
-        ("--dtype float8", "speed.dtype: 'float8' is not one of auto, float32, bfloat16"),
+        ("--dtype float8", "speed.dtype: 'float8' can't be used: it is for NVIDIA's GPUs, from"),
+        ("--ablate --dtype float8", "speed.dtype: 'float8' can't be used: it is for NVIDIA's"),
         ("--steps 0", "--steps: 0 is not at least 1"),
         ("--warmup 0", "--warmup: 0 is not at least 1"),
         ("--rounds 0", "--rounds: 0 is not at least 1"),
@@ -509,6 +510,7 @@ def test_writing_is_measured(pretrain):
         ("--seq-len 2048", "--seq-len: 2,048 and --max-tokens 256 are beyond the model's 2,048"),
         ("--vs vllm", "--vs: 'vllm' is not transformers"),
         ("--dtype int8", "speed.dtype: 'int8' is not one of"),
+        ("--dtype float8", "speed.dtype: 'float8' can't be used: it is a way to train"),
     ],
 )
 def test_what_cannot_be_written_is_refused(refused, options, said):

@@ -166,6 +166,8 @@ def test_on_a_cpu_a_plan_says_that_its_time_can_be_measured_and_measures_it(pret
         ("--plan --mfu 1.1", "--mfu: 1.1 is not above 0 and at most 1"),
         ("--plan --mfu 0.5 --calibrate", "--mfu: 0.5 is what --calibrate measures; give one"),
         ("--plan --device h200 --calibrate", "--calibrate: times steps on the device that is here"),
+        ("--plan --dtype float8 --device a100", "speed.dtype: 'float8' can't be used: A100 does"),
+        ("--plan --dtype float8 --device cpu", "speed.dtype: 'float8' can't be used: it is for"),
         ("--plan --dtype int8", "speed.dtype: 'int8' is not one of auto, float32, bfloat16"),
     ],
 )

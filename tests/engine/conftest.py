@@ -1,5 +1,8 @@
 """A small dataset and small settings: a run of a few steps takes a second."""
 
+import importlib.util
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +12,10 @@ import torch
 
 from pretrain_cli.config import RunConfig, build_config
 from pretrain_cli.data.tokenize import TokenizeRequest, tokenize
+from pretrain_cli.engine import speed
 from pretrain_cli.engine.metrics import Event
 from pretrain_cli.engine.train import train
+from pretrain_cli.model import float8
 from pretrain_cli.model.config import variant
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.layout import Merged, layout
@@ -134,3 +139,34 @@ def give_gradients() -> Callable[[Decoder, int], None]:
             parameter.grad = torch.empty_like(parameter).normal_(generator=generator)
 
     return give
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU, torchao and Triton, as far as settings look for them."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: True if name == "torchao" else find(name)
+    )
+
+
+@pytest.fixture
+def float8_gpu() -> None:
+    """Skips where there is none."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if reason := speed.float8_unavailable(torch.device("cuda", 0), "auto"):
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def emulated_float8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float8 on this CPU, its products emulated."""
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    product = float8.float8_product(emulated=True)
+    monkeypatch.setattr(speed, "float8_unavailable", lambda *_: "")
+    monkeypatch.setattr(float8, "float8_product", lambda: product)

@@ -46,6 +46,18 @@ def test_what_is_asked_of_a_setting_holds_on_a_gpu_that_is_not_here():
     assert (speed["recompute_cheap"], speed["keep_freed_memory"]) == (False, False)
 
 
+def test_float8_is_planned_as_bfloat16_and_refused_where_training_would_be():
+    for_both = [find_machine("h200", 1, SpeedConfig(dtype=d)) for d in ("float8", "bfloat16")]
+    assert for_both[0].speed["dtype"] == "float8"
+    found = [forecast("qwen3-0.6b", preset("qwen3"), 1024, machine) for machine in for_both]
+    assert found[0].ways == found[1].ways
+    assert found[0].pace == found[1].pace
+    with pytest.raises(ConfigError, match="can't be used: A100 doesn't multiply in it"):
+        find_machine("a100", 1, SpeedConfig(dtype="float8"))
+    with pytest.raises(ConfigError, match="it is made to be compiled, and compile is false"):
+        find_machine("h200", 1, SpeedConfig(dtype="float8", compile=False))
+
+
 def test_time_memory_and_disk_of_a_run_on_eight_gpus():
     """Gemma 3 270M, 5 billion tokens in samples of 1024, which take 1.698 GFLOP each."""
     machine = find_machine("h200", 8, SpeedConfig())

@@ -47,7 +47,7 @@ class Rounds:
         self.arms.append(arm)
         self.measured[arm.name] = []
         if not arm.left_out:
-            self.dtypes[arm.name] = _dtype(arm)
+            self.dtypes[arm.name] = _peak_dtype(arm)
 
     def go(self) -> Iterator[str]:
         """Measure. Says what is next, each time."""
@@ -116,6 +116,9 @@ class Rounds:
             return self.start("profile_arm", arm.speed, Path(folder), arm, self.repeats, str(trace))
 
 
-def _dtype(arm: Arm) -> str:
-    training = not arm.forward_only
-    return resolve_speed(arm.speed, torch.device(arm.workload.device), training=training).dtype
+def _peak_dtype(arm: Arm) -> str:
+    """The type that an arm's MFU is a share of the peak in: of float8 it is bfloat16, in which much
+    of a step still is."""
+    training, device = not arm.forward_only, torch.device(arm.workload.device)
+    dtype = resolve_speed(arm.speed, device, training=training).compute_dtype
+    return str(dtype).removeprefix("torch.")

@@ -196,6 +196,12 @@ def test_a_peer_is_measured_as_shipped_and_with_our_process_settings(workload):
     assert {arm.same_as for arm in found.values()} == {"", "pretrain, compiled"}
 
 
+def test_a_peer_is_not_set_beside_float8(workload):
+    pytest.importorskip("transformers")
+    with pytest.raises(ConfigError, match="transformers does not train in float8; give --dtype"):
+        arms.versus(workload, SpeedConfig(dtype="float8"), "transformers")
+
+
 def test_with_compile_off_nothing_is_compiled(workload):
     pytest.importorskip("transformers")
     found = arms.versus(workload, SpeedConfig(compile=False), "transformers")

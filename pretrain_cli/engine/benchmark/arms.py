@@ -15,7 +15,7 @@ from pretrain_cli.config import SpeedConfig
 from pretrain_cli.engine.benchmark import peers
 from pretrain_cli.engine.benchmark.workload import Arm, Workload
 from pretrain_cli.engine.process import LATE, PROCESS_SETTINGS
-from pretrain_cli.engine.speed import resolve_speed
+from pretrain_cli.engine.speed import check_float8, resolve_speed
 from pretrain_cli.errors import ConfigError, did_you_mean
 from pretrain_cli.model.attention_backends import BACKENDS
 from pretrain_cli.model.config import FULL, SLIDING, ModelConfig, variant
@@ -23,6 +23,9 @@ from pretrain_cli.model.config import FULL, SLIDING, ModelConfig, variant
 BASELINE, ALL_ON = "baseline", "all on"
 NOT_IN_A_STEP = {"prefetch": "it reads the next batch during a step, and here no batch is read"}
 """Settings that these steps don't meet."""
+OTHER_DTYPE = {"bfloat16": "float8", "float8": "bfloat16"}
+"""What all on is measured with as well, where it can be: float8 is worth something only compiled,
+and beside bfloat16."""
 
 FindModel = Callable[[str], tuple[str, ModelConfig]]
 
@@ -102,7 +105,7 @@ def ablation(
                 speed=speed,
                 same_as=BASELINE,
                 beside=beside,
-                left_out=_without_effect(speed, setting, value, device),
+                left_out=_without_effect(speed, setting, value, workload),
             )
         )
 
@@ -116,15 +119,22 @@ def ablation(
         decision = in_force.decisions[name]
         if decision.in_force != value or decision.reason == LATE:  # a fresh process has it
             add(f"− {name}", "all on but", asked, name, value)
+    other = None if "dtype" in given else OTHER_DTYPE.get(in_force.dtype)
+    if other and not _without_effect(
+        asked.model_copy(update={"dtype": other}), "dtype", other, workload
+    ):
+        add(f"dtype {other}", "all on but", asked, "dtype", other)
     return arms
 
 
-def _without_effect(speed: SpeedConfig, setting: str, value: Any, device: torch.device) -> str:
+def _without_effect(speed: SpeedConfig, setting: str, value: Any, workload: Workload) -> str:
     """Why a setting would change nothing here, if so."""
     if setting in NOT_IN_A_STEP:
         return NOT_IN_A_STEP[setting]
     try:
-        decision = resolve_speed(speed, device).decisions[setting]
+        if value == "float8":
+            check_float8(workload.model)
+        decision = resolve_speed(speed, torch.device(workload.device)).decisions[setting]
     except ConfigError as error:
         return str(error)
     if decision.in_force != value and decision.reason != LATE:  # a fresh process isn't late
@@ -230,7 +240,9 @@ def versus(workload: Workload, asked: SpeedConfig, peer: str) -> list[Arm]:
         known = ", ".join(peers.PEERS)
         raise ConfigError(f"--vs: '{peer}' is not one of {known}{did_you_mean(peer, peers.PEERS)}")
     peers.require(peer)
-    settings, device = type(asked), torch.device(workload.device)
+    if asked.dtype == "float8":
+        raise ConfigError(f"--vs: {peer} does not train in float8; give --dtype bfloat16 to both")
+    settings = type(asked)
     shipped = {name: choices(settings, name)[0] for name in PROCESS_SETTINGS}
     arms: list[Arm] = []
 
@@ -247,7 +259,10 @@ def versus(workload: Workload, asked: SpeedConfig, peer: str) -> list[Arm]:
                     same_as=arms[0].name if arms else "",
                     beside=arms[0].name if arms else "",
                     left_out=_without_effect(
-                        speed.model_copy(update={"compile": compiled}), "compile", compiled, device
+                        speed.model_copy(update={"compile": compiled}),
+                        "compile",
+                        compiled,
+                        workload,
                     ),
                 )
             )

@@ -1,7 +1,7 @@
 """A benchmark as JSON: what was measured where, and with which settings; and two of them compared.
 
 {what, cut_short, command, machine, threads, torch, python, pretrain, commit, repeats, tolerance,
- peaks: {dtype: {flops, source, measured}}, results: [Result], ratios: [Ratio]}
+ norm_tolerance, peaks: {dtype: {flops, source, measured}}, results: [Result], ratios: [Ratio]}
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import pretrain_cli
-from pretrain_cli.engine.benchmark.results import TOLERANCE, ratios
+from pretrain_cli.engine.benchmark.results import NORM_TOLERANCE, TOLERANCE, ratios
 from pretrain_cli.engine.benchmark.rounds import Rounds
 from pretrain_cli.engine.distributed import device_name, find_device
 from pretrain_cli.errors import ConfigError
@@ -38,6 +38,7 @@ def record(rounds: Rounds, what: str, command: str) -> dict[str, Any]:
         "commit": commit(),
         "repeats": asdict(rounds.repeats),
         "tolerance": TOLERANCE,
+        "norm_tolerance": NORM_TOLERANCE,
         "peaks": {dtype: asdict(peak) for dtype, peak in rounds.peaks.items()},
         "results": [asdict(result) for result in results],
         "ratios": [asdict(ratio) for ratio in ratios(results)],

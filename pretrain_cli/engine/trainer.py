@@ -21,16 +21,15 @@ from pretrain_cli.engine.metrics import (
     Evaluation,
     Event,
     Finished,
-    Kept,
-    MetricsFile,
     Notice,
     Profiled,
     Report,
     Started,
 )
 from pretrain_cli.engine.optimizer import set_learning_rate
+from pretrain_cli.engine.outputs import Outputs
 from pretrain_cli.engine.peak import Peak
-from pretrain_cli.engine.plan import Plan, resolved
+from pretrain_cli.engine.plan import Plan
 from pretrain_cli.engine.profile import WARMUP_STEPS, Profiler
 from pretrain_cli.engine.recovery import Recovery
 from pretrain_cli.engine.samples import Samples
@@ -39,7 +38,6 @@ from pretrain_cli.engine.schedule import learning_rate
 from pretrain_cli.engine.step import train_step
 from pretrain_cli.engine.stop import Stopped, StopRequest
 from pretrain_cli.engine.terms import OtherTerms
-from pretrain_cli.engine.trackers import Tracker, have_each, open_trackers, track
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.model import counting
 from pretrain_cli.model.decoder import Decoder
@@ -68,16 +66,13 @@ class Trainer:
         self.evaluation: Evaluation | None = None
         self.profile = 0
         """So many steps are looked into, after some to warm up."""
-        self.metrics: MetricsFile | None = None
-        self.trackers: list[Tracker] = []
+        self.outputs = Outputs(plan, run, self.report, report)
         train = plan.settings.train
         self.guard = Guard(ranks, skip_spikes=train.skip_spikes, max_skips=train.max_skips)
-        self.saver = Saver(run, plan, ranks, self.report, self._sync)
+        self.saver = Saver(run, plan, ranks, self.report, self.outputs.sync)
 
     def report(self, event: Event) -> None:
-        if self.metrics and isinstance(event, Kept):
-            self.metrics.write(event)
-        track(self.trackers, event, self.tell)
+        self.outputs.take(event)
         self.tell(event)
 
     def run_until(self, steps: int, state: State, stop: StopRequest) -> Finished:
@@ -85,7 +80,7 @@ class Trainer:
         plan, ranks = self.plan, self.ranks
         self.stop = stop
         if ranks.is_first:
-            self._open_files(state)
+            self.outputs.open(state)
         self.guard.load_state_dict(state.guard)
         flops = counting.training_flops(plan.model, plan.seq_len)
         self.saved_step = state.step  # of which there is nothing new to save
@@ -107,15 +102,15 @@ class Trainer:
             peak_measured=self.peak.measured,
         )
         self.report(started)
-        if self.metrics and state.step < steps:
-            self.metrics.write(started)
+        if state.step < steps:
+            self.outputs.begin(started)
         meter = Meter(
             ranks,
             flops=flops,
             peak=self.peak.flops,
             tokens_per_step=plan.tokens_per_step,
             tokens=state.tokens,
-            before=self.metrics.before if self.metrics else (0, 0.0),
+            before=self.outputs.before,
         )
         feed = Feed(
             self.batches,
@@ -236,7 +231,7 @@ class Trainer:
             profiler.close()
             feed.close()
             self.saver.close()
-            self._close_files()
+            self.outputs.close()
         finished = Finished(self.run, state.step, steps, "stopped" if stopped else "done")
         self.report(finished)
         return finished
@@ -264,34 +259,16 @@ class Trainer:
         names = [source.name for source in sources]
         return dict(zip(names, tokens, strict=True)) if len(self.plan.data.sources) > 1 else {}
 
-    def _open_files(self, state: State) -> None:
-        """What the run is written to, without what is beyond the state's step."""
-        plan, path = self.plan, self.run / "metrics.jsonl"
-        self.metrics = MetricsFile(
-            path,
-            lambda text: self.report(Notice(text)),
-            upto=state.step,
-            rollbacks=state.rollbacks,
-        )
-        asked = resolved(plan).model_dump(mode="json")
-        names = plan.settings.train.log if state.step < plan.steps else ()
-        self.trackers = open_trackers(names, self.run, asked, self.report, step=state.step)
-
-    def _close_files(self) -> None:
-        if self.metrics:
-            self.metrics.close()
-        have_each(self.trackers, lambda tracker: tracker.close(), self.tell)
-
     def go_back(self, state: State) -> State:
         """To an earlier checkpoint; what is later is left behind."""
         self.saver.wait()  # it may be the one
         state, told = self.recovery.go_back(state)
         self.saved_step, self.evaluated_step, self.evaluation = state.step, -1, None
-        if self.metrics:
+        if self.ranks.is_first:
             for left in keeping.abandon_later(self.run, state.step):
                 self.report(Notice(f"{left}: beyond step {state.step:,}, renamed to abandoned-…"))
-            self._close_files()
-            self._open_files(state)
+            self.outputs.close()
+            self.outputs.open(state)
         self.report(told)
         return state
 
@@ -299,7 +276,7 @@ class Trainer:
         """Whether this run was stopped at a step whose evaluation was due, and is resumed there."""
         last = state.step == self.plan.steps
         due = state.step > 0 and (last or state.step % self.plan.eval_every == 0)
-        done = self.metrics is not None and state.step in self.metrics.evaluated
+        done = self.outputs.has_evaluated(state.step)
         return due and self.ranks.any(self.ranks.is_first and not done)
 
     def evaluate(self, state: State) -> None:
@@ -340,7 +317,7 @@ class Trainer:
         if not self.recovery.can_be_saved(state):
             return state
         state = self._with_saved(state, self.saver.wait())
-        have_each(self.trackers, lambda tracker: tracker.flush(), self.tell)
+        self.outputs.flush()
         whole = replace(self._with_best(state), guard=self.guard.state_dict())
         self.saver.begin(self.decoder, self.optimizer, whole, since=since, goes_on=goes_on)
         self.saved_step = state.step
@@ -353,8 +330,3 @@ class Trainer:
             return state
         self.stop.saved(self.saver.seconds)
         return replace(state, best_step=saved.best_step, best_loss=saved.best_loss)
-
-    def _sync(self) -> None:
-        """Onto the disk, what a checkpoint counts on."""
-        if self.metrics:
-            self.metrics.sync()

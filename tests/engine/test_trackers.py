@@ -9,7 +9,7 @@ import struct
 import pytest
 
 from pretrain_cli.config import build_config
-from pretrain_cli.engine import trackers, trainer
+from pretrain_cli.engine import outputs, trackers
 from pretrain_cli.engine.metrics import Notice
 from pretrain_cli.engine.record import read_record, resumed_settings
 from pretrain_cli.errors import ConfigError
@@ -141,7 +141,7 @@ def test_a_tracker_that_the_disk_is_too_full_for_is_left_out_and_the_run_goes_on
         def close(self):
             raise AssertionError("it is left out")
 
-    monkeypatch.setattr(trainer, "open_trackers", lambda *_, **__: [Broken()])
+    monkeypatch.setattr(outputs, "open_trackers", lambda *_, **__: [Broken()])
     events = run(settings())
     told = [event.text for event in events if isinstance(event, Notice)]
     assert sum("Broken: No space left on device" in text for text in told) == 1

@@ -25,6 +25,7 @@ from pretrain_cli.engine.sample import open_to_write
 from pretrain_cli.engine.speed import resolve_speed
 from pretrain_cli.errors import ConfigError, DataError, did_you_mean
 from pretrain_cli.model.config_json import read_config
+from pretrain_cli.model.float8 import quiet_torchao
 from pretrain_cli.model.quantized import as_floats
 
 MAX_TOKENS = 256
@@ -137,6 +138,7 @@ def _loaded_tasks(request: TaskRequest) -> Any:
     if request.include_path is not None and not request.include_path.is_dir():
         raise ConfigError(f"--include-path: {request.include_path} is no folder; give the tasks'")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    quiet_torchao()
     importlib.import_module("datasets").disable_progress_bars()
     manager = _manager(request)
     files = [name for name in request.tasks if name.endswith((".yaml", ".yml"))]

@@ -24,6 +24,7 @@ from pretrain_cli.engine.speed import resolve_speed
 from pretrain_cli.errors import CheckpointError, ConfigError, DataError
 from pretrain_cli.model.config_json import read_config
 from pretrain_cli.model.decoder import Decoder
+from pretrain_cli.model.float8 import quiet_torchao
 from pretrain_cli.model.huggingface import weight_types
 
 TOLERANCES = {"F64": 1e-4, "F32": 1e-4, "F16": 5e-3, "BF16": 5e-2}
@@ -153,6 +154,7 @@ def open_with_transformers(folder: Path, device: torch.device) -> Any:
         raise ConfigError(
             "verify: the package transformers is not installed; pip install 'pretrain[verify]'"
         ) from None
+    quiet_torchao()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:

@@ -48,8 +48,7 @@ def no_float8(config: ModelConfig) -> str | None:
 
 def float8_product(*, emulated: bool = False) -> Product:
     """torchao's. Emulated, on any device, the rounded values are multiplied in float32."""
-    for name in ("torchao", "torch.utils._pytree"):  # of what it has beside, unused here
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_torchao()
     torchao: Any = importlib.import_module("torchao.float8")
     whole, padded = (
         torchao.convert_to_float8_training(
@@ -67,6 +66,13 @@ def float8_product(*, emulated: bool = False) -> Product:
         return functional_call(linear, {"weight": weight.to(x.dtype)}, (x,))
 
     return product
+
+
+def quiet_torchao() -> None:
+    """Before it is imported, by us or by transformers where it is installed: it warns of
+    kernels that it can't load on this machine, and torch of how it registers its types."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def multiply_by(model: Decoder, product: Product) -> None:

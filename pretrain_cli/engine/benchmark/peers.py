@@ -19,6 +19,7 @@ from pretrain_cli.engine.speed import Speed
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.model.config_json import to_config_json
 from pretrain_cli.model.decoder import draw
+from pretrain_cli.model.float8 import quiet_torchao
 from pretrain_cli.model.layout import Merged, layout
 
 Step = Callable[[], tuple[Tensor, Tensor | None]]
@@ -42,6 +43,7 @@ def _transformers(
 ) -> Step:
     """Its model of the family, with sdpa attention and its own loss."""
     hf: Any = importlib.import_module("transformers")
+    quiet_torchao()
     hf.utils.logging.disable_progress_bar()
     raw = to_config_json(workload.model, "float32")
     config = hf.AutoConfig.for_model(**raw)

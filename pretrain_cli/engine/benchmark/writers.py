@@ -23,6 +23,7 @@ from pretrain_cli.engine.sample import make_writer, open_to_write
 from pretrain_cli.engine.speed import Speed, resolve_speed
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.model.config import ModelConfig
+from pretrain_cli.model.float8 import quiet_torchao
 
 OURS, THEIRS = "pretrain", "transformers"
 
@@ -150,6 +151,7 @@ def _theirs(workload: Workload, folder: Path) -> tuple[Ready, Callable[[int], Ro
         raise ConfigError(
             "--vs transformers: it is not installed; pip install 'pretrain[verify]'"
         ) from None
+    quiet_torchao()
     began = time.perf_counter()
     transformers.logging.disable_progress_bar()
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(

@@ -112,6 +112,50 @@ def test_accuracy_and_likelihoods_are_transformers(pretrain, tasks, theirs, monk
 
 @needs_harness
 @quietly
+def test_examples_are_shown_before_a_question(pretrain, tasks, theirs, monkeypatch):
+    """Two of another file, as the harness puts them: question and answer, an empty line between."""
+    examples = [
+        {"question": "7 green bottles hanging on the", "choices": ["wall", "cat"], "answer": 0},
+        {"question": "And if one green", "choices": ["dog", "bottle"], "answer": 1},
+        {"question": "never shown", "choices": ["a", "b"], "answer": 0},
+    ]
+    rows = "".join(json.dumps(row) + "\n" for row in examples)
+    (tasks / "examples.jsonl").write_text(rows)
+    alone = (tasks / "bottles.yaml").read_text()
+    (tasks / "shown.yaml").write_text(
+        alone.replace("task: bottles", "task: shown").replace(
+            "data_files: {", f"data_files: {{train: {tasks}/examples.jsonl, "
+        )
+        + "num_fewshot: 2\nfewshot_split: train\nfewshot_config: {sampler: first_n}\n"
+    )
+    told = []
+    ours = Reader.likelihoods
+
+    def watched(self, spans):
+        found = dict(ours(self, spans))
+        told.extend((bytes(spans[n].tokens).decode(), each.logprob) for n, each in found.items())
+        return found.items()
+
+    monkeypatch.setattr(Reader, "likelihoods", watched)
+    outcome = pretrain(f"evaluate --tasks {tasks}/shown.yaml --dtype float32 --json")
+    assert outcome.code == 0, outcome.err
+    before = "7 green bottles hanging on the wall\n\nAnd if one green bottle\n\n"
+    expected, right = [], 0
+    for row in QUESTIONS:
+        context = before + row["question"]
+        found = [likelihood(theirs, context, f" {text}") for text in row["choices"]]
+        right += found.index(max(found)) == row["answer"]
+        expected += [
+            (f"{context} {text}", pytest.approx(value, abs=1e-3))
+            for text, value in zip(row["choices"], found, strict=True)
+        ]
+    assert sorted(told) == sorted(expected, key=lambda pair: pair[0])
+    accuracy = json.loads(outcome.out)["scores"][0]
+    assert (accuracy["value"], accuracy["shots"]) == (right / 4, 2)
+
+
+@needs_harness
+@quietly
 def test_whole_texts_and_written_answers(pretrain, tasks, theirs):
     outcome = pretrain(
         f"evaluate --tasks {tasks}/song.yaml,{tasks}/written.yaml --dtype float32 --json"

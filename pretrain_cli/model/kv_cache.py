@@ -10,7 +10,8 @@ stays a small multiple of it.
                           position  4  5  2  3
 
 A prompt is written piece by piece (`extend`, by the decoder's own attention), then a token of every
-text at a time (model/decode.py). Memory: see `cache_bytes` in counting.py.
+text at a time (model/decode.py). How values lie in memory is whoever reads them to say. Memory: see
+`cache_bytes` in counting.py.
 """
 
 import torch
@@ -25,11 +26,13 @@ BLOCK = 256
 class LayerCache:
     """One layer's keys and values, (B, Hkv, places, Dh) each.
 
-    Places that nothing was written to hold zeros: they are not seen, but 0 · NaN would be.
+    Places that nothing was written to hold zeros: they are not seen, but 0 · NaN would be. With
+    `along_places`, each of a value's numbers has those of the next places beside it in memory.
     """
 
-    def __init__(self, keys: Tensor, window: int | None) -> None:
-        self.keys, self.values = keys, torch.zeros_like(keys)
+    def __init__(self, keys: Tensor, window: int | None, *, along_places: bool = False) -> None:
+        self.along_places = along_places
+        self.keys, self.values = keys, self._empty_values(keys)
         self.window = window
         self.length = 0
         """Positions that `extend` has written, of every text."""
@@ -64,18 +67,24 @@ class LayerCache:
 
     def grow(self, places: int) -> None:
         """Have so many places, what is remembered kept."""
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = old.new_zeros((*old.shape[:2], places, old.shape[3]))
-            new[:, :, : old.shape[2]] = old
-            setattr(self, name, new)
+        old = self.keys, self.values
+        self.keys = self.keys.new_zeros((*self.keys.shape[:2], places, self.keys.shape[3]))
+        self.values = self._empty_values(self.keys)
+        for new, kept in zip((self.keys, self.values), old, strict=True):
+            new[:, :, : kept.shape[2]] = kept
+
+    def _empty_values(self, keys: Tensor) -> Tensor:
+        if self.along_places:
+            return keys.new_zeros(keys.mT.shape).mT
+        return torch.zeros_like(keys)
 
 
 class KVCache:
     """Every layer's cache, for `batch` texts of at most `capacity` tokens.
 
     `ends`, where texts differ in length, is where each one's prompt ends: positions behind it are
-    padding. With `whole`, full layers have all their places from the beginning.
+    padding. With `whole`, full layers have all their places from the beginning. `along_places`: as
+    of a layer.
     """
 
     def __init__(
@@ -88,6 +97,7 @@ class KVCache:
         dtype: torch.dtype,
         ends: list[int] | None = None,
         whole: bool = False,
+        along_places: bool = False,
     ) -> None:
         self.capacity = capacity
         self.length = 0
@@ -99,7 +109,8 @@ class KVCache:
             if whole and window is None:
                 places = capacity
             size = (batch, config.num_key_value_heads, places, config.head_dim)
-            layer = LayerCache(torch.zeros(size, device=device, dtype=dtype), window)
+            keys = torch.zeros(size, device=device, dtype=dtype)
+            layer = LayerCache(keys, window, along_places=along_places)
             layer.ends = ends
             self.layers.append(layer)
 

@@ -17,7 +17,8 @@ is slower than the packed layout; compiled by itself, to be called from a step t
 much of what it gains.
 
 A packed matrix is no tensor that torch.compile can pass around, so its product is an operator of
-our own, which takes the matrix by its number in a table.
+our own, which takes the matrix by its number in a table. The number is a tensor: a plain one would
+be a constant of what is compiled, and every layer compiled anew.
 """
 
 import weakref
@@ -35,14 +36,14 @@ MakeLinear = Callable[[Tensor], nn.Module]
 
 _PACKED: dict[int, Any] = {}
 _library = torch.library.Library("pretrain", "DEF")
-_library.define("packed_linear(Tensor x, int number, int rows) -> Tensor")
+_library.define("packed_linear(Tensor x, Tensor number, int rows) -> Tensor")
 
 
-def _product(x: Tensor, number: int, rows: int) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, _PACKED[number], None, "none", [], "")
+def _product(x: Tensor, number: Tensor, rows: int) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, _PACKED[int(number)], None, "none", [], "")
 
 
-def _shape(x: Tensor, number: int, rows: int) -> Tensor:
+def _shape(x: Tensor, number: Tensor, rows: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], rows))
 
 
@@ -65,9 +66,10 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.rows = len(weight)
-        self.number = max(_PACKED, default=0) + 1
-        _PACKED[self.number] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-        weakref.finalize(self, _PACKED.pop, self.number)
+        number = max(_PACKED, default=0) + 1
+        self.number = torch.tensor(number)
+        _PACKED[number] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        weakref.finalize(self, _PACKED.pop, number)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.pretrain.packed_linear(x, self.number, self.rows)
@@ -85,12 +87,15 @@ class SummedLinear(nn.Module):
 
 
 def summed(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight^T by products and sums in float32. Not compiled, it holds all products at once.
+    """x @ weight^T by products and sums in float32. Not compiled, it holds all products at once."""
+    return (written_down(x).unsqueeze(-2).float() * weight.float()).sum(-1).to(x.dtype)
 
-    Naming its strides has the compiler write x down first. It would else make it anew for each of
-    the matrix's rows, from what x itself is made of: a norm, for example."""
-    x = x.as_strided(x.shape, x.stride())
-    return (x.unsqueeze(-2).float() * weight.float()).sum(-1).to(x.dtype)
+
+def written_down(x: Tensor) -> Tensor:
+    """The same, which the compiler puts into memory before it is used. It would else make it anew
+    for each of a matrix's rows, from what x itself is made of: a norm, for example. (Whoever names
+    strides needs memory that has them.)"""
+    return x.as_strided(x.shape, x.stride())
 
 
 class OneProduct(nn.Module):

@@ -154,7 +154,10 @@ def test_a_compiled_step_writes_the_same(tokenizer, family, rows):
         model = build_model(config, speed, CPU)
         model.initialize(0)
         texts = plan_texts(model.eval(), tokenizer, ["ab", "def", "x" * 40], controls)
+        torch._dynamo.utils.counters.clear()
         writer = sample.make_writer(model, compiled, texts, rows, said.append)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert graphs == compiled * (3 if "gemma" in family else 2)  # a block of a kind, the head
         with torch.compiler.set_stance("fail_on_recompile" if compiled else "default"):
             for _ in write(writer, tokenizer, texts, controls, rows=rows):
                 pass

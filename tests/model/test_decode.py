@@ -5,7 +5,7 @@ import torch
 
 from pretrain_cli.model.attention_backends import BACKENDS
 from pretrain_cli.model.config import FULL, SLIDING
-from pretrain_cli.model.decode import CHUNK, Writer
+from pretrain_cli.model.decode import CHUNK, Writer, attend, attend_by_sums
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.layout import Merged
 from pretrain_cli.model.products import SummedLinear, summed
@@ -104,6 +104,24 @@ def test_a_sum_along_rows_is_the_product_rounded_once(dtype, rounding):
     weight = torch.randn(23, 40, generator=generator).to(dtype)
     exact = x.double() @ weight.double().T
     torch.testing.assert_close(summed(x, weight).double(), exact, rtol=rounding, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_attention_by_sums_is_softmax_of_scores_over_values(dtype, rounding, groups):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(3, 8, 16, generator=generator).to(dtype)
+    keys, values = torch.randn(2, 3, groups, 20, 16, generator=generator).to(dtype)
+    unseen = torch.arange(20) > torch.tensor([[0], [7], [19]])
+    mask = torch.zeros(3, 20, dtype=dtype).masked_fill(unseen, float("-inf"))[:, None, None]
+    k, v = (x.double().repeat_interleave(8 // groups, dim=1) for x in (keys, values))
+    scores = torch.einsum("bhd,bhsd->bhs", q.double(), k) * 0.3
+    weights = scores.masked_fill(unseen[:, None], float("-inf")).softmax(-1)
+    expected = torch.einsum("bhs,bhsd->bhd", weights, v)
+    for each in (attend, attend_by_sums):
+        out = each(q, keys, values, mask, 0.3)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.double(), expected, rtol=rounding, atol=rounding)
 
 
 @pytest.mark.slow

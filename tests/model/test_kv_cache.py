@@ -132,6 +132,21 @@ def test_what_pads_a_prompt_is_not_written_over_what_it_remembers(ends, chunk):
         assert layer.keys[row, 0, :, 0].tolist() == expected
 
 
+@pytest.mark.parametrize("window", [None, 5])
+def test_values_may_lie_along_places_and_are_the_same(window):
+    plain, along = (
+        LayerCache(torch.zeros(2, 3, 5, 4), window, along_places=way) for way in (False, True)
+    )
+    pieces = torch.randn(2, 2, 5, 3, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    for layer in (plain, along):
+        layer.extend(*pieces)
+        layer.grow(9)
+    assert torch.equal(along.keys, plain.keys)
+    assert torch.equal(along.values, plain.values)
+    assert along.keys.is_contiguous()
+    assert along.values.mT.is_contiguous()
+
+
 def test_places_seen_as_small_literal_rows():
     ring = seen_places(torch.tensor([0, 2, 3, 9]), 4)
     assert ring.int().tolist() == [[1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]]

@@ -109,7 +109,7 @@ def sample(
         typer.Option(
             "--compile/--no-compile",
             help="torch.compile a step.",
-            show_default="on a GPU; on a CPU for 3000 steps or more",
+            show_default="on a GPU; on a CPU for long texts",
             rich_help_panel=SPEED,
         ),
     ] = None,
@@ -150,7 +150,7 @@ def sample(
     if prompts is not None:
         asked = engine.read_prompts(prompts)
     elif prompt == "-" or (prompt is None and _is_waiting(sys.stdin)):
-        asked = [sys.stdin.read()]
+        asked = [_read_standard_input()]
     else:
         asked = [prompt or ""]
     report = aside if as_json else notice
@@ -246,6 +246,15 @@ class _JsonLines(_InOrder):
 
     def interrupted(self) -> None:
         """Lines are whole."""
+
+
+def _read_standard_input() -> str:
+    from pretrain_cli.errors import DataError
+
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError:
+        raise DataError("standard input: not UTF-8; give the prompt as UTF-8 text") from None
 
 
 def _is_waiting(stream: TextIO) -> bool:

@@ -76,7 +76,7 @@ class Generation:
         self.rows = [Row() for _ in range(rows)]
         self.cache = writer.new_cache(batch=rows, capacity=capacity)
         self.positions = torch.zeros(rows, dtype=torch.long, device=self.device)
-        self.drawn = torch.zeros(rows, controls.max_tokens, dtype=torch.float64, device=self.device)
+        self.drawn = torch.zeros(rows, capacity, dtype=torch.float64, device=self.device)
         self.index = torch.zeros_like(self.positions)
         """Of the next number of `drawn`."""
         self.present: Tensor | None = None

@@ -18,6 +18,7 @@ from pretrain_cli.engine.open_model import folder_tokenizer, open_model, quantiz
 from pretrain_cli.engine.speed import Speed, resolve_speed
 from pretrain_cli.engine.streamed import StopStrings, TextStream
 from pretrain_cli.errors import ConfigError, DataError
+from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.config_json import read_config
 from pretrain_cli.model.decode import Writer
 from pretrain_cli.model.decoder import Decoder
@@ -27,10 +28,12 @@ from pretrain_cli.model.quantized import quantize as quantize_model
 Report = Callable[[str], None]
 CPU = torch.device("cpu")
 
-WORTH_COMPILING = 3000
-"""Steps from which compiling pays on a CPU, whatever the model: it takes 1.2 to 1.6 s a layer and
-saves 0.2 to 0.9 ms of a layer's step where several texts are written; of one text it saves more
-(model/products.py)."""
+COMPILING = 6.0
+"""Seconds that compiling takes on two CPU cores for each kind of layer: 7 for one, 11 for two."""
+SAVED = 0.6e-3
+"""Seconds that it then saves of a layer's step, at least: 0.6 ms of one text of gemma3-tiny in
+float32 (163 and 403 tokens/s), 0.9 of gemma3-270m in bfloat16 (24.8 and 42.1), by pretrain
+benchmark sample with --no-compile and --compile. With several texts it's no less."""
 
 
 def open_for_sampling(
@@ -93,14 +96,19 @@ class Piece:
 def plan_texts(
     model: Decoder, tokenizer: Tokenizer, prompts: list[str], controls: Controls, n: int = 1
 ) -> list[Text]:
-    """`n` texts of each prompt, in order. Raises ConfigError where no room is behind a prompt."""
+    """`n` texts of each prompt, in order. Raises ConfigError for a prompt that is no text, or that
+    has no room behind it."""
     positions = model.config.max_position_embeddings
     texts = []
     for number, prompt in enumerate(prompts):
+        which = "" if len(prompts) == 1 else f" (number {number + 1})"
+        if not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise ConfigError(
+                f"--prompt{which}: not UTF-8, or half of a character; give whole text"
+            )
         ids = tokenizer.encode_prompt(prompt)
         room = positions - len(ids)
         if room < 1:
-            which = "" if len(prompts) == 1 else f" (number {number + 1})"
             raise ConfigError(
                 f"--prompt{which}: its {len(ids):,} tokens fill the model's {positions:,} "
                 "positions; shorten it"
@@ -207,16 +215,21 @@ def decide_compile(
     if asked or device.type != "cpu":
         return True, "steps are short, and what starts them is saved"
     steps = sum(text.limit for text in texts) / min(rows, len(texts))
-    if steps < WORTH_COMPILING:
+    if steps < worth_compiling(model.config):
         return False, "the text is short"
     return True, f"up to {steps:,.0f} steps"
+
+
+def worth_compiling(config: ModelConfig) -> float:
+    """Steps from which compiling pays on a CPU, for one text or several."""
+    return COMPILING * len(set(config.layer_types)) / (SAVED * config.num_hidden_layers)
 
 
 def read_prompts(path: Path) -> list[str]:
     """Prompts of a file: of a .jsonl file each line's "prompt", of any other the lines themselves.
     Empty lines are passed over."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise DataError(f"--prompts: {path}: {reason}; give a file with a prompt a line") from None

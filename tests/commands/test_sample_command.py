@@ -143,7 +143,7 @@ def test_json_lines_say_what_was_made_and_why_it_ended(pretrain):
     assert stopped["stopped"] == "stop"
     assert stopped["text"] == row["text"][: row["text"].index(stop)]
     assert stopped["tokens"] == row["tokens"][: row["text"].index(stop) + len(stop)]
-    (full,) = rows(pretrain("sample --json --temperature 0 --max-tokens 99", "x" * 2040))
+    (full,) = rows(pretrain("sample --json --temperature 0 --max-tokens 999999999999", "x" * 2040))
     assert full["stopped"] == "positions" or full["stopped"] == "end"
 
 

@@ -89,7 +89,7 @@ def serve_arm(arm: str, folder: Path, pipe: Connection) -> None:
         pipe.send(ready)
         while tokens := pipe.recv():
             pipe.send(one_round(tokens))
-    except (EOFError, KeyboardInterrupt):
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):  # nobody asks any more
         return
     except Exception as error:
         pipe.send(error)

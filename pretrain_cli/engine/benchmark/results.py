@@ -14,9 +14,8 @@ from pretrain_cli.model import counting
 
 TOLERANCE = {"float32": 1e-4, "tf32": 2e-3, "bfloat16": 1e-2, "float8": 1e-1}
 """How far an arm's loss after its steps may be from that of the arm that it must learn the same as,
-as a share, by the coarser of their types. Rounding in float8 is fed back by every step: emulated on
-a CPU, seven steps of the small models with 512 tokens or more come to 6e-2; what learns fewer
-tokens by heart, so that hardly any loss is left, may come to more than is allowed."""
+as a share, by the coarser of their types. Rounding in float8 is fed back by every step: what learns
+few tokens by heart, so that hardly any loss is left, may come to more than is allowed."""
 NORM_TOLERANCE = TOLERANCE | {"float8": 3e-2}
 """The same of the first gradient norm, which no step went before: float8 comes to 1e-2."""
 

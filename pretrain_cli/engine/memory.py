@@ -208,9 +208,16 @@ def _sdpa_mask(t: Training, window: int | None) -> int:
     T, rows = t.seq_len, t.micro_batch_size
     if window is None or window >= T:
         return t.compute_bytes * rows * T**2 if t.document_mask else 0
-    behind = -(-T // window) - 1  # folds behind the first, which alone has a mask of its own
-    folds = rows * (1 + 2 * behind) if t.document_mask else 2
-    return t.compute_bytes * folds * window**2
+    block, blocks = _folds(T, window)
+    of_block = block * (window + block)
+    seen = rows * (window**2 + blocks * of_block) if t.document_mask else of_block
+    return t.compute_bytes * seen
+
+
+def _folds(T: int, window: int) -> tuple[int, int]:
+    """(queries of a block, blocks) behind a folded window's first queries."""
+    block = -(-window // FOLDS)
+    return block, -(-(T - window) // block)
 
 
 def _eager_mask(t: Training, window: int | None) -> int:
@@ -262,8 +269,7 @@ def _kept_by_attention(t: Training, layer: int) -> float:
     window = m.window(m.layer_types[layer])
     if t.attention == "sdpa" and window is not None and window < T:
         # folded: attended in two parts; queries, keys and values behind the first block anew
-        block = -(-window // FOLDS)
-        blocks = -(-(T - window) // block)
+        block, blocks = _folds(T, window)
         kept += c * (q + blocks / T * (block * q + (window + block) * 2 * kv))
     return kept + c * (q + 2 * kv if t.merged_qkv else of_product + kv)  # values are a view
 

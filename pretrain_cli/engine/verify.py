@@ -21,10 +21,10 @@ from pretrain_cli.engine.finding import check_tokenizer, open_mixture
 from pretrain_cli.engine.keeping import find_model_folder
 from pretrain_cli.engine.open_model import folder_tokenizer, open_model
 from pretrain_cli.engine.speed import resolve_speed
+from pretrain_cli.engine.transformers import import_transformers
 from pretrain_cli.errors import CheckpointError, ConfigError, DataError
 from pretrain_cli.model.config_json import read_config
 from pretrain_cli.model.decoder import Decoder
-from pretrain_cli.model.float8 import quiet_torchao
 from pretrain_cli.model.huggingface import weight_types
 
 TOLERANCES = {"F64": 1e-4, "F32": 1e-4, "F16": 5e-3, "BF16": 5e-2}
@@ -148,15 +148,7 @@ def verify(
 
 def open_with_transformers(folder: Path, device: torch.device) -> Any:
     """transformers' model of a folder, in float32; CheckpointError where it misses weights."""
-    try:
-        import transformers
-    except ImportError:
-        raise ConfigError(
-            "verify: the package transformers is not installed; pip install 'pretrain[verify]'"
-        ) from None
-    quiet_torchao()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    transformers = import_transformers("verify")
     try:
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder,

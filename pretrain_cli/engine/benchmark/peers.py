@@ -8,7 +8,6 @@ clipped. To add one: a function that gives its step, and a line in PEERS.
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +15,10 @@ from torch import Tensor, nn
 from pretrain_cli.config import OptimizerSettings
 from pretrain_cli.engine.benchmark.workload import Workload
 from pretrain_cli.engine.speed import Speed
+from pretrain_cli.engine.transformers import import_transformers
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.model.config_json import to_config_json
 from pretrain_cli.model.decoder import draw
-from pretrain_cli.model.float8 import quiet_torchao
 from pretrain_cli.model.layout import Merged, layout
 
 Step = Callable[[], tuple[Tensor, Tensor | None]]
@@ -42,9 +41,7 @@ def _transformers(
     workload: Workload, speed: Speed, inputs: Tensor, targets: Tensor, rate: float
 ) -> Step:
     """Its model of the family, with sdpa attention and its own loss."""
-    hf: Any = importlib.import_module("transformers")
-    quiet_torchao()
-    hf.utils.logging.disable_progress_bar()
+    hf = import_transformers("--vs transformers")
     raw = to_config_json(workload.model, "float32")
     config = hf.AutoConfig.for_model(**raw)
     model = getattr(hf, raw["architectures"][0]).from_pretrained(

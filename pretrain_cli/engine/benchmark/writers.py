@@ -21,9 +21,8 @@ from pretrain_cli.engine.distributed import find_device
 from pretrain_cli.engine.generate import Generation, Text
 from pretrain_cli.engine.sample import make_writer, open_to_write
 from pretrain_cli.engine.speed import Speed, resolve_speed
-from pretrain_cli.errors import ConfigError
+from pretrain_cli.engine.transformers import import_transformers
 from pretrain_cli.model.config import ModelConfig
-from pretrain_cli.model.float8 import quiet_torchao
 
 OURS, THEIRS = "pretrain", "transformers"
 
@@ -145,15 +144,8 @@ def _ours(workload: Workload, arm: str, folder: Path) -> tuple[Ready, Callable[[
 
 
 def _theirs(workload: Workload, folder: Path) -> tuple[Ready, Callable[[int], Round]]:
-    try:
-        import transformers
-    except ImportError:
-        raise ConfigError(
-            "--vs transformers: it is not installed; pip install 'pretrain[verify]'"
-        ) from None
-    quiet_torchao()
+    transformers = import_transformers("--vs transformers")
     began = time.perf_counter()
-    transformers.logging.disable_progress_bar()
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=speed_of(workload).compute_dtype, local_files_only=True
     )

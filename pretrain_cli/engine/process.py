@@ -12,7 +12,8 @@ huge_pages          Large buffers in pages of 2 MB, where the kernel gives them 
                     Taken by `auto` to write text and to evaluate, though they give little: of a
                     gemma3-270m in float32 1.03 × the tokens, compiled 1.01 ×, both within the
                     spread (`pretrain benchmark sample --vs speed.huge_pages=false`). A qwen3-small
-                    trains no faster with them, and takes 7 % more memory (`pretrain
+                    trains no faster with them, and takes 7 % more memory; where freed memory is
+                    given back, and comes again as zeros, a step takes 1.4 times as long (`pretrain
                     benchmark --ablate`). Read by torch at its first buffer.
 
 Tokenizing wants the opposite, `give_back_memory`: blocks of many sizes come and go there, and kept

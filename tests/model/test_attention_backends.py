@@ -391,16 +391,19 @@ def test_with_a_window_no_tensor_grows_faster_than_the_length(backend):
 
 @pytest.mark.slow
 def test_a_folded_window_takes_at_most_a_quarter_of_full_attention():
-    """Forward and backward of 8192 positions with a window of 512, taken in turns."""
-    length, seconds = 8192, {512: [], None: []}
+    """Forward and backward of 8192 positions with a window of 512, taken in turns: in the best of
+    some, since other programs take time from either."""
+    length, shares = 8192, []
     q, k, v = (x[:1].requires_grad_() for x in made(length, length, group=4, head_dim=64))
     backend = BACKENDS["sdpa"]
-    masks = {w: backend.lower(Mask(length, length, w), CPU, q.dtype) for w in seconds}
-    for window in [512, None] * 3:
-        began = time.perf_counter()
-        backend.attend(q, k, v, masks[window], 0.125).sum().backward()
-        seconds[window].append(time.perf_counter() - began)
-    assert min(seconds[512]) <= min(seconds[None]) / 4
+    masks = [backend.lower(Mask(length, length, window), CPU, q.dtype) for window in (512, None)]
+    while len(shares) < 6 and min(shares, default=1) > 1 / 4:
+        times = [time.perf_counter()]
+        for mask in masks:
+            backend.attend(q, k, v, mask, 0.125).sum().backward()
+            times.append(time.perf_counter())
+        shares.append((times[1] - times[0]) / (times[2] - times[1]))
+    assert min(shares) <= 1 / 4
 
 
 @pytest.mark.parametrize("window", [None, 3])

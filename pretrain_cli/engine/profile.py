@@ -78,7 +78,8 @@ class Profiler:
         activities = [ProfilerActivity.CPU]
         if self.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-        self.running = torch.profiler.profile(activities=activities)
+        # One cycle alone; without acc_events torch 2.11 warns that it would forget others.
+        self.running = torch.profiler.profile(activities=activities, acc_events=True)
         self.running.start()
 
     def close(self) -> None:

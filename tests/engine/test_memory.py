@@ -188,7 +188,9 @@ def live_peak(config, speed, rows, seq_len, *, micro_steps=1, optimizer="adamw",
         )  # fmt: skip
 
     step()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiled:  # torch 2.11 warns of what it does without acc_events
         step()
     events = profiled.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")

@@ -192,7 +192,7 @@ from pretrain_cli.engine.process import hush_profiler
 {hush}
 import torch
 
-with torch.profiler.profile():
+with torch.profiler.profile(acc_events=True):
     torch.ones(3) + 1
 """
 

@@ -19,9 +19,9 @@ from pretrain_cli.config import SpeedConfig
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.counting import (
     CHUNK_ELEMENTS,
-    FOLDS,
     SOFTMAX_ELEMENTS,
     count_parameters,
+    folds,
 )
 
 MOMENTS = ("loss", "backward", "gradients", "step")
@@ -208,16 +208,10 @@ def _sdpa_mask(t: Training, window: int | None) -> int:
     T, rows = t.seq_len, t.micro_batch_size
     if window is None or window >= T:
         return t.compute_bytes * rows * T**2 if t.document_mask else 0
-    block, blocks = _folds(T, window)
+    block, blocks = folds(T, window)
     of_block = block * (window + block)
     seen = rows * (window**2 + blocks * of_block) if t.document_mask else of_block
     return t.compute_bytes * seen
-
-
-def _folds(T: int, window: int) -> tuple[int, int]:
-    """(queries of a block, blocks) behind a folded window's first queries."""
-    block = -(-window // FOLDS)
-    return block, -(-(T - window) // block)
 
 
 def _eager_mask(t: Training, window: int | None) -> int:
@@ -269,7 +263,7 @@ def _kept_by_attention(t: Training, layer: int) -> float:
     window = m.window(m.layer_types[layer])
     if t.attention == "sdpa" and window is not None and window < T:
         # folded: attended in two parts; queries, keys and values behind the first block anew
-        block, blocks = _folds(T, window)
+        block, blocks = folds(T, window)
         kept += c * (q + blocks / T * (block * q + (window + block) * 2 * kv))
     return kept + c * (q + 2 * kv if t.merged_qkv else of_product + kv)  # values are a view
 

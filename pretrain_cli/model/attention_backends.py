@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain_cli.model.blocked_attention import blocked_attention
-from pretrain_cli.model.counting import FOLDS
+from pretrain_cli.model.counting import folds
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ class Folds(NamedTuple):
 
     window: int
     block: int
+    blocks: int
     first: Tensor | bool
     """What the first `window` queries see: True for causal, or (B, 1, window, window)."""
     rest: Tensor
@@ -128,19 +129,19 @@ def _sdpa_lower(mask: Mask, device: torch.device, dtype: torch.dtype) -> Tensor 
 
 
 def _fold(mask: Mask, window: int, device: torch.device, dtype: torch.dtype) -> Folds:
-    block = -(-window // FOLDS)
+    block, blocks = folds(mask.keys, window)
     i = torch.arange(block, device=device).unsqueeze(-1)
     j = torch.arange(window + block, device=device)
     seen = (j > i) & (j <= i + window)
     if mask.documents is None:
-        return Folds(window, block, True, _added(seen, dtype))
+        return Folds(window, block, blocks, True, _added(seen, dtype))
     first = Mask(window, window, None, mask.documents[:, :window]).matrix(device).unsqueeze(1)
-    documents = F.pad(mask.documents, (0, (window - mask.keys) % block))
+    documents = F.pad(mask.documents, (0, window + blocks * block - mask.keys))
     of_query = documents[:, window:].unfold(1, block, block)  # (B, blocks, block)
     of_key = documents.unfold(1, window + block, block)  # (B, blocks, window + block)
     rest = seen & (of_query.unsqueeze(-1) == of_key.unsqueeze(-2))
     rest = rest.flatten(0, 1).unsqueeze(1)
-    return Folds(window, block, _added(first, dtype), _added(rest, dtype))
+    return Folds(window, block, blocks, _added(first, dtype), _added(rest, dtype))
 
 
 def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -172,7 +173,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | bool, scale: float) ->
     return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=group > 1, **seen)
 
 
-def _folded(q: Tensor, k: Tensor, v: Tensor, folds: Folds, scale: float) -> Tensor:
+def _folded(q: Tensor, k: Tensor, v: Tensor, mask: Folds, scale: float) -> Tensor:
     """Sliding window without a T × T mask: blocks of queries, each seeing the `window` keys before
     it and its own. (B, heads, T, Dh) -> (B, H, T, Dh).
 
@@ -185,9 +186,8 @@ def _folded(q: Tensor, k: Tensor, v: Tensor, folds: Folds, scale: float) -> Tens
         query 1   · · █ █ █ █ █ █ █ █ █   █ █ · · ·
     """
     B, H, T, Dh = q.shape
-    window, block = folds.window, folds.block
-    first = _sdpa(q[:, :, :window], k[:, :, :window], v[:, :, :window], folds.first, scale)
-    blocks = -(-(T - window) // block)
+    window, block, blocks = mask.window, mask.block, mask.blocks
+    first = _sdpa(q[:, :, :window], k[:, :, :window], v[:, :, :window], mask.first, scale)
     padding = window + blocks * block - T
     q, k, v = (F.pad(x, (0, 0, 0, padding)) for x in (q, k, v))
 
@@ -198,7 +198,7 @@ def _folded(q: Tensor, k: Tensor, v: Tensor, folds: Folds, scale: float) -> Tens
 
     queries = folded(q[:, :, window:], block)
     keys, values = (folded(x, window + block) for x in (k, v))
-    rest = _sdpa(queries, keys, values, folds.rest, scale)
+    rest = _sdpa(queries, keys, values, mask.rest, scale)
     rest = rest.view(B, blocks, H, block, Dh).transpose(1, 2).reshape(B, H, blocks * block, Dh)
     return torch.cat((first, rest[:, :, : T - window]), dim=2)
 

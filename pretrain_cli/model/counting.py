@@ -21,8 +21,13 @@ CHUNK_ELEMENTS = {"cpu": 2**27, "cuda": 2**30}
 more cost memory."""
 SOFTMAX_ELEMENTS = 2**21
 """Logits whose softmax is taken at a time on a CPU: 8 MB in float32."""
-FOLDS = 2
-"""Blocks of queries to a sliding window, where it is folded for PyTorch's fused attention."""
+
+
+def folds(length: int, window: int) -> tuple[int, int]:
+    """(queries of a block, blocks) behind the first `window` queries, where a sliding window is
+    folded for PyTorch's fused attention: half a window each."""
+    block = -(-window // 2)
+    return block, -(-(length - window) // block)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,8 @@ T, and time with T times what a query sees. The heads that share keys lie side b
 query, so a block of all of them is one matrix and no block is copied.
 
 PyTorch's fused attention for CPUs is slower in bfloat16, as it forms small products of its own (how
-much: `pretrain benchmark --attn sdpa,blocks`). Tried and left: the softmax compiled, which takes
-twice as long as PyTorch's kernel; masks by masked_fill_, twice as long as a sum; blocks of 64 and
-256.
+much: `pretrain benchmark --attn sdpa,blocks`). Tried and left, all slower: the softmax compiled,
+masks by masked_fill_ and not as a sum, fewer heads at a time, blocks of 64 and 256.
 
 It is an operator of its own (`pretrain::blocked_attention`), which torch.compile calls as it is:
 traced, the scores of the forward pass would be kept for the backward pass. What lays queries and

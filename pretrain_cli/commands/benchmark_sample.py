@@ -11,6 +11,7 @@ from rich.table import Table
 from pretrain_cli.amounts import duration
 from pretrain_cli.amounts import size as in_bytes
 from pretrain_cli.commands.display import check_output, console, notice, write_json
+from pretrain_cli.commands.settings import OfProcess
 
 PROMPT, TOKENS, ROUNDS = 512, 256, 3
 
@@ -48,14 +49,7 @@ def benchmark_sample(
             "--compile/--no-compile", help="torch.compile.", show_default="as pretrain sample has"
         ),
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="SPEED.NAME=VALUE",
-            help="A speed setting of the process, as speed.huge_pages. Repeatable.",
-        ),
-    ] = None,
+    set_: OfProcess = None,
     as_json: Annotated[
         Path | None, typer.Option("--json", help="Also write the results to this file.")
     ] = None,

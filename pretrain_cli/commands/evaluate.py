@@ -10,7 +10,7 @@ from rich.table import Table
 
 from pretrain_cli.commands.display import aside, console, notice
 from pretrain_cli.commands.evaluate_tasks import show_tasks
-from pretrain_cli.commands.settings import settle_process
+from pretrain_cli.commands.settings import OfProcess, settle_process
 
 TASKS = "Tasks"
 
@@ -69,14 +69,7 @@ def evaluate(
         bool | None,
         typer.Option("--compile/--no-compile", help="torch.compile.", show_default="no"),
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="SPEED.NAME=VALUE",
-            help="A speed setting of the process, as speed.huge_pages. Repeatable.",
-        ),
-    ] = None,
+    set_: OfProcess = None,
     quantize: Annotated[
         str | None,
         typer.Option(

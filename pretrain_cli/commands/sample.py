@@ -11,10 +11,10 @@ import typer
 from rich.markup import escape
 
 from pretrain_cli.commands.display import aside, console, error_console, notice
-from pretrain_cli.commands.settings import settle_process
+from pretrain_cli.commands.settings import SPEED, OfProcess, settle_process
 
 BATCH = 8
-CHOOSING, SEVERAL, SPEED = "How tokens are chosen", "Several texts", "Speed"
+CHOOSING, SEVERAL = "How tokens are chosen", "Several texts"
 
 
 def sample(
@@ -113,15 +113,7 @@ def sample(
             rich_help_panel=SPEED,
         ),
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="SPEED.NAME=VALUE",
-            help="A speed setting of the process, as speed.huge_pages. Repeatable.",
-            rich_help_panel=SPEED,
-        ),
-    ] = None,
+    set_: OfProcess = None,
 ) -> None:
     """Write text with a trained model.
 

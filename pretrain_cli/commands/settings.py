@@ -1,6 +1,22 @@
 """`--set` of the commands that write text: speed settings of the whole process, and no others."""
 
 from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+SPEED = "Speed"
+"""Panel of the help."""
+
+OfProcess = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="SPEED.NAME=VALUE",
+        help="A speed setting of the process, as speed.huge_pages. Repeatable.",
+        rich_help_panel=SPEED,
+    ),
+]
 
 
 def settle_process(assignments: Sequence[str] | None) -> None:

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Protocol, Self, TypeVar
 
-from pretrain_cli.config import seconds_of
 from pretrain_cli.engine.process import age
+from pretrain_cli.setting_types import seconds_of
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 SAME_REQUEST = 1.0

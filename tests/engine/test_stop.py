@@ -11,11 +11,11 @@ import time
 
 import pytest
 
-from pretrain_cli.config import seconds_of
 from pretrain_cli.engine import checkpoint, evaluate, generate, keeping, step, stop
 from pretrain_cli.engine.metrics import Notice, StepMetrics
 from pretrain_cli.engine.stop import StopRequest
 from pretrain_cli.errors import ConfigError
+from pretrain_cli.setting_types import seconds_of
 from tests.engine.test_resume import assert_same_weights, numbers, resume
 
 

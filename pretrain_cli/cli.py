@@ -8,7 +8,6 @@ from typer.core import TyperGroup
 
 from pretrain_cli import __version__
 from pretrain_cli.commands import (
-    benchmark,
     count_params,
     evaluate,
     export,
@@ -19,6 +18,7 @@ from pretrain_cli.commands import (
     train,
     verify,
 )
+from pretrain_cli.commands.benchmark import command as benchmark
 from pretrain_cli.commands.display import error_console
 from pretrain_cli.commands.options import Command
 from pretrain_cli.errors import PretrainError

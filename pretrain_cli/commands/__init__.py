@@ -1,4 +1,4 @@
-"""What is typed, one engine call, what is shown: a file a command.
+"""One file a command: what is typed, one call of the engine, what is shown.
 
-Nothing here imports torch or the engine until a command runs, so that help answers at once.
+Nothing here imports torch or the engine until a command runs, so `--help` answers at once.
 """

@@ -9,8 +9,8 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from pretrain_cli.amounts import amount, duration, in_number
 from pretrain_cli.commands.display import console, size
+from pretrain_cli.units import amount, duration, in_number
 
 PARTS = {
     "weights": "weights",
@@ -67,8 +67,8 @@ class Asked:
 
 def show_plan(name: str, config: Any, seq_len: int, asked: Asked, *, as_json: bool) -> None:
     """Find it out and show it."""
-    from pretrain_cli.config import build_config
-    from pretrain_cli.engine.forecast import find_machine, forecast
+    from pretrain_cli.config.run_config import build_config
+    from pretrain_cli.engine.planning.run_estimate import find_machine, forecast
 
     asked.check()
     flags = {"speed.dtype": asked.dtype, "speed.compile": asked.compile}
@@ -106,8 +106,8 @@ def _calibrated(plan: Any, config: Any, speed: Any, asked: Asked) -> Any:
 
     from pretrain_cli.engine.benchmark.calibration import calibrate
     from pretrain_cli.engine.benchmark.workload import Workload, usual_micro_batch
-    from pretrain_cli.engine.devices import called
-    from pretrain_cli.engine.forecast import Pace
+    from pretrain_cli.engine.planning.run_estimate import Pace
+    from pretrain_cli.engine.runtime.gpu_specs import called
     from pretrain_cli.errors import ConfigError
 
     machine = plan.machine

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from pretrain_cli.amounts import amount, duration, size
+from pretrain_cli.units import amount, duration, size
 
 # Where the output is not a terminal, tables get the room they need rather than 80 columns.
 console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 120)

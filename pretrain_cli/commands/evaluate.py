@@ -125,7 +125,7 @@ def evaluate(
             settings=tuple(set_ or ()),
         )
         return
-    from pretrain_cli.engine.evaluate_checkpoint import Request, evaluate_checkpoint
+    from pretrain_cli.engine.evaluation.evaluate_checkpoint import Request, evaluate_checkpoint
 
     request = Request(
         where=where,

@@ -12,7 +12,7 @@ from pretrain_cli.commands.display import aside, console, notice
 
 
 def show_tasks(as_json: bool, **asked: Any) -> None:
-    from pretrain_cli.engine.tasks import TaskRequest, evaluate_tasks
+    from pretrain_cli.engine.evaluation.lm_eval import TaskRequest, evaluate_tasks
 
     result = evaluate_tasks(TaskRequest(**asked), aside if as_json else notice)
     if as_json:

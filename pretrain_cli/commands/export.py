@@ -33,8 +33,8 @@ def export(
     if gguf:
         _as_gguf(where, out, best, dtype, max_shard_size)
         return
-    from pretrain_cli.amounts import in_bytes
     from pretrain_cli.errors import ConfigError
+    from pretrain_cli.units import in_bytes
 
     try:
         limit = in_bytes(max_shard_size or SHARD)
@@ -42,7 +42,7 @@ def export(
         raise ConfigError(
             f"--max-shard-size: '{max_shard_size}' is not a size; give 5GB or 500MB"
         ) from None
-    from pretrain_cli.engine import export as engine
+    from pretrain_cli.engine.export import export as engine
 
     folder = engine.export(where, out, dtype=dtype, max_shard_size=limit, best=best, report=notice)
     written = sorted(out.glob("*.safetensors"))
@@ -59,9 +59,9 @@ def export(
 
 
 def _as_gguf(where: Path, out: Path, best: bool, dtype: str, max_shard_size: str | None) -> None:
-    from pretrain_cli.amounts import size
-    from pretrain_cli.engine.export_gguf import export_gguf
+    from pretrain_cli.engine.export.gguf import export_gguf
     from pretrain_cli.errors import ConfigError
+    from pretrain_cli.units import size
 
     if max_shard_size is not None:
         raise ConfigError("--max-shard-size: --gguf writes one file; leave one of them out")

@@ -8,8 +8,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from pretrain_cli.amounts import amount, size
 from pretrain_cli.commands.display import aside, console
+from pretrain_cli.units import amount, size
 
 SOURCES_SHOWN = 20
 BAR = 30

@@ -23,7 +23,7 @@ def refuse_meaningless(resume: Path | None, flags: dict[str, Any]) -> None:
 
 def suggest_rate(settings: Any, out: Path | None, display: TrainDisplay, stop: Any) -> None:
     """Run the test and say what it found."""
-    from pretrain_cli.engine.lr_find import find_learning_rate
+    from pretrain_cli.engine.training.lr_find import find_learning_rate
 
     folder = out or Path()
     test = find_learning_rate(settings, folder, display, _progress, stop)

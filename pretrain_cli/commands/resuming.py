@@ -15,8 +15,8 @@ sysexits.h's EX_TEMPFAIL, "try again". Put it in the queue again."""
 
 def prove_resume(settings: Any, steps: int, display: TrainDisplay, stop: Any) -> NoReturn:
     """Say whether a run that is resumed is the run straight through: exit code 0, else 1."""
-    from pretrain_cli.engine.check_resume import check_resume
-    from pretrain_cli.engine.stop import Stopped
+    from pretrain_cli.engine.runtime.stop import Stopped
+    from pretrain_cli.engine.training.check_resume import check_resume
 
     try:
         found = check_resume(settings, steps, display, stop)
@@ -37,8 +37,8 @@ def resumed(
     resume: Path, flags: dict[str, Any], assignments: list[str], allow_change: bool
 ) -> tuple[Any, dict[str, Any]]:
     """The run's settings with the changes asked for, and where training goes on."""
-    from pretrain_cli.config import build_config
-    from pretrain_cli.engine.record import read_record, resumed_settings
+    from pretrain_cli.config.run_config import build_config
+    from pretrain_cli.engine.runs.run_yaml import read_record, resumed_settings
     from pretrain_cli.errors import CheckpointError
 
     if not resume.is_dir():

@@ -120,8 +120,8 @@ def sample(
     It ends at the end-of-document token, at a --stop text or after --max-tokens.
     """
     settle_process(set_)
-    from pretrain_cli.engine import sample as engine
-    from pretrain_cli.engine.choosing import Controls
+    from pretrain_cli.engine.sampling import sample as engine
+    from pretrain_cli.engine.sampling.sampler import Controls
     from pretrain_cli.errors import ConfigError
 
     for name, value in (("n", n), ("batch-size", batch_size)):

@@ -152,11 +152,11 @@ def tokenize(
     goes on where it was. Without any text, a small demo dataset is made of the Python standard
     library's sources.
     """
-    from pretrain_cli.data.request import TokenizeRequest
-    from pretrain_cli.data.text import Reading
-    from pretrain_cli.data.tokenize import BPE_VOCAB_SIZE, demo_request
-    from pretrain_cli.data.tokenize import tokenize as run
-    from pretrain_cli.engine.process import give_back_memory
+    from pretrain_cli.data.corpus.readers import Reading
+    from pretrain_cli.data.tokenizing.request import TokenizeRequest
+    from pretrain_cli.data.tokenizing.tokenize import BPE_VOCAB_SIZE, demo_request
+    from pretrain_cli.data.tokenizing.tokenize import tokenize as run
+    from pretrain_cli.engine.runtime.process_settings import give_back_memory
 
     if paths:
         request = TokenizeRequest(

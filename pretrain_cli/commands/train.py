@@ -226,7 +226,7 @@ def train(
         "speed.deterministic": deterministic,
         "train.out": out,
     }
-    from pretrain_cli.config import build_config, read_config
+    from pretrain_cli.config.run_config import build_config, read_config
     from pretrain_cli.errors import ConfigError
 
     if more_data and not data:
@@ -253,8 +253,8 @@ def train(
         where = {}
     else:
         settings, where = resumed(resume, flags, set_ or [], allow_change)
-    from pretrain_cli.engine.process import before_torch, hush_profiler
-    from pretrain_cli.engine.stop import Stopped, StopRequest
+    from pretrain_cli.engine.runtime.process_settings import before_torch, hush_profiler
+    from pretrain_cli.engine.runtime.stop import Stopped, StopRequest
 
     with StopRequest(limit=settings.train.max_time) as stop, TrainDisplay() as display:
         before_torch(settings.speed)
@@ -262,7 +262,7 @@ def train(
             hush_profiler()
         if check_resume is not None:
             prove_resume(settings, check_resume, display, stop)
-        from pretrain_cli.engine.train import train as run
+        from pretrain_cli.engine.training.train import train as run
 
         try:
             if lr_find:

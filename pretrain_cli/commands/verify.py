@@ -40,7 +40,7 @@ def verify(
     Both compute in float32. Tolerance, relative: 1e-4; of a float16 folder against another type
     5e-3, and of bfloat16 5e-2, which is what rounding the weights costs.
     """
-    from pretrain_cli.engine import verify as engine
+    from pretrain_cli.engine.evaluation import compare_transformers as engine
 
     verdict = engine.verify(
         where,

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from pretrain_cli.data.documents import document_numbers
-from pretrain_cli.data.order import Interleaving, Order
+from pretrain_cli.data.sample_order import Interleaving, Order
 from pretrain_cli.data.shards import TokenStream
 
 IGNORED = -100

@@ -20,7 +20,7 @@ from pretrain_cli.data.shards import (
     index_path,
     read_manifest,
 )
-from pretrain_cli.data.tokenizer import Tokenizer, read_tokenizer
+from pretrain_cli.data.tokenizers.tokenizer import Tokenizer, read_tokenizer
 from pretrain_cli.errors import DataError
 from pretrain_cli.files import sha256_of
 

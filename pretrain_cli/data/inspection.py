@@ -8,7 +8,7 @@ import numpy as np
 
 from pretrain_cli.data.dataset import Split
 from pretrain_cli.data.shards import Manifest
-from pretrain_cli.data.tokenizer import Tokenizer, read_tokenizer
+from pretrain_cli.data.tokenizers.tokenizer import Tokenizer, read_tokenizer
 
 READ_AT_ONCE = 2**26
 """Tokens whose documents are looked at together."""

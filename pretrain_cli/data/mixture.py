@@ -15,7 +15,7 @@ from fractions import Fraction
 from functools import cached_property
 
 from pretrain_cli.data.dataset import Dataset
-from pretrain_cli.data.tokenizer import Tokenizer
+from pretrain_cli.data.tokenizers.tokenizer import Tokenizer
 from pretrain_cli.errors import ConfigError, DataError
 
 WEIGHTED = re.compile(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d{1,2})?)", re.IGNORECASE)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from pretrain_cli.data.batches import Samples, Windows
 from pretrain_cli.data.dataset import Dataset, open_dataset
-from pretrain_cli.data.foreign import is_foreign, open_foreign
 from pretrain_cli.data.packing import open_packed
-from pretrain_cli.data.tokenizer import load_tokenizer
+from pretrain_cli.data.token_files import is_foreign, open_foreign
+from pretrain_cli.data.tokenizers.tokenizer import load_tokenizer
 from pretrain_cli.errors import ConfigError
 
 

@@ -1,1 +1,4 @@
-"""Model and data to a trained run: speed, optimizer, training, checkpoints, sampling, timing."""
+"""The stages of a run, one folder each. Imports go down this list only:
+
+report, benchmark → export, evaluation → training → sampling, planning → runs → optim → runtime
+"""

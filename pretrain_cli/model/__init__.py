@@ -1,5 +1,5 @@
-"""Tokens to logits to loss: the Gemma 3 and Qwen 3 decoders, and what is known of them on paper.
+"""Tokens in, logits or loss out: the decoder of Gemma 3 and Qwen 3.
 
-`config`, `config_json`, `presets`, `counting` and `layout` know a model without building it, and
-import no torch.
+Read `decoder` first. `config`, `presets`, `counting` and `parameter_map` describe a model
+without building it, and import no torch.
 """

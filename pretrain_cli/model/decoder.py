@@ -23,9 +23,9 @@ from pretrain_cli.model.attention_backends import BACKENDS, Mask
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.kv_cache import KVCache, LayerCache
 from pretrain_cli.model.layers import GatedMLP, Linear, RMSNorm, lookup
-from pretrain_cli.model.layout import EMBEDDING, Merged, Piece, layout
 from pretrain_cli.model.loss import IGNORED, Loss, Softmax, softmax_, with_z_loss
 from pretrain_cli.model.moe import MixtureOfExperts, balancing_loss
+from pretrain_cli.model.parameter_map import EMBEDDING, Merged, Piece, layout
 from pretrain_cli.model.parts import part
 from pretrain_cli.model.rope import rope_table
 

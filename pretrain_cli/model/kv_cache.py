@@ -10,7 +10,7 @@ stays a small multiple of it.
                           position  4  5  2  3
 
 A prompt is written piece by piece (`extend`, by the decoder's own attention), then a token of every
-text at a time (model/decode.py). How values lie in memory is whoever reads them to say. Memory: see
+text at a time (model/inference/decode.py). The reader decides how values lie in memory. Memory: see
 `cache_bytes` in counting.py.
 """
 

@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 
-from pretrain_cli.engine.choosing import Controls
-from pretrain_cli.engine.likelihood import Reader
-from pretrain_cli.engine.tasks import _controls
+from pretrain_cli.engine.evaluation.likelihood import Reader
+from pretrain_cli.engine.evaluation.lm_eval import _controls
+from pretrain_cli.engine.sampling.sampler import Controls
 from pretrain_cli.errors import ConfigError
 
 CHECKPOINT = "runs/tiny/checkpoints/step-000060"

@@ -10,7 +10,7 @@ import yaml
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pretrain_cli.data import dataset, foreign
+from pretrain_cli.data import dataset, token_files
 from pretrain_cli.data.opening import open_data
 
 VERSE = b"green bottles hanging on the wall,\nAnd if one green bottle should accidentally fall,\n"
@@ -131,9 +131,9 @@ def test_an_id_beyond_the_vocabulary_ends_a_run_on_large_files(
     pretrain, tiny, monkeypatch, prefetch
 ):
     """Nothing but the first and the last block is read before."""
-    monkeypatch.setattr(foreign, "VERIFIED_WHEN_OPENED", 0)
-    monkeypatch.setattr(foreign, "SAMPLED", 1)
-    monkeypatch.setattr(foreign, "BLOCK", 64)
+    monkeypatch.setattr(token_files, "VERIFIED_WHEN_OPENED", 0)
+    monkeypatch.setattr(token_files, "SAMPLED", 1)
+    monkeypatch.setattr(token_files, "BLOCK", 64)
     monkeypatch.setattr(dataset, "DECODED", 64)
     monkeypatch.setattr(dataset, "DECODED_AT_ONCE", 64)
     with Path("song_train_000002.bin").open("rb+") as file:

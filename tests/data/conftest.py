@@ -20,9 +20,9 @@ import tokenizers
 
 import pretrain_cli
 from pretrain_cli.data.shards import Manifest, SplitName, TokenStream
-from pretrain_cli.data.tokenize import Tokenized, TokenizeRequest, tokenize
-from pretrain_cli.data.tokenizer import HUB, Tokenizer, load_tokenizer, train_bpe
-from pretrain_cli.data.writer import DatasetWriter
+from pretrain_cli.data.tokenizers.tokenizer import HUB, Tokenizer, load_tokenizer, train_bpe
+from pretrain_cli.data.tokenizing.tokenize import Tokenized, TokenizeRequest, tokenize
+from pretrain_cli.data.tokenizing.writer import DatasetWriter
 
 
 class Outcome(NamedTuple):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pretrain_cli.data import inspection
 from pretrain_cli.data.dataset import Split
 from pretrain_cli.data.shards import IndexedStarts, TokenStream
-from pretrain_cli.data.tokenizer import load_tokenizer
+from pretrain_cli.data.tokenizers.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

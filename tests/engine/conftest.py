@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain_cli.config import RunConfig, build_config
-from pretrain_cli.data.tokenize import TokenizeRequest, tokenize
-from pretrain_cli.engine import speed
-from pretrain_cli.engine.metrics import Event
-from pretrain_cli.engine.train import train
+from pretrain_cli.config.run_config import RunConfig, build_config
+from pretrain_cli.data.tokenizing.tokenize import TokenizeRequest, tokenize
+from pretrain_cli.engine.runs.events import Event
+from pretrain_cli.engine.runtime import speed
+from pretrain_cli.engine.training.train import train
 from pretrain_cli.model import float8
 from pretrain_cli.model.config import variant
 from pretrain_cli.model.decoder import Decoder
-from pretrain_cli.model.layout import Merged, layout
+from pretrain_cli.model.parameter_map import Merged, layout
 from pretrain_cli.model.presets import preset
 
 SMALL = {

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pretrain_cli.model.config import FULL, SLIDING, ModelConfig
 from pretrain_cli.model.decoder import Decoder
-from pretrain_cli.model.layout import layout
+from pretrain_cli.model.parameter_map import layout
 
 COMMON = {
     "vocab_size": 150,

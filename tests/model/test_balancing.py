@@ -6,9 +6,9 @@ import torch.nn.functional as F
 
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.model.config import variant
-from pretrain_cli.model.config_json import read_config
 from pretrain_cli.model.decoder import Coefficients, Decoder
-from pretrain_cli.model.huggingface import load_weights
+from pretrain_cli.model.formats.hf_config import read_config
+from pretrain_cli.model.formats.hf_weights import load_weights
 from pretrain_cli.model.presets import preset
 
 MIXTURES = ["moe-normalized", "moe-unnormalized"]

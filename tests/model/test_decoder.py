@@ -7,8 +7,8 @@ from torch._dynamo.testing import CompileCounter
 from pretrain_cli.model.attention_backends import BACKENDS
 from pretrain_cli.model.config import FULL, SLIDING
 from pretrain_cli.model.decoder import Decoder
-from pretrain_cli.model.huggingface import published_tensors
-from pretrain_cli.model.layout import Merged
+from pretrain_cli.model.formats.hf_weights import published_tensors
+from pretrain_cli.model.parameter_map import Merged
 
 FAMILIES = ["gemma3", "qwen3", "moe"]
 

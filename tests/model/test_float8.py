@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pretrain_cli.model import float8, layers
 from pretrain_cli.model.decoder import Decoder
-from pretrain_cli.model.layout import Merged
+from pretrain_cli.model.parameter_map import Merged
 
 FAMILIES = ["gemma3", "qwen3", "moe"]
 E4M3 = (448.0, 3, -6)

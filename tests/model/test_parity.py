@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from pretrain_cli.model import loss
-from pretrain_cli.model.config_json import read_config
 from pretrain_cli.model.decoder import Decoder
-from pretrain_cli.model.huggingface import load_weights
-from pretrain_cli.model.layout import Merged
+from pretrain_cli.model.formats.hf_config import read_config
+from pretrain_cli.model.formats.hf_weights import load_weights
+from pretrain_cli.model.parameter_map import Merged
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 

@@ -4,7 +4,7 @@ import pytest
 
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.model.config import FULL, SLIDING, ModelConfig
-from pretrain_cli.model.config_json import from_config_json
+from pretrain_cli.model.formats.hf_config import from_config_json
 from pretrain_cli.model.presets import ALIASES, PRESETS, PUBLISHED, SMALL, full_name, preset
 
 # name: hidden, intermediate, layers, heads, key/value heads, head_dim, attention scalar, window,

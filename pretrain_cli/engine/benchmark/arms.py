@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from pretrain_cli.config import SpeedConfig
+from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.engine.benchmark import peers
 from pretrain_cli.engine.benchmark.workload import Arm, Workload
-from pretrain_cli.engine.process import LATE, PROCESS_SETTINGS
-from pretrain_cli.engine.speed import check_float8, resolve_speed
+from pretrain_cli.engine.runtime.process_settings import LATE, PROCESS_SETTINGS
+from pretrain_cli.engine.runtime.speed import check_float8, resolve_speed
 from pretrain_cli.errors import ConfigError, did_you_mean
 from pretrain_cli.model.attention_backends import BACKENDS
 from pretrain_cli.model.config import FULL, SLIDING, ModelConfig, variant

@@ -1,6 +1,6 @@
 """The pace of a plan, by some real steps on the device that is here."""
 
-from pretrain_cli.config import SpeedConfig
+from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.engine.benchmark.results import Figures
 from pretrain_cli.engine.benchmark.rounds import Rounds, Start
 from pretrain_cli.engine.benchmark.workload import Arm, Repeats, Workload

@@ -7,9 +7,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pretrain_cli.config import SpeedConfig
+from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.engine.benchmark.interruption import unheard_by_children
-from pretrain_cli.engine.process import before_torch, keep_compiled
+from pretrain_cli.engine.runtime.process_settings import before_torch, keep_compiled
 
 
 def in_a_fresh_process(name: str, speed: SpeedConfig, compiled: Path, *arguments: Any) -> Any:

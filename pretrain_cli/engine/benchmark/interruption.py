@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Self
 
-from pretrain_cli.engine.stop import SAME_REQUEST, SIGNALS
+from pretrain_cli.engine.runtime.stop import SAME_REQUEST, SIGNALS
 
 
 class CutShort(KeyboardInterrupt):

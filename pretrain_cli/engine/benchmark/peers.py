@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pretrain_cli.config import OptimizerSettings
+from pretrain_cli.config.run_config import OptimizerSettings
 from pretrain_cli.engine.benchmark.workload import Workload
-from pretrain_cli.engine.speed import Speed
-from pretrain_cli.engine.transformers import import_transformers
+from pretrain_cli.engine.evaluation.transformers import import_transformers
+from pretrain_cli.engine.runtime.speed import Speed
 from pretrain_cli.errors import ConfigError
-from pretrain_cli.model.config_json import to_config_json
 from pretrain_cli.model.decoder import draw
-from pretrain_cli.model.layout import Merged, layout
+from pretrain_cli.model.formats.hf_config import to_config_json
+from pretrain_cli.model.parameter_map import Merged, layout
 
 Step = Callable[[], tuple[Tensor, Tensor | None]]
 """-> (loss, gradient norm before clipping), on the device."""

@@ -4,8 +4,8 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from pretrain_cli.amounts import amount, size
 from pretrain_cli.errors import ConfigError
+from pretrain_cli.units import amount, size
 
 FORMATS = (".png", ".svg")
 COLORS = {

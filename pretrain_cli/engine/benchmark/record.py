@@ -16,7 +16,7 @@ import torch
 import pretrain_cli
 from pretrain_cli.engine.benchmark.results import NORM_TOLERANCE, TOLERANCE, ratios
 from pretrain_cli.engine.benchmark.rounds import Rounds
-from pretrain_cli.engine.distributed import device_name, find_device
+from pretrain_cli.engine.runtime.distributed import device_name, find_device
 from pretrain_cli.errors import ConfigError
 
 ABOUT = ("command", "machine", "threads", "torch", "python", "pretrain", "commit", "repeats")

@@ -8,8 +8,8 @@ from typing import Any
 
 from pretrain_cli.engine.benchmark.timing import Round
 from pretrain_cli.engine.benchmark.workload import Arm
-from pretrain_cli.engine.peak import Peak
-from pretrain_cli.engine.process import PROCESS_SETTINGS
+from pretrain_cli.engine.runtime.peak_flops import Peak
+from pretrain_cli.engine.runtime.process_settings import PROCESS_SETTINGS
 from pretrain_cli.model import counting
 
 TOLERANCE = {"float32": 1e-4, "tf32": 2e-3, "bfloat16": 1e-2, "float8": 1e-1}

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from pretrain_cli.config import SpeedConfig
+from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.engine.benchmark.fresh import in_a_fresh_process
 from pretrain_cli.engine.benchmark.results import Result, summarize
 from pretrain_cli.engine.benchmark.timing import Round
 from pretrain_cli.engine.benchmark.workload import Arm, Repeats
-from pretrain_cli.engine.peak import Peak
-from pretrain_cli.engine.profile import Profile
-from pretrain_cli.engine.speed import resolve_speed
+from pretrain_cli.engine.runtime.peak_flops import Peak
+from pretrain_cli.engine.runtime.profiler import Profile
+from pretrain_cli.engine.runtime.speed import resolve_speed
 from pretrain_cli.errors import PretrainError
 
 Start = Callable[..., Any]

@@ -33,15 +33,15 @@ from pretrain_cli.engine.benchmark.writers import (
     settings_of,
     speed_of,
 )
-from pretrain_cli.engine.distributed import find_device
-from pretrain_cli.engine.open_model import quantized
-from pretrain_cli.engine.process import check_process_settings
-from pretrain_cli.engine.sample import refuse_int8_off_cpu
-from pretrain_cli.engine.speed import build_model
+from pretrain_cli.engine.runtime.distributed import find_device
+from pretrain_cli.engine.runtime.process_settings import check_process_settings
+from pretrain_cli.engine.runtime.speed import build_model
+from pretrain_cli.engine.sampling.open_model import quantized
+from pretrain_cli.engine.sampling.sample import refuse_int8_off_cpu
 from pretrain_cli.errors import ConfigError
-from pretrain_cli.model.config_json import to_config_json
 from pretrain_cli.model.counting import cache_bytes, count_parameters
-from pretrain_cli.model.huggingface import published_tensors, write_weights
+from pretrain_cli.model.formats.hf_config import to_config_json
+from pretrain_cli.model.formats.hf_weights import published_tensors, write_weights
 
 WARM_UP = 8
 """Tokens of the round that does not count."""

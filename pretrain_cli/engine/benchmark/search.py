@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
-from pretrain_cli.amounts import size as told
-from pretrain_cli.config import SpeedConfig
+from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.engine.benchmark.results import Result
 from pretrain_cli.engine.benchmark.rounds import Rounds, Start
 from pretrain_cli.engine.benchmark.workload import Arm, Repeats, Workload
-from pretrain_cli.engine.memory import Training, estimate, largest, speed_settings
-from pretrain_cli.engine.micro_batch import ALIKE, fastest
-from pretrain_cli.engine.speed import resolve_speed
+from pretrain_cli.engine.planning.memory_estimate import Training, estimate, largest, speed_settings
+from pretrain_cli.engine.planning.micro_batch import ALIKE, fastest
+from pretrain_cli.engine.runtime.speed import resolve_speed
+from pretrain_cli.units import size as told
 
 SCOUTING = Repeats(rounds=1, steps=2, warmup=1)
 ONCE = Repeats(rounds=1, steps=1, warmup=1)

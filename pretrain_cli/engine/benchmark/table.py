@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from pretrain_cli.amounts import duration, size
+from pretrain_cli.units import duration, size
 
 COLUMNS = (
     "", "step", "from – to", "tokens/s", "×", "MFU", "conv.", "memory", "loss", "off", "start",

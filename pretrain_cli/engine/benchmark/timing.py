@@ -9,23 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain_cli.config import OptimizerSettings, SpeedConfig
+from pretrain_cli.config.run_config import OptimizerSettings, SpeedConfig
 from pretrain_cli.engine.benchmark.peers import PEERS, Step
 from pretrain_cli.engine.benchmark.workload import Arm, Repeats, Workload
-from pretrain_cli.engine.distributed import Ranks, find_device
-from pretrain_cli.engine.guard import Guard
-from pretrain_cli.engine.metrics import peak_memory, reset_peak_memory
-from pretrain_cli.engine.optimizer import build_optimizer, set_learning_rate
-from pretrain_cli.engine.peak import Peak, find_peak
-from pretrain_cli.engine.profile import Profile, profile_steps
-from pretrain_cli.engine.speed import (
+from pretrain_cli.engine.optim.optimizer import build_optimizer, set_learning_rate
+from pretrain_cli.engine.runs.events import peak_memory, reset_peak_memory
+from pretrain_cli.engine.runtime.distributed import Ranks, find_device
+from pretrain_cli.engine.runtime.peak_flops import Peak, find_peak
+from pretrain_cli.engine.runtime.profiler import Profile, profile_steps
+from pretrain_cli.engine.runtime.speed import (
     Speed,
     apply_process_settings,
     build_model,
     compile_blocks,
     resolve_speed,
 )
-from pretrain_cli.engine.step import train_step
+from pretrain_cli.engine.training.step import train_step
+from pretrain_cli.engine.training.step_guard import Guard
 
 LEARNING_RATE = 3e-4
 """Of every arm: enough for the loss to fall in a few steps on the same tokens, so that what learns

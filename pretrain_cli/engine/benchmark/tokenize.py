@@ -19,13 +19,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from pretrain_cli.data.corpus import Corpus, find_corpus
-from pretrain_cli.data.encoding import cores
-from pretrain_cli.data.request import TokenizeRequest
-from pretrain_cli.data.text import FileReader
-from pretrain_cli.data.tokenize import demo_request, tokenize
-from pretrain_cli.data.tokenizer import load_tokenizer
-from pretrain_cli.engine.process import give_back_memory
+from pretrain_cli.data.corpus.readers import FileReader
+from pretrain_cli.data.corpus.source_files import Corpus, find_corpus
+from pretrain_cli.data.tokenizers.tokenizer import load_tokenizer
+from pretrain_cli.data.tokenizing.encoding import cores
+from pretrain_cli.data.tokenizing.request import TokenizeRequest
+from pretrain_cli.data.tokenizing.tokenize import demo_request, tokenize
+from pretrain_cli.engine.runtime.process_settings import give_back_memory
 from pretrain_cli.errors import DataError
 
 

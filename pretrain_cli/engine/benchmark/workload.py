@@ -3,7 +3,7 @@ threads wait is decided before that."""
 
 from dataclasses import dataclass
 
-from pretrain_cli.config import SpeedConfig
+from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.counting import training_flops
 

@@ -1,7 +1,7 @@
 """One arm of `pretrain benchmark sample`, in a process of its own: loaded, and then written with
 whenever it is told to.
 
-    pretrain            what `pretrain sample` does (engine/generate.py), its texts not decoded
+    pretrain            what `pretrain sample` does, without decoding tokens to text
     speed.NAME=VALUE    the same with another setting of its process
     transformers        `generate` with its own KV cache, as it comes
 """
@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pretrain_cli.config import SpeedConfig, build_config
-from pretrain_cli.engine.choosing import Controls
-from pretrain_cli.engine.distributed import find_device
-from pretrain_cli.engine.generate import Generation, Text
-from pretrain_cli.engine.sample import make_writer, open_to_write
-from pretrain_cli.engine.speed import Speed, resolve_speed
-from pretrain_cli.engine.transformers import import_transformers
+from pretrain_cli.config.run_config import SpeedConfig, build_config
+from pretrain_cli.engine.evaluation.transformers import import_transformers
+from pretrain_cli.engine.runtime.distributed import find_device
+from pretrain_cli.engine.runtime.speed import Speed, resolve_speed
+from pretrain_cli.engine.sampling.batch import Generation, Text
+from pretrain_cli.engine.sampling.sample import make_writer, open_to_write
+from pretrain_cli.engine.sampling.sampler import Controls
 from pretrain_cli.model.config import ModelConfig
 
 OURS, THEIRS = "pretrain", "transformers"

@@ -20,8 +20,8 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from pretrain_cli.engine.record import RECORD
 from pretrain_cli.engine.report.rows import Row, Rows, is_number
+from pretrain_cli.engine.runs.run_yaml import RECORD
 from pretrain_cli.errors import CheckpointError
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from pretrain_cli.amounts import amount, duration, size
 from pretrain_cli.engine.report.elements import tag, text, title
 from pretrain_cli.engine.report.history import RESTARTED, START, History, Mark, Sample
+from pretrain_cli.units import amount, duration, size
 
 EVENTS_SHOWN, SAMPLES_SHOWN = 200, 30
 """Of each run; what is left out is counted on the page."""

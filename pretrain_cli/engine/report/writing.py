@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from pretrain_cli.engine.record import RECORD
 from pretrain_cli.engine.report.history import METRICS, History, check_run, read_history
 from pretrain_cli.engine.report.page import render
+from pretrain_cli.engine.runs.run_yaml import RECORD
 from pretrain_cli.errors import CheckpointError, ConfigError
 from pretrain_cli.files import write_whole
 

@@ -1,0 +1,4 @@
+"""`pretrain benchmark` and its subcommands: options in, tables out.
+
+Read `command` first.
+"""

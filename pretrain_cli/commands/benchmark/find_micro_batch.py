@@ -1,0 +1,63 @@
+"""`pretrain benchmark --find-micro-batch`: the largest micro-batch that fits, and the fastest."""
+
+import shlex
+import sys
+from typing import Any
+
+import typer
+from rich.markup import escape
+
+from pretrain_cli.commands.benchmark.show import Outputs, say_workload, watch
+from pretrain_cli.commands.display import console, size
+
+
+def search(workload: Any, speed: Any, repeats: Any, outputs: Outputs) -> None:
+    """Measure, show, and leave it for `pretrain train`."""
+    import torch
+
+    from pretrain_cli.engine.benchmark.interruption import Interruption
+    from pretrain_cli.engine.benchmark.search import MicroBatchSearch
+    from pretrain_cli.engine.planning import micro_batch
+    from pretrain_cli.engine.runtime.distributed import device_name
+    from pretrain_cli.errors import ConfigError
+
+    place = torch.device(workload.device)
+    measured = MicroBatchSearch(workload, speed, repeats, room=int(micro_batch.memory_here(place)))
+    if measured.estimate(1) > measured.room:
+        raise ConfigError(
+            f"--find-micro-batch: a micro-batch of 1 takes about {size(measured.estimate(1))}, and "
+            f"{size(measured.room)} may be used; give a smaller model, or --seq-len"
+        )
+    say_workload(workload, repeats, is_swept=True)
+    command = shlex.join(["pretrain", *sys.argv[1:]])
+    with Interruption() as interruption:
+        watch(measured, interruption)
+        outputs.write(measured, "find-micro-batch", command)
+    if interruption.signal:
+        raise typer.Exit(interruption.exit_code)  # nothing is kept of half a search
+    found = measured.found()
+    if found is None:
+        raise typer.Exit(1)  # why is told with the table
+    rate, (of_fastest, of_largest) = (
+        found.tokens_per_second[found.fastest],
+        (size(found.peaks[each]) for each in (found.fastest, found.largest)),
+    )
+    console.print(
+        f"Fastest: micro-batch [bold]{found.fastest}[/], {rate:,.0f} tokens/s, {of_fastest}\n"
+        f"Largest: micro-batch [bold]{found.largest}[/], {of_largest}; {escape(found.limit)}",
+        soft_wrap=True,
+    )
+    micro_batch.remember(
+        micro_batch.measured(
+            device_name(place),
+            workload.model,
+            workload.seq_len,
+            measured.in_force,
+            found.tokens_per_second,
+        )
+    )
+    console.print(
+        f"Kept in {micro_batch.MEASURED}: pretrain train takes the fastest that divides its step, "
+        "for this model, length and settings",
+        soft_wrap=True,
+    )

@@ -1,0 +1,103 @@
+"""Types of single settings: what is taken for each, and how it is written.
+
+In YAML, in `--set` and in flags alike: a path or several, 3h55m, 2GB, 5B.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, PlainSerializer
+from pydantic_core import PydanticCustomError
+
+from pretrain_cli.units import in_bytes, in_number
+
+Auto = Literal["auto"]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]  # strict: `true` is not 1
+Count = Annotated[int, Field(ge=0, strict=True)]
+Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+
+
+def _one_or_several(value: Any) -> Any:
+    """A path or a list of them, as a tuple of text."""
+    several = value if isinstance(value, list | tuple) else [value]
+    if not several or not all(isinstance(path, str | Path) for path in several):
+        raise PydanticCustomError("paths", "Input should be a path or a list of paths")
+    return tuple(map(str, several))
+
+
+def _as_given(paths: tuple[str, ...]) -> str | list[str]:
+    return paths[0] if len(paths) == 1 else list(paths)
+
+
+Paths = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_one_or_several),
+    PlainSerializer(_as_given, when_used="json"),
+]
+
+
+def _text_or_several(value: Any) -> Any:
+    """A text or a list of them, as a tuple."""
+    several = value if isinstance(value, list | tuple) else [value]
+    if not several or not all(isinstance(text, str) for text in several):
+        raise PydanticCustomError("texts", "Input should be a text or a list of texts")
+    return tuple(several)
+
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(_text_or_several)]
+
+
+UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+
+
+def seconds_of(duration: str) -> int:
+    """90s, 15m, 3h55m or 1d in seconds."""
+    return sum(int(count) * UNITS[unit] for count, unit in re.findall(r"(\d+)([dhms])", duration))
+
+
+def _is_duration(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"(\d+d)?(\d+h)?(\d+m)?(\d+s)?", value):
+        raise PydanticCustomError("duration", "Input should be a time such as 90s, 15m, 3h55m, 1d")
+    if not seconds_of(value):
+        raise PydanticCustomError("duration", "Input should be more than no time")
+    return value
+
+
+Duration = Annotated[str, BeforeValidator(_is_duration)]
+
+
+def _is_size(value: Any) -> str:
+    try:
+        in_bytes(value)
+    except (ValueError, AttributeError):
+        raise PydanticCustomError("size", "Input should be a size such as 5GB, 500MB") from None
+    return value
+
+
+Size = Annotated[str, BeforeValidator(_is_size)]
+
+
+def _as_number(value: Any) -> Any:
+    try:
+        return in_number(value) if isinstance(value, str) else value
+    except ValueError:
+        raise PydanticCustomError("amount", "Input should be a number such as 5B, 200M") from None
+
+
+Amount = Annotated[PositiveInt, BeforeValidator(_as_number)]
+
+
+def _named(value: Any) -> Any:
+    """`a,b` or a list, as a tuple of names."""
+    several = value.split(",") if isinstance(value, str) else value
+    if not isinstance(several, list | tuple):
+        raise PydanticCustomError("names", "Input should be names with commas between")
+    return tuple(dict.fromkeys(str(name).strip() for name in several))
+
+
+Trackers = Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_named)]

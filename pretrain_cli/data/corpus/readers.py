@@ -1,0 +1,301 @@
+"""From the bytes of a file to its documents, in memory that grows with neither.
+
+    raw bytes ── decompressed ── segments of documents ── UTF-8 checked ── Document, in blocks
+
+A document is a file; a part of one between separator lines; a line of `.jsonl`; a row of Parquet.
+Its text is taken as it is: no newline is translated, nothing is stripped. A document longer than a
+few megabytes is read twice, since what is decided about it (is it UTF-8, is it held out, was it
+seen before) takes its last byte: a plain file by seeking back, another from a copy set aside. Only
+a line of `.jsonl` or a row is held whole, whatever its length.
+"""
+
+import codecs
+import hashlib
+import io
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from pretrain_cli.data.corpus.compression import DECOMPRESS, signs_of_damage
+from pretrain_cli.data.corpus.records import json_lines, parquet_rows
+from pretrain_cli.data.corpus.source_files import STANDARD_INPUT, TextFile
+from pretrain_cli.errors import DataError
+from pretrain_cli.files import is_disk_full
+
+BLOCK = 2**20
+"""Bytes read at once."""
+HELD = 2**23
+"""Bytes of a document held in memory; a longer one is read twice."""
+DAMAGED = "damaged; documents that end before that are kept"
+
+Errors = Literal["skip", "replace", "fail"]
+Kind = Literal["auto", "text", "jsonl", "parquet"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files are read."""
+
+    text_key: str = "text"
+    """The key of the text in JSON lines, and its column in Parquet."""
+    separator: str | None = None
+    """A line that equals this parts the documents of a plain file."""
+    errors: Errors = "skip"
+    """Of a document that is not UTF-8, and of the rest of a damaged file."""
+    kind: Kind = "auto"
+    """What files hold, where their names don't say it."""
+
+
+@dataclass(frozen=True)
+class Document:
+    size: int
+    """Bytes of the text in UTF-8."""
+    digest: bytes
+    """Of the text, 16 bytes."""
+    blocks: Iterable[bytes]
+    """The text in UTF-8, in blocks of whole characters; to be read before the next document is."""
+
+
+class FileReader:
+    """The documents of one file, and what there is to say of it when they have been read."""
+
+    def __init__(self, file: TextFile, reading: Reading, spool: Path | None = None) -> None:
+        """`spool` is a folder for copies of long documents; the system's own where none is given"""
+        self.file = file
+        self.reading = reading
+        self.spool = spool
+        self.checksum = hashlib.sha256()
+        self.position = 0
+        """Raw bytes read so far."""
+        self.remarks: Counter[str] = Counter()
+
+    def documents(self) -> Iterator[Document]:
+        """Every document in order, empty ones left out. Raises DataError for what can't be read."""
+        name = self.file.path.name.lower()
+        compression = next((end for end in DECOMPRESS if name.endswith(end)), "")
+        name = name.removesuffix(compression)
+        kind = self.reading.kind
+        if kind == "auto":
+            kind = "text"
+            if name.endswith((".jsonl", ".ndjson")):
+                kind = "jsonl"
+            elif name.endswith(".parquet"):
+                kind = "parquet"
+        can_seek = not compression and not self.file.is_stream
+        path, key = self.file.path, self.reading.text_key
+        try:
+            with self._open_raw() as raw:
+                stream = DECOMPRESS[compression](raw) if compression else raw
+                if kind == "jsonl":
+                    texts = json_lines(stream, path, key, self._replaces)
+                    yield from self._short_documents(texts)
+                elif kind == "parquet":
+                    texts = parquet_rows(stream, path, key, can_seek=can_seek, spool=self.spool)
+                    yield from self._short_documents(texts)
+                else:
+                    yield from self._plain(stream, can_seek=can_seek)
+                while raw.read(BLOCK):  # what lies behind the end counts for the checksum
+                    pass
+        except signs_of_damage() as error:
+            self._damaged(str(error))
+        except OSError as error:
+            if is_disk_full(error):  # by the copy of a long document
+                raise
+            if error.errno is not None:
+                raise DataError(f"{path}: can't be read ({error.strerror})") from None
+            self._damaged(str(error))  # bz2 has no exception of its own
+
+    def _damaged(self, why: str) -> None:
+        if self.reading.errors == "fail":
+            raise DataError(
+                f"{self.file.path}: damaged ({why}); mend it, or --errors skip"
+            ) from None
+        self.remarks[DAMAGED] += 1
+
+    def _open_raw(self) -> io.BufferedReader:
+        file: Any = sys.stdin.buffer if self.file.name == STANDARD_INPUT else None
+        file = file or self.file.path.open("rb", buffering=0)
+        return io.BufferedReader(_Observed(file, self), BLOCK)
+
+    # --- plain text ------------------------------------------------------------------------------
+
+    def _plain(self, stream: IO[bytes], *, can_seek: bool) -> Iterator[Document]:
+        held: list[bytes] = []
+        size = start = 0
+        pending: _LongDocument | None = None
+        try:
+            for segment in _segments(stream, self.reading.separator):
+                if isinstance(segment, int):  # a document ends, and the next begins there
+                    document = (
+                        pending.finish()
+                        if pending
+                        else self._short(b"".join(held), f" from byte {start:,} on")
+                    )
+                    if document:
+                        yield document
+                    if pending:
+                        pending.close()
+                    held, size, start, pending = [], 0, segment, None
+                elif pending:
+                    pending.add(segment)
+                else:
+                    held.append(segment)
+                    size += len(segment)
+                    if size > HELD:
+                        pending = _LongDocument(self, start, can_seek=can_seek)
+                        for part in held:
+                            pending.add(part)
+                        held = []
+        finally:  # of a document that breaks off
+            if pending:
+                pending.close()
+
+    def _short_documents(self, texts: Iterable[tuple[int, bytes]]) -> Iterator[Document]:
+        for number, text in texts:
+            document = self._short(text, f":{number}")
+            if document:
+                yield document
+
+    def _short(self, data: bytes, where: str) -> Document | None:
+        """A document that is held whole; None where it is empty or left out."""
+        try:
+            data.decode()
+        except UnicodeDecodeError:
+            if not self._replaces(where):
+                return None
+            data = data.decode(errors="replace").encode()
+        return Document(len(data), _digest(data), (data,)) if data else None
+
+    def _replaces(self, where: str) -> bool:
+        """Whether bytes that are not UTF-8 are replaced; counts the document, or refuses it."""
+        errors = self.reading.errors
+        if errors == "fail":
+            raise DataError(
+                f"{self.file.path}{where}: not UTF-8; convert it, or use --errors skip or replace"
+            )
+        self.remarks["not UTF-8, " + ("replaced" if errors == "replace" else "left out")] += 1
+        return errors == "replace"
+
+
+class _LongDocument:
+    """A document too long to hold: looked at once to the end, then given out from the start."""
+
+    def __init__(self, reader: FileReader, start: int, *, can_seek: bool) -> None:
+        self.reader = reader
+        self.start = start
+        self.length = self.size = 0
+        self.errors = "replace" if reader.reading.errors == "replace" else "strict"
+        self.decoder = codecs.getincrementaldecoder("utf-8")("strict")
+        self.cleaner = codecs.getincrementaldecoder("utf-8")("replace")
+        self.digest = hashlib.blake2b(digest_size=16)
+        self.broken = False
+        self.copy = None
+        if not can_seek:
+            self.copy = tempfile.TemporaryFile(dir=reader.spool)  # noqa: SIM115, closed by close
+
+    def add(self, data: bytes, *, last: bool = False) -> None:
+        if not self.broken:
+            try:
+                self.decoder.decode(data, last)
+            except UnicodeDecodeError:
+                self.broken = True
+                self.reader._replaces(f" from byte {self.start:,} on")
+        clean = self.cleaner.decode(data, last).encode()
+        self.length += len(data)
+        self.size += len(clean)
+        self.digest.update(clean)
+        if self.copy:
+            self.copy.write(data)
+
+    def finish(self) -> Document | None:
+        self.add(b"", last=True)
+        if self.broken and self.errors == "strict":
+            return None
+        return Document(self.size, self.digest.digest(), self._blocks())
+
+    def _blocks(self) -> Iterator[bytes]:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        if self.copy:
+            self.copy.seek(0)
+        with self.copy or self.reader.file.path.open("rb") as file:
+            if not self.copy:
+                file.seek(self.start)
+            left = self.length
+            while left and (data := file.read(min(BLOCK, left))):
+                left -= len(data)
+                yield decoder.decode(data, not left).encode()
+
+    def close(self) -> None:
+        if self.copy:
+            self.copy.close()
+
+
+class _Observed(io.RawIOBase):
+    """A raw file whose every byte read is counted and hashed for its reader."""
+
+    def __init__(self, file: Any, reader: FileReader) -> None:
+        self.raw = file
+        self.reader = reader
+        self.name = str(reader.file.path)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self.raw.readinto(buffer)
+        if count:
+            self.reader.position += count
+            self.reader.checksum.update(memoryview(buffer)[:count])
+        return count
+
+    def close(self) -> None:
+        if not self.closed and self.raw is not getattr(sys.stdin, "buffer", None):
+            self.raw.close()
+        super().close()
+
+
+def _segments(stream: IO[bytes], separator: str | None) -> Iterator[bytes | int]:
+    """The bytes of documents in order, and behind each document where the next one begins."""
+    place = 0
+    if separator is None:
+        while block := stream.read(BLOCK):
+            place += len(block)
+            yield block
+        yield place
+        return
+    line = re.compile(rb"^" + re.escape(separator.encode()) + rb"\r?(?:\n|\Z)", re.MULTILINE)
+    rest = b""
+    at_line_start = True
+    while True:
+        block = stream.read(BLOCK)
+        text = rest + block
+        # whole lines, unless one is longer than a block, or the file ends
+        end = len(text) if not block else text.rfind(b"\n") + 1
+        if not end and len(text) > BLOCK + len(separator):
+            end = len(text)
+        lines, rest = text[:end], text[end:]
+        done = 0
+        for match in line.finditer(lines):
+            is_whole = match.group().endswith(b"\n") or not block
+            if (match.start() == 0 and not at_line_start) or not is_whole:
+                continue
+            yield lines[done : match.start()]
+            done = match.end()
+            yield place + done
+        if lines[done:]:
+            yield lines[done:]
+        if lines:
+            at_line_start = lines.endswith(b"\n")
+        place += len(lines)
+        if not block:
+            yield place
+            return
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()

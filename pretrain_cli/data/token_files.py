@@ -1,0 +1,290 @@
+"""Other programs' token files, trained on as they are: nothing is converted or copied.
+
+    llm.c, modded-nanogpt   256 int32 (magic, version, count of tokens, zeros), then the tokens:
+                            uint16 behind magic 20240520, uint32 (Llama 3) behind 20240801;
+                            a separator stands before each document
+    nanoGPT                 the tokens alone; a separator stands behind each document
+
+The files don't say which tokenizer made them, so it has to be named, and every id is checked
+against its vocabulary: as the files are opened where they are small, and as they are read.
+"""
+
+import glob
+import hashlib
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pretrain_cli.data.dataset import VERIFIED_WHEN_OPENED, Dataset, Split, text_bytes
+from pretrain_cli.data.llm_c import HEADER_BYTES, MAGIC, VERSION
+from pretrain_cli.data.shards import MANIFEST, TokenStream, token_dtype
+from pretrain_cli.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from pretrain_cli.errors import ConfigError, DataError
+
+BLOCK = 2**20
+"""Bytes read at once when files are opened, and tokens looked through when counting documents."""
+SAMPLED = 2**30
+"""Of files too large to be read whole when they are opened, about so many bytes are."""
+HELD_OUT = 100
+"""Where nothing else is there to validate on, one token in so many, the last ones."""
+HELD_OUT_AT_MOST = 10_000_000
+
+TRAIN = re.compile(r"(?<![A-Za-z])train(?![A-Za-z])")
+VAL = re.compile(r"(?<![A-Za-z])val(id(ation)?)?(?![A-Za-z])")
+ANY_NUMBER = re.compile(r"(\d|[*?]|\[[^]]*\])+")
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a file holds its tokens."""
+
+    name: str
+    dtype: str
+    header: int
+    """Bytes before the first token."""
+    separator_leads: bool
+
+
+HEADED = {
+    MAGIC: (VERSION, Format("16-bit tokens behind llm.c's header", "uint16", HEADER_BYTES, True)),
+    20240801: (7, Format("32-bit tokens behind llm.c's header", "uint32", HEADER_BYTES, True)),
+}
+"""Version and format, by magic number."""
+OTHER_KINDS = range(20240101, 20241231 + 1)
+"""llm.c numbers its kinds of file by their day; bare tokens of GPT-2 can't begin like that."""
+ZIP = int.from_bytes(b"PK\x03\x04", "little")
+BARE = {
+    "uint16": Format("bare 16-bit tokens, as nanoGPT writes them", "uint16", 0, False),
+    "uint32": Format("bare 32-bit tokens", "uint32", 0, False),
+}
+
+
+class SeparatedStarts:
+    """DocumentStarts by the separators, which are looked for whenever starts are asked for.
+
+    A row's first token counts as a start: of a document, or of the rest of one.
+    """
+
+    def __init__(self, tokens: TokenStream, separator: int, *, leads: bool) -> None:
+        self.tokens, self.separator, self.leads = tokens, separator, leads
+
+    def __len__(self) -> int:
+        blocks = range(0, len(self.tokens), BLOCK)
+        return sum(len(self.between(first, first + BLOCK)) for first in blocks)
+
+    def between(self, first: int, last: int) -> np.ndarray:
+        last = min(last, len(self.tokens))
+        if first == 0 < last:
+            return np.concatenate([[0], self.between(1, last)])
+        behind = 0 if self.leads else 1
+        tokens = self.tokens.read(first - behind, last - first)
+        return np.flatnonzero(tokens == self.separator) + first
+
+
+def is_foreign(path: str) -> bool:
+    """Whether this names token files, by name, pattern or folder, rather than a dataset."""
+    place = Path(path)
+    if place.is_dir():
+        return not (place / MANIFEST).is_file() and any(place.glob("*.bin"))
+    return place.is_file() or place.suffix == ".bin" or glob.has_magic(path)
+
+
+def open_foreign(path: str, tokenizer: str | None) -> Dataset:
+    """Open a .bin file, those that a pattern matches or those of a folder.
+
+    Validation is on the files with `val` in their names, among these or beside them, where theirs
+    say `train`. Without any, the last tokens are held out.
+    """
+    train, val, left_out = _files_by_split(path)
+    if tokenizer is None:
+        raise ConfigError(
+            f"{path}: .bin files don't say which tokenizer made them; name it with --tokenizer "
+            "(gpt2 for most)"
+        )
+    named = load_tokenizer(tokenizer)
+    form = _common_format([*train, *val], named)
+    rows = [
+        TokenStream(files, form.dtype, header=form.header, vocab_size=named.vocab_size)
+        for files in (train, val)
+        if files
+    ]
+    splits = rows if val else _hold_out(rows[0])
+    validation = _listed(val) if val else f"the last {len(splits[1]):,} tokens, held out"
+    notices = [f"{path}: {form.name}, in {_listed(train)}; validation on {validation}"]
+    if left_out:
+        notices.append(f"{path}: neither train nor val by name, left out: {_listed(left_out)}")
+    key = f"{named.fingerprint} {form.name} {[len(row) for row in splits]}"
+    fingerprint, largest, unread = _read_through(rows, form, key)
+    # what leads is what the tokenizer itself puts first, such as Llama 3's <|begin_of_text|>
+    leads = form.separator_leads
+    separator = named.bos if leads and named.bos is not None else named.eos
+    return Dataset(
+        Path(path),
+        _name(Path(path)),
+        named,
+        separator=separator,
+        fingerprint=fingerprint,
+        largest_token=named.vocab_size - 1 if unread else largest,
+        train=_split(splits[0], named, separator, leads=leads),
+        val=_split(splits[1], named, separator, leads=leads),
+        unverified_bytes=unread,
+        separator_leads=leads,
+        notices=tuple(notices),
+    )
+
+
+# --- which files ---------------------------------------------------------------------------------
+
+
+def _files_by_split(path: str) -> tuple[list[Path], list[Path], list[Path]]:
+    """(to train on, to validate on, left out), by their names."""
+    place = Path(path)
+    pattern = glob.escape(path) if place.exists() else path
+    if place.is_dir():
+        pattern = os.path.join(pattern, "*.bin")
+    files = _matching(pattern)
+    if not files:
+        what = "no file matches" if glob.has_magic(path) else "no such file"
+        raise DataError(f"{path}: {what}; give a .bin file of tokens, or a pattern in quotes")
+    for file in files:
+        if file.suffix != ".bin":
+            raise DataError(
+                f"{file}: not a .bin file of tokens; of text, make a dataset with 'pretrain "
+                "tokenize'"
+            )
+        if (file.parent / MANIFEST).is_file():
+            raise DataError(f"{file}: part of a dataset; give its folder, --data {file.parent}")
+    train = [file for file in files if TRAIN.search(file.stem)]
+    val = [file for file in files if VAL.search(file.stem) and file not in train]
+    left_out = [file for file in files if file not in train and file not in val]
+    if not train:
+        train, left_out = left_out, []
+    if not train:  # validation files alone are meant to be trained on
+        train, val = val, []
+    return train, val or _beside(pattern), left_out
+
+
+def _matching(pattern: str) -> list[Path]:
+    return [path for name in sorted(glob.glob(pattern)) if (path := Path(name)).is_file()]
+
+
+def _beside(pattern: str) -> list[Path]:
+    """The files with `val` where the pattern has `train`, or else those of any number:
+    fineweb_val_000000 is alone beside fineweb_train_000001 and on."""
+    folder, name = os.path.split(pattern)
+    found = TRAIN.search(name)
+    if not found:
+        return []
+    before, after = name[: found.start()], name[found.end() :]
+    names = (f"{before}val{tail}" for tail in (after, ANY_NUMBER.sub("*", after)))
+    return next(filter(None, (_matching(os.path.join(folder, name)) for name in names)), [])
+
+
+def _listed(files: list[Path]) -> str:
+    if len(files) == 1:
+        return files[0].name
+    return f"{len(files)} files, {files[0].name} to {files[-1].name}"
+
+
+def _name(path: Path) -> str:
+    """fineweb_train_*.bin → fineweb; train.bin → the name of its folder."""
+    if path.is_dir():
+        return path.resolve().name
+    words = [word for word in re.split(r"[\W_]+", path.stem) if word not in ("", "train")]
+    return "-".join(words) or path.resolve().parent.name
+
+
+# --- what is in them -----------------------------------------------------------------------------
+
+
+def _common_format(files: list[Path], tokenizer: Tokenizer) -> Format:
+    """How all of these files hold their tokens."""
+    first, *rest = files
+    form = _format(first, tokenizer)
+    for file in rest:
+        if (other := _format(file, tokenizer)) != form:
+            raise DataError(
+                f"{file}: {other.name}, and {first} has {form.name}; give files of one kind"
+            )
+    return form
+
+
+def _format(path: Path, tokenizer: Tokenizer) -> Format:
+    """By the header, whose count has to be that of the file; without one, bare tokens, of the
+    width that the tokenizer needs."""
+    try:
+        size = path.stat().st_size
+        numbers = np.fromfile(path, "<i4", 3).tolist()
+    except OSError as error:
+        raise DataError(f"{path}: can't be read ({error.strerror})") from None
+    magic, version, count = (*numbers, 0, 0, 0)[:3]
+    if magic not in HEADED and (magic == ZIP or magic in OTHER_KINDS):
+        raise DataError(
+            f"{path}: begins as a model or another file that holds no tokens; give a .bin file of "
+            "tokens"
+        )
+    known, form = HEADED.get(magic, (version, BARE[token_dtype(tokenizer.vocab_size)]))
+    width = np.dtype(form.dtype).itemsize
+    if version != known:
+        raise DataError(
+            f"{path}: version {version} of llm.c's header, and {known} is the one that can be "
+            "read; make the file again"
+        )
+    if tokenizer.vocab_size > 2 ** (8 * width):
+        raise ConfigError(
+            f"{path}: {form.name} can't be those of {tokenizer.name}, which has "
+            f"{tokenizer.vocab_size:,}; give the tokenizer that made them with --tokenizer"
+        )
+    if magic in HEADED and size != form.header + count * width:
+        raise DataError(
+            f"{path}: {size:,} bytes, and its header's {count:,} tokens take "
+            f"{form.header + count * width:,}; the file is cut short or damaged, get it again"
+        )
+    if size % width:
+        raise DataError(
+            f"{path}: {size:,} bytes are not a whole number of tokens; without llm.c's header it "
+            f"is taken for {form.name}"
+        )
+    if size == form.header:
+        raise DataError(f"{path}: holds no tokens; leave it out, or make it again")
+    return form
+
+
+def _hold_out(row: TokenStream) -> list[TokenStream]:
+    """[to train on, to validate on]"""
+    held_out = min(max(len(row) // HELD_OUT, 2), HELD_OUT_AT_MOST, len(row))
+    border = len(row) - held_out
+    return [row.part(0, border), row.part(border, len(row))]
+
+
+def _read_through(rows: list[TokenStream], form: Format, key: str) -> tuple[str, int, int]:
+    """(fingerprint, largest id, bytes not read) of these files, the ids that are read checked.
+
+    Of large files the first and last block and some evenly spaced ones stand for the rest.
+    """
+    digest = hashlib.sha256(key.encode())
+    dtype = np.dtype(form.dtype).newbyteorder("<")
+    total = sum(shard.nbytes for row in rows for shard in row.shards)
+    every = 1 if total <= VERIFIED_WHEN_OPENED else math.ceil(total / SAMPLED)
+    largest = read = 0
+    for row in rows:
+        for shard, path in enumerate(row.paths):
+            blocks = range(0, len(row.shards[shard]), BLOCK // dtype.itemsize)
+            with path.open("rb") as file:  # pages of the map would count as this process's memory
+                for offset in sorted({*blocks[::every], blocks[-1]}):
+                    file.seek(form.header + offset * dtype.itemsize)
+                    tokens = np.fromfile(file, dtype, blocks.step)
+                    row.check(tokens, shard, offset)
+                    digest.update(tokens.data)
+                    largest = max(largest, int(tokens.max()))
+                    read += tokens.nbytes
+    return digest.hexdigest(), largest, total - read
+
+
+def _split(row: TokenStream, tokenizer: Tokenizer, separator: int, *, leads: bool) -> Split:
+    documents = SeparatedStarts(row, separator, leads=leads)
+    return Split(row, documents, text_bytes(row, documents, tokenizer))

@@ -1,0 +1,195 @@
+"""A tokenizer in the words of a GGUF file: what llama.cpp makes the same tokens of a text with.
+
+    llama   BPE of characters, ▁ for a space and bytes for what is not in the vocabulary (gemma3,
+            llama2). Of all pairs that make a token, the one whose token has the highest score is
+            merged; the scores are the order of the merges.
+    gpt2    BPE of bytes (gpt2, qwen3, bytes, bpe), with its merges. The words that a text is split
+            into before are not in the file: llama.cpp has patterns built in, by name.
+
+A tokenizer that does anything else is refused, as llama.cpp would make other tokens.
+
+The ▁ of added tokens such as Gemma's ▁▁ are ▁ typed in a text, not spaces: runs of spaces are
+merged, and so those tokens are pieces like any other. (llama.cpp's own converter has it otherwise.)
+
+What llama.cpp has its own way, whatever a file says: a ▁ typed in a text is a space, and tokens
+that look like an end or a mark of code to be filled in are control tokens, so </s> in Gemma's HTML
+and Qwen's <|fim_prefix|> are several pieces where they are typed.
+"""
+
+import json
+import re
+from itertools import pairwise
+from typing import Any
+
+from pretrain_cli.data.tokenizers.tokenizer import WORDS, Tokenizer
+from pretrain_cli.errors import ConfigError
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""llama.cpp's kinds of token. A user-defined one is found in a text before anything else, a control
+token never."""
+
+SPACE = "▁"
+TO_SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+PREPEND = {"type": "Prepend", "prepend": SPACE}
+SPACED = (
+    (TO_SPACE, False),
+    ({"type": "Sequence", "normalizers": [PREPEND, TO_SPACE]}, True),
+)
+"""Normalizers of the first kind, and whether they put a space before a text."""
+
+GPT2_WORDS = "gpt2"
+QWEN_WORDS = WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
+PATTERNS = {
+    (GPT2_WORDS, False): "gpt-2",
+    (QWEN_WORDS, False): "qwen2",
+    (WORDS, False): "dbrx",
+    (WORDS, True): "llama-bpe",
+}
+"""llama.cpp's name for a split into words, by it and by whether a word that is a token is taken
+whole (`ignore_merges`)."""
+NO_MERGE = "<| |>"
+"""llama.cpp wants merges, also of a tokenizer with none: this one is of no two tokens."""
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+def gguf_tokenizer(tokenizer: Tokenizer, rows: int) -> tuple[dict[str, Any], list[str]]:
+    """The tokenizer's keys and values for a model with so many rows in its embedding, and what is
+    to be said of it. ConfigError for a tokenizer that llama.cpp doesn't have."""
+    spec = json.loads(tokenizer.json)
+    model = spec["model"]
+    if model.get("type") != "BPE":
+        raise _refused(tokenizer, f"it is a {model.get('type')} model, not a BPE")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            raise _refused(tokenizer, f"its {name} is '{model[name]}'")
+    texts, kinds = _tokens(tokenizer, spec, rows)
+    facts: dict[str, Any] = {"tokens": texts, "token_type": kinds}
+    merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
+    if model.get("byte_fallback"):
+        facts |= _of_characters(tokenizer, spec, kinds, merges)
+    else:
+        facts |= _of_bytes(tokenizer, spec, merges)
+    begin = tokenizer.bos if tokenizer.bos is not None else tokenizer.eos  # as an empty prompt has
+    ids = {"bos": begin, "eos": tokenizer.eos, "padding": tokenizer.pad}
+    ids["unknown"] = tokenizer.backend.token_to_id(model.get("unk_token") or "")
+    facts |= {f"{name}_token_id": id for name, id in ids.items() if id is not None and id < rows}
+    facts |= {"add_bos_token": tokenizer.bos is not None, "add_eos_token": False}
+    return {f"tokenizer.ggml.{key}": value for key, value in facts.items()}, _notices(
+        tokenizer, spec, rows
+    )
+
+
+def _tokens(tokenizer: Tokenizer, spec: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
+    """Text and kind of every id that the model has a row for."""
+    texts = [f"[PAD{id}]" for id in range(rows)]
+    kinds = [UNUSED] * rows
+    unknown = spec["model"].get("unk_token")
+    falls_back = bool(spec["model"].get("byte_fallback"))
+    for text, id in tokenizer.backend.get_vocab(with_added_tokens=True).items():
+        if id < rows:
+            texts[id] = text
+            is_byte = falls_back and BYTE_TOKEN.fullmatch(text)
+            kinds[id] = UNKNOWN if text == unknown else BYTE if is_byte else NORMAL
+    for added in spec["added_tokens"]:
+        if added["id"] >= rows or added["content"] == unknown:
+            continue
+        if added["special"]:
+            kinds[added["id"]] = CONTROL
+        elif not (falls_back and SPACE in added["content"]):
+            for name in ("single_word", "lstrip", "rstrip"):
+                if added[name]:
+                    raise _refused(tokenizer, f"{name} is set for its token '{added['content']}'")
+            kinds[added["id"]] = USER_DEFINED
+    return texts, kinds
+
+
+def _of_characters(
+    tokenizer: Tokenizer, spec: dict[str, Any], kinds: list[int], merges: list[list[str]]
+) -> dict[str, Any]:
+    spaced = [prefix for normalizer, prefix in SPACED if normalizer == spec["normalizer"]]
+    split = spec["pre_tokenizer"]  # at spaces, of which there are none left
+    if not spaced or not (split is None or split.get("pattern") == {"String": " "}):
+        raise _refused(tokenizer, "its normalizer or pre-tokenizer is not SentencePiece's")
+    vocab = tokenizer.backend.get_vocab(with_added_tokens=True)
+    order: dict[str, tuple[int, int]] = {}
+    for rank, (left, right) in enumerate(merges):
+        first, _ = order.get(left + right, (rank, rank))
+        order[left + right] = first, rank
+    # Those of runs of one character are mixed, which changes nothing: a run grows from its left.
+    ranges = sorted(found for text, found in order.items() if len(set(text)) > 1)
+    if any(later[0] < earlier[1] for earlier, later in pairwise(ranges)):
+        raise _refused(tokenizer, "its merges are not in the order of the tokens they make")
+    missing = _unmerged(vocab, kinds, {(left, right) for left, right in merges})
+    if missing is not None:
+        raise _refused(tokenizer, f"it doesn't merge {missing[0]!r} and {missing[1]!r}")
+    scores = [0.0] * len(kinds)
+    for text, (first, _) in order.items():
+        if vocab[text] < len(scores):
+            scores[vocab[text]] = -float(first)
+    return {"model": "llama", "pre": "default", "scores": scores, "add_space_prefix": spaced[0]}
+
+
+def _unmerged(
+    vocab: dict[str, int], kinds: list[int], merges: set[tuple[str, str]]
+) -> tuple[str, str] | None:
+    """Two pieces that make a third and are no merge: llama.cpp would merge them."""
+    pieces = {text for text, id in vocab.items() if id < len(kinds) and kinds[id] == NORMAL}
+    for text in pieces:
+        for cut in range(1, len(text)):
+            pair = text[:cut], text[cut:]
+            if pair[0] in pieces and pair[1] in pieces and pair not in merges:
+                return pair
+    return None
+
+
+def _of_bytes(
+    tokenizer: Tokenizer, spec: dict[str, Any], merges: list[list[str]]
+) -> dict[str, Any]:
+    if (spec["normalizer"] or {}).get("type", "NFC") != "NFC":
+        raise _refused(tokenizer, f"its normalizer is {spec['normalizer']['type']}")
+    words = _words(spec["pre_tokenizer"] or {})
+    if not merges:
+        words = GPT2_WORDS  # any will do: nothing is merged
+    name = PATTERNS.get((words or "", bool(spec["model"].get("ignore_merges"))))
+    if name is None:
+        raise _refused(tokenizer, "it splits texts into words by a pattern of its own")
+    joined = [f"{left} {right}" for left, right in merges]
+    return {"model": "gpt2", "pre": name, "merges": joined or [NO_MERGE]}
+
+
+def _words(pre_tokenizer: dict[str, Any]) -> str | None:
+    """The pattern of the words that are merged within; None for one of another make."""
+    match pre_tokenizer:
+        case {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}:
+            return GPT2_WORDS
+        case {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": str(words)}, "behavior": "Isolated",
+                 "invert": False},
+                {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False},
+            ],
+        }:  # fmt: skip
+            return words
+    return None
+
+
+def _notices(tokenizer: Tokenizer, spec: dict[str, Any], rows: int) -> list[str]:
+    beyond = sorted(
+        text
+        for text, id in tokenizer.backend.get_vocab(with_added_tokens=True).items()
+        if id >= rows
+    )
+    said = []
+    if beyond:
+        said.append(f"Tokens beyond the model's {rows:,} rows are left out: {', '.join(beyond)}")
+    if (spec["normalizer"] or {}).get("type") == "NFC":
+        said.append("The tokenizer composes accents (NFC) before it splits; llama.cpp does not")
+    return said
+
+
+def _refused(tokenizer: Tokenizer, reason: str) -> ConfigError:
+    return ConfigError(
+        f"--gguf: llama.cpp can't have the tokenizer '{tokenizer.name}': {reason}; without --gguf "
+        "this model can be exported"
+    )

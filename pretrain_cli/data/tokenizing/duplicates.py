@@ -1,0 +1,53 @@
+"""The digests of documents, so that one that came before is known: on disk, since memory does not
+grow with their number."""
+
+import shutil
+import sqlite3
+from pathlib import Path
+
+from pretrain_cli.data.corpus.readers import Document
+from pretrain_cli.data.tokenizing.request import TokenizeRequest
+
+SEEN = "seen.sqlite"
+
+
+class Seen:
+    """Which documents there were; a file of a dataset that leaves duplicates out."""
+
+    def __init__(self, folder: Path, ordinal: int, request: TokenizeRequest) -> None:
+        """In this folder, as it was before the document of this ordinal; where the request appends,
+        all that the dataset has seen counts as before."""
+        self.database: sqlite3.Connection | None = None
+        if not request.dedup:
+            return
+        path, before = folder / SEEN, request.out / SEEN
+        if request.append and not path.exists() and before.exists():
+            shutil.copyfile(before, path)
+            shift = sqlite3.connect(path)
+            shift.execute("UPDATE seen SET ordinal = -1")
+            shift.commit()
+            shift.close()
+        self.database = sqlite3.connect(path)
+        self.database.execute("PRAGMA synchronous = OFF")
+        self.database.execute(
+            "CREATE TABLE IF NOT EXISTS seen (digest BLOB PRIMARY KEY, ordinal INTEGER)"
+            " WITHOUT ROWID"
+        )
+        self.database.execute("DELETE FROM seen WHERE ordinal >= ?", (ordinal,))
+
+    def has(self, document: Document, ordinal: int) -> bool:
+        """Whether a document with this text came before; from now on it has."""
+        if self.database is None:
+            return False
+        added = self.database.execute(
+            "INSERT OR IGNORE INTO seen VALUES (?, ?)", (document.digest, ordinal)
+        )
+        return added.rowcount == 0
+
+    def commit(self) -> None:
+        if self.database is not None:
+            self.database.commit()
+
+    def close(self) -> None:
+        if self.database is not None:
+            self.database.close()

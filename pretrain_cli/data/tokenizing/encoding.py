@@ -1,0 +1,180 @@
+"""Blocks of text to tokens, on all cores, in the order they came in.
+
+Processes rather than the library's own threads: those share a lock on the cache of words, and the
+ids leave the library as Python integers, which one interpreter makes no faster for having more
+cores. Processes are forked where the system can (a tokenizer of 262,144 words takes 400 MB and a
+second to load; a fork shares it), and end with the process that started them, however that ends.
+
+Each encodes in a thread of its own. glibc gives a thread memory of its own, and the many small
+pieces that a tokenizer asks for are found faster there than among what loading it left behind.
+"""
+
+import array
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pretrain_cli.data.tokenizers.tokenizer import Tokenizer
+from pretrain_cli.data.tokenizing.chunking import Cutter
+from pretrain_cli.errors import DataError
+
+PIECE = 2**13
+"""Characters encoded at once; see cutting.py."""
+START = "fork" if sys.platform == "linux" else "spawn"
+"""How processes begin; a fork isn't safe elsewhere."""
+AHEAD = 3
+"""Batches under way for each worker."""
+
+
+class Block(NamedTuple):
+    """Some of a document's text, up to a place where it can be cut."""
+
+    text: bytes
+    begins: bool
+    """The document begins here, and its mark goes before it."""
+    ends: bool
+
+
+class Encoded(NamedTuple):
+    """The tokens of a batch of blocks, one behind the other."""
+
+    tokens: np.ndarray
+    counts: list[int]
+    """How many are of each block."""
+
+
+class Encoder:
+    """Encodes batches with one tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
+        self.tokenizer = tokenizer
+        self.cutter = Cutter(tokenizer)
+        self.dtype = dtype
+
+    def __call__(self, batch: list[Block]) -> Encoded:
+        texts: list[str] = []
+        continues: list[bool] = []
+        firsts = [0]
+        for block in batch:
+            for number, piece in enumerate(self.cutter.pieces(block.text.decode(), PIECE)):
+                continued = number > 0 or not block.begins
+                texts.append(self.cutter.continuing(piece) if continued else piece)
+                continues.append(continued)
+            firsts.append(len(texts))
+        encodings = self.tokenizer.backend.encode_batch_fast(texts, add_special_tokens=False)
+        lead = self.cutter.lead[1] if any(continues) else 0
+        ids = array.array("I")  # several times as fast from a list as numpy
+        counts = []
+        for block, first, last in zip(batch, firsts, firsts[1:], strict=False):
+            before = len(ids)
+            if block.begins and self.tokenizer.bos is not None:
+                ids.append(self.tokenizer.bos)
+            for number in range(first, last):
+                new = encodings[number].ids
+                ids.extend(array.array("I", new[lead:] if continues[number] else new))
+            if block.ends:
+                ids.append(self.tokenizer.eos)
+            counts.append(len(ids) - before)
+        return Encoded(np.frombuffer(ids, dtype=np.uint32).astype(self.dtype), counts)
+
+
+def cores() -> int:
+    """That this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on a Mac
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def encoders(tokenizer: Tokenizer, dtype: np.dtype, workers: int) -> Iterator[Any]:
+    """-> a function from batches to what each is encoded to, in their order."""
+    encode = Encoder(tokenizer, dtype)
+    _ = encode.cutter.lead  # found once, before the fork
+    previous = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    gc.freeze()  # what a collection looks at is written to, and then no longer shared
+    try:
+        if workers == 1:
+            pool, work = ThreadPoolExecutor(1), encode
+        else:
+            context = multiprocessing.get_context(START)
+            are_text = tokenizer.backend.encode_special_tokens
+            pool = ProcessPoolExecutor(workers, context, _begin, (encode, are_text))
+            work = _encode
+        try:
+            yield lambda batches: _in_order(pool, work, batches, AHEAD * workers)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    finally:
+        gc.unfreeze()
+        if previous is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = previous
+
+
+def _in_order(
+    pool: Executor,
+    work: Callable[[list[Block]], Encoded],
+    batches: Iterable[list[Block]],
+    ahead: int,
+) -> Iterator[Encoded]:
+    under_way: deque[Future[Encoded]] = deque()
+    try:
+        for batch in batches:
+            with warnings.catch_warnings():
+                # of forking a process that has threads: the workers touch none of their locks
+                warnings.simplefilter("ignore", DeprecationWarning)
+                under_way.append(pool.submit(work, batch))
+            if len(under_way) > ahead:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    except BrokenProcessPool:
+        raise DataError(
+            "a tokenizing process was ended from outside, perhaps for want of memory; run the "
+            "command again, with fewer --workers"
+        ) from None
+
+
+_encoder: Encoder
+_thread: ThreadPoolExecutor
+"""Both of a worker process."""
+
+
+def _begin(encoder: Encoder, are_text: bool) -> None:
+    """What a worker process does first. `are_text` says what special tokens in texts are, which a
+    tokenizer forgets on its way to a process that was not forked."""
+    global _encoder, _thread
+    _encoder, _thread = encoder, ThreadPoolExecutor(1)
+    encoder.tokenizer.backend.encode_special_tokens = are_text
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # the process that started it decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone, killed perhaps: at once, since it
+    holds the lock on the dataset for as long."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode(batch: list[Block]) -> Encoded:
+    return _thread.submit(_encoder, batch).result()

@@ -1,0 +1,286 @@
+"""From the files of a corpus to the shards of a dataset, in one order.
+
+    files ── documents ── seen before? held out? ── blocks ── encode on all cores ── shards
+                                            │                                   │
+                                            └── a Step for each block, in order ┘
+
+Reading runs ahead of writing by what is being encoded. Each block's Step says where in the corpus
+the text behind it begins; with how far the shards go, that is a place to go on from.
+"""
+
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+from pretrain_cli.data.corpus.readers import Document, FileReader
+from pretrain_cli.data.corpus.source_files import Corpus, TextFile
+from pretrain_cli.data.shards import Manifest, Shard, SplitName
+from pretrain_cli.data.tokenizing.chunking import Cutter
+from pretrain_cli.data.tokenizing.duplicates import Seen
+from pretrain_cli.data.tokenizing.encoding import Block, Encoded, cores, encoders
+from pretrain_cli.data.tokenizing.request import TokenizeRequest
+from pretrain_cli.data.tokenizing.staging import Tally, Written
+from pretrain_cli.data.tokenizing.writer import DatasetWriter
+from pretrain_cli.errors import DataError
+
+BATCH_BYTES = 2**19
+BLOCK_CHARACTERS = 2**19
+"""A document up to twice as long goes to a worker whole; a longer one in blocks of so much."""
+SMALL = 2**22
+"""Bytes of a corpus that isn't worth another process."""
+SECONDS_BETWEEN_NOTES = 3.0
+
+Progress = Callable[[str, int, int, int], None]
+"""(what is being done, bytes of the files done, bytes in all, tokens made)."""
+
+
+class Place(NamedTuple):
+    """Where in the order of text something begins, and what had come of what lies before."""
+
+    file: int = 0
+    document: int = 0
+    """Documents of that file that are done with."""
+    block: int = 0
+    """Blocks of the next that are."""
+    ordinal: int = 0
+    """Documents of the corpus that are done with."""
+    duplicates: int = 0
+    inexact_cuts: int = 0
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A place, and what was written when it was reached: enough to go on from there."""
+
+    place: Place
+    of_file: Tally
+    """What the file at hand had given."""
+    written: Written
+
+
+class Earlier(NamedTuple):
+    """What a run before this one noted."""
+
+    here: Moment
+    """How far it was."""
+    file_began: Moment
+    shards: list[Shard]
+    """That were finished."""
+
+
+class Step(NamedTuple):
+    """What is known of a block when it is handed on."""
+
+    behind: Place
+    """Where the text behind it begins."""
+    split: SplitName
+    begins: bool
+    document_bytes: int
+    """Of the document that ends here."""
+    raw_bytes: int
+    """Of the corpus, read so far."""
+
+
+class FileDone(NamedTuple):
+    file: TextFile
+    behind: Place
+    sha256: str
+    remarks: dict[str, int]
+
+
+class Pipeline:
+    """One corpus on its way into one writer."""
+
+    def __init__(
+        self,
+        request: TokenizeRequest,
+        corpus: Corpus,
+        writer: DatasetWriter,
+        progress: Progress,
+        *,
+        earlier: Earlier | None,
+        there: Manifest | None,
+    ) -> None:
+        """`there` is the dataset that this one is appended to."""
+        self.request, self.corpus, self.writer = request, corpus, writer
+        self.progress = progress
+        self.there = there
+        here = earlier.here if earlier else Moment(Place(), Tally(), writer.written())
+        self.place, self.of_file = here.place, replace(here.of_file)
+        self.file_began = earlier.file_began if earlier else here
+        self.steps: deque[Step | FileDone] = deque()
+        """Of the blocks under way, and of the files that end behind them."""
+        self.seen = Seen(writer.aside, self.place.ordinal, request)
+        self.noted = time.perf_counter()
+
+    def run(self) -> None:
+        workers = self.request.workers or cores()
+        if self.corpus.size < SMALL and not self.corpus.has_streams:
+            workers = 1
+        has_space = False
+        with (
+            closing(self.seen),
+            encoders(self.writer.tokenizer, self.writer.dtype, workers) as encode,
+        ):
+            for encoded in encode(self._batches()):
+                raw = self._take(encoded)
+                has_space = has_space or self._check_space(raw)
+                self.progress("tokenizing", raw, self.corpus.size, self._made())
+                if time.perf_counter() - self.noted > SECONDS_BETWEEN_NOTES:
+                    self._note()
+            self._end_files()
+            self.seen.commit()
+
+    # --- reading, ahead of what is written -------------------------------------------------------
+
+    def _batches(self) -> Iterator[list[Block]]:
+        """The text that is to be encoded, with a step for each block of it left in `steps`."""
+        start = place = self.place
+        cutter = Cutter(self.writer.tokenizer)
+        batch: list[Block] = []
+        size = 0
+        before = sum(file.size for file in self.corpus.files[: start.file])
+        for number, file in enumerate(self.corpus.files[start.file :], start=start.file):
+            reader = FileReader(file, self.request.reading, spool=self.writer.aside)
+            done = start.document if number == start.file else 0
+            for index, document in enumerate(reader.documents()):
+                if index < done:
+                    continue
+                _, _, block, ordinal, duplicates, inexact = place
+                if self.seen.has(document, ordinal):
+                    place = Place(number, index + 1, 0, ordinal + 1, duplicates + 1, inexact)
+                    continue
+                split = split_of(document, self.request.val_fraction)
+                for nth, (text, exact, ends) in enumerate(_blocks(document, cutter)):
+                    if nth < block:  # of the document that the place is in
+                        continue
+                    inexact += not exact
+                    if ends:
+                        place = Place(number, index + 1, 0, ordinal + 1, duplicates, inexact)
+                    else:
+                        place = Place(number, index, nth + 1, ordinal, duplicates, inexact)
+                    batch.append(Block(text, nth == 0, ends))
+                    raw = before + reader.position
+                    document_bytes = document.size if ends else 0
+                    self.steps.append(Step(place, split, nth == 0, document_bytes, raw))
+                    size += len(text)
+                    if size >= BATCH_BYTES:
+                        yield batch
+                        batch, size = [], 0
+            before += file.size
+            place = Place(number + 1, 0, 0, *place[3:])
+            remarks = dict(reader.remarks)
+            self.steps.append(FileDone(file, place, reader.checksum.hexdigest(), remarks))
+        if batch:
+            yield batch
+
+    # --- writing ---------------------------------------------------------------------------------
+
+    def _take(self, encoded: Encoded) -> int:
+        """Write a batch, a run of blocks of one split and file at a time. -> bytes of the corpus
+        read"""
+        first = last = raw = 0
+        starts: list[int] = []
+        split: SplitName = "train"
+        for count in encoded.counts:
+            if isinstance(coming := self.steps[0], FileDone) or coming.split != split:
+                self.writer.add(split, encoded.tokens[first:last], starts)
+                first, starts = last, []
+            step = self._next_step()
+            split = step.split
+            if step.begins:
+                starts.append(last - first)
+            last += count
+            self.writer.splits[split].bytes += step.document_bytes
+            self.of_file.documents += step.begins
+            self.of_file.bytes += step.document_bytes
+            self.of_file.tokens += count
+            self.place, raw = step.behind, step.raw_bytes
+        self.writer.add(split, encoded.tokens[first:last], starts)
+        return raw
+
+    def _next_step(self) -> Step:
+        """The step of the next block; files that ended before it are done with."""
+        self._end_files()
+        step = self.steps.popleft()
+        assert isinstance(step, Step)
+        return step
+
+    def _end_files(self) -> None:
+        while self.steps and isinstance(done := self.steps[0], FileDone):
+            self.steps.popleft()
+            file = done.file
+            self.writer.file_done(
+                {
+                    "name": file.name,
+                    "source": file.source,
+                    "size": file.size,
+                    "modified": file.modified,
+                    "sha256": done.sha256,
+                    **asdict(self.of_file),
+                    "remarks": done.remarks,
+                }
+            )
+            self.place, self.of_file = done.behind, Tally()
+            self.file_began = Moment(self.place, Tally(), self.writer.written())
+
+    def _note(self) -> None:
+        """Note how far everything is, and where the file at hand began, in case it is changed."""
+        if self.corpus.has_streams:
+            return  # they can't be read again from the start
+        self.seen.commit()
+        here = Moment(self.place, self.of_file, self.writer.written())
+        file = next(iter(self.corpus.files[here.place.file :]), None)
+        self.writer.note(
+            {
+                "options": self.request.options,
+                "appends_to": self.there.fingerprint if self.there else None,
+                "file": identity(file) if file else None,
+                "here": asdict(here),
+                "file_began": asdict(self.file_began),
+            }
+        )
+        self.noted = time.perf_counter()
+
+    def _made(self) -> int:
+        """Tokens that this corpus has come to."""
+        return self.writer.tokens - (self.there.total.tokens if self.there else 0)
+
+    def _check_space(self, raw: int) -> bool:
+        """Refuse a corpus whose dataset the disk can't hold, by what its first part came to."""
+        left = max(0, self.corpus.size - raw) / max(raw, 1)
+        needed = left * self._made() * self.writer.dtype.itemsize
+        free = shutil.disk_usage(self.writer.aside).free
+        if needed > free:
+            raise DataError(
+                f"{self.request.out}: the dataset will take about {needed / 1e9:,.1f} GB more, and "
+                f"{free / 1e9:,.1f} GB are free there; free some, or choose another place"
+            )
+        return True
+
+
+def _blocks(document: Document, cutter: Cutter) -> Iterator[tuple[bytes, bool, bool]]:
+    """(text, whether it is cut exactly, whether the document ends) of each block of a document."""
+    if document.size <= BLOCK_CHARACTERS:
+        yield b"".join(document.blocks), True, True
+        return
+    blocks = cutter.blocks((block.decode() for block in document.blocks), BLOCK_CHARACTERS)
+    text, exact = next(blocks)
+    for coming in blocks:
+        yield text.encode(), exact, False
+        text, exact = coming
+    yield text.encode(), True, True
+
+
+def split_of(document: Document, fraction: float) -> SplitName:
+    """Which split a document is in, by a hash of its text alone."""
+    held_out = int.from_bytes(document.digest[:8], "little") < fraction * 2**64
+    return "val" if held_out else "train"
+
+
+def identity(file: TextFile) -> list[Any]:
+    return [file.name, file.size, file.modified]

@@ -1,0 +1,91 @@
+"""What can be asked of tokenizing."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pretrain_cli.data.corpus.readers import Reading
+from pretrain_cli.data.shards import SHARD_TOKENS
+from pretrain_cli.data.tokenizing.staging import PARTIAL
+from pretrain_cli.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizeRequest:
+    """What to tokenize and how; the same request of the same files needs no second run."""
+
+    paths: tuple[str, ...]
+    out: Path
+    tokenizer: str
+    vocab_size: int | None = None
+    """Of `bpe` alone."""
+    bos: str | None = None
+    """The token that begins a document, 'none', or the tokenizer's own convention."""
+    eos: str | None = None
+    allow_special: bool = False
+    """Special tokens typed in a text are special."""
+    val_fraction: float = 0.01
+    dedup: bool = False
+    reading: Reading = field(default_factory=Reading)
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    shard_tokens: int = SHARD_TOKENS
+    format: Literal["pretrain", "llm.c"] = "pretrain"
+    append: bool = False
+    force: bool = False
+    workers: int | None = None
+    """Processes that encode; as many as there are cores where none is given."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What decides what a dataset of given files holds."""
+        return {
+            "tokenizer": self.tokenizer,
+            "vocab_size": self.vocab_size,
+            "bos": self.bos,
+            "eos": self.eos,
+            "allow_special": self.allow_special,
+            "val_fraction": self.val_fraction,
+            "dedup": self.dedup,
+            "text_key": self.reading.text_key,
+            "document_separator": self.reading.separator,
+            "errors": self.reading.errors,
+            "input": self.reading.kind,
+            "shard_tokens": self.shard_tokens,
+            "format": self.format,
+        }
+
+
+def check(request: TokenizeRequest) -> None:
+    """Refuse a request that contradicts itself."""
+    if not 0 <= request.val_fraction < 1:
+        raise ConfigError(f"--val-fraction: {request.val_fraction} is not from 0 up to 1")
+    if request.out.name in ("", ".."):
+        raise ConfigError(f"--out: '{request.out}' has no name of its own; name a folder")
+    if request.out.name.endswith(PARTIAL):
+        whole = request.out.with_name(request.out.name.removesuffix(PARTIAL))
+        raise ConfigError(
+            f"--out: '{request.out}' is where {whole} lies until it is whole; choose another name"
+        )
+    if request.vocab_size is not None and request.tokenizer != "bpe":
+        raise ConfigError(
+            f"--vocab-size: {request.vocab_size} goes with --tokenizer bpe; "
+            f"'{request.tokenizer}' has its own vocabulary"
+        )
+    if request.workers is not None and request.workers < 1:
+        raise ConfigError(f"--workers: {request.workers} is not at least 1")
+    if (separator := request.reading.separator) and set(separator) & {"\n", "\r"}:
+        raise ConfigError(
+            f"--document-separator: {separator!r} is more than a line; give the line alone"
+        )
+    if request.shard_tokens < 2**10:
+        raise ConfigError(f"--shard-tokens: {request.shard_tokens} is not at least 1,024")
+    if request.append and request.force:
+        raise ConfigError(
+            "--append and --force: the one keeps what is there, the other replaces it"
+        )
+    if request.append and request.tokenizer == "bpe":
+        raise ConfigError(
+            "--append: a 'bpe' is trained on its corpus, which would be another; give the "
+            f"dataset's own with --tokenizer {request.out}"
+        )

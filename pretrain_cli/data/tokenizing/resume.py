@@ -1,0 +1,174 @@
+"""What an earlier run left: a dataset that is whole, or a part of one to go on with."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pretrain_cli.data.corpus.source_files import Corpus, TextFile
+from pretrain_cli.data.shards import FILES, MANIFEST, Manifest, read_manifest
+from pretrain_cli.data.tokenizers.tokenizer import BUILT_IN, Tokenizer, find_file, load_tokenizer
+from pretrain_cli.data.tokenizing.pipeline import Earlier, Moment, Place, identity
+from pretrain_cli.data.tokenizing.request import TokenizeRequest
+from pretrain_cli.data.tokenizing.staging import (
+    Tally,
+    Written,
+    as_written,
+    aside,
+    noted_shards,
+    read_progress,
+)
+from pretrain_cli.errors import DataError
+from pretrain_cli.files import sha256_of
+
+
+def existing(request: TokenizeRequest, corpus: Corpus) -> Manifest | None:
+    """The manifest that is there and is what this request would make, or append to; refuse to
+    replace another."""
+    out = request.out
+    if not out.exists():
+        if request.append:
+            raise DataError(f"{out}: no dataset there to append to; leave --append out")
+        return None
+    if not (out / MANIFEST).is_file():
+        if out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+            return None
+        raise DataError(f"{out}: exists and is not a dataset; choose another folder with --out")
+    if request.force:
+        return None
+    manifest = read_manifest(out)
+    changed = [
+        name for name, value in request.options.items() if manifest.options.get(name) != value
+    ]
+    if "tokenizer" in changed and request.tokenizer not in BUILT_IN:
+        find_file(request.tokenizer)  # raises for what is no tokenizer at all
+    if request.tokenizer not in BUILT_IN and Path(request.tokenizer).exists():
+        same = _told_by_tokenizer(request, manifest)
+        changed = [name for name in changed if name not in same]
+        changed += [name for name, is_same in same.items() if not is_same]
+    if not request.append and not _is_same_corpus(corpus, out):
+        changed.append("corpus")
+    if not changed:
+        return manifest
+    what = ", ".join(name.replace("_", "-") for name in changed)
+    raise DataError(
+        f"{out}: holds a dataset made with another {what}; replace it with --force, "
+        + ("add new files to it with --append, " if changed == ["corpus"] else "")
+        + "or choose another folder with --out"
+    )
+
+
+def _told_by_tokenizer(request: TokenizeRequest, manifest: Manifest) -> dict[str, bool]:
+    """Of the options that a tokenizer in a file answers, whether they are what the dataset was
+    made with: it may lie elsewhere, be the dataset's own, and have its marks recorded."""
+    tokenizer = load_tokenizer(request.tokenizer)
+    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+        return {"tokenizer": False}
+    marked = tokenizer.marked(bos=request.bos, eos=request.eos, allow_special=False)
+    return {
+        "tokenizer": True,
+        "vocab_size": True,
+        "bos": marked.bos == manifest.beginning_of_document,
+        "eos": marked.eos == manifest.end_of_document,
+    }
+
+
+def _is_same_corpus(corpus: Corpus, out: Path) -> bool:
+    rows = rows_of(out / FILES)
+    for file in corpus.files:
+        row = next(rows, None)
+        if row is None or row["name"] != file.name or not _is_unchanged(file, row):
+            return False
+    return next(rows, None) is None
+
+
+def new_files(request: TokenizeRequest, corpus: Corpus) -> Corpus:
+    """The files that the dataset doesn't have yet; refuse one that it has otherwise."""
+    names = {file.name for file in corpus.files}
+    kept = ("size", "modified", "sha256")
+    rows = {
+        row["name"]: {key: row[key] for key in kept}
+        for row in rows_of(request.out / FILES)
+        if row["name"] in names
+    }
+    new = []
+    for file in corpus.files:
+        row = rows.get(file.name)
+        if row is None or file.is_stream:
+            new.append(file)
+        elif not _is_unchanged(file, row):
+            raise DataError(
+                f"{file.path}: not what {request.out} has under the name {file.name}; rename it "
+                "if it is another file, or tokenize all again with --force if it has changed"
+            )
+    return replace(corpus, files=new)
+
+
+def _is_unchanged(file: TextFile, row: dict[str, Any]) -> bool:
+    """By size and time; where only the time differs, by contents."""
+    if file.is_stream or file.size != row["size"]:
+        return False
+    return file.modified == row["modified"] or sha256_of(file.path) == row["sha256"]
+
+
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a files.jsonl."""
+    with path.open("rb") as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def noted(request: TokenizeRequest, corpus: Corpus, there: Manifest | None) -> Earlier | None:
+    """What a run before this one noted, if it can be gone on with; from the beginning of the file
+    that was at hand, where that has changed."""
+    progress = read_progress(request.out)
+    if progress is None or corpus.has_streams:
+        return None
+    try:
+        return _fitting(request, corpus, there, progress)
+    except (KeyError, TypeError, ValueError):  # noted by another version of the program
+        return None
+
+
+def was_begun_with(request: TokenizeRequest, tokenizer: Tokenizer) -> bool:
+    """Whether what a run before this one noted is of this tokenizer, which may be in a file."""
+    path = aside(request.out) / "tokenizer.json"
+    return path.is_file() and sha256_of(path) == tokenizer.fingerprint
+
+
+def _fitting(
+    request: TokenizeRequest, corpus: Corpus, there: Manifest | None, progress: dict[str, Any]
+) -> Earlier | None:
+    appends_to = there.fingerprint if there else None
+    if progress["options"] != request.options or progress["appends_to"] != appends_to:
+        return None
+    shards = noted_shards(progress)
+
+    def moment(name: str) -> Moment | None:
+        parts = progress[name]
+        written = as_written(request.out, parts["written"], shards)
+        place = Place(*parts["place"])
+        if written is None or not _begins_with_the_same(request, corpus, place.file, written):
+            return None
+        return Moment(place, Tally(**parts["of_file"]), written)
+
+    began = moment("file_began")
+    at = progress["here"]["place"][0]
+    is_unchanged = at >= len(corpus.files) or identity(corpus.files[at]) == progress["file"]
+    here = moment("here") if is_unchanged else began
+    return Earlier(here, began, shards) if here and began else None
+
+
+def _begins_with_the_same(
+    request: TokenizeRequest, corpus: Corpus, count: int, written: Written
+) -> bool:
+    """Whether the files that are done with are the first of the corpus still."""
+    with (aside(request.out) / FILES).open("rb") as file:
+        lines = file.read(written.files_bytes).splitlines()
+    done = lines[len(lines) - count :]
+    return len(done) == count and all(
+        row["name"] == file.name and _is_unchanged(file, row)
+        for row, file in zip(map(json.loads, done), corpus.files, strict=False)
+    )

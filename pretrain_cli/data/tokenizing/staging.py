@@ -1,0 +1,115 @@
+"""Where a dataset lies while it isn't whole: `NAME.partial`, with a note of how far it is."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pretrain_cli.data.shards import (
+    MANIFEST,
+    Shard,
+    SplitName,
+    TokenType,
+    blocks_path,
+    index_path,
+    read_manifest,
+)
+from pretrain_cli.data.tokenizing.open_shard import Extent
+
+PARTIAL = ".partial"
+PROGRESS = "progress.json"
+NEW = ".new"
+"""In the name of a shard that takes the place of one of the same name when all is whole."""
+REPLACED = "replaced"
+"""The dataset that one takes the place of, for the moment that takes: inside the new one, where it
+is in nobody's way, whatever else lies beside the dataset."""
+
+
+@dataclass
+class Tally:
+    """How much text something is so far."""
+
+    documents: int = 0
+    bytes: int = 0
+    """Of whole documents."""
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a dataset holds at one moment of its writing."""
+
+    dtype: TokenType
+    closed: int
+    """Shards that are finished; none is ever changed."""
+    open: dict[SplitName, Extent]
+    splits: dict[SplitName, Tally]
+    files_bytes: int
+    """Length of files.jsonl."""
+
+
+def aside(folder: Path) -> Path:
+    """Where a dataset is written before it is whole."""
+    return folder.with_name(folder.name + PARTIAL)
+
+
+def read_progress(folder: Path) -> dict[str, Any] | None:
+    """What a writer of this dataset noted before it was ended, if one was."""
+    try:
+        return json.loads((aside(folder) / PROGRESS).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def noted_shards(progress: dict[str, Any]) -> list[Shard]:
+    """The shards that were finished when this was noted."""
+    return [Shard.model_validate(shard) for shard in progress["shards"]]
+
+
+def as_written(folder: Path, noted: dict[str, Any], shards: Sequence[Shard]) -> Written | None:
+    """What was noted; None where it isn't there."""
+    extents = {split: Extent(**extent) for split, extent in noted["open"].items()}
+    there = aside(folder)
+    sizes = {file: 0 for s in shards[: noted["closed"]] for file in files_of(there, s.file)}
+    for extent in extents.values():
+        sizes[there / extent.file] = extent.tokens * np.dtype(noted["dtype"]).itemsize
+        sizes[index_path(there / extent.file)] = extent.documents * 8
+    if not all(path.exists() and path.stat().st_size >= size for path, size in sizes.items()):
+        return None
+    splits = {name: Tally(**tally) for name, tally in noted["splits"].items()}
+    return Written(noted["dtype"], noted["closed"], extents, splits, noted["files_bytes"])
+
+
+def move_into_place(folder: Path) -> None:
+    """Put a dataset that is whole, but lies aside, where it belongs; where there is none, nothing
+    is done. It is whole when it has a manifest."""
+    whole = aside(folder)
+    if not (whole / MANIFEST).exists():
+        shutil.rmtree(folder / REPLACED, ignore_errors=True)
+        return
+    shards = read_manifest(whole).shards
+    for path in whole.glob(f"*{NEW}.*"):
+        path.replace(path.with_name(path.name.replace(NEW, "")))
+    remove_shards(whole, but={f.name for s in shards for f in files_of(whole, s.file)})
+    (whole / PROGRESS).unlink(missing_ok=True)
+    if folder.exists():
+        shutil.rmtree(whole / REPLACED, ignore_errors=True)
+        folder.rename(whole / REPLACED)
+    whole.rename(folder)
+    shutil.rmtree(folder / REPLACED, ignore_errors=True)
+
+
+def files_of(folder: Path, shard: str) -> tuple[Path, Path, Path]:
+    """The files that a shard consists of."""
+    path = folder / shard
+    return path, index_path(path), blocks_path(path)
+
+
+def remove_shards(folder: Path, *, but: set[str]) -> None:
+    for path in folder.iterdir():
+        if path.suffix in (".bin", ".idx", ".crc") and path.name not in but:
+            path.unlink()

@@ -1,0 +1,251 @@
+"""Tasks of lm-evaluation-harness, answered by our model in this process.
+
+The harness has the tasks: questions, how they are put, and the measures. It asks for three things
+(`_asked_by_the_harness`), which likelihood.py gives. A task whose data are on this machine needs no
+network.
+"""
+
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain_cli.config.run_config import build_config
+from pretrain_cli.engine.evaluation.evaluate_checkpoint import as_in_its_run
+from pretrain_cli.engine.evaluation.likelihood import Reader
+from pretrain_cli.engine.runs.retention import find_model_folder
+from pretrain_cli.engine.runtime.distributed import find_device
+from pretrain_cli.engine.runtime.speed import resolve_speed
+from pretrain_cli.engine.sampling.open_model import folder_tokenizer, quantized
+from pretrain_cli.engine.sampling.sample import open_to_write
+from pretrain_cli.engine.sampling.sampler import Controls
+from pretrain_cli.errors import ConfigError, DataError, did_you_mean
+from pretrain_cli.model.float8 import quiet_torchao
+from pretrain_cli.model.formats.hf_config import read_config
+from pretrain_cli.model.inference.int8 import as_floats
+
+MAX_TOKENS = 256
+"""Of an answer, where a task doesn't say."""
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""What tasks call it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRequest:
+    """Which tasks, of which model, and how. None is as in the model's run, or by the device."""
+
+    where: Path | None = None
+    best: bool = False
+    tasks: tuple[str, ...]
+    """Names that the harness knows, or YAML files."""
+    include_path: Path | None = None
+    """A folder of YAML files with tasks of one's own."""
+    limit: int | None = None
+    """Of each task the first so many questions."""
+    seq_len: int | None = None
+    """The longest text; what is longer loses its beginning. None: the model's positions."""
+    device: str = "auto"
+    dtype: str | None = None
+    attention: str | None = None
+    quantize: str | None = None
+    """int8, or None for the weights as they are."""
+    settings: tuple[str, ...] = ()
+    """Of speed, as `speed.NAME=VALUE`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskScore:
+    """One measure of one task."""
+
+    task: str
+    measure: str
+    filter: str
+    value: float
+    stderr: float | None
+    questions: int
+    shots: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    folder: Path
+    seq_len: int
+    dtype: str
+    quantize: str | None
+    scores: list[TaskScore]
+    harness: str
+    """Its version."""
+
+
+def evaluate_tasks(request: TaskRequest, report: Callable[[str], None]) -> TaskResult:
+    """Every measure of every task. Raises ConfigError for a task that there is not, DataError for
+    one whose data can't be had."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("--tasks: runs in one process; start it without torchrun")
+    if not all(request.tasks):
+        raise ConfigError(
+            f"--tasks: '{','.join(request.tasks)}' has an empty name; give a task, or several with "
+            "commas between"
+        )
+    for name, value in (("limit", request.limit), ("seq-len", request.seq_len)):
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name}: {value} is not at least 1")
+    device = find_device(request.device)
+    folder = find_model_folder(request.where, report, best=request.best)
+    tokenizer = folder_tokenizer(folder)
+    flags = {"speed.dtype": request.dtype, "speed.attention": request.attention}
+    asked = build_config(as_in_its_run(folder), flags, request.settings)
+    speed = resolve_speed(asked.speed, device, training=False, writing=True)
+    for said in speed.departures():
+        report(said)
+    config = read_config(folder)
+    int8 = quantized(request.quantize, config)
+    positions = config.max_position_embeddings
+    if request.seq_len is not None and request.seq_len > positions:
+        raise ConfigError(
+            f"--seq-len: {request.seq_len:,} is beyond the model's {positions:,} positions; give "
+            "less"
+        )
+    loaded = _loaded_tasks(request)
+    model = open_to_write(folder, speed, device, report, int8=int8)
+    if int8:
+        as_floats(model)  # which are faster with several texts at a time
+    reader = Reader(model, tokenizer, request.seq_len or positions)
+    harness = importlib.import_module("lm_eval")
+    found: Any = importlib.import_module("lm_eval.evaluator").evaluate(
+        lm=_asked_by_the_harness(reader), task_dict=loaded, limit=request.limit, log_samples=False
+    )
+    return TaskResult(
+        folder=folder,
+        seq_len=reader.positions,
+        dtype=speed.dtype,
+        quantize=request.quantize,
+        scores=_scores(found),
+        harness=harness.__version__,
+    )
+
+
+def _loaded_tasks(request: TaskRequest) -> Any:
+    """The harness's tasks, with their data."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(
+            "--tasks: the package lm-eval is not installed; pip install 'pretrain[eval]'"
+        )
+    if request.include_path is not None and not request.include_path.is_dir():
+        raise ConfigError(f"--include-path: {request.include_path} is no folder; give the tasks'")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    quiet_torchao()
+    importlib.import_module("datasets").disable_progress_bars()
+    manager = _manager(request)
+    files = [name for name in request.tasks if name.endswith((".yaml", ".yml"))]
+    for name in request.tasks:
+        if name in files and not Path(name).is_file():
+            raise ConfigError(f"--tasks: {name}: no such file; give a task's YAML file or its name")
+        if name not in files and name not in manager.all_tasks:
+            near = did_you_mean(name, manager.all_tasks)
+            raise ConfigError(f"--tasks: '{name}' is no task that lm-eval knows{near}")
+    try:
+        loaded = manager.load(list(request.tasks))
+    except Exception as error:  # of the task's file, the datasets library, the network
+        reason = str(error).split("\n")[0]
+        raise DataError(
+            f"--tasks: {', '.join(request.tasks)}: can't be loaded ({type(error).__name__}: "
+            f"{reason}); the data must be on this machine or to be had from the hub"
+        ) from None
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=1234)  # the harness's own
+    return loaded
+
+
+def _manager(request: TaskRequest) -> Any:
+    """What finds tasks by name. The harness's own are some thousand files, read where a task is
+    none of the user's."""
+    make: Any = importlib.import_module("lm_eval.tasks").TaskManager
+    own = str(request.include_path) if request.include_path else None
+    manager = make(include_path=own, include_defaults=False)
+    named = {name for name in request.tasks if not name.endswith((".yaml", ".yml"))}
+    if named <= set(manager.all_tasks):
+        return manager
+    return make(include_path=own)
+
+
+def _asked_by_the_harness(reader: Reader) -> Any:
+    """The model as the harness asks it. Its base class is the harness's, which is imported when
+    tasks are asked for."""
+    base: Any = importlib.import_module("lm_eval.api.model").LM
+
+    class OurModel(base):
+        def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+            spans = [reader.continuation(*request.args) for request in requests]
+            found = dict(reader.likelihoods(spans))
+            return [(found[n].logprob, found[n].is_greedy) for n in range(len(spans))]
+
+        def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+            windows = [reader.windows(request.args[0]) for request in requests]
+            found = dict(reader.likelihoods([span for spans in windows for span in spans]))
+            sums, first = [], 0
+            for spans in windows:
+                sums.append(sum(found[n].logprob for n in range(first, first + len(spans))))
+                first += len(spans)
+            return sums
+
+        def generate_until(self, requests: list[Any]) -> list[str]:
+            asked: dict[Controls, list[int]] = {}
+            for number, request in enumerate(requests):
+                asked.setdefault(_controls(request.args[1]), []).append(number)
+            out = [""] * len(requests)
+            for controls, numbers in asked.items():
+                prompts = [requests[number].args[0] for number in numbers]
+                for place, text in reader.write(prompts, controls):
+                    out[numbers[place]] = text
+            return out
+
+    return OurModel()
+
+
+def _controls(settings: dict[str, Any]) -> Controls:
+    """How a task has its answers written, in our words."""
+    given = dict(settings)
+    until = given.pop("until", None) or []
+    lengths = [value for name in LENGTHS if (value := given.pop(name, None)) is not None]
+    samples = given.pop("do_sample", False)
+    temperature = given.pop("temperature", None)
+    known = {name: given.pop(name) for name in ("top_k", "top_p", "min_p", "repetition_penalty")
+             if name in given}  # fmt: skip
+    if given:
+        raise ConfigError(f"--tasks: a task sets {', '.join(given)} of its answers, unknown here")
+    return Controls(
+        max_tokens=int(lengths[0]) if lengths else MAX_TOKENS,
+        temperature=(1.0 if temperature is None else temperature) if samples else 0.0,
+        stop=(until,) if isinstance(until, str) else tuple(text for text in until if text),
+        **known,
+    )
+
+
+def _scores(found: dict[str, Any]) -> list[TaskScore]:
+    """The harness's results, `acc,none` and `acc_stderr,none` of a task being one measure."""
+    scores = []
+    for task, measures in found["results"].items():
+        for key, value in measures.items():
+            measure, _, filter_name = key.partition(",")
+            if not filter_name or measure.endswith("_stderr"):
+                continue
+            stderr = measures.get(f"{measure}_stderr,{filter_name}")
+            scores.append(
+                TaskScore(
+                    task=task,
+                    measure=measure,
+                    filter=filter_name,
+                    value=float(value),
+                    stderr=None if stderr in (None, "N/A") else float(stderr),
+                    questions=found["n-samples"].get(task, {}).get("effective", 0),
+                    shots=found["n-shot"].get(task, 0),
+                )
+            )
+    return scores

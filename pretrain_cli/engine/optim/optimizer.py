@@ -1,0 +1,85 @@
+"""AdamW, or Muon with it, and which settings each kind of parameter has."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from pretrain_cli.config.run_config import OptimizerSettings
+from pretrain_cli.engine.optim.muon import Muon, MuonWithAdamW
+from pretrain_cli.model.decoder import Decoder
+from pretrain_cli.model.parameter_map import EMBEDDING, HEAD, layout, row_blocks
+
+
+def build_optimizer(
+    model: Decoder, settings: OptimizerSettings, *, fused: bool
+) -> AdamW | MuonWithAdamW:
+    """AdamW over every parameter, or Muon for the matrices of the layers and AdamW for the rest.
+
+    The rate is set at each step, by `set_learning_rate`. Fused, AdamW's update of a group is one
+    pass over its parameters; else a pass for each operation. What it keeps is there from the
+    beginning: memory that runs out does so at once, and what stays lies below what comes and goes,
+    which on a CPU leaves fewer gaps.
+    """
+    groups = list(parameter_groups(model, settings))
+    muons = [group for group in groups if settings.name == "muon" and group["name"] == "matrices"]
+    others = [group for group in groups if group["name"] not in {each["name"] for each in muons}]
+    adamw = AdamW(
+        others, lr=0.0, betas=settings.betas, eps=settings.eps, fused=fused, foreach=not fused
+    )
+    optimizer = MuonWithAdamW(Muon(muons, momentum=settings.momentum), adamw) if muons else adamw
+    for parameter, names in kept_for(optimizer).items():
+        state: dict[str, Tensor] = {name: torch.zeros_like(parameter) for name in names}
+        if "exp_avg" in state:  # AdamW counts; Muon doesn't
+            state["step"] = torch.zeros((), device=parameter.device if fused else "cpu")
+        optimizer.state[parameter] = state
+    return optimizer
+
+
+def parameter_groups(model: Decoder, settings: OptimizerSettings) -> Iterator[dict[str, Any]]:
+    """What the settings differ by:
+
+    |            |                                               | decayed | rate ×               |
+    |------------|-----------------------------------------------|---------|----------------------|
+    | embedding  | and the head where it is tied to it           | yes     | embedding_rate_scale |
+    | head       | where it is not                               | yes     | head_rate_scale      |
+    | matrices   | of attention, MLPs, experts, and the routers  | yes     | 1                    |
+    | norms      |                                               | no      | norm_rate_scale      |
+    """
+    kinds: dict[str, dict[str, nn.Parameter]] = {}
+    parameters = dict(model.named_parameters())
+    pieces = list(layout(model.config, merged=model.merged))
+    blocks = row_blocks(pieces)
+    for piece in pieces:
+        kind = {EMBEDDING: "embedding", HEAD: "head"}.get(piece.name, "matrices")
+        kind = "norms" if piece.is_norm else kind
+        kinds.setdefault(kind, {})[piece.parameter] = parameters[piece.parameter]
+    scales = {
+        "embedding": settings.embedding_rate_scale,
+        "head": settings.head_rate_scale,
+        "norms": settings.norm_rate_scale,
+    }
+    for kind, members in kinds.items():
+        yield {
+            "name": kind,
+            "params": list(members.values()),
+            "blocks": [blocks[name] for name in members],
+            "weight_decay": 0.0 if kind == "norms" else settings.weight_decay,
+            "rate_scale": scales.get(kind, 1.0),
+        }
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["rate_scale"]
+
+
+def kept_for(optimizer: torch.optim.Optimizer) -> dict[Tensor, tuple[str, ...]]:
+    """What an optimizer keeps for each parameter, in its shape: names in its state."""
+    return {
+        parameter: ("momentum_buffer",) if "momentum" in group else ("exp_avg", "exp_avg_sq")
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }

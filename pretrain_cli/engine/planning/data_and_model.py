@@ -1,0 +1,159 @@
+"""What a run is made from, found before anything is computed: its datasets, which may have to be
+made, and its model, with a vocabulary that goes with them."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from pretrain_cli.config.run_config import RunConfig, find_model
+from pretrain_cli.data.dataset import Dataset
+from pretrain_cli.data.mixture import Mixture, Source, mix, parse_sources
+from pretrain_cli.data.opening import open_data
+from pretrain_cli.data.shards import MANIFEST
+from pretrain_cli.data.tokenizers.tokenizer import read_tokenizer
+from pretrain_cli.data.tokenizing.tokenize import DEMO, demo_request, tokenize
+from pretrain_cli.engine.runs.events import Notice, Report
+from pretrain_cli.engine.runtime.distributed import Ranks
+from pretrain_cli.engine.runtime.stop import Stopped, StopRequest
+from pretrain_cli.errors import CheckpointError, ConfigError, DataError
+from pretrain_cli.model.config import ModelConfig, variant
+from pretrain_cli.model.formats.hf_config import read_config
+
+DATASETS = Path("data")
+SAME_VOCABULARY = 512
+"""A published vocabulary and its tokenizer's differ by less: spare rows, ids of images."""
+
+
+def find_data(settings: RunConfig, ranks: Ranks, report: Report, stop: StopRequest) -> Mixture:
+    """The datasets of data.path, or the only one in data/, or else the demo's, which is made."""
+    asked, tokenizer = settings.data.path, settings.data.tokenizer
+    if asked is None and tokenizer is not None:
+        raise ConfigError(
+            f"data.tokenizer: '{tokenizer}' says what made the .bin files of --data; name them, or "
+            "leave it out"
+        )
+    if asked is None:
+        found = sorted(p.parent for p in DATASETS.glob(f"*/{MANIFEST}"))
+        found = [folder for folder in found if folder.suffix != ".partial"]
+        if len(found) > 1:
+            listed = ", ".join(map(str, found))
+            raise ConfigError(f"data/: holds several datasets ({listed}); choose one with --data")
+        if not found and ranks.is_first:
+            report(
+                Notice(
+                    f"No dataset in {DATASETS}/: making a small one, {DEMO}, from the Python "
+                    "standard library's sources. For your own text: pretrain tokenize FOLDER"
+                )
+            )
+            _make_demo(stop)
+        ranks.wait()
+        if stop.agree():
+            raise Stopped
+        asked = (str(found[0] if found else DEMO),)
+
+    return open_mixture(asked, tokenizer, lambda text: report(Notice(text)))
+
+
+def open_mixture(
+    asked: Sequence[str], tokenizer: str | None, say: Callable[[str], None]
+) -> Mixture:
+    """The datasets that these texts, each PATH or PATH:WEIGHT, name."""
+    return mix(
+        [
+            Source(text, weight, open_path(path, tokenizer, say))
+            for text, (path, weight) in zip(asked, parse_sources(asked), strict=True)
+        ]
+    )
+
+
+def _make_demo(stop: StopRequest) -> None:
+    """All of it, or what there is when a stop is asked for: another run goes on from there."""
+    try:
+        tokenize(demo_request(), lambda *_: stop.check_here())
+    except Stopped:
+        return
+    except DataError:
+        if not stop.asked:  # whoever asked may have ended the tokenizing processes as well
+            raise
+
+
+def open_path(path: str, tokenizer: str | None, say: Callable[[str], None]) -> Dataset:
+    """What one path of data.path names."""
+    dataset = open_data(path, tokenizer)
+    for notice in dataset.notices:
+        say(notice)
+    if dataset.unverified_bytes:
+        say(
+            f"{path}: of {dataset.unverified_bytes / 2**30:.0f} GiB the sizes were checked, the "
+            "contents were not"
+        )
+    return dataset
+
+
+def find_architecture(settings: RunConfig, known: ModelConfig | None) -> tuple[str, ModelConfig]:
+    """(name, architecture): a resumed run's, that of the folder of --init-from, or the named."""
+    folder = settings.model.init_from
+    if known is not None:
+        return settings.model.name, known
+    if folder is None:
+        return find_model(settings.model)
+    if "name" in settings.model.model_fields_set:
+        raise ConfigError(
+            f"model.name: '{settings.model.name}' does not go with --init-from {folder}, whose "
+            "config.json says what the model is; leave --model out"
+        )
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; --init-from takes a model folder")
+    return folder.resolve().name, variant(read_config(folder), settings.model.changes)
+
+
+def fit_to_data(
+    config: ModelConfig, settings: RunConfig, data: Mixture, report: Report
+) -> ModelConfig:
+    """The model with a vocabulary that holds the data's; refuse one that can't."""
+    if settings.model.init_from is not None:
+        check_tokenizer(settings.model.init_from, data, lambda text: report(Notice(text)))
+    elif "vocab_size" not in settings.model.changes:
+        config = _with_vocabulary(config, data, report)
+    if config.vocab_size <= data.largest_token:
+        raise ConfigError(
+            f"model.vocab_size: {config.vocab_size:,} is too small for {data.name}, which "
+            f"holds token {data.largest_token:,} of {data.tokenizer.name}'s "
+            f"{data.tokenizer.vocab_size:,}; leave vocab_size out, or tokenize for this model"
+        )
+    return config
+
+
+def _with_vocabulary(config: ModelConfig, data: Mixture, report: Report) -> ModelConfig:
+    """The model with as many rows as the data's tokenizer has ids, and its padding id."""
+    size, largest = data.tokenizer.vocab_size, data.largest_token
+    has_pad = config.pad_token_id is not None
+    config = replace(config, pad_token_id=None)
+    if largest >= config.vocab_size or abs(size - config.vocab_size) > SAME_VOCABULARY:
+        rows = math.ceil(size / 64) * 64
+        report(
+            Notice(
+                f"Vocabulary {rows:,} instead of the model's {config.vocab_size:,}: the dataset's "
+                f"tokenizer, {data.tokenizer.name}, has {size:,} tokens"
+            )
+        )
+        config = replace(config, vocab_size=rows)
+    return replace(config, pad_token_id=data.tokenizer.pad if has_pad else None)
+
+
+def check_tokenizer(folder: Path, data: Mixture, say: Callable[[str], None]) -> None:
+    """Refuse weights that were trained on another tokenizer's ids."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        say(f"{folder}: no tokenizer.json; that it is the dataset's can't be checked")
+        return
+    theirs = read_tokenizer(path, name=str(folder))
+    ours = data.tokenizer
+    if theirs.fingerprint != ours.fingerprint and (
+        theirs.backend.get_vocab() != ours.backend.get_vocab()
+    ):
+        raise DataError(
+            f"{data.name}: made with the tokenizer {data.tokenizer.name}, and {folder} "
+            f"was trained with another; tokenize with --tokenizer {folder}"
+        )

@@ -1,0 +1,233 @@
+"""A run before it is begun: memory by part, the micro-batch that fits, time and disk.
+
+For a GPU of the table that is arithmetic, without torch. The device that is here is asked for its
+memory, and, to calibrate, timed for some steps.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pretrain_cli.config.run_config import SpeedConfig, TrainSettings
+from pretrain_cli.engine.planning.memory_estimate import (
+    FITS,
+    Estimate,
+    Training,
+    estimate,
+    largest,
+    speed_settings,
+)
+from pretrain_cli.engine.runtime.gpu_specs import FLOAT8, STATED, called, stated_for
+from pretrain_cli.errors import ConfigError, did_you_mean
+from pretrain_cli.model.config import ModelConfig
+from pretrain_cli.model.counting import (
+    cache_bytes,
+    checkpoint_bytes,
+    count_parameters,
+    suggested_tokens,
+    training_flops,
+)
+
+MFU = 0.4
+"""Assumed where nothing is measured."""
+ON_A_GPU = {
+    "dtype": "bfloat16",
+    "attention": "sdpa",
+    "compile": True,
+    "recompute_cheap": False,
+    "fused_optimizer": True,
+    "keep_freed_memory": False,
+}
+"""What `auto` becomes on every GPU of the table; what is false has no effect there. (Where one is
+here, engine/runtime/speed.py decides.)"""
+KEPT = TrainSettings()
+CHECKPOINTS = KEPT.keep_checkpoints + KEPT.keep_best + 1
+"""On the disk at a time, where nothing else is asked for: the newest, the best, the one written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a run is planned for."""
+
+    name: str
+    device: str
+    """cpu, cuda or mps."""
+    gpus: int
+    memory: int
+    """Bytes of each that a run may take."""
+    peak_flops: float | None
+    """Of each, dense bfloat16; None where no maker states it."""
+    speed: dict[str, Any]
+    """The settings that memory depends on, in force."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way for the GPUs to share the model, and what each of them takes at its micro-batch."""
+
+    micro_batch_size: int
+    fits: bool
+    memory: Estimate
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast, all GPUs together, and how that is known."""
+
+    tokens_per_second: float
+    mfu: float
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What a run would take."""
+
+    model: str
+    parameters: int
+    seq_len: int
+    machine: Machine
+    ways: dict[str, Way]
+    tokens: int
+    pace: Pace | None
+    """None where neither a peak is stated nor anything measured."""
+    checkpoint: int
+    """Bytes, of one."""
+    checkpoints: int
+    """Bytes, of all that are there at a time."""
+    sampling_weights: int
+    """Bytes, in bfloat16."""
+    sampling_cache: int
+    """Bytes, of keys and values of one text of this length in bfloat16."""
+
+    @property
+    def seconds(self) -> float | None:
+        return None if self.pace is None else self.tokens / self.pace.tokens_per_second
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        found: dict[str, Any] = asdict(self) | {"seconds": self.seconds}
+        for name, way in self.ways.items():
+            memory = way.memory
+            found["ways"][name]["memory"] |= {"peak_moment": memory.moment, "peak": memory.peak}
+        return found
+
+
+def forecast(
+    name: str,
+    config: ModelConfig,
+    seq_len: int,
+    machine: Machine,
+    *,
+    micro_batch_size: int | None = None,
+    tokens: int | None = None,
+    mfu: float | None = None,
+    pace: Pace | None = None,
+) -> Forecast:
+    """At the largest micro-batch that fits, or this one; at this pace, or at an MFU that is
+    assumed."""
+    checkpoint = checkpoint_bytes(config)
+    return Forecast(
+        model=name,
+        parameters=count_parameters(config).total,
+        seq_len=seq_len,
+        machine=machine,
+        ways=ways(config, seq_len, machine, micro_batch_size),
+        tokens=tokens or suggested_tokens(config),
+        pace=pace or _assumed(config, seq_len, machine, mfu or MFU),
+        checkpoint=checkpoint,
+        checkpoints=CHECKPOINTS * checkpoint,
+        sampling_weights=2 * count_parameters(config).total,
+        sampling_cache=cache_bytes(config, seq_len, 2),
+    )
+
+
+def ways(
+    config: ModelConfig, seq_len: int, machine: Machine, micro_batch_size: int | None = None
+) -> dict[str, Way]:
+    """A copy on each GPU, and of several a part on each."""
+    found = {}
+    for name in ("ddp", "fsdp") if machine.gpus > 1 else ("alone",):
+
+        def of(size: int, name: Any = name) -> Estimate:
+            return estimate(
+                Training(
+                    model=config,
+                    seq_len=seq_len,
+                    micro_batch_size=size,
+                    device=machine.device,
+                    parallel=name,
+                    ranks=machine.gpus,
+                    **machine.speed,
+                )
+            )
+
+        size = micro_batch_size or max(1, largest(lambda size: of(size).peak, machine.memory))
+        memory = of(size)
+        found[name] = Way(size, memory.peak <= machine.memory, memory)
+    return found
+
+
+def _assumed(config: ModelConfig, seq_len: int, machine: Machine, mfu: float) -> Pace | None:
+    if machine.peak_flops is None:
+        return None
+    rate = mfu * machine.peak_flops * machine.gpus / training_flops(config, seq_len).exact
+    peak = f"{machine.peak_flops / 1e12:.0f} TFLOP/s, as the maker states"
+    return Pace(rate, mfu, f"assumed, of {peak}")
+
+
+# --- machines ------------------------------------------------------------------------------------
+
+
+def find_machine(device: str | None, gpus: int, asked: SpeedConfig) -> Machine:
+    """A GPU of the table, which need not be here, or else the device of this name that is."""
+    stated = called(device) if device else None
+    if device is None or stated is None:
+        return _here(device or "auto", gpus, asked)
+    if asked.dtype == "float8":
+        _check_float8(stated, asked)
+    return Machine(
+        name=stated,
+        device="cuda",
+        gpus=gpus,
+        memory=int(FITS * STATED[stated].memory),
+        peak_flops=STATED[stated].flops,
+        speed={
+            key: ON_A_GPU[key] if value == "auto" or ON_A_GPU.get(key) is False else value
+            for key, value in speed_settings(asked).items()
+        },
+    )
+
+
+def _check_float8(stated: str, asked: SpeedConfig) -> None:
+    """Refuse what training would refuse there."""
+    reason = "it is made to be compiled, and compile is false" if asked.compile is False else ""
+    if STATED[stated].capability < FLOAT8:
+        reason = f"{stated} doesn't multiply in it"
+    if reason:
+        raise ConfigError(f"speed.dtype: 'float8' can't be used: {reason}; use bfloat16")
+
+
+def _here(device: str, gpus: int, asked: SpeedConfig) -> Machine:
+    from pretrain_cli.engine.planning.micro_batch import memory_here
+    from pretrain_cli.engine.runtime.distributed import device_name, find_device
+    from pretrain_cli.engine.runtime.speed import resolve_speed
+
+    if device not in ("auto", "cpu", "mps") and not device.startswith("cuda"):
+        known = [part.lower().replace(" ", "-") for part in STATED]
+        raise ConfigError(
+            f"--device: '{device}' is not cpu, cuda, cuda:N, mps or one of {', '.join(known)}"
+            + did_you_mean(device.lower(), known)
+        )
+    place = find_device(device)
+    if place.type == "cpu" and gpus > 1:
+        raise ConfigError(f"--gpus: {gpus} of a machine without any; name them with --device")
+    name, speed = device_name(place), resolve_speed(asked, place)
+    stated = stated_for(name)
+    return Machine(
+        name=name,
+        device=place.type,
+        gpus=gpus,
+        memory=int(memory_here(place)),
+        peak_flops=stated.flops if stated else None,
+        speed=speed_settings(speed),
+    )

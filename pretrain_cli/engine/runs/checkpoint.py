@@ -1,0 +1,256 @@
+"""Checkpoints: a Hugging Face model folder, and beside it what only training needs.
+
+    runs/NAME/checkpoints/step-000400/
+    ├── config.json, model.safetensors, generation_config.json      transformers opens these
+    ├── tokenizer.json, tokenizer_config.json
+    └── training/
+        ├── optimizer.safetensors    AdamW's two moments, or Muon's, of each published tensor; RNG
+        ├── state.json               step, samples consumed, tokens seen
+        └── checksums.json           of every file above; written last
+
+What goes into one is taken while training waits, by `take_contents`, and written by
+`write_checkpoint` while it goes on: aside, flushed and renamed, so a folder called step-… is whole;
+its checksums show what has happened to it since. Weights larger than train.max_shard_size are
+several files with an index. Moments are kept under published names, so a run can go on with merged
+projections or separate ones, on one rank or many.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pretrain_cli.data.tokenizers.tokenizer import Tokenizer
+from pretrain_cli.engine.optim.optimizer import kept_for
+from pretrain_cli.engine.runtime.distributed import Ranks, is_parted, place_like, whole
+from pretrain_cli.errors import CheckpointError
+from pretrain_cli.files import flush, sha256_of
+from pretrain_cli.model.config import ModelConfig
+from pretrain_cli.model.decoder import Decoder
+from pretrain_cli.model.formats.hf_config import to_config_json
+from pretrain_cli.model.formats.hf_weights import published_tensors, write_weights
+from pretrain_cli.model.formats.tensor_file import write_tensors
+from pretrain_cli.model.parameter_map import EMBEDDING, HEAD, Merged, layout
+
+CHECKSUMS = Path("training/checksums.json")
+MOMENTS = Path("training/optimizer.safetensors")
+STATE = Path("training/state.json")
+BYTES_OF_A_NAME, BYTES_OF_SMALL_FILES = 200, 2**17
+"""At most: a tensor's, in the header of its file and in the index; config.json and the like."""
+SAVED_PER_SECOND = 2e8
+"""Bytes: less than most disks take and than checksums are computed at."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stands."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    best_step: int | None = None
+    best_loss: float | None = None
+    """Of the checkpoint with the lowest validation loss so far, among those that were evaluated."""
+    finite: bool = True
+    """Whether the last step was taken, as its loss and gradient norm were. Weights and moments that
+    are not finite are never saved."""
+    skipped: int = 0
+    """Steps that changed nothing. The optimizer has counted the others."""
+    rollbacks: int = 0
+    """How often the run has gone back to a checkpoint."""
+    passed: tuple[tuple[int, int], ...] = ()
+    """Samples that are not in these weights: the first of each stretch, and the one behind it."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """What a `Guard` remembers of the steps before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """All that a checkpoint is written from, on the CPU."""
+
+    state: State
+    config: ModelConfig
+    tokenizer: Tokenizer
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+
+
+def take_contents(
+    model: Decoder,
+    optimizer: Optimizer,
+    state: State,
+    *,
+    tokenizer: Tokenizer,
+    ranks: Ranks,
+    copy: bool = True,
+) -> Contents | None:
+    """What a checkpoint of this instant holds. Every rank calls this; the first one gets it.
+
+    Training goes on without changing it, but where `copy` is false on a CPU: there it is the
+    model's own memory.
+    """
+    if not ranks.is_first and not is_parted(model):  # nothing that this rank has is needed
+        return None
+
+    def taken(tensor: Tensor) -> Tensor | None:
+        tensor = whole(tensor.detach())
+        if not ranks.is_first:
+            return None
+        return tensor.to("cpu", copy=copy and not is_parted(model))
+
+    kept = kept_for(optimizer)
+    moments = {"rng": torch.get_rng_state()}
+    for moment in dict.fromkeys(name for names in kept.values() for name in names):
+        found = published_tensors(
+            model, lambda p, m=moment: taken(optimizer.state[p][m]) if m in kept[p] else None
+        )
+        moments |= {f"{moment}.{name}": tensor for name, tensor in found.items()}
+    weights = published_tensors(model, taken)
+    if not ranks.is_first:
+        return None
+    return Contents(
+        state=state, config=model.config, tokenizer=tokenizer, weights=weights, moments=moments
+    )
+
+
+def write_checkpoint(folder: Path, contents: Contents, *, max_shard_size: int) -> Path:
+    """`folder/step-N`, whole. Raises OSError with nothing of it left behind."""
+    place = folder / f"step-{contents.state.step:06d}"
+    aside = place.with_name(f".{place.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        (aside / "training").mkdir(parents=True)
+        sums = write_weights(aside, contents.weights, max_shard_size)
+        sums[MOMENTS.as_posix()] = write_tensors(aside / MOMENTS, contents.moments)
+        config, tokenizer = contents.config, contents.tokenizer
+        ends = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+        _write_json(aside / "config.json", to_config_json(config, "float32") | ends)
+        pad = {"pad_token_id": config.pad_token_id}
+        _write_json(aside / "generation_config.json", {**ends, **pad, "do_sample": True})
+        tokenizer.save(aside)
+        _write_json(aside / STATE, asdict(contents.state))
+        seal(aside, sums)
+        shutil.rmtree(place, ignore_errors=True)
+        aside.rename(place)
+        _flush_folder(folder)
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)  # on a full disk, it takes what others need
+        raise
+    return place
+
+
+def size_on_disk(config: ModelConfig, optimizer: str, tokenizer: Tokenizer) -> int:
+    """Bytes of a checkpoint, rather some more than less: all its numbers are float32."""
+    numbers = names = 0
+    for piece in layout(config, merged=Merged()):
+        has_muon = optimizer == "muon" and not piece.is_norm and piece.name not in (EMBEDDING, HEAD)
+        kept = 1 if has_muon else 2
+        numbers += (1 + kept) * math.prod(piece.shape)
+        names += 1 + kept
+    rest = len(tokenizer.json.encode()) + BYTES_OF_SMALL_FILES
+    return 4 * numbers + BYTES_OF_A_NAME * names + rest
+
+
+def estimated_seconds(size: int) -> float:
+    """About how long it takes to write so many bytes, before a run has saved."""
+    return size / SAVED_PER_SECOND
+
+
+def load_training_state(folder: Path, model: Decoder, optimizer: Optimizer) -> State:
+    """Set the optimizer to where it was. Weights are read by `load_weights`, like any model's."""
+    parameters = dict(model.named_parameters())
+    kept, values = kept_for(optimizer), dict[str, dict[str, Tensor]]()
+    with safe_open(folder / MOMENTS, framework="pt") as file:
+        for piece in layout(model.config, merged=model.merged):
+            parameter = parameters[piece.parameter]
+            slot = values.setdefault(
+                piece.parameter, {m: torch.empty(parameter.shape) for m in kept[parameter]}
+            )
+            for moment in slot:
+                piece.of(slot[moment]).copy_(file.get_tensor(f"{moment}.{piece.name}"))
+        torch.set_rng_state(file.get_tensor("rng"))
+    state = read_state(folder)
+    for name, slot in values.items():
+        parameter = parameters[name]
+        ours = optimizer.state[parameter]
+        for moment, value in slot.items():
+            ours[moment].copy_(place_like(value, parameter))
+        if "step" in ours:
+            ours["step"].fill_(state.step - state.skipped)
+    return state
+
+
+def read_state(folder: Path) -> State:
+    path = folder / STATE
+    try:
+        read = json.loads(path.read_text())
+        passed = tuple((first, end) for first, end in read.pop("passed", ()))
+        return State(**read, passed=passed)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); use another checkpoint") from None
+
+
+# --- on disk -------------------------------------------------------------------------------------
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(_as_json(value))
+
+
+def seal(folder: Path, known: Mapping[str, str] | None = None) -> None:
+    """Flush every file of a checkpoint, and write their checksums last. Those of files that were
+    flushed when they were written, and hashed as they went out, are known."""
+    sums = dict(known or {})
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if name not in sums:
+            with path.open("rb+") as file:
+                flush(file)
+            sums[name] = sha256_of(path)
+    with (folder / CHECKSUMS).open("w") as file:
+        file.write(_as_json(dict(sorted(sums.items()))))
+        flush(file)
+    _flush_folder(folder / "training")
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def damage(folder: Path, *, model_only: bool = False) -> str | None:
+    """What is wrong with a checkpoint, or None; `model_only` leaves unread what only training
+    needs."""
+    try:
+        text = (folder / CHECKSUMS).read_text()
+        sums = json.loads(text)
+        if not isinstance(sums, dict) or text != _as_json(sums):  # one byte can hide in a space
+            raise ValueError
+    except (OSError, ValueError):
+        return f"{folder / CHECKSUMS}: missing or damaged"
+    for name, expected in sums.items():
+        if model_only and name.startswith("training/"):
+            continue
+        path = folder / name
+        if not path.is_file():
+            return f"{path}: missing"
+        if sha256_of(path) != expected:
+            return f"{path}: checksum differs, the file was cut short or altered"
+    return None

@@ -1,0 +1,178 @@
+"""Which checkpoints a run has, which of them is meant, and which are kept.
+
+A checkpoint is removed as it was written, in one rename: what is called step-… is whole. A run that
+is killed while it writes or removes leaves a folder behind whose name begins with a dot, and the
+next one sweeps it away.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from pretrain_cli.config.run_config import TrainSettings
+from pretrain_cli.engine.runs.checkpoint import State, damage, read_state
+from pretrain_cli.errors import CheckpointError, ConfigError
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """A run's checkpoints, newest first."""
+    return sorted((run / "checkpoints").glob("step-*"), key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint's folder is named for."""
+    return int(folder.name.removeprefix("step-"))
+
+
+# --- which is meant ------------------------------------------------------------------------------
+
+
+def newest_intact(
+    run: Path,
+    skipped: Callable[[str], None],
+    *,
+    model_only: bool = False,
+    finite: bool = False,
+) -> Path | None:
+    """The newest checkpoint whose checksums pass; None where there is none at all.
+
+    `model_only` leaves what only training needs unread; `finite` passes over checkpoints that were
+    saved after a loss or with weights that are not. Raises CheckpointError where there are
+    checkpoints and every one is damaged.
+    """
+    found = checkpoints(run)
+    reasons = 0
+    for folder in found:
+        reason = damage(folder, model_only=model_only)
+        if reason is not None:
+            reasons += 1
+            skipped(f"{reason}; skipped")
+        elif not finite or read_state(folder).finite:
+            return folder
+    if found and reasons == len(found):
+        raise CheckpointError(f"{run}: none of its {len(found)} checkpoints passes its checksums")
+    return None
+
+
+def best_checkpoint(run: Path) -> Path | None:
+    """The checkpoint with the lowest validation loss, of those that are there and have one."""
+    states = {step_of(folder): _state(folder) for folder in checkpoints(run)}
+    newest = next((state for state in states.values() if state), None)
+    if newest is None or newest.best_step not in states:
+        return None
+    return next(folder for folder in checkpoints(run) if step_of(folder) == newest.best_step)
+
+
+def find_model_folder(
+    where: Path | None, skipped: Callable[[str], None], *, best: bool = False
+) -> Path:
+    """A model folder from a run, a checkpoint or a Hugging Face folder; without any, from the
+    newest run in runs/. Of a run, its newest checkpoint, or with `best` the one with the lowest
+    validation loss."""
+    if where is None:
+        runs = [path.parent for path in Path("runs").glob("*/run.yaml") if checkpoints(path.parent)]
+        if not runs:
+            raise CheckpointError(
+                "runs/: no run with a checkpoint; train one with 'pretrain train', or name a folder"
+            )
+        where = max(runs, key=lambda run: checkpoints(run)[0].stat().st_mtime)
+    if not where.exists():
+        raise CheckpointError(f"{where}: no such run, checkpoint or model folder")
+    if best:
+        where = _best(where)
+    if (where / "config.json").is_file():
+        if (where / "training").is_dir() and (reason := damage(where, model_only=True)):
+            raise CheckpointError(f"{reason}; use another checkpoint")
+        return where
+    newest = newest_intact(where, skipped, model_only=True)
+    if newest is None:
+        raise CheckpointError(
+            f"{where}: neither a run with checkpoints nor a model folder (no config.json)"
+        )
+    return newest
+
+
+def _best(run: Path) -> Path:
+    if (run / "config.json").is_file():
+        raise ConfigError(f"--best: {run} is one model folder; give a run, or leave --best out")
+    best = best_checkpoint(run)
+    if best is None:
+        raise CheckpointError(
+            f"{run}: none of its checkpoints has a validation loss; leave --best out"
+        )
+    return best
+
+
+# --- which are kept ------------------------------------------------------------------------------
+
+
+def rotate(run: Path, train: TrainSettings) -> list[Path]:
+    """Remove the checkpoints beyond those to keep: the newest, the best by validation loss, one
+    every so many steps, and the last that is known finite. Returns those that were removed."""
+    found = checkpoints(run)
+    return _remove_all_but(_kept(found, train, train.keep_checkpoints), found)
+
+
+def make_room(run: Path, train: TrainSettings) -> list[Path]:
+    """Remove what a rotation would once one more checkpoint is there, before it is.
+
+    The one to go on from if that one never comes is read first, all of it: it stays, and it is
+    intact and finite.
+    """
+    found = checkpoints(run)
+    kept = _kept(found, train, train.keep_checkpoints - 1)
+    for folder in found:
+        if damage(folder) is None and read_state(folder).finite:
+            return _remove_all_but(kept | {folder}, found)
+    return []
+
+
+def abandon_later(run: Path, step: int) -> list[Path]:
+    """Rename the checkpoints beyond this step, which a run that goes on from it leaves behind."""
+    later = [folder for folder in checkpoints(run) if step_of(folder) > step]
+    for folder in later:
+        aside = folder.with_name(f"abandoned-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+    return later
+
+
+def sweep(run: Path) -> None:
+    """Remove what a run that was killed in the middle of writing or removing left behind."""
+    for leftover in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint: it is there whole, or not there."""
+    aside = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _kept(found: list[Path], train: TrainSettings, newest: int) -> set[Path]:
+    """Of the checkpoints found, newest first, those to keep."""
+    states = {folder: _state(folder) for folder in found}
+    kept = set(found[:newest])
+    kept |= set([folder for folder, state in states.items() if state and state.finite][:1])
+    if train.keep_every is not None:
+        kept |= {folder for folder in found if step_of(folder) % train.keep_every == 0}
+    if train.keep_best:
+        best = next((state.best_step for state in states.values() if state), None)
+        kept |= {folder for folder in found if step_of(folder) == best}
+    return kept
+
+
+def _remove_all_but(kept: set[Path], found: list[Path]) -> list[Path]:
+    beyond = [folder for folder in found if folder not in kept]
+    for folder in beyond:
+        remove(folder)
+    return beyond
+
+
+def _state(folder: Path) -> State | None:
+    try:
+        return read_state(folder)
+    except CheckpointError:
+        return None

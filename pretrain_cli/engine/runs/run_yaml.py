@@ -1,0 +1,121 @@
+"""run.yaml read back, and what a resumed run may change of it. Without torch, so that a command can
+know a run's settings before torch is loaded."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pretrain_cli.config.run_config import RunConfig, check_config
+from pretrain_cli.errors import CheckpointError, ConfigError
+from pretrain_cli.model.config import FIELDS, ModelConfig, variant
+from pretrain_cli.model.presets import preset
+
+RECORD = "run.yaml"
+# How long a run goes, where and how fast, and what it reports and keeps: none changes what a step
+# learns. (More steps stretch the schedule, which is told.) All speed settings are such, too.
+SAFE = {
+    "data.path",  # the fingerprint still has to be the same
+    "data.tokenizer",
+    "train.steps",
+    "train.tokens",
+    "train.micro_batch_size",
+    "train.device",
+    "train.parallel",
+    "train.log_every",
+    "train.eval_every",
+    "train.checkpoint_every",
+    "train.max_rollbacks",
+    "train.keep_checkpoints",
+    "train.keep_best",
+    "train.keep_every",
+    "train.max_shard_size",
+    "train.max_time",
+    "train.sample_prompts",
+    "train.sample_tokens",
+    "train.sample_every",
+    "train.log",
+}
+ORDER = "it decides which sample is the next, and some would come twice or never"
+REFUSED = {
+    "model": "the weights are of that model",
+    "data.seq_len": ORDER,
+    "data.packing": ORDER,
+    "train.seed": ORDER,
+    "train.out": "a run is where its folder is; move that",
+    "optimizer.name": "what is saved is the other optimizer's state",
+}
+"""Settings, or a whole section, with the reason. What is in neither of the two changes what is
+learned from then on, as a learning rate does, and needs --allow-change."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """run.yaml of a run that exists."""
+
+    settings: dict[str, Any]
+    asked: dict[str, Any]
+    model: ModelConfig
+    model_name: str
+    data_name: str
+    data_fingerprint: str
+    machine: str
+    micro_batch_size: int
+
+
+def read_record(run: Path) -> Record:
+    """run.yaml of a run folder."""
+    path = run / RECORD
+    if not path.is_file():
+        raise CheckpointError(f"{run}: no {RECORD}; --resume takes the folder of a run")
+    try:
+        raw = yaml.safe_load(path.read_text())
+        model = dict(raw["model"])
+        name = model.pop("name")
+        data = raw["dataset"]["path"], raw["dataset"]["fingerprint"]
+        machine = raw["machine"]["device"], raw["machine"]["micro_batch_size"]
+        settings, asked = raw["settings"], raw["asked"]
+        if missing := set(FIELDS) - set(model):
+            raise KeyError(missing)
+    except (yaml.YAMLError, KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{path}: damaged; copy it back from a backup") from None
+    # every field is in the file, so nothing of the preset it starts from is left
+    return Record(settings, asked, variant(preset("gemma3-tiny"), model), name, *data, *machine)
+
+
+def resumed_settings(
+    record: Record, changed: RunConfig, *, allow_change: bool = False
+) -> RunConfig:
+    """The settings that a resumed run goes on with, or ConfigError about a change that it can't
+    have, or can have only where it is allowed."""
+    for name, before, now in differences(check_config(record.settings), changed):
+        section = name.partition(".")[0]
+        differs = f"{name}: {now} differs from the run's {before}"
+        if reason := REFUSED.get(name, REFUSED.get(section)):
+            raise ConfigError(
+                f"{differs}; a resumed run keeps it: {reason}. Start a new run, from these weights "
+                "with --init-from"
+            )
+        if section != "speed" and name not in SAFE and not allow_change:
+            raise ConfigError(
+                f"{differs}; from here on the run would learn as another one does. If that is "
+                "meant, add --allow-change"
+            )
+        if name == "train.tokens_per_step" and changed.train.tokens is not None:
+            raise ConfigError(
+                f"{differs}, and how many steps come to --tokens {changed.train.tokens} is counted "
+                "in steps of one size; give --steps"
+            )
+    return changed
+
+
+def differences(before: RunConfig, now: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    """(setting, before, now) of each that differs."""
+    old, new = before.model_dump(), now.model_dump()
+    for section, values in new.items():
+        for key in values | old[section]:
+            one, other = old[section].get(key), values.get(key)
+            if one != other:
+                yield f"{section}.{key}", one, other

@@ -1,0 +1,170 @@
+"""TensorBoard and Weights & Biases, fed with the events that metrics.jsonl and samples.jsonl keep.
+
+    StepMetrics ── train/loss, train/mfu, …          Evaluation ── validation/loss, …
+    Sample ─────── sample/PROMPT
+
+Both are extras. Neither can take back what it was given, and a run that was killed does some steps
+again: TensorBoard is told to forget them, Weights & Biases is not sent them twice.
+"""
+
+import html
+import importlib
+import importlib.util
+import json
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from pretrain_cli.engine.runs.events import Evaluation, Event, Notice, Report, Sample, StepMetrics
+from pretrain_cli.errors import ConfigError
+
+GROUPS: dict[type, str] = {StepMetrics: "train", Evaluation: "validation", Sample: "sample"}
+
+
+class Tracker(Protocol):
+    def write(self, event: StepMetrics | Evaluation | Sample) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """ConfigError where the package of one is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"train.log: '{name}' is a package that is not installed; "
+                f"pip install 'pretrain[{name}]', or leave it out"
+            )
+
+
+def open_trackers(
+    names: Sequence[str], run: Path, settings: dict[str, Any], report: Report, *, step: int
+) -> list[Tracker]:
+    """Those asked for, of a run that goes on from this step."""
+    opened: list[Tracker] = []
+    for name in names:
+        if name == "tensorboard":
+            opened.append(TensorBoard(run, step=step))
+        else:
+            opened.append(WeightsAndBiases(run, settings, report))
+    return opened
+
+
+def track(trackers: list[Tracker], event: Event, report: Report) -> None:
+    """Give each an event that is for it."""
+    if isinstance(event, StepMetrics | Evaluation | Sample):
+        have_each(trackers, lambda tracker: tracker.write(event), report)
+
+
+def have_each(trackers: list[Tracker], do: Callable[[Tracker], None], report: Report) -> None:
+    """Have each do something. One that the disk is too full for is left out from there on: nothing
+    of the run depends on it."""
+    for tracker in list(trackers):
+        try:
+            do(tracker)
+        except OSError as error:
+            trackers.remove(tracker)
+            said = error.strerror or error
+            report(Notice(f"{type(tracker).__name__}: {said}; it is given no more of this run"))
+
+
+def numbers(event: StepMetrics | Evaluation) -> dict[str, float]:
+    """The event's numbers by group and name: train/loss, validation/sources/data/web/loss."""
+    found: dict[str, float] = {}
+
+    def gather(prefix: str, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                gather(f"{prefix}/{name}", value)
+            elif name not in ("step", "time") and isinstance(value, int | float):
+                found[f"{prefix}/{name}"] = value
+
+    gather(GROUPS[type(event)], asdict(event))
+    return found
+
+
+class TensorBoard:
+    """`tensorboard --logdir RUN`: event files in RUN/tensorboard."""
+
+    def __init__(self, run: Path, *, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # events of later steps, of an earlier process, are not shown
+        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+    def write(self, event: StepMetrics | Evaluation | Sample) -> None:
+        if isinstance(event, Sample):
+            text = f"    {event.prompt}{event.text}".replace("\n", "\n    ")  # as it is
+            self.writer.add_text(f"sample/{event.prompt or 'no prompt'}", text, event.step)
+            return
+        for name, value in numbers(event).items():
+            self.writer.add_scalar(name, value, event.step, walltime=event.time)
+
+    def flush(self) -> None:
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """One W&B run for all processes of a run; its id is kept in RUN/wandb.json. WANDB_MODE=offline
+    keeps it in RUN/wandb, for `wandb sync` later."""
+
+    def __init__(self, run: Path, settings: dict[str, Any], report: Report) -> None:
+        wandb: Any = importlib.import_module("wandb")
+        self.wandb = wandb
+        self.path = run / "wandb.json"
+        kept = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        self.id: str = kept.get("id") or secrets.token_hex(4)
+        self.sent: dict[str, int] = kept.get("sent", {})
+        self.before = dict(self.sent)
+        """The last step of each group that earlier processes sent."""
+        try:
+            self.run = wandb.init(
+                project="pretrain",
+                name=run.name,
+                id=self.id,
+                resume="allow",
+                dir=str(run),
+                config=settings,
+                settings=wandb.Settings(console="off", silent=True),
+            )
+        except wandb.Error as error:
+            said = " ".join(str(error).split())
+            raise ConfigError(
+                f"train.log: wandb can't begin ({said}); run 'wandb login', or set "
+                "WANDB_MODE=offline"
+            ) from None
+        self._keep()
+        self.run.define_metric("*", step_metric="step")
+        report(Notice(f"Weights & Biases: {self.run.url or self.run.dir}"))
+
+    def write(self, event: StepMetrics | Evaluation | Sample) -> None:
+        group = GROUPS[type(event)]
+        if event.step <= self.before.get(group, -1):
+            return
+        if isinstance(event, Sample):
+            text = f"<pre>{html.escape(event.prompt + event.text)}</pre>"
+            values = {f"sample/{event.prompt or 'no prompt'}": self.wandb.Html(text)}
+        else:
+            values = numbers(event)
+        self.run.log({"step": event.step, **values})
+        self.sent[group] = event.step
+        self._keep()
+
+    def _keep(self) -> None:
+        """Aside, then renamed; not flushed, as it is done for every line."""
+        aside = self.path.with_name(".wandb.json.partial")
+        aside.write_text(json.dumps({"id": self.id, "sent": self.sent}) + "\n")
+        aside.replace(self.path)
+
+    def flush(self) -> None:
+        """Its own process writes what it is given at once."""
+
+    def close(self) -> None:
+        self.run.finish()

@@ -1,0 +1,70 @@
+"""The most that a device computes in a second, which MFU is a share of: what its maker states and
+what a matrix product reaches, both with their source.
+"""
+
+import functools
+import time
+from dataclasses import dataclass
+
+import torch
+
+from pretrain_cli.engine.runtime.gpu_specs import stated_for
+
+LARGEST = 8192
+PRODUCTS = 16
+"""Matrices grow as long as so many products of the next size fit in the time there is."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """FLOP/s of one device."""
+
+    flops: float
+    """What MFU is a share of: stated where the device is in the table, else measured."""
+    source: str
+    measured: float
+
+
+def find_peak(device: torch.device, dtype: torch.dtype, *, seconds: float) -> Peak:
+    """The device's peak in this type, measured for about so many seconds."""
+    measured, size = _measure(device, dtype, seconds)
+    name, stated = _stated(device, dtype)
+    if stated is not None:
+        return Peak(stated, f"stated for {name}, dense bfloat16", measured)
+    source = f"measured, {size}³ matrix product in {str(dtype).removeprefix('torch.')}"
+    return Peak(measured, source, measured)
+
+
+def _stated(device: torch.device, dtype: torch.dtype) -> tuple[str, float | None]:
+    """(the device's name, its peak as stated); None where that is not known, or another type's."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return device.type, None
+    name = torch.cuda.get_device_name(device)
+    stated = stated_for(name)
+    return name, stated.flops if stated else None
+
+
+@functools.cache
+def _measure(device: torch.device, dtype: torch.dtype, seconds: float) -> tuple[float, int]:
+    """(the best FLOP/s of a square matrix product, its size), once in a process.
+
+    Sizes grow while products are short: a large one on a slow device would take longer than there
+    is time for, a small one on a fast device never reach its peak."""
+    generator = torch.Generator(device).manual_seed(0)  # the run's own is left alone
+    best, best_size, size, matrix = 0.0, 0, 128, None
+    until = time.perf_counter() + seconds
+    while matrix is None or time.perf_counter() < until:
+        if matrix is None:
+            matrix = torch.randn(size, size, device=device, generator=generator).to(dtype)
+            (matrix @ matrix)[0, 0].item()  # the library sets itself up
+        began = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()  # waits for the device
+        took = time.perf_counter() - began
+        if 2 * size**3 / took > best:
+            best, best_size = 2 * size**3 / took, size
+        if 8 * took < seconds / PRODUCTS and size < LARGEST:
+            size, matrix = 2 * size, None
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return best, best_size

@@ -1,0 +1,209 @@
+"""Settings of the whole process, most of them made before torch is loaded or at once after.
+
+passive_threads     OpenMP threads that wait for each other spin briefly and then sleep. Spinning on
+                    and on is slower where anything else wants a core; sleeping at once
+                    (OMP_WAIT_POLICY=PASSIVE, tried and left) is slower where nothing does, most of
+                    all for a small model. Read when torch is loaded.
+keep_freed_memory   glibc keeps freed memory for the next step instead of giving it back to the
+                    kernel and faulting it in again, page by page: a vocabulary's gradients are
+                    hundreds of megabytes.
+huge_pages          Large buffers in pages of 2 MB, where the kernel gives them to whoever asks: a
+                    token reads every weight once, and by 4 KB at a time waits for addresses too.
+                    Taken by `auto` to write text and to evaluate, though they give little: of a
+                    gemma3-270m in float32 1.03 × the tokens, compiled 1.01 ×, both within the
+                    spread (`pretrain benchmark sample --vs speed.huge_pages=false`). A qwen3-small
+                    trains no faster with them, and takes 7 % more memory; where freed memory is
+                    given back, and comes again as zeros, a step takes 1.4 times as long (`pretrain
+                    benchmark --ablate`). Read by torch at its first buffer.
+
+Tokenizing wants the opposite, `give_back_memory`: blocks of many sizes come and go there, and kept
+they leave ever more gaps.
+
+This module imports no torch, so that a command can call `before_torch` first.
+"""
+
+import ctypes
+import math
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pretrain_cli.config.run_config import SpeedConfig
+from pretrain_cli.errors import ConfigError, did_you_mean
+
+PROCESS_SETTINGS = (
+    "float32_matmul",
+    "onednn_matmul",
+    "passive_threads",
+    "keep_freed_memory",
+    "huge_pages",
+    "cudnn_benchmark",
+    "expandable_segments",
+    "deterministic",
+)
+"""Speed settings that hold for the whole process, whatever it computes."""
+LATE = "torch was loaded before it could be set"
+SPINS, BRIEF = "GOMP_SPINCOUNT", "1000"
+POLICY = "OMP_WAIT_POLICY"
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+KINETO_LEVEL = "KINETO_LOG_LEVEL"
+GIVEN = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+CGROUPS = Path("/sys/fs/cgroup")
+# mallopt's numbers, in glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
+
+
+_LOADED = time.monotonic()
+
+
+def age() -> float:
+    """Seconds since this process began; where the system has no /proc, since it loaded this."""
+    try:
+        began = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return time.monotonic() - _LOADED
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(began) / os.sysconf("SC_CLK_TCK")
+
+
+def available_memory() -> int | None:
+    """Bytes that this process can still take, by the kernel and by its control groups; None where
+    the system doesn't say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    for line in groups:
+        if line.startswith("0::/"):  # version 2; a limit on any group above holds, too
+            group = CGROUPS / line[4:]
+            free += [_left_of(each) for each in (group, *group.parents) if each.is_dir()]
+    return int(min(free)) if free else None
+
+
+def _left_of(group: Path) -> float:
+    """Of a control group's limit; cached files count as free, as they make way."""
+    try:
+        limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
+        cached = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)
+    except OSError:
+        return math.inf
+    if limit.strip() == "max":
+        return math.inf
+    return int(limit) - int(used) + int(cached[1] if cached else 0)
+
+
+def before_torch(asked: SpeedConfig, *, writing: bool = False) -> None:
+    """Set what torch reads when it is loaded, unless the environment says it or torch is there
+    already. `writing`: as in `huge_pages`."""
+    if "torch" in sys.modules:
+        return
+    if asked.passive_threads is not False and POLICY not in os.environ:
+        os.environ.setdefault(SPINS, BRIEF)
+    if _wants_huge_pages(asked.huge_pages, writing):
+        os.environ.setdefault(HUGE_PAGES, "1")
+
+
+def hush_profiler() -> None:
+    """Have Kineto, which torch profiles with, say nothing, unless the environment says what it
+    does: what it says of every profile (USDT) has a higher level than its errors. Before torch is
+    loaded; processes that are started from this one have it too."""
+    os.environ.setdefault(KINETO_LEVEL, "6")
+
+
+def passive_threads(asked: bool | str) -> tuple[bool, str]:
+    """(whether waiting threads sleep soon, why where that is not what was asked)."""
+    policy = os.environ.get(POLICY, "")
+    in_force = policy.upper() == "PASSIVE" or (not policy and SPINS in os.environ)
+    if asked == in_force:
+        return in_force, ""
+    if asked == "auto" and in_force:
+        return in_force, "other programs may want a core"
+    if policy or SPINS in os.environ:
+        return in_force, f"{POLICY} or {SPINS} is set in the environment"
+    return in_force, LATE
+
+
+def keep_freed_memory(asked: bool | str, device_type: str) -> tuple[bool, str]:
+    """(whether freed memory is kept, why where that is not what was asked)."""
+    if asked is False:
+        return False, ""
+    if device_type != "cpu":
+        return False, "a setting of the CPU's memory"
+    if platform.libc_ver()[0] != "glibc":
+        return False, "this system's malloc is not glibc's"
+    return True, "" if asked is True else "no memory is faulted in again at each step"
+
+
+def huge_pages(asked: bool | str, device_type: str, *, writing: bool) -> tuple[bool, str]:
+    """(whether large buffers are in huge pages, why where that is not what was asked). `writing`:
+    whether text is written, or evaluated, and nothing trained."""
+    if device_type != "cpu":
+        return False, "" if asked is False else "a setting of the CPU's memory"
+    given = _huge_pages_given()
+    if given == "always":
+        return True, "" if asked is True else "this system gives them unasked"
+    if given != "madvise":
+        return False, "" if asked is False else "this system gives none"
+    wanted, taken = _wants_huge_pages(asked, writing), os.environ.get(HUGE_PAGES) == "1"
+    if taken != wanted and HUGE_PAGES in os.environ:
+        return taken, f"{HUGE_PAGES} is set in the environment"
+    if taken != wanted:
+        return taken, LATE
+    if asked != "auto":
+        return taken, ""
+    return taken, "a token reads every weight once" if taken else "training is no faster with them"
+
+
+def _wants_huge_pages(asked: bool | str, writing: bool) -> bool:
+    return writing if asked == "auto" else bool(asked)
+
+
+def _huge_pages_given() -> str:
+    """always, madvise (to who asks) or never; nothing where the system has no such pages."""
+    try:
+        chosen = re.search(r"\[(\w+)\]", GIVEN.read_text())
+    except OSError:
+        return ""
+    return chosen[1] if chosen else ""
+
+
+def check_process_settings(option: str, assignments: Iterable[str]) -> None:
+    """Refuse what is not `speed.NAME=VALUE` of a setting of the whole process."""
+    known = [f"speed.{name}" for name in PROCESS_SETTINGS]
+    for assignment in assignments:
+        name, equals, _ = assignment.partition("=")
+        if not equals or name not in known:
+            raise ConfigError(
+                f"{option} {assignment}: not NAME=VALUE of one of {', '.join(known)}"
+                + did_you_mean(name, known)
+            )
+
+
+def keep_compiled(folder: Path) -> None:
+    """Have torch.compile keep what it makes in this folder, and look there first, unless the
+    environment names another. Before anything is compiled."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder.absolute()))
+
+
+def apply_memory(keep: bool) -> None:
+    """Have glibc keep what is freed. It holds for the rest of the process."""
+    if keep:
+        libc: Any = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(_M_TOP_PAD, 64 * 2**20)
+
+
+def give_back_memory() -> None:
+    """Have glibc give back what is freed, rather than find out what size of it to keep. It holds
+    for the rest of the process, and for those that are forked from it."""
+    if platform.libc_ver()[0] == "glibc":
+        libc: Any = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**18)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**20)

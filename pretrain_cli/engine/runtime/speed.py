@@ -1,0 +1,283 @@
+"""The speed settings: what was asked, what is in force here, and why where the two differ.
+
+Each is a field of SpeedConfig. `auto` takes what suits the device. What the device can't do is
+refused where something else would have to stand in, and said where it merely has no effect.
+"""
+
+import contextlib
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pretrain_cli.config.run_config import SpeedConfig
+from pretrain_cli.engine.runtime import onednn, process_settings
+from pretrain_cli.engine.runtime.gpu_specs import FLOAT8
+from pretrain_cli.errors import ConfigError
+from pretrain_cli.model import float8
+from pretrain_cli.model.attention_backends import BACKENDS
+from pretrain_cli.model.config import ModelConfig
+from pretrain_cli.model.decoder import Decoder
+from pretrain_cli.model.parameter_map import Merged
+
+DETERMINISM = (
+    "the same sums in the same order every time. Gradients of attention and of the embedding take "
+    "longer on a GPU, fresh memory is filled, and what has no such kernel is refused"
+)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One setting as asked and as in force."""
+
+    setting: str
+    asked: Any
+    in_force: Any
+    reason: str
+    """Empty where what was asked is in force."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The settings in force, one decision each."""
+
+    decisions: dict[str, Decision]
+
+    def __getattr__(self, setting: str) -> Any:
+        try:
+            return self.decisions[setting].in_force
+        except KeyError:
+            raise AttributeError(setting) from None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of activations, and of all products that are not in float8."""
+        return torch.bfloat16 if self.dtype == "float8" else getattr(torch, self.dtype)
+
+    def record(self) -> dict[str, dict[str, Any]]:
+        """For run.yaml and benchmark files: setting to asked, in_force and reason."""
+        return {
+            name: {"asked": d.asked, "in_force": d.in_force}
+            | ({"reason": d.reason} if d.reason else {})
+            for name, d in self.decisions.items()
+        }
+
+    def departures(self) -> list[str]:
+        """A line for each setting that is not in force as it was asked for."""
+        return [
+            f"speed.{d.setting}: {d.in_force}, {d.reason}"
+            for d in self.decisions.values()
+            if d.asked not in ("auto", d.in_force)
+        ]
+
+
+def resolve_speed(
+    asked: SpeedConfig, device: torch.device, *, training: bool = True, writing: bool = False
+) -> Speed:
+    """Decide every setting for this device; `writing`: for writing text, or evaluating it. Raises
+    ConfigError for a backend that can't train, and for float8 where it can't be used."""
+    decide = {
+        "attention": lambda asked, device: _attention(asked, device, training),
+        "dtype": lambda value, device: _dtype(value, device, training, asked.compile),
+        "float32_matmul": _float32_matmul,
+        "onednn_matmul": onednn.onednn_matmul,
+        "compile": _compile,
+        "fused_optimizer": _fused_optimizer,
+        "passive_threads": lambda asked, _: process_settings.passive_threads(asked),
+        "keep_freed_memory": lambda asked, device: process_settings.keep_freed_memory(
+            asked, device.type
+        ),
+        "huge_pages": lambda asked, device: process_settings.huge_pages(
+            asked, device.type, writing=writing
+        ),
+        "cudnn_benchmark": _cudnn_benchmark,
+        "expandable_segments": _expandable_segments,
+    }
+    if asked.deterministic:
+        decide["cudnn_benchmark"] = _no_benchmark
+    decisions = {}
+    for setting, value in asked.model_dump().items():
+        if setting == "recompute_cheap":
+            in_force, reason = _recompute_cheap(value, device, decisions["compile"].in_force)
+        elif setting in decide:
+            in_force, reason = decide[setting](value, device)
+        else:
+            in_force, reason = value, ""
+        decisions[setting] = Decision(setting, value, in_force, reason)
+    return Speed(decisions)
+
+
+def apply_process_settings(speed: Speed) -> None:
+    """Set what holds for the whole process. Before any tensor is made."""
+    process_settings.apply_memory(speed.keep_freed_memory)
+    torch.set_float32_matmul_precision(speed.float32_matmul)
+    onednn.apply(speed.onednn_matmul)
+    torch.backends.cudnn.benchmark = speed.cudnn_benchmark
+    torch.backends.cudnn.deterministic = speed.deterministic
+    torch.use_deterministic_algorithms(speed.deterministic)
+    if speed.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    if torch.cuda.is_available():
+        # The environment is read when CUDA starts, which was when the device was looked for.
+        torch.cuda.memory._set_allocator_settings(
+            f"expandable_segments:{speed.expandable_segments}"
+        )
+
+
+@contextlib.contextmanager
+def only_deterministic(speed: Speed) -> Iterator[None]:
+    """An operation that has no deterministic kernel is the setting's mistake, and no bug."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not speed.deterministic or "deterministic implementation" not in str(error):
+            raise
+        operation = str(error).split(" does not")[0]
+        raise ConfigError(
+            f"speed.deterministic: {operation} has no deterministic kernel on this device; leave "
+            "--deterministic out, or choose another --attn"
+        ) from None
+
+
+def build_model(config: ModelConfig, speed: Speed, device: torch.device) -> Decoder:
+    """The decoder with these settings, its weights allocated and not yet set."""
+    with torch.device("meta"):
+        model = Decoder(
+            config,
+            attention=speed.attention,
+            dtype=speed.compute_dtype,
+            merged=Merged(speed.merged_qkv, speed.merged_gate_up),
+            chunked_loss=speed.chunked_loss,
+            activation_checkpointing=speed.activation_checkpointing,
+        )
+    if speed.dtype == "float8":
+        check_float8(config)
+        float8.multiply_by(model, float8.float8_product())
+    return model.to_empty(device=device)
+
+
+def check_float8(config: ModelConfig) -> None:
+    """Refuse a model that can't be trained in float8."""
+    if reason := float8.no_float8(config):
+        raise ConfigError(f"speed.dtype: 'float8' can't be used: {reason}; use bfloat16")
+
+
+def compile_blocks(model: Decoder, speed: Speed) -> None:
+    """Compile what of the model is worth it, in place."""
+    if speed.compile:
+        model.compile_parts(recompute_cheap=speed.recompute_cheap)
+
+
+def _attention(asked: str, device: torch.device, training: bool) -> tuple[str, str]:
+    if asked == "auto":
+        if device.type == "cpu":
+            return "blocks", "on a CPU the fastest"
+        return "sdpa", "PyTorch's fused kernels, sliding windows folded into blocks"
+    reason = BACKENDS[asked].unavailable(device, training)
+    if reason:
+        raise ConfigError(f"speed.attention: '{asked}' can't be used: {reason}; use auto")
+    return asked, ""
+
+
+def _dtype(
+    asked: str, device: torch.device, training: bool, compile_asked: bool | str
+) -> tuple[str, str]:
+    if asked == "float8":
+        reason = float8_unavailable(device, compile_asked) if training else "it is a way to train"
+        if reason:
+            raise ConfigError(f"speed.dtype: 'float8' can't be used: {reason}; use bfloat16")
+    if asked != "auto":
+        return asked, ""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16", "this GPU multiplies in bfloat16; weights and optimizer stay float32"
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return "bfloat16", "this CPU multiplies in bfloat16; weights and optimizer stay float32"
+    return "float32", f"this {device.type} device has no fast bfloat16"
+
+
+def float8_unavailable(device: torch.device, compile_asked: bool | str) -> str:
+    """Why products can't be in float8 on this device; empty where they can."""
+    least = f"compute capability {FLOAT8[0]}.{FLOAT8[1]}"
+    if device.type != "cuda" or torch.version.hip:
+        return f"it is for NVIDIA's GPUs, from {least} on"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FLOAT8:
+        has = f"{capability[0]}.{capability[1]}"
+        return f"it takes {least}, and {torch.cuda.get_device_name(device)} has {has}"
+    if importlib.util.find_spec("torchao") is None:
+        return "torchao is not installed (pip install 'pretrain[float8]')"
+    compiled, why = _compile(compile_asked, device)
+    if not compiled:
+        return f"it is made to be compiled, and {why or 'compile is false'}"
+    return ""
+
+
+def _float32_matmul(asked: str, device: torch.device) -> tuple[str, str]:
+    if device.type != "cuda":
+        if asked in ("auto", "highest"):
+            return "highest", "" if asked == "highest" else "TF32 is a GPU's"
+        return "highest", f"'{asked}' is TF32 or bfloat16 on a GPU; it has no effect here"
+    return ("high", "TF32 for what stays in float32") if asked == "auto" else (asked, "")
+
+
+def _compile(asked: bool | str, device: torch.device) -> tuple[bool, str]:
+    if asked is False:
+        return False, ""
+    if device.type == "cpu":
+        if asked == "auto":
+            return False, "compiling on a CPU takes 10 to 40 seconds; worth it for long runs"
+        compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
+        if not any(name and shutil.which(name) for name in compilers):
+            return False, "no C++ compiler is installed (g++ or clang++)"
+    elif device.type == "cuda":
+        try:
+            import triton  # noqa: F401  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            return False, "Triton is not installed"
+    elif asked == "auto":
+        return False, f"not tried on {device.type}"
+    return True, "" if asked is True else "kernels fused across each block"
+
+
+def _recompute_cheap(asked: bool | str, device: torch.device, compiled: bool) -> tuple[bool, str]:
+    if asked is False:
+        return False, ""
+    if not compiled:
+        return False, "a setting of compiled blocks"
+    if device.type != "cpu":
+        return False, "what torch.compile keeps by itself is kept; not tried on a GPU"
+    return True, "" if asked is True else "as fast as reading them; a third fewer activations"
+
+
+def _fused_optimizer(asked: bool | str, device: torch.device) -> tuple[bool, str]:
+    if asked is False:
+        return False, ""
+    if device.type in ("cpu", "cuda", "mps"):
+        return True, "" if asked is True else "one pass over the parameters"
+    return False, f"PyTorch has no fused AdamW for {device.type}"
+
+
+def _no_benchmark(asked: bool | str, device: torch.device) -> tuple[bool, str]:
+    if asked is False:
+        return False, ""
+    return False, "it chooses kernels by their times, which differ from run to run"
+
+
+def _cudnn_benchmark(asked: bool | str, device: torch.device) -> tuple[bool, str]:
+    if asked is True and device.type == "cuda":
+        return True, ""
+    if asked is False:
+        return False, ""
+    return False, "it tunes convolutions, and these models have none"
+
+
+def _expandable_segments(asked: bool | str, device: torch.device) -> tuple[bool, str]:
+    if asked is False:
+        return False, ""
+    if device.type != "cuda":
+        return False, "a setting of the CUDA allocator"
+    return True, "" if asked is True else "less GPU memory lost to fragments"

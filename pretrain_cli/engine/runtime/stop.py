@@ -1,0 +1,176 @@
+"""Asked to stop: by a signal, or by the clock of train.max_time.
+
+What is under way looks whether it should stop wherever Python has control: between micro-steps,
+batches of an evaluation, tokens of a sample. It is then abandoned, and the run saved as the last
+whole step left it. A second signal ends the process at once, also while it waits in a kernel or
+for another rank: a thread sees to it. What is on disk is whole at any instant.
+
+This module imports no torch, so that a command can be asked to stop before torch is loaded.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from types import FrameType
+from typing import Protocol, Self, TypeVar
+
+from pretrain_cli.config.setting_types import seconds_of
+from pretrain_cli.engine.runtime.process_settings import age
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SAME_REQUEST = 1.0
+"""Seconds in which another signal is the first one again, by way of the launcher."""
+BETWEEN_AGREEMENTS = 2.0
+"""Seconds, about, in which several ranks agree once on whether to stop: it costs a host sync."""
+SPARE = 3.0
+"""Seconds of the clock left for what can't be measured: closing files, leaving the process."""
+
+T = TypeVar("T")
+
+
+class Stopped(Exception):
+    """What was under way is abandoned, as a stop was asked for."""
+
+
+class Several(Protocol):
+    """What of `Ranks` is needed here."""
+
+    @property
+    def world(self) -> int: ...
+
+    def mean(self, numbers: list[float]) -> list[float]: ...
+
+
+class StopRequest:
+    """Whether to stop: on a signal; when the process is as old as `limit`, a time as train.max_time
+    has it; once a run has `after_step` steps."""
+
+    def __init__(self, *, limit: str | None = None, after_step: int | None = None) -> None:
+        self.limit, self.after_step = limit, after_step
+        self.reason = ""
+        """Why this rank was asked to stop: a signal's name, or the limit."""
+        self.out_of_time = False
+        self.ranks: Several | None = None
+        self.agreed = False
+        self.save_seconds = 0.0
+        """What the last save took; until there is one, an estimate."""
+        self.gap, self.looked = 0.0, time.perf_counter()
+        self.polls, self.polls_between, self.agreed_at = 0, 1, time.perf_counter()
+        self.restore: dict[int, object] = {}
+        self.pipe: tuple[int, int] | None = None
+
+    # --- signals ---------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        """Take the signals, from now to the end of the block."""
+        if threading.current_thread() is threading.main_thread():
+            self.pipe = os.pipe()
+            os.set_blocking(self.pipe[1], False)
+            self.restore = {number: signal.signal(number, _left_to_thread) for number in SIGNALS}
+            self.wakeup = signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, args=(self.pipe[0],), daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.pipe is None:
+            return
+        signal.set_wakeup_fd(self.wakeup)
+        for number, handler in self.restore.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+        os.close(self.pipe[1])  # ends the thread
+        self.pipe = None
+
+    def _watch(self, pipe: int) -> None:
+        """Wait for signals: the interpreter writes each one's number into the pipe as it comes."""
+        first = 0.0
+        while number := os.read(pipe, 1):
+            if number[0] not in SIGNALS:
+                continue
+            if not first:
+                first = time.monotonic()
+                self.reason = self.reason or signal.Signals(number[0]).name
+            elif time.monotonic() - first > SAME_REQUEST:
+                os._exit(128 + number[0])
+        os.close(pipe)
+
+    # --- the clock -------------------------------------------------------------------------------
+
+    def saved(self, seconds: float) -> None:
+        """A save took so long."""
+        self.save_seconds = seconds
+
+    def paused(self) -> None:
+        """What went by since the last look was not training."""
+        self.looked = time.perf_counter()
+
+    @property
+    def room(self) -> float:
+        """Seconds before the limit at which to stop: two saves, as one may be under way, twice the
+        time from one look at the clock to the next, and some to spare."""
+        return 2 * self.save_seconds + 2 * self.gap + SPARE
+
+    def _look_at_the_clock(self) -> None:
+        now = time.perf_counter()
+        gap, self.looked = now - self.looked, now
+        self.gap = max(gap, self.gap - gap / 10)  # that of a first step, which compiles, wears off
+        if self.limit and not self.reason and age() + self.room >= seconds_of(self.limit):
+            self.reason, self.out_of_time = f"train.max_time: {self.limit}", True
+
+    # --- asking ----------------------------------------------------------------------------------
+
+    @property
+    def asked(self) -> bool:
+        """Whether this rank was asked to."""
+        self._look_at_the_clock()
+        return bool(self.reason)
+
+    def agree(self) -> bool:
+        """Whether any rank was asked to. Every rank must call it, and waits for the others."""
+        asked = self.asked
+        if self.ranks is None or self.ranks.world == 1:
+            self.agreed = asked
+        elif not self.agreed:
+            now = time.perf_counter()
+            share, seconds = self.ranks.mean([float(asked), now - self.agreed_at])
+            self.agreed = share > 0
+            allowed = int(self.polls_between * BETWEEN_AGREEMENTS / max(seconds, 1e-3))
+            self.polls_between = max(1, min(allowed, 2 * self.polls_between))
+            self.polls, self.agreed_at = 0, now
+        return self.agreed
+
+    def poll(self) -> bool:
+        """As `agree`, but several ranks agree only once in a while: after as many calls as fill
+        that time, which they all make alike."""
+        self.polls += 1
+        alone = self.ranks is None or self.ranks.world == 1
+        if alone or self.polls >= self.polls_between:
+            return self.agree()
+        self._look_at_the_clock()
+        return self.agreed
+
+    def check(self) -> None:
+        """Raise Stopped where `poll` says so."""
+        if self.poll():
+            raise Stopped
+
+    def after(self, step: int) -> None:
+        """Raise Stopped at the step that the run was to stop after."""
+        if step == self.after_step:
+            raise Stopped
+
+    def check_here(self) -> None:
+        """Raise Stopped once this rank was asked to, whatever the others do."""
+        if self.asked:
+            raise Stopped
+
+    def until_asked(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, one by one; raises Stopped between two of them once this rank was asked to."""
+        for item in items:
+            self.check_here()
+            yield item
+
+
+def _left_to_thread(number: int, frame: FrameType | None) -> None:
+    """Python must have a handler of its own for a signal's number to be written to the pipe."""

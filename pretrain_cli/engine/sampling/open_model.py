@@ -1,0 +1,62 @@
+"""A model folder opened to be used, not trained: by sample, evaluate, verify and export."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from pretrain_cli.data.tokenizers.tokenizer import Tokenizer, read_tokenizer
+from pretrain_cli.engine.runs.run_yaml import RECORD, Record, read_record
+from pretrain_cli.engine.runtime.speed import (
+    Speed,
+    apply_process_settings,
+    build_model,
+    compile_blocks,
+)
+from pretrain_cli.errors import CheckpointError, ConfigError
+from pretrain_cli.model.config import ModelConfig
+from pretrain_cli.model.decoder import Decoder
+from pretrain_cli.model.formats.hf_config import read_config
+from pretrain_cli.model.formats.hf_weights import load_weights, say_left_out
+from pretrain_cli.model.inference.int8 import no_quantizing
+
+
+def open_model(
+    folder: Path, speed: Speed, device: torch.device, report: Callable[[str], None]
+) -> Decoder:
+    """The model of a folder, its weights set. What the folder holds beyond it is reported."""
+    config = read_config(folder)
+    apply_process_settings(speed)
+    model = build_model(config, speed, device)
+    left_out = load_weights(model, folder)
+    if left_out:
+        report(say_left_out(folder, left_out))
+    compile_blocks(model, speed)
+    return model.eval()
+
+
+def quantized(asked: str | None, config: ModelConfig) -> bool:
+    """Whether --quantize asks for int8. ConfigError for what is not to be had."""
+    if asked is None:
+        return False
+    if asked != "int8":
+        raise ConfigError(f"--quantize: '{asked}' is not int8")
+    if reason := no_quantizing(config):
+        raise ConfigError(f"--quantize: not of this model: {reason}; leave it out")
+    return True
+
+
+def folder_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer that lies beside a folder's weights."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no tokenizer.json; put the model's beside its weights")
+    return read_tokenizer(path, name=folder.name)
+
+
+def run_of(folder: Path) -> tuple[Path, Record] | None:
+    """The run that a checkpoint is of, and its run.yaml; None for any other model folder."""
+    run = folder.resolve().parent.parent
+    if folder.resolve().parent.name != "checkpoints" or not (run / RECORD).is_file():
+        return None
+    return run, read_record(run)

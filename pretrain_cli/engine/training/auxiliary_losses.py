@@ -1,0 +1,44 @@
+"""What a step minimizes beside the cross entropy, as numbers, and how its experts were used."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain_cli.engine.runtime.distributed import Ranks
+from pretrain_cli.model.decoder import Coefficients, Terms
+
+
+class OtherTerms:
+    """Of one step, added up over its micro-steps on the device; the CPU waits in `read` alone.
+
+    The z-loss is a mean over the step's tokens, like the loss. The balancing loss is not: f and P
+    are those of a micro-step's tokens on one rank, as transformers has them, and what is minimized
+    is the mean of these losses, by tokens. A larger micro-batch balances less strictly."""
+
+    def __init__(self, coefficients: Coefficients) -> None:
+        self.coefficients = coefficients
+        self.sums: Tensor | None = None
+        self.choices: Tensor | None = None
+
+    def add(self, terms: Terms) -> None:
+        sums = torch.stack([terms.z_loss, terms.balancing])
+        self.sums = sums if self.sums is None else self.sums + sums
+        if terms.choices is not None:
+            earlier = self.choices
+            self.choices = terms.choices if earlier is None else earlier + terms.choices
+
+    def read(self, ranks: Ranks) -> dict[str, Any]:
+        """For StepMetrics, of all ranks. Every rank must ask."""
+        assert self.sums is not None, "no micro-step was added"
+        z_loss, balancing = (ranks.sum(self.sums) / ranks.world).tolist()
+        numbers: dict[str, Any] = {"z_loss": z_loss} if self.coefficients.z_loss else {}
+        if self.choices is None:
+            return numbers
+        choices = ranks.sum(self.choices).cpu()  # (layers, E)
+        shares = choices.sum(0) / choices.sum()
+        return numbers | {
+            "balancing_loss": balancing,
+            "expert_load": [round(share, 6) for share in shares.tolist()],
+            "expert_overload": (choices.amax(1) / choices.mean(1)).max().item(),
+        }

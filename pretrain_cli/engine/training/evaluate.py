@@ -1,0 +1,101 @@
+"""The loss of the validation splits: every token once, whatever the batch shape and the ranks."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+from torch import Tensor, nn
+
+from pretrain_cli.data.batches import IGNORED, validation_batches
+from pretrain_cli.data.dataset import Dataset, Split
+from pretrain_cli.data.documents import document_numbers
+from pretrain_cli.data.mixture import Mixture
+from pretrain_cli.engine.runs.events import Evaluation, Validation
+from pretrain_cli.engine.runtime.distributed import Ranks, part_again
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    data: Mixture,
+    *,
+    step: int,
+    seq_len: int,
+    batch_size: int,
+    ranks: Ranks,
+    document_mask: bool = False,
+    check: Callable[[], object] = lambda: None,
+) -> Evaluation | None:
+    """Mean loss over all validation tokens, perplexity, and bits per byte of their text; where
+    there are several datasets, of each as well. None where none has anything to validate on.
+    `check` is called before every batch, by all ranks alike; what it raises ends it."""
+    sources = [source for source in data.sources if len(source.dataset.val.tokens) > 1]
+    if not sources:
+        return None
+    began = time.perf_counter()
+    shape = {"seq_len": seq_len, "batch_size": batch_size}
+    try:
+        sums = torch.stack(  # (sources, 2)
+            [
+                _summed(model, source.dataset, ranks, document_mask, check, **shape)
+                for source in sources
+            ]
+        )
+    finally:
+        part_again(model)
+    if ranks.world > 1:
+        sums = ranks.sum(sums.to(ranks.device))
+    splits = [source.dataset.val for source in sources]
+    each = {
+        source.name: _mean(row, [split])
+        for source, row, split in zip(sources, sums, splits, strict=True)
+    }
+    return Evaluation(
+        **asdict(_mean(sums.sum(0), splits)),
+        step=step,
+        time=time.time(),
+        evaluation_time=time.perf_counter() - began,
+        sources=each if len(data.sources) > 1 else {},
+    )
+
+
+def _summed(
+    model: nn.Module,
+    dataset: Dataset,
+    ranks: Ranks,
+    document_mask: bool,
+    check: Callable[[], object],
+    **shape: int,
+) -> Tensor:
+    """This rank's part of a dataset: its loss, summed, and the count of its targets. -> (2,)"""
+    total = torch.zeros(2, dtype=torch.float64)  # not every device has it
+    for inputs, targets in validation_batches(
+        dataset.val.tokens, rank=ranks.rank, world=ranks.world, **shape
+    ):
+        check()
+        documents = None
+        if document_mask:
+            numbers = document_numbers(inputs, dataset.separator, leads=dataset.separator_leads)
+            documents = torch.from_numpy(numbers).to(ranks.device)
+        total[0] += model(
+            torch.from_numpy(inputs).to(ranks.device),
+            torch.from_numpy(targets).to(ranks.device),
+            documents=documents,
+            normalizer=1,
+        ).item()
+        total[1] += int((targets != IGNORED).sum())
+    return total
+
+
+def _mean(sums: Tensor, splits: list[Split]) -> Validation:
+    summed, count = sums.tolist()
+    loss = summed / count
+    return Validation(
+        loss=loss,
+        perplexity=torch.tensor(loss, dtype=torch.float64).exp().item(),  # inf, not an error
+        bits_per_byte=summed / math.log(2) / max(sum(split.bytes for split in splits), 1),
+        tokens=int(count),
+        split_tokens=sum(len(split.tokens) - 1 + split.left_out for split in splits),
+    )

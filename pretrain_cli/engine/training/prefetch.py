@@ -1,0 +1,128 @@
+"""From the plan's data to batches on the device, the next one read while the current one trains."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pretrain_cli.data.batches import Batches, Samples
+from pretrain_cli.data.dataset import Dataset
+from pretrain_cli.data.opening import open_samples
+from pretrain_cli.data.packing import Packed
+from pretrain_cli.engine.planning.plan import Plan
+from pretrain_cli.engine.runs.events import Notice, Report
+from pretrain_cli.engine.runtime.distributed import Ranks
+from pretrain_cli.model.parts import part
+
+
+def open_batches(plan: Plan, ranks: Ranks, report: Report) -> Batches:
+    """The plan's training samples, in their order. An index of packed documents is built here,
+    where there is none."""
+    samples = [
+        _open_samples(source.dataset, plan, ranks, report) for source in plan.data.trained_on
+    ]
+    return Batches(
+        samples,
+        plan.data.weights([len(each) for each in samples]),
+        seq_len=plan.seq_len,
+        samples_per_step=plan.samples_per_step,
+        seed=plan.settings.train.seed,
+        documents=plan.settings.data.document_mask,
+        rank=ranks.rank,
+        world=ranks.world,
+    )
+
+
+def _open_samples(dataset: Dataset, plan: Plan, ranks: Ranks, report: Report) -> Samples:
+    def opened() -> Samples:
+        return open_samples(
+            dataset,
+            seq_len=plan.seq_len,
+            packing=plan.settings.data.packing,
+            say=lambda text: report(Notice(text)),
+        )
+
+    samples = opened() if ranks.is_first else None
+    if isinstance(samples, Packed):
+        report(Notice(f"{dataset.path}: {_what_became_of(samples)}"))
+    ranks.wait()
+    return opened() if samples is None else samples
+
+
+def _what_became_of(packed: Packed) -> str:
+    totals = packed.totals
+    return (
+        f"{totals.samples:,} samples of whole documents, {totals.share_filled(packed.seq_len):.2%} "
+        "of their places filled; "
+        f"{totals.cut_documents:,} documents are longer than a sample, and {totals.cut_tokens:,} "
+        f"of their tokens ({totals.cut_tokens / totals.tokens:.1%} of all) don't see the beginning"
+    )
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """A `Batch`, a rank's share of a step, in tensors."""
+
+    inputs: Tensor
+    targets: Tensor
+    documents: Tensor | None
+    counted: int
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Tensors":
+        """With every tensor changed so."""
+        documents = None if self.documents is None else change(self.documents)
+        return Tensors(change(self.inputs), change(self.targets), documents, self.counted)
+
+
+class Feed:
+    """Steps in order, from a sample on. `wait` is how long the last one kept training waiting."""
+
+    def __init__(
+        self, batches: Batches, *, first_sample: int, device: torch.device, prefetch: bool
+    ) -> None:
+        self.batches = batches
+        self.device = device
+        self.sample = first_sample
+        self.wait = 0.0
+        self.reader = ThreadPoolExecutor(1, "batches") if prefetch else None
+        self.coming: Future[Tensors] | None = None
+
+    def next(self) -> Tensors:
+        """This rank's share of the next step, on the device."""
+        asked = time.perf_counter()
+        with part("data"):
+            read = self.coming.result() if self.coming else self._read(self.sample)
+            self.sample += self.batches.samples_per_step
+            if self.reader:
+                self.coming = self.reader.submit(self._read, self.sample)
+            batch = self._placed(read)
+        self.wait = time.perf_counter() - asked
+        return batch
+
+    def at(self, sample: int) -> Tensors:
+        """This rank's share of another step, out of turn."""
+        return self._placed(self._read(sample))
+
+    def go_to(self, sample: int) -> None:
+        """Go on from this sample."""
+        self.sample, self.coming = sample, None
+
+    def _placed(self, batch: Tensors) -> Tensors:
+        return batch.each(lambda part: part.to(self.device, non_blocking=True))
+
+    def _read(self, sample: int) -> Tensors:
+        read = self.batches.starting_at(sample)
+        documents = None if read.documents is None else torch.from_numpy(read.documents)
+        batch = Tensors(
+            torch.from_numpy(read.inputs), torch.from_numpy(read.targets), documents, read.counted
+        )
+        if self.device.type == "cuda":  # a copy from pinned memory doesn't keep the CPU waiting
+            return batch.each(Tensor.pin_memory)
+        return batch
+
+    def close(self) -> None:
+        if self.reader:
+            self.reader.shutdown(wait=True, cancel_futures=True)

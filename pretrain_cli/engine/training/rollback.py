@@ -1,0 +1,156 @@
+"""What is done about steps that were skipped: a record of each, and after too many the way back.
+
+… 100 saved … 146 taken │ 147 ✗ 148 ✗ 149 ✗ … 156 ✗     ten in a row
+   └──────────────────── back to here, and on with the samples behind those of 156
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from pretrain_cli.engine.planning.plan import Plan
+from pretrain_cli.engine.runs import checkpoint, retention
+from pretrain_cli.engine.runs.checkpoint import State
+from pretrain_cli.engine.runs.events import Notice, Report, RolledBack
+from pretrain_cli.engine.runtime.distributed import Ranks, is_parted, place_like
+from pretrain_cli.engine.runtime.speed import build_model
+from pretrain_cli.engine.training.prefetch import Feed
+from pretrain_cli.engine.training.skipped_step import look_into
+from pretrain_cli.engine.training.step_guard import Guard, is_finite
+from pretrain_cli.errors import PretrainError
+from pretrain_cli.model.decoder import Decoder
+from pretrain_cli.model.formats.hf_weights import load_weights
+
+
+class Recovery:
+    """Learns from the guard what became of a run's steps, and finds the way back where it must."""
+
+    def __init__(
+        self,
+        guard: Guard,
+        plan: Plan,
+        run: Path,
+        ranks: Ranks,
+        report: Report,
+        feed: Feed,
+        decoder: Decoder,
+        model: nn.Module,
+        optimizer: Optimizer,
+    ) -> None:
+        self.guard, self.plan, self.run, self.ranks, self.report = guard, plan, run, ranks, report
+        self.feed, self.decoder, self.model, self.optimizer = feed, decoder, model, optimizer
+        self.astray = ""
+        """Why the run must go back before it goes on; empty where it need not."""
+        self.back_at = -1
+        self._see_whether_astray("")
+
+    def settle(self, state: State) -> State:
+        """Learn what became of the steps up to this one, and report those that were skipped. Waits
+        for the device."""
+        verdicts = self.guard.read()
+        steps = range(state.step - len(verdicts) + 1, state.step + 1)
+        taken = [step for step, each in zip(steps, verdicts, strict=True) if not each.in_a_row]
+        for step, verdict in zip(steps, verdicts, strict=True):
+            if not 0 < verdict.in_a_row <= self.guard.max_skips:  # beyond, it was not judged
+                continue
+            first = state.samples - (state.step - step + 1) * self.plan.samples_per_step
+            record = look_into(
+                verdict,
+                step=step,
+                samples=(first, first + self.plan.samples_per_step),
+                same_weights=not any(later > step for later in taken),
+                rollbacks=state.rollbacks,
+                plan=self.plan,
+                feed=self.feed,
+                decoder=self.decoder,
+                model=self.model,
+                ranks=self.ranks,
+            )
+            self.report(record)
+            self._see_whether_astray(verdict.reason)
+        if not verdicts:
+            return state
+        skipped = state.skipped + len(verdicts) - len(taken)
+        return replace(state, skipped=skipped, finite=state.step in taken)
+
+    def _see_whether_astray(self, reason: str) -> None:
+        if self.guard.is_exhausted:
+            last = f", the last because its {reason}" if reason else ""
+            self.astray = f"{self.guard.max_skips} steps in a row were skipped{last}"
+
+    def can_be_saved(self, state: State) -> bool:
+        """Whether all that a checkpoint would hold is finite; else the run is astray."""
+        if is_finite(self.optimizer, self.ranks):
+            return True
+        self.astray = "weights or the optimizer's moments are not finite"
+        self.report(Notice(f"Step {state.step:,} is not saved: {self.astray}"))
+        return False
+
+    def go_back(self, state: State) -> tuple[State, RolledBack]:
+        """To the last checkpoint known finite, and past the samples since; PretrainError where
+        there is none, or after too many times."""
+        limit = self.plan.settings.train.max_rollbacks
+        in_a_row = self.guard.last.in_a_row
+        first = state.step - in_a_row + 1
+        if first - 1 == self.back_at:  # from where the run has gone back to, no step was taken
+            first -= 1
+        folder = last_sound(self.run, first, self.ranks, self.report)
+        if folder is None or state.rollbacks >= limit:
+            why = f"{self.run} has no earlier checkpoint to go back to"
+            if folder is not None:
+                why = f"it went back {state.rollbacks} times, as train.max_rollbacks allows"
+            raise PretrainError(
+                f"step {state.step}: training diverged: {self.astray}, and {why}. Nothing of this "
+                "is saved; metrics.jsonl tells of the batches. Start again with a lower "
+                f"--learning-rate, or with --init-from an earlier checkpoint of {self.run}"
+            )
+        # Steps after the guard had given up were not judged: their samples are still to come.
+        unseen = max(0, in_a_row - self.guard.max_skips)
+        samples = state.samples - unseen * self.plan.samples_per_step
+        sound = restore(folder, self.decoder, self.optimizer, self.plan, self.ranks)
+        passed = (sound.samples, samples)
+        told = RolledBack(sound.step, state.step - unseen, self.astray, passed, state.rollbacks + 1)
+        self.guard.load_state_dict(sound.guard)
+        self.feed.go_to(samples)
+        self.back_at, self.astray = sound.step, ""
+        state = replace(
+            sound, samples=samples, passed=(*sound.passed, passed), rollbacks=told.rollbacks
+        )
+        return state, told
+
+
+def last_sound(run: Path, before: int, ranks: Ranks, report: Report) -> Path | None:
+    """The newest checkpoint below a step, of those that are intact and known finite: on every rank
+    the one that the first rank finds."""
+    step = -1
+    if ranks.is_first:
+        for folder in retention.checkpoints(run):
+            if retention.step_of(folder) >= before:
+                continue
+            if reason := checkpoint.damage(folder):
+                report(Notice(f"{reason}; skipped"))
+            elif checkpoint.read_state(folder).finite:
+                step = retention.step_of(folder)
+                break
+    step = int(ranks.sum(torch.tensor(step if ranks.is_first else 0, device=ranks.device)).item())
+    found = (folder for folder in retention.checkpoints(run) if retention.step_of(folder) == step)
+    return next(found, None)
+
+
+def restore(
+    folder: Path, decoder: Decoder, optimizer: Optimizer, plan: Plan, ranks: Ranks
+) -> State:
+    """Weights, optimizer and random numbers of a checkpoint, in a model that is being trained."""
+    if is_parted(decoder):
+        whole_model = build_model(plan.model, plan.speed, torch.device("cpu"))
+        load_weights(whole_model, folder)
+        parts = dict(decoder.named_parameters())
+        with torch.no_grad():
+            for name, value in whole_model.named_parameters():
+                parts[name].copy_(place_like(value, parts[name]))
+    else:
+        load_weights(decoder, folder)
+    return checkpoint.load_training_state(folder, decoder, optimizer)

@@ -1,0 +1,96 @@
+"""The run folder.
+
+runs/NAME/
+├── run.yaml            settings as resolved and as asked, speed in force, model, dataset, software
+├── metrics.jsonl       a line for each step reported and each evaluation
+├── samples.jsonl       text sampled from the model
+├── compile-cache/      what torch.compile made, for when the run goes on; safe to remove
+├── profile-step-*.json Chrome traces, with --profile
+└── checkpoints/step-000400/
+"""
+
+import dataclasses
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from pretrain_cli import __version__
+from pretrain_cli.engine.planning.plan import Plan, resolved
+from pretrain_cli.engine.runs.run_yaml import RECORD
+from pretrain_cli.engine.runtime.distributed import device_name
+from pretrain_cli.engine.runtime.peak_flops import Peak
+from pretrain_cli.errors import ConfigError
+from pretrain_cli.files import write_whole
+from pretrain_cli.model.config import ModelConfig
+
+RUNS = Path("runs")
+COMPILED = "compile-cache"
+
+
+def choose_folder(plan: Plan) -> Path:
+    """The folder of a new run: as asked, and then without a run in it; or the next free name."""
+    asked = plan.settings.train.out
+    if asked is not None:
+        if (asked / RECORD).exists():
+            raise ConfigError(
+                f"--out: {asked} holds another run; choose another folder, or continue that run "
+                f"with --resume {asked}"
+            )
+        if asked.exists() and (not asked.is_dir() or any(asked.iterdir())):
+            raise ConfigError(f"--out: {asked} is not an empty folder; choose another")
+        return asked
+    base = "-".join([plan.name, *(source.dataset.name for source in plan.data.sources)])
+    number, folder = 1, RUNS / base
+    while folder.exists():
+        number += 1
+        folder = RUNS / f"{base}-{number}"
+    return folder
+
+
+def write_record(
+    folder: Path,
+    plan: Plan,
+    device: torch.device,
+    peak: Peak,
+    asked: dict[str, Any] | None = None,
+) -> None:
+    """run.yaml, replaced in one step. A resumed run passes what was asked for at its start."""
+    record = {
+        "settings": resolved(plan).model_dump(mode="json"),
+        "asked": asked or plan.settings.model_dump(mode="json"),
+        "speed": plan.speed.record(),
+        "model": {"name": plan.name}
+        | {k: list(v) if isinstance(v, tuple) else v for k, v in _fields(plan.model).items()},
+        "dataset": {
+            "path": plan.data.name,
+            "fingerprint": plan.data.fingerprint,
+            "tokenizer": plan.data.tokenizer.name,
+            "tokens": sum(len(source.dataset.train.tokens) for source in plan.data.sources),
+        },
+        "software": {
+            "pretrain": __version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
+        "machine": {
+            "device": device_name(device),
+            "threads": torch.get_num_threads(),
+            "micro_batch_size": plan.micro_batch_size,
+            "micro_batch_is": plan.micro_batch_reason or "as asked",
+            "peak": dataclasses.asdict(peak),
+        },
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--out: {folder} can't be made ({error.strerror}); choose another folder"
+        ) from None
+    write_whole(folder / RECORD, yaml.safe_dump(record, sort_keys=False))
+
+
+def _fields(config: ModelConfig) -> dict[str, Any]:
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}

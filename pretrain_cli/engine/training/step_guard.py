@@ -1,0 +1,184 @@
+"""Which steps are taken: one whose loss or gradients can't be believed changes nothing.
+
+    loss, gradient norm ──> finite? no spike? ──> a flag ──> the optimizer steps or leaves all as is
+
+Everything is decided on the device, by the same numbers on every rank, and the CPU never waits for
+it: it reads what became of the steps when it logs one. A skipped step counts as a step of the run,
+with its samples and its place in the schedule; weights, moments and the optimizer's own count are
+bit for bit what they were.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from pretrain_cli.engine.runtime.distributed import Ranks
+
+MEMORY = 50
+"""Steps: a spike is one by the last 50 or so, and none is looked for before there were as many."""
+NAMES = ("loss", "gradient norm")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a step."""
+
+    loss: float
+    """The mean over all its tokens, on all ranks."""
+    gradient_norm: float
+    reason: str
+    """Why it was skipped; empty where it was taken."""
+    in_a_row: int
+    """How many steps up to this one were skipped, without one between that was taken."""
+
+
+class Guard:
+    """Decides each step of a run on the device.
+
+    A loss or gradient norm that is not finite skips the step; so does, with `skip_spikes`, one that
+    many standard deviations above its mean. Mean and variance are of the steps taken, weighted by
+    0.98^(steps ago); of all alike up to the fiftieth. After `max_skips` skipped in a row nothing
+    more is taken until the caller has gone back to where it was sound, so that what a run does
+    there doesn't depend on when it looks.
+    """
+
+    def __init__(
+        self, ranks: Ranks, *, skip_spikes: float | None = None, max_skips: int = 10
+    ) -> None:
+        self.ranks, self.skip_spikes, self.max_skips = ranks, skip_spikes, max_skips
+        self.unread: list[Tensor] = []
+        self.load_state_dict({})
+
+    def step(self, optimizer: Optimizer, loss: Tensor, norm: Tensor) -> None:
+        """Step or skip. `loss` is this rank's part of the mean, `norm` that of the whole gradient.
+
+        Costs a sum of two numbers over the ranks and some twenty of the smallest kernels.
+        """
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        numbers = self.ranks.sum(torch.stack([loss, norm.to(loss) / self.ranks.world]))
+        finite = numbers.isfinite()
+        flags = torch.cat([~finite, finite & self._spikes(numbers)])
+        skip = flags.any() | (self.in_a_row >= self.max_skips)
+        self.in_a_row = torch.where(skip, self.in_a_row + 1, 0.0)
+        self.unread.append(
+            torch.cat([numbers, flags, self.mean, self.variance, self.in_a_row.view(1)])
+        )
+        self._remember(numbers, skip)
+        step_unless(skip, optimizer)
+
+    def _spikes(self, numbers: Tensor) -> Tensor:
+        if self.skip_spikes is None:
+            return torch.zeros_like(numbers, dtype=torch.bool)
+        above = numbers - self.mean > self.skip_spikes * self.variance.sqrt()
+        return above & (self.taken >= MEMORY)
+
+    def _remember(self, numbers: Tensor, skip: Tensor) -> None:
+        """Mean and variance with a step that is taken: Welford's, with weights that fade."""
+        self.taken = self.taken + ~skip
+        weight = (1 / self.taken.clamp(min=1)).clamp(min=1 / MEMORY)
+        off = torch.where(skip, 0.0, numbers - self.mean)
+        self.mean = self.mean + weight * off
+        variance = (1 - weight) * (self.variance + weight * off.square())
+        largest = torch.finfo(variance.dtype).max  # and not infinity, which would never fade
+        self.variance = torch.where(skip, self.variance, variance.clamp(max=largest))
+
+    def read(self) -> list[Verdict]:
+        """What became of the steps since this was last asked. Waits for the device."""
+        rows = torch.stack(self.unread).tolist() if self.unread else []
+        self.unread = []
+        verdicts = [_verdict(row) for row in rows]
+        self.last = verdicts[-1] if verdicts else self.last
+        return verdicts
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether, as last read, so many steps were skipped that none is taken any more."""
+        return self.last.in_a_row >= self.max_skips
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint: plain numbers, exact."""
+        return {
+            "taken": int(self.taken.item()),
+            "in_a_row": int(self.in_a_row.item()),
+            "mean": self.mean.tolist(),
+            "variance": self.variance.tolist(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave; from nothing, begin."""
+
+        def tensor(value: Any) -> Tensor:
+            return torch.tensor(value, dtype=torch.float32, device=self.ranks.device)
+
+        self.taken = tensor(state.get("taken", 0))
+        self.in_a_row = tensor(state.get("in_a_row", 0))
+        self.mean = tensor(state.get("mean", [0.0, 0.0]))  # of loss and gradient norm
+        self.variance = tensor(state.get("variance", [0.0, 0.0]))
+        self.unread = []
+        self.last = Verdict(math.nan, math.nan, "", state.get("in_a_row", 0))
+
+
+def _verdict(row: list[float]) -> Verdict:
+    numbers, flags, means, variances = row[:2], row[2:6], row[6:8], row[8:10]
+    reasons = []
+    for name, number, broken, spikes, mean, variance in zip(
+        NAMES, numbers, flags[:2], flags[2:], means, variances, strict=True
+    ):
+        if broken:
+            reasons.append(f"{name} is {number}")
+        elif spikes:
+            size = (number - mean) / math.sqrt(variance) if variance else math.inf
+            reasons.append(f"{name} {number:.4g} is {size:.1f} deviations above {mean:.4g}")
+    return Verdict(numbers[0], numbers[1], ", ".join(reasons), int(row[10]))
+
+
+@torch.no_grad()
+def step_unless(skip: Tensor, optimizer: Optimizer) -> None:
+    """The optimizer's step, or where `skip` is true nothing, without the CPU knowing which.
+
+    An optimizer that says it can (`_step_supports_amp_scaling`, as PyTorch's fused ones do) is
+    given the flag as `found_inf`, and costs no more. For any other, its weights and state are
+    copied before the step and chosen from after it: both in memory twice, and read and written
+    twice. State that its first step makes is taken to begin as zeros, as AdamW's and Muon's does.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = skip.float()  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer.step()
+        return
+    before = {name: tensor.clone() for name, tensor in _tensors(optimizer).items()}
+    optimizer.step()
+    for name, tensor in _tensors(optimizer).items():
+        chosen = torch.where(skip.to(tensor.device), before.get(name, 0.0), tensor)
+        tensor.copy_(chosen)
+
+
+@torch.no_grad()
+def is_finite(optimizer: Optimizer, ranks: Ranks) -> bool:
+    """Whether every weight and all that the optimizer keeps are, on every rank. Waits for it.
+
+    The smallest and the largest tell, in one pass that writes nothing: a NaN is either."""
+    ends = [
+        torch.stack(torch.aminmax(tensor)).to(ranks.device)
+        for tensor in _tensors(optimizer).values()
+        if tensor.numel()  # a rank may have no part of a short one
+    ]
+    return not ranks.any(not torch.stack(ends).isfinite().all().item())
+
+
+def _tensors(optimizer: Optimizer) -> dict[tuple[int, str], Tensor]:
+    """Every weight and every tensor of its state, of each the part that is on this rank."""
+    tensors = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            kept = {"weight": parameter, **optimizer.state.get(parameter, {})}
+            for name, tensor in kept.items():
+                if isinstance(tensor, Tensor):
+                    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                    tensors[id(parameter), name] = local
+    return tensors

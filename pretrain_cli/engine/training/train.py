@@ -1,0 +1,150 @@
+"""Training: from datasets to a run folder with checkpoints, metrics and a sample.
+
+open the ranks → plan → open the batches → build the model → set its weights → prepare it for speed
+→ build the optimizer → resume → train_step until done or asked to stop, evaluating and saving when
+due
+"""
+
+from pathlib import Path
+
+import torch
+
+from pretrain_cli.config.run_config import RunConfig
+from pretrain_cli.engine.optim.optimizer import build_optimizer
+from pretrain_cli.engine.planning.plan import Plan, make_plan
+from pretrain_cli.engine.runs import checkpoint, retention
+from pretrain_cli.engine.runs.checkpoint import State
+from pretrain_cli.engine.runs.events import Event, Finished, Notice, Report
+from pretrain_cli.engine.runs.run_yaml import Record
+from pretrain_cli.engine.runtime.distributed import open_ranks, share
+from pretrain_cli.engine.runtime.peak_flops import find_peak
+from pretrain_cli.engine.runtime.process_settings import keep_compiled
+from pretrain_cli.engine.runtime.profiler import WARMUP_STEPS
+from pretrain_cli.engine.runtime.speed import (
+    DETERMINISM,
+    apply_process_settings,
+    build_model,
+    compile_blocks,
+    only_deterministic,
+)
+from pretrain_cli.engine.runtime.stop import StopRequest
+from pretrain_cli.engine.training.async_save import check_space, checkpoint_size
+from pretrain_cli.engine.training.changes import told_changes
+from pretrain_cli.engine.training.prefetch import open_batches
+from pretrain_cli.engine.training.run_start import COMPILED, choose_folder, write_record
+from pretrain_cli.engine.training.trainer import Trainer
+from pretrain_cli.errors import CheckpointError, ConfigError, DataError
+from pretrain_cli.model.decoder import Decoder
+from pretrain_cli.model.formats.hf_weights import load_weights, say_left_out
+
+PEAK_SECONDS = 0.2
+"""Measuring the device's peak: the best of a few products is within some percent of what a longer
+search finds, and a run of seconds hardly waits."""
+
+
+def train(
+    settings: RunConfig,
+    report: Report,
+    *,
+    resume: tuple[Path, Record] | None = None,
+    resume_from: Path | None = None,
+    stop: StopRequest | None = None,
+    profile: int = 0,
+) -> Finished:
+    """Train a new run, or go on with the run at `resume`, from a checkpoint of it where one is
+    named and else from its newest intact one. `profile` looks into so many of its steps, on the
+    first rank. Returns how it ended. Raises Stopped where `stop` asks for it before there is a
+    run."""
+    if stop is None:
+        stop = StopRequest(limit=settings.train.max_time)
+    with open_ranks(settings.train.device) as ranks:
+        if not ranks.is_first:
+            report = _silent
+        stop.ranks = ranks
+        plan = make_plan(settings, ranks, report, stop, resumed=resume[1] if resume else None)
+        run, start = _choose_run(plan, report, resume, resume_from)
+        done = checkpoint.read_state(start).step if start else 0
+        check_space(plan, run, ranks, report, done=done)
+        if ranks.is_first:  # which writes
+            stop.save_seconds = checkpoint.estimated_seconds(checkpoint_size(plan))
+        batches = open_batches(plan, ranks, report)
+        torch.manual_seed(settings.train.seed)  # nothing draws from it yet; a checkpoint keeps it
+        apply_process_settings(plan.speed)
+        for said in plan.speed.departures():
+            report(Notice(said))
+        if plan.speed.deterministic:
+            report(Notice(f"speed.deterministic: {DETERMINISM}"))
+
+        peak = find_peak(ranks.device, plan.speed.compute_dtype, seconds=PEAK_SECONDS)
+        decoder = build_model(plan.model, plan.speed, ranks.device)
+        set_weights(decoder, plan, start, report)
+        if plan.speed.compile:
+            keep_compiled(run / COMPILED)
+        compile_blocks(decoder, plan.speed)
+        model = share(decoder, ranks, plan.settings.train.parallel)
+        optimizer = build_optimizer(
+            decoder, plan.settings.optimizer, fused=plan.speed.fused_optimizer
+        )
+        state = State()
+        if start is not None:
+            state = checkpoint.load_training_state(start, decoder, optimizer)
+        if state.step > plan.steps:
+            raise ConfigError(
+                f"train.steps: {plan.steps:,} is less than the {state.step:,} that {run} has; give "
+                "more, or resume from an earlier checkpoint of it"
+            )
+        if profile and plan.steps - state.step < WARMUP_STEPS + profile:
+            raise ConfigError(
+                f"--profile: {profile} steps after {WARMUP_STEPS} to warm up, and the run has "
+                f"{plan.steps - state.step:,} left; give fewer, or more --steps"
+            )
+        if resume is not None:
+            for line in told_changes(resume[1], plan, state.step):
+                report(Notice(line))
+        if ranks.is_first:
+            retention.sweep(run)
+            write_record(run, plan, ranks.device, peak, resume[1].asked if resume else None)
+            for left in retention.abandon_later(run, state.step):
+                report(Notice(f"{left}: beyond step {state.step:,}, renamed to abandoned-…"))
+        trainer = Trainer(plan, run, ranks, report, batches, decoder, model, optimizer, peak)
+        trainer.profile = profile if ranks.is_first else 0
+        with only_deterministic(plan.speed):
+            return trainer.run_until(plan.steps, state, stop)
+
+
+def _choose_run(
+    plan: Plan,
+    report: Report,
+    resume: tuple[Path, Record] | None,
+    resume_from: Path | None,
+) -> tuple[Path, Path | None]:
+    """(run folder, checkpoint to start from or None). Nothing is written yet."""
+    if resume is None:
+        return choose_folder(plan), None
+    run, record = resume
+    if plan.data.fingerprint != record.data_fingerprint:
+        raise DataError(
+            f"{plan.data.name}: not the dataset that {run} was trained on; give "
+            f"{record.data_name} with --data, or start a new run"
+        )
+    if resume_from and (reason := checkpoint.damage(resume_from)):
+        raise CheckpointError(f"{reason}; resume from the run, {run}, to take another")
+    start = resume_from or retention.newest_intact(run, lambda text: report(Notice(text)))
+    if start is None:
+        report(Notice(f"{run}: no checkpoint yet; starting again from step 0"))
+    return run, start
+
+
+def set_weights(decoder: Decoder, plan: Plan, start: Path | None, report: Report) -> None:
+    """From the checkpoint, from the folder of --init-from, or drawn from the seed."""
+    folder = start or plan.settings.model.init_from
+    if folder is None:
+        decoder.initialize(plan.settings.train.seed)
+        return
+    left_out = load_weights(decoder, folder)
+    if left_out:
+        report(Notice(say_left_out(folder, left_out)))
+
+
+def _silent(event: Event) -> None:
+    """What ranks but the first report."""

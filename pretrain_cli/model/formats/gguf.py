@@ -1,0 +1,163 @@
+"""A model in the words of a GGUF file, which llama.cpp opens: metadata and tensor names.
+
+What llama.cpp computes of an architecture is built into it: it has the scale of attention, the
+activation and, of experts, the rest of the block from the architecture's name. A model that differs
+there is refused by name, as llama.cpp would open it and compute something else.
+
+Read from src/models/{gemma3,qwen3,qwen3moe}.cpp of llama.cpp; a test has it open the files.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from pretrain_cli.errors import ConfigError
+from pretrain_cli.model.config import FULL, SLIDING, ModelConfig
+from pretrain_cli.model.parameter_map import Merged, Piece, layout
+
+ARCHITECTURES = {"gemma3_text": "gemma3", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
+DEPTH_OF_27B = 62
+"""llama.cpp knows the 27B, and its scale of attention, by the depth alone."""
+
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+BLOCK_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+}
+"""Published name to GGUF's, within a block; experts lie in one tensor, one after the other."""
+NORM_NAMES = {
+    True: {
+        "post_attention_layernorm": "post_attention_norm",
+        "pre_feedforward_layernorm": "ffn_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    },
+    False: {"post_attention_layernorm": "ffn_norm"},
+}
+"""Of the norms that mean different things in the families, by `has_post_norms`."""
+BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
+EXPERT = re.compile(r"experts\.\d+\.")
+
+
+def gguf_metadata(config: ModelConfig) -> dict[str, Any]:
+    """The architecture's keys and values. ConfigError for what llama.cpp doesn't compute."""
+    _refuse_what_differs(config)
+    facts: dict[str, Any] = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.freq_base": float(config.rope_theta),
+    }
+    if config.rope_scaling_factor != 1.0:  # of full layers alone, in llama.cpp too
+        facts["rope.scaling.type"] = "linear"
+        facts["rope.scaling.factor"] = float(config.rope_scaling_factor)
+    if SLIDING in config.layer_types:
+        facts["attention.sliding_window"] = config.sliding_window
+        facts["attention.sliding_window_pattern"] = _pattern(config.layer_types)
+        facts["rope.freq_base_swa"] = float(config.rope_base(SLIDING)[0])
+    if config.num_experts:
+        facts["expert_count"] = config.num_experts
+        facts["expert_used_count"] = config.num_experts_per_tok
+        facts["expert_feed_forward_length"] = config.moe_intermediate_size
+    architecture = ARCHITECTURES[config.model_type]
+    return {f"{architecture}.{key}": value for key, value in facts.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileTensor:
+    """One of the file's tensors: a published one, or those of all experts one after the other."""
+
+    name: str
+    pieces: list[Piece]
+
+    @property
+    def is_stacked(self) -> bool:
+        return self.name.endswith("_exps.weight")
+
+    @property
+    def is_norm(self) -> bool:
+        return self.pieces[0].is_norm
+
+    @property
+    def stays_float32(self) -> bool:
+        """Norms and routers, whatever type the other weights have."""
+        return self.is_norm or self.name.endswith("ffn_gate_inp.weight")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        each = self.pieces[0].shape
+        return (len(self.pieces), *each) if self.is_stacked else each
+
+
+def gguf_tensors(config: ModelConfig, merged: Merged) -> list[FileTensor]:
+    """The file's tensors, made of pieces of our parameters."""
+    found: dict[str, list[Piece]] = {}
+    for piece in layout(config, merged=merged):
+        found.setdefault(gguf_name(config, piece.name), []).append(piece)
+    return [FileTensor(name=name, pieces=pieces) for name, pieces in found.items()]
+
+
+def gguf_name(config: ModelConfig, published: str) -> str:
+    stem = published.removesuffix(".weight")
+    if stem in NAMES:
+        return f"{NAMES[stem]}.weight"
+    match = BLOCK.fullmatch(stem)
+    assert match, published
+    names = BLOCK_NAMES | NORM_NAMES[config.has_post_norms]
+    return f"blk.{match[1]}.{names[EXPERT.sub('experts.', match[2])]}.weight"
+
+
+def _pattern(kinds: tuple[str, ...]) -> int | list[bool]:
+    """n where every n-th layer and no other is full, which versions of llama.cpp have read for
+    longer; else which layers slide, one by one."""
+    for n in range(2, len(kinds) + 2):
+        if all((kind == FULL) == (layer % n == n - 1) for layer, kind in enumerate(kinds)):
+            return n
+    return [kind == SLIDING for kind in kinds]
+
+
+def _refuse_what_differs(config: ModelConfig) -> None:
+    is_gemma = config.model_type == "gemma3_text"
+    head = config.head_dim
+    if is_gemma and config.num_hidden_layers == DEPTH_OF_27B:
+        head = config.hidden_size // config.num_attention_heads
+    family = ARCHITECTURES[config.model_type]
+    dense = sum(not config.is_sparse(layer) for layer in range(config.num_hidden_layers))
+    for name, value, wanted in (
+        ("query_pre_attn_scalar", config.query_pre_attn_scalar, head),
+        ("hidden_activation", config.hidden_activation,
+         "gelu_pytorch_tanh" if is_gemma else "silu"),
+        ("norm_topk_prob", config.norm_topk_prob or not config.num_experts, True),
+    ):  # fmt: skip
+        if value != wanted:
+            raise ConfigError(
+                f"--gguf: {name} is {value}, and llama.cpp computes {family} with {wanted}; "
+                "without --gguf this model can be exported"
+            )
+    if config.num_experts and dense:
+        raise ConfigError(
+            f"--gguf: {dense} of {config.num_hidden_layers} layers have no experts "
+            f"(mlp_only_layers, decoder_sparse_step), and llama.cpp gives every layer of {family} "
+            "experts; without --gguf this model can be exported"
+        )

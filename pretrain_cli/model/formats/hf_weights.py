@@ -1,0 +1,216 @@
+"""Hugging Face model folders, both ways: the weights.
+
+    model.safetensors                       all of them, or of large models several such files,
+    model-00001-of-00002.safetensors, …     and which tensor is in which:
+    model.safetensors.index.json
+
+Reading takes one safetensors file or several with an index, with the names that text models have or
+those that multimodal Gemma folders keep their text part under.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn import Parameter
+
+from pretrain_cli.errors import CheckpointError
+from pretrain_cli.model.decoder import Decoder
+from pretrain_cli.model.formats.tensor_file import write_tensors
+from pretrain_cli.model.parameter_map import EMBEDDING, HEAD, Piece, layout
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TEXT_PREFIXES = ("language_model.model.", "model.language_model.", "model.")
+"""Where published folders keep the decoder, the multimodal ones first."""
+FLOATS = ("F32", "BF16", "F16", "F64")
+DECODER = re.compile(r"model\.(layers|embed_tokens|norm)\.")
+
+
+def write_weights(
+    folder: Path, tensors: Mapping[str, Tensor], max_shard_size: int | None = None
+) -> dict[str, str]:
+    """model.safetensors, or several files of at most so many bytes (more only for a tensor that is
+    larger) and their index, as transformers writes them. Returns the SHA-256 of each weights file.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    room = max_shard_size
+    for name, tensor in tensors.items():
+        if room is not None and max_shard_size is not None:
+            if tensor.nbytes > room and shards[-1]:
+                shards.append({})
+                room = max_shard_size
+            room -= tensor.nbytes
+        shards[-1][name] = tensor
+    if len(shards) == 1:
+        return {SINGLE: write_tensors(folder / SINGLE, tensors)}
+    names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+        "weight_map": {
+            tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard
+        },
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return {
+        name: write_tensors(folder / name, shard) for name, shard in zip(names, shards, strict=True)
+    }
+
+
+def published_tensors(
+    model: Decoder, whole: Callable[[Parameter], Tensor | None]
+) -> dict[str, Tensor]:
+    """Every weight under its published name, as parts of what `whole` gives for each parameter:
+    the value of all of it, or of something else in its shape; None leaves it out.
+
+    Each parameter is asked for once: the experts of a layer are hundreds of parts of two."""
+    pieces = list(layout(model.config, merged=model.merged))
+    parameters = dict(model.named_parameters())
+    names = dict.fromkeys(piece.parameter for piece in pieces)
+    values = {name: whole(parameters[name]) for name in names}
+    found = ((piece, values[piece.parameter]) for piece in pieces)
+    return {
+        piece.name: piece.of(value.detach()).contiguous()
+        for piece, value in found
+        if value is not None
+    }
+
+
+def load_weights(model: Decoder, folder: Path) -> list[str]:
+    """Copy a folder's weights into the model. Returns the names that were left out of it.
+
+    Raises CheckpointError for a tensor that is missing or of another shape.
+    """
+    files = weight_files(folder)
+    where = _by_text_name(files)
+    config = model.config
+    if config.tie_word_embeddings and {HEAD, EMBEDDING} <= where.keys():
+        # transformers 5 would use the file's head, transformers 4 the embedding: equal or refused.
+        head, embedding = (_read(*where[name]).float() for name in (HEAD, EMBEDDING))
+        same = torch.equal(head, embedding)
+        if not same:
+            raise CheckpointError(
+                f"{folder}: config.json ties the head to the embedding, but {HEAD} differs from "
+                f"{EMBEDDING}; set tie_word_embeddings to false in its config.json to use both"
+            )
+        del where[HEAD]
+    parameters = dict(model.named_parameters())
+    pieces = list(layout(config, merged=model.merged))
+    for path, group in _by_file(folder, where, pieces):
+        with _opened(path) as file:
+            for piece, name in group:
+                found = file.get_slice(name)
+                if found.get_dtype() not in FLOATS:
+                    raise CheckpointError(
+                        f"{path}: {name} is {found.get_dtype()}, quantized; give the model's "
+                        f"weights in one of {', '.join(FLOATS)}"
+                    )
+                shape = tuple(found.get_shape())
+                if shape != piece.shape:
+                    raise CheckpointError(
+                        f"{path}: {name} is {shape}, but config.json makes it {piece.shape}"
+                    )
+                with torch.no_grad():
+                    piece.of(parameters[piece.parameter]).copy_(file.get_tensor(name))
+    return sorted(set(where) - {piece.name for piece in pieces})
+
+
+def say_left_out(folder: Path, names: list[str]) -> str:
+    """A line about tensors that `load_weights` left out, alike ones counted: those of the decoder
+    by all but their numbers, other towers by their names alone."""
+    kinds = Counter(
+        re.sub(r"\.\d+\.", ".*.", name)
+        if DECODER.match(name)
+        else f"{name.removeprefix('model.').split('.')[0]}.*"
+        for name in names
+    )
+    listed = ", ".join(f"{kind} ({count})" for kind, count in kinds.items())
+    return f"{folder}: {len(names)} tensors are not the text model's and are left out: {listed}"
+
+
+def weight_files(folder: Path) -> dict[Path, list[str]]:
+    """Each safetensors file of a model folder, with the tensor names in it."""
+    index = folder / INDEX
+    single = folder / SINGLE
+    if single.is_file():  # which transformers takes, index or not
+        paths = [single]
+    elif index.is_file():
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index}: damaged ({error!r}); copy it again") from None
+        paths = sorted(folder / name for name in names)
+    else:
+        raise CheckpointError(f"{folder}: no model.safetensors; give a Hugging Face model folder")
+    out = {}
+    for path in paths:
+        with _opened(path) as file:
+            out[path] = list(file.keys())
+    return out
+
+
+def weight_types(folder: Path) -> set[str]:
+    """The types of a folder's tensors, as safetensors calls them: F32, BF16, …"""
+    types = set()
+    for path, names in weight_files(folder).items():
+        with _opened(path) as file:
+            types |= {file.get_slice(name).get_dtype() for name in names}
+    return types
+
+
+def _opened(path: Path) -> Any:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: named by the index, but not there; copy it again")
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cut short or damaged ({error}); copy it again") from None
+
+
+def _read(path: Path, name: str) -> Tensor:
+    with _opened(path) as file:
+        return file.get_tensor(name)
+
+
+def _by_text_name(files: dict[Path, list[str]]) -> dict[str, tuple[Path, str]]:
+    """Where each tensor lies, by the name that it has in a text model."""
+    where: dict[str, tuple[Path, str]] = {}
+    for path, names in files.items():
+        for name in names:
+            known = where.setdefault(_text_name(name), (path, name))
+            if known != (path, name):
+                raise CheckpointError(
+                    f"{path}: {name} is also {known[1]} in {known[0].name}; take one out"
+                )
+    return where
+
+
+def _text_name(name: str) -> str:
+    """A tensor's name with the prefix that the text models have, whatever folder it comes from."""
+    if name.endswith(HEAD):
+        return HEAD
+    for prefix in TEXT_PREFIXES:
+        if name.startswith(prefix):
+            return "model." + name.removeprefix(prefix)
+    return "model." + name if name.startswith(("layers.", "embed_tokens.", "norm.")) else name
+
+
+def _by_file(
+    folder: Path, where: dict[str, tuple[Path, str]], pieces: list[Piece]
+) -> Iterator[tuple[Path, list[tuple[Piece, str]]]]:
+    """The pieces grouped by the file that holds them, so that each is opened once."""
+    missing = [piece.name for piece in pieces if piece.name not in where]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {len(missing)} tensors that config.json calls for are missing, "
+            f"{missing[0]} the first"
+        )
+    for path in sorted({path for path, _ in where.values()}):
+        group = [(piece, where[piece.name][1]) for piece in pieces if where[piece.name][0] == path]
+        yield path, group

@@ -1,0 +1,518 @@
+"""`pretrain benchmark`: the real step, timed, and what can't be timed said."""
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain_cli.config.run_config import SpeedConfig
+from pretrain_cli.engine.benchmark import data as benchmark_data
+from pretrain_cli.engine.benchmark import rounds, search, timing
+from pretrain_cli.engine.benchmark.interruption import Interruption
+from pretrain_cli.engine.planning import micro_batch
+from pretrain_cli.engine.runtime.process_settings import KINETO_LEVEL
+
+MODEL = (
+    "--model gemma3-tiny --set model.layer_types=[sliding_attention,full_attention] "
+    "--set model.hidden_size=32 --set model.intermediate_size=48 --set model.head_dim=16 "
+    "--set model.query_pre_attn_scalar=16 --set model.sliding_window=8 --set model.vocab_size=512"
+)
+
+
+TINY = f"{MODEL} --seq-len 32 --micro-batch-size 2 --steps 3 --warmup 1 --device cpu"
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Arms run in this process, and the peak is measured in no time."""
+    monkeypatch.setattr(timing, "PEAK_SECONDS", 0.01)
+
+    def start(name, speed, folder, *arguments):
+        return getattr(timing, name)(*arguments)
+
+    monkeypatch.setattr(rounds, "in_a_fresh_process", start)
+
+
+@pytest.mark.slow
+def test_a_backend_that_cannot_train_here_is_timed_forward_only(pretrain, monkeypatch):
+    """In fresh processes, as a person has it."""
+    monkeypatch.setattr("sys.argv", ["/bin/pretrain", "benchmark", "--attn", "flex,sdpa"])
+    outcome = pretrain(f"benchmark --attn flex,sdpa {TINY} --json results.json")
+    assert outcome.code == 0, outcome.err
+    flex = "flex: PyTorch's flex_attention has no backward pass on a CPU; its forward pass alone"
+    assert flex in outcome.out
+    for heading in ("step", "tokens/s", "MFU", "memory", "start"):
+        assert heading in outcome.out
+    assert "flex (forward only)" in outcome.out
+
+    written = json.loads(Path("results.json").read_text())
+    assert written["command"] == "pretrain benchmark --attn flex,sdpa"
+    assert written["machine"]
+    (peak,) = written["peaks"].values()
+    assert peak["source"].startswith("measured")
+    flex, sdpa = written["results"]
+    assert (flex["arm"], flex["kind"]) == ("flex", "forward only")
+    assert "no backward pass" in flex["reason"]
+    assert (sdpa["arm"], sdpa["kind"], sdpa["reason"]) == ("sdpa", "training step", "")
+    for result in (flex, sdpa):
+        figures = result["figures"]
+        assert result["workload"]["seq_len"] == 32
+        assert 0 < figures["step_fastest"] <= figures["step_median"] <= figures["step_slowest"]
+        assert figures["tokens_per_second"] == pytest.approx(64 / figures["step_median"])
+        assert figures["warmup"] > 0
+        assert 0 < figures["mfu"] <= figures["mfu_conventional"]
+        share = result["flops_per_token"] * figures["tokens_per_second"] / result["peak_flops"]
+        assert figures["mfu"] == pytest.approx(share)
+        assert figures["peak_memory"] > 10_000_000
+        assert 4 < figures["loss"] < 9  # of 512 random tokens: about ln 512 = 6.2
+        assert result["speed"]["attention"]["in_force"] == result["arm"]
+        assert len(result["rounds"][0]["times"]) == 3
+
+
+@pytest.mark.slow
+def test_the_settings_of_a_process_are_not_the_next_ones(pretrain):
+    """What one arm sets for its process is not in force in the other's."""
+    line = f"benchmark --sweep micro-batch=1,2 {TINY} --dtype float32 --json %s.json"
+    on = "--set speed.keep_freed_memory=true --set speed.deterministic=true"
+    for name, options in (("on", on), ("off", "")):
+        outcome = pretrain(f"{line % name} {options}")
+        assert outcome.code == 0, outcome.err
+    outcome = pretrain("benchmark --compare on.json off.json")
+    assert outcome.code == 0, outcome.err
+    assert "speed.deterministic: True → False" in outcome.out
+    assert "micro-batch 1" in outcome.out
+    assert outcome.out.count("×") >= 4
+
+
+@pytest.mark.usefixtures("here")
+def test_an_ablation_has_all_arms_and_says_which_are_not_run(pretrain, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("shutil.which", lambda name: None)  # compiling takes its time
+    line = f"benchmark --ablate {TINY} --rounds 1"
+    outcome = pretrain(f"{line} --json a.json --markdown a.md --plot a.svg")
+    assert outcome.code == 0, outcome.err
+    written = json.loads(Path("a.json").read_text())
+    kinds = {result["arm"]: result["kind"] for result in written["results"]}
+    assert kinds["baseline"] == kinds["all on"] == kinds["+ merged_qkv"] == "training step"
+    assert kinds["+ cudnn_benchmark"] == kinds["+ attention flex"] == "not run"
+    assert kinds["+ compile"] == "not run"
+    assert "compile is False: no C++ compiler is installed (g++ or clang++)" in outcome.out
+    assert "+ cudnn_benchmark: not run: it tunes convolutions, and these models have none" in (
+        outcome.out
+    )
+    assert not [result["differs"] for result in written["results"] if result["differs"]]
+    markdown = Path("a.md").read_text()
+    assert "| *all on but* |" in markdown
+    assert "| + merged_qkv |" in markdown
+    assert Path("a.svg").stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("here")
+def test_what_is_turned_off_by_hand_does_not_come_back_as_an_arm(pretrain, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: name)  # a compiler is there
+    line = f"benchmark --ablate {TINY} --rounds 1 --dtype float32 --no-compile"
+    off = " ".join(
+        f"--set speed.{name}=false" for name in SpeedConfig.model_fields
+        if name not in ("attention", "dtype", "float32_matmul", "compile", "merged_qkv", "prefetch")
+    )  # fmt: skip
+    outcome = pretrain(f"{line} --attn sdpa {off} --set speed.float32_matmul=auto --json a.json")
+    assert outcome.code == 0, outcome.err
+    assert "In every arm, as given: attention sdpa, dtype float32, onednn_mat" in outcome.out
+    written = json.loads(Path("a.json").read_text())
+    assert [result["arm"] for result in written["results"]] == [
+        "baseline", "+ float32_matmul high", "+ float32_matmul medium", "+ merged_qkv",
+        "+ prefetch", "all on", "− merged_qkv", "− prefetch",
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("here")
+def test_beside_transformers_the_ratios_are_printed(pretrain):
+    pytest.importorskip("transformers")
+    outcome = pretrain(f"benchmark --vs transformers --no-compile {TINY} --rounds 2 --json v.json")
+    assert outcome.code == 0, outcome.err
+    assert "pretrain / transformers: " in outcome.out
+    assert "pretrain / transformers, tuned: " in outcome.out
+    written = json.loads(Path("v.json").read_text())
+    assert [ratio["arm"] for ratio in written["ratios"]] == [
+        "transformers", "transformers, tuned",
+    ]  # fmt: skip
+    _, *theirs = written["results"]
+    for result in theirs:
+        assert result["figures"]["loss_difference"] < 1e-2
+        assert not result["differs"]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_profile_is_shown_and_its_trace_written(pretrain, monkeypatch):
+    monkeypatch.setenv(KINETO_LEVEL, "")  # so that it is undone
+    monkeypatch.delenv(KINETO_LEVEL)
+    outcome = pretrain(f"benchmark --attn sdpa {TINY} --profile looked")
+    assert outcome.code == 0, outcome.err
+    assert KINETO_LEVEL in os.environ
+    for name in ("forward", "loss", "backward", "optimizer", "aten::"):
+        assert name in outcome.out
+    assert Path("looked/sdpa.json").stat().st_size > 1000
+
+
+# --- stopped -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stopped_at(monkeypatch):
+    """Arms run in this process, which gets a signal once this is to be done of this arm."""
+    monkeypatch.setattr(timing, "PEAK_SECONDS", 0.01)
+
+    def prepare(number, what, arm):
+        def start(name, speed, folder, *arguments):
+            if name == what and arguments[0].name == arm:
+                os.kill(os.getpid(), number)
+                time.sleep(5)
+                raise AssertionError("went on")
+            return getattr(timing, name)(*arguments)
+
+        monkeypatch.setattr(rounds, "in_a_fresh_process", start)
+
+    return prepare
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_was_measured_before_a_signal_is_shown_and_written(pretrain, stopped_at, number):
+    pytest.importorskip("matplotlib")
+    stopped_at(number, "measure_round", "seq-len 20")
+    before = signal.getsignal(number)  # ignored, in the background of a shell
+    line = TINY.replace("--seq-len 32", "--sweep seq-len=10,20,30")
+    outcome = pretrain(f"benchmark {line} --json c.json --markdown c.md --plot c.svg")
+    assert outcome.code == 128 + number
+    assert f"{number.name}: cut short; this is what is there" in outcome.out
+    assert f"seq-len 20, seq-len 30: not run: {number.name} came first" in outcome.out
+    written = json.loads(Path("c.json").read_text())
+    assert written["cut_short"] == number.name
+    first, *others = written["results"]
+    assert first["figures"]["tokens_per_second"] > 0
+    assert [other["figures"] for other in others] == [None, None]
+    assert f"Cut short by {number.name}." in Path("c.md").read_text()
+    assert f"cut short by {number.name}" in Path("c.svg").read_text()
+    assert signal.getsignal(number) == before
+
+
+def test_a_profile_that_is_stopped_leaves_what_was_written(pretrain, stopped_at):
+    stopped_at(signal.SIGTERM, "profile_arm", "sdpa")
+    outcome = pretrain(f"benchmark --attn sdpa {TINY} --profile looked --json c.json")
+    assert outcome.code == 128 + signal.SIGTERM
+    assert json.loads(Path("c.json").read_text())["results"][0]["figures"]
+
+
+def test_nothing_is_kept_of_a_search_that_is_stopped(pretrain, stopped_at, monkeypatch):
+    monkeypatch.setattr(micro_batch, "memory_here", lambda device: 20 * 10**9)
+    stopped_at(signal.SIGTERM, "measure_round", "micro-batch 2")
+    line = f"benchmark --find-micro-batch {MODEL} --seq-len 32 --device cpu --json c.json"
+    assert pretrain(line).code == 128 + signal.SIGTERM
+    assert json.loads(Path("c.json").read_text())["micro_batch"] is None
+    assert not Path("runs").exists()
+
+
+def test_a_second_signal_leaves_at_once_and_an_echo_of_the_first_does_not(monkeypatch):
+    left = []
+    monkeypatch.setattr("os._exit", left.append)
+    with Interruption() as interruption:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert (left, interruption.exit_code) == ([], 128 + signal.SIGTERM)
+        interruption.came -= 2
+        os.kill(os.getpid(), signal.SIGINT)
+    assert left == [128 + signal.SIGINT]
+
+
+def running(processes):
+    """Those that have not ended, though nobody may have asked how yet."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(FileNotFoundError):
+            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+            found += [process] if state != "Z" else []
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are told by /proc")
+def test_a_benchmark_that_is_stopped_leaves_no_process_behind(tmp_path):
+    line = f"{TINY} --attn sdpa --json c.json".replace("--steps 3", "--steps 1000000")
+    program = subprocess.Popen(
+        [sys.executable, "-m", "pretrain_cli", "benchmark", *shlex.split(line)],
+        cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    for said in program.stderr:
+        if "round 1 of 1: sdpa" in said:
+            break
+    time.sleep(1)
+    children = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
+    assert children
+    program.send_signal(signal.SIGTERM)
+    try:
+        assert program.wait(timeout=30) == 128 + signal.SIGTERM
+    finally:
+        program.kill()
+        program.stderr.close()
+    assert json.loads((tmp_path / "c.json").read_text())["cut_short"] == "SIGTERM"
+    until = time.monotonic() + 10
+    while running(children) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not running(children)
+
+
+# --- a micro-batch that fits ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """For a process with all that the tests have loaded, and little time for a step."""
+    monkeypatch.setattr(micro_batch, "memory_here", lambda device: 20 * 10**9)
+    monkeypatch.setattr(search, "LONGEST", 0.05)
+
+
+@pytest.mark.usefixtures("here", "room", "trained")
+def test_the_micro_batch_that_is_found_is_the_one_that_training_takes(pretrain):
+    model = MODEL.replace("vocab_size=512", "vocab_size=320")  # the dataset's
+    line = f"benchmark --find-micro-batch {model} --seq-len 32 --dtype float32 --device cpu"
+    outcome = pretrain(f"{line} --rounds 2 --steps 2 --warmup 1 --json found.json")
+    assert outcome.code == 0, outcome.err
+    found = json.loads(Path("found.json").read_text())["micro_batch"]
+    rates = {int(size): rate for size, rate in found["tokens_per_second"].items()}
+    assert {1, 2, 4} <= set(rates)
+    assert rates[found["fastest"]] >= 0.98 * max(rates.values())
+    assert found["largest"] == max(rates)
+    assert "Fastest: micro-batch " in outcome.out
+    assert "Largest: micro-batch " in outcome.out
+    assert "Kept in runs/micro-batches.json: pretrain train takes the fastest that" in outcome.out
+
+    tiny = "train --model gemma3-tiny " + model.partition(" ")[2].partition(" ")[2]
+    line = f"{tiny} --seq-len 32 --dtype float32 --tokens-per-step 1024 --steps 1 --out fast"
+    outcome = pretrain(f"{line} --micro-batch-size auto --data data/corpus")
+    assert outcome.code == 0, outcome.err
+    assert "(the fastest measured here)" in outcome.out
+
+
+def test_a_machine_that_has_no_room_for_one_sample_is_told_so(refused, monkeypatch):
+    monkeypatch.setattr(micro_batch, "memory_here", lambda device: 1_500_000)
+    said = refused(f"benchmark --find-micro-batch {MODEL} --seq-len 32 --device cpu")
+    assert said.startswith("--find-micro-batch: a micro-batch of 1 takes about 33")
+    assert said.endswith(", and 1.5 MB may be used; give a smaller model, or --seq-len")
+
+
+@pytest.mark.usefixtures("here", "room")
+def test_a_search_that_measures_nothing_gives_exit_code_1_and_keeps_nothing(pretrain, monkeypatch):
+    def broken(arm, repeats):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(timing, "measure_round", broken)
+    outcome = pretrain(f"benchmark --find-micro-batch {MODEL} --seq-len 32 --device cpu")
+    assert outcome.code == 1
+    assert "micro-batch 1: not run: out of memory" in outcome.out
+    assert not Path("runs").exists()
+
+
+@pytest.mark.usefixtures("here")
+def test_an_arm_that_fails_gives_exit_code_1(pretrain, monkeypatch):
+    def broken(arm, repeats):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(timing, "measure_round", broken)
+    outcome = pretrain(f"benchmark --attn sdpa {TINY}")
+    assert outcome.code == 1
+    assert "sdpa: not run: MemoryError: no room" in outcome.out
+    assert "Traceback" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            "--attn fleks",
+            "--attn: 'fleks' is not one of eager, sdpa, flex, blocks, all; did you mean flex",
+        ),
+        ("--attn sdpa,", "--attn: '' is not one of eager, sdpa, flex, blocks, all"),
+        ("--model gema3", "model: 'gema3' is not a model or a YAML file; did you mean gemma3?"),
+        ("--device cuda:99", "train.device: 'cuda:99' is not there"),
+        ("--device gpu", "train.device: 'gpu' is not a device; give cpu, cuda, cuda:N or mps"),
+        ("--dtype float8", "speed.dtype: 'float8' can't be used: it is for NVIDIA's GPUs, from"),
+        ("--ablate --dtype float8", "speed.dtype: 'float8' can't be used: it is for NVIDIA's"),
+        ("--steps 0", "--steps: 0 is not at least 1"),
+        ("--warmup 0", "--warmup: 0 is not at least 1"),
+        ("--rounds 0", "--rounds: 0 is not at least 1"),
+        ("--seq-len 5000", "seq-len: 5,000 is beyond the 2,048 positions of gemma3-tiny"),
+        ("--seq-len 0", "data.seq_len: 0 is not greater than 0"),
+        ("--micro-batch-size 0", "train.micro_batch_size: 0 is not greater than 0"),
+        ("--set speed.atention=sdpa", "speed.atention: no such setting; did you mean speed.attent"),
+        ("--set train.steps=3", "--set train.steps=3: not a setting of a benchmark; it takes sp"),
+        ("--set model.name=qwen3", "--set model.name=qwen3: not a setting of a benchmark"),
+        ("--json nowhere/results.json", "--json: no folder nowhere to write results.json in"),
+        ("--json .", "--json: . is a folder; give a file"),
+        ("--markdown nowhere/r.md", "--markdown: no folder nowhere to write r.md in"),
+        ("--plot results.jpg", "--plot: results.jpg is neither .png nor .svg; name one of them"),
+        ("--ablate --vs transformers", "--ablate and --vs: one at a time"),
+        ("--ablate --attn all", "--attn: all with --ablate is one backend; name it"),
+        ("--ablate --profile p", "--profile: looks into single steps; leave --ablate out"),
+        ("--sweep windw=3", "--sweep: 'windw' is not one of seq-len, window, vocab, micro-batch"),
+        ("--vs llama.cpp", "--vs: 'llama.cpp' is not one of transformers"),
+        ("--find-micro-batch --ablate", "--ablate and --find-micro-batch: one at a time"),
+        (
+            "--find-micro-batch --micro-batch-size 2",
+            "--micro-batch-size: 2 is what --find-micro-batch looks for; leave it out",
+        ),
+        ("--find-micro-batch --profile p", "--profile: looks into single steps; leave --find-mi"),
+        ("--compare a.json b.json", "--model: --compare measures nothing; leave it out"),
+        (
+            "data --size 1",
+            "--model: an option of pretrain benchmark alone; give what belongs to dat",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_it_is_tried(refused, options, said):
+    model = "" if "--model" in options else "--model gemma3-tiny"
+    assert refused(f"benchmark {model} {options}").startswith(said)
+
+
+@pytest.mark.parametrize("folder", ["taken", "taken/below"])
+def test_a_profile_has_no_room_where_a_file_is(refused, tmp_path, folder):
+    (tmp_path / "taken").touch()
+    said = refused(f"benchmark --model gemma3-tiny --profile {folder}")
+    assert said == "--profile: taken is a file; give a folder"
+
+
+def test_files_that_are_no_results_are_refused(refused, tmp_path):
+    assert refused("benchmark --compare a.json b.json").startswith("a.json: can't be read (No such")
+    (tmp_path / "a.json").write_text("{}")
+    said = "a.json: not a file that pretrain benchmark --json wrote"
+    assert refused("benchmark --compare a.json a.json") == said
+
+
+# --- reading batches -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(benchmark_data, "SECONDS", 0.05)
+    monkeypatch.setattr(benchmark_data, "RANDOM_BATCHES", 20)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("packing", ["concat", "best-fit"])
+def test_reading_is_measured_on_tokens_that_are_made_and_taken_away(
+    pretrain, tmp_path, monkeypatch, packing
+):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    outcome = pretrain(
+        f"benchmark data --size 0.001 --packing {packing} --seq-len 64 --json r.json"
+    )
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.startswith("Random tokens, 1.0 MB in the page cache, one thread\n")
+    assert "µs a batch of 8 × 64" in outcome.out
+    written = json.loads(Path("r.json").read_text())
+    assert written["workload"] == {"seq_len": 64, "samples": 8, "packing": packing}
+    result = written["result"]
+    assert (result["tokens"], result["size"]) == (500_000, 1_000_000)
+    assert result["tokens_per_second"] > 100_000
+    assert 0 < result["batch_seconds"] < 0.1
+    if packing == "best-fit":
+        assert result["index_seconds"] > 0
+        assert 0.9 < result["filled"] <= 1
+        assert "Best-fit packing of 500k tokens: " in outcome.out
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@pytest.mark.usefixtures("quick", "trained")
+def test_reading_is_measured_on_a_dataset(pretrain):
+    before = sorted(Path("data/corpus").iterdir())
+    outcome = pretrain("benchmark data --data data/corpus --packing best-fit --seq-len 32")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.startswith("data/corpus, 2")
+    assert sorted(Path("data/corpus").iterdir()) == before
+
+
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--data data/corpus --size 3", "--size: 3 GB is of what is made; leave it out with"),
+        ("--size 0", "--size: 0 is not above 0"),
+        ("--size inf", "--size: inf is not above 0"),
+        ("--size 1e9", "--size: 1e+09 GB is more than "),
+        ("--tokenizer gpt2", "--tokenizer: 'gpt2' says what made the .bin files of --data"),
+        ("--data nowhere", "nowhere: no such dataset"),
+        ("--packing tight", "data.packing: 'tight' is not one of concat, best-fit"),
+        ("--seq-len 0", "data.seq_len: 0 is not greater than 0"),
+        ("--data data/corpus --seq-len 20000", "data.seq_len: 20,000 is beyond the 1"),
+        ("--micro-batch-size 0", "train.micro_batch_size: 0 is not greater than 0"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(refused, options, said):
+    assert refused(f"benchmark data {options}").startswith(said)
+
+
+# --- tokenizing ----------------------------------------------------------------------------------
+
+
+def test_tokenizing_is_measured_beside_the_library(pretrain, corpus):
+    size = sum(path.stat().st_size for path in corpus.rglob("*.txt"))
+    line = "benchmark tokenize --tokenizer bytes --text corpus --rounds 1 --workers 1 --json t.json"
+    outcome = pretrain(line)
+    assert outcome.code == 0, outcome.err
+    (result,) = json.loads(Path("t.json").read_text())["results"]
+    assert result["bytes"] == size
+    assert result["tokens"] == size + 30  # an end a document
+    assert result["seconds"] > 0
+    assert result["ratio"] == pytest.approx(result["library_seconds"] / result["seconds"])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--rounds 0", "--rounds: 0 is not at least 1"),
+        ("--workers 0", "--workers: 0 is not at least 1"),
+    ],
+)
+def test_what_cannot_be_tokenized_is_refused(refused, options, said):
+    assert refused(f"benchmark tokenize {options}").startswith(said)
+
+
+# --- sample --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_writing_is_measured(pretrain):
+    line = "benchmark sample --seq-len 20 --max-tokens 6 --rounds 2 --batch-size 2"
+    outcome = pretrain(f"{line} --json s.json")
+    assert outcome.code == 0, outcome.err
+    assert "gemma3-tiny 2 × 20 tokens, 6 behind each" in outcome.out
+    written = json.loads(Path("s.json").read_text())
+    (ours,) = written["results"]
+    assert ours["ratio"] is None
+    rates = sorted(rate for _, rate in ours["rounds"])
+    assert ours["decode_tokens_per_second"] == pytest.approx(sum(rates) / 2)
+    assert written["limit"] == pytest.approx(2 * written["copy_rate"] / written["step_bytes"])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--max-tokens 1", "--max-tokens: 1 is not at least 2"),
+        ("--rounds 0", "--rounds: 0 is not at least 1"),
+        ("--batch-size 0", "--batch-size: 0 is not at least 1"),
+        ("--seq-len 0", "--seq-len: 0 is not at least 1"),
+        ("--seq-len 2048", "--seq-len: 2,048 and --max-tokens 256 are beyond the model's 2,048"),
+        ("--vs vllm", "--vs: 'vllm' is not transformers"),
+        ("--dtype int8", "speed.dtype: 'int8' is not one of"),
+        ("--dtype float8", "speed.dtype: 'float8' can't be used: it is a way to train"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(refused, options, said):
+    assert refused(f"benchmark sample {options}").startswith(said)

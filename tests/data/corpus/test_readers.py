@@ -1,0 +1,514 @@
+"""The bytes of a file in, its documents out: as they are, whatever the file is packed in."""
+
+import bz2
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import re
+import sys
+import threading
+import tracemalloc
+from pathlib import Path
+
+import pyarrow
+import pytest
+from backports import zstd
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from pretrain_cli.data.corpus import readers as module
+from pretrain_cli.data.corpus.readers import FileReader, Reading
+from pretrain_cli.data.corpus.source_files import find_corpus
+from pretrain_cli.errors import DataError
+
+COMPRESS = {
+    "": lambda data: data,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: zstd.compress(  # with a checksum, as the zstd command does
+        data, options={zstd.CompressionParameter.checksum_flag: 1}
+    ),
+}
+
+
+def read(path, **how):
+    """(the texts, the remarks) of one file; what is said of each text is checked on the way."""
+    (file,) = find_corpus([str(path)]).files
+    reader = FileReader(file, Reading(**how))
+    found = []
+    for document in reader.documents():
+        data = b"".join(document.blocks)
+        assert document.size == len(data) > 0
+        assert document.digest == hashlib.blake2b(data, digest_size=16).digest()
+        found.append(data.decode())
+    if not file.is_stream:
+        assert reader.position == file.size
+        assert reader.checksum.hexdigest() == hashlib.sha256(path.read_bytes()).hexdigest()
+    return found, dict(reader.remarks)
+
+
+def texts(path, **how):
+    found, remarks = read(path, **how)
+    assert not remarks
+    return found
+
+
+def refusal(path, **how):
+    with pytest.raises(DataError) as error:
+        read(path, **how)
+    message = str(error.value)
+    assert message.startswith(str(path))
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture(params=COMPRESS)
+def packed(request, tmp_path):
+    """Writes a file plain or compressed, each way in turn."""
+
+    def write(name, data):
+        path = tmp_path / f"{name}{request.param}"
+        path.write_bytes(COMPRESS[request.param](data))
+        return path
+
+    return write
+
+
+def send(path, data):
+    """Write to a FIFO, from another thread."""
+    threading.Thread(target=path.write_bytes, args=(data,), daemon=True).start()
+
+
+# --- plain files ---------------------------------------------------------------------------------
+
+
+def test_text_is_taken_as_it_is(packed):
+    text = "  two\r\nlines\r\n\n\ttab \x00 nul \ufeff mark — ünï 你好 👋  \n"
+    assert texts(packed("a.txt", text.encode())) == [text]
+
+
+def test_empty_files_are_no_documents(packed):
+    for name in ("a.txt", "a.jsonl"):
+        assert texts(packed(name, b"")) == []
+
+
+def test_the_ending_of_a_name_may_be_in_capitals(tmp_path):
+    (tmp_path / "A.JSONL.GZ").write_bytes(gzip.compress(b'{"text": "one"}\n'))
+    assert texts(tmp_path / "A.JSONL.GZ") == ["one"]
+
+
+def test_what_a_file_holds_can_be_said_where_its_name_does_not(tmp_path):
+    line = '{"text": "one"}\n'
+    (tmp_path / "a.json").write_text(line)
+    (tmp_path / "b.jsonl").write_text(line)
+    assert texts(tmp_path / "a.json") == [line]
+    assert texts(tmp_path / "a.json", kind="jsonl") == ["one"]
+    assert texts(tmp_path / "b.jsonl", kind="text") == [line]
+
+
+# --- separators ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("one\n---\ntwo\n", ["one\n", "two\n"]),
+        ("one\r\n---\r\ntwo\r\n", ["one\r\n", "two\r\n"]),
+        ("---\none\n---\n", ["one\n"]),
+        ("one\n---", ["one\n"]),
+        ("one\n---\r", ["one\n"]),
+        ("---", []),
+        ("---\n---\n---\none", ["one"]),
+        ("one\n ---\n--- \n----\nx---\n---x\n", ["one\n ---\n--- \n----\nx---\n---x\n"]),
+        ("one---\n---\ntwo", ["one---\n", "two"]),
+        ("one\n\ntwo\n---\n\nthree", ["one\n\ntwo\n", "\nthree"]),
+        ("one\r---\rtwo", ["one\r---\rtwo"]),  # a carriage return alone ends no line
+    ],
+)
+def test_a_line_that_equals_the_separator_parts_documents(packed, content, expected):
+    assert texts(packed("a.txt", content.encode()), separator="---") == expected
+
+
+def test_without_a_separator_a_file_is_one_document(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n---\ntwo\n")
+    assert texts(tmp_path / "a.txt") == ["one\n---\ntwo\n"]
+
+
+def test_a_separator_is_no_pattern_and_may_be_any_line(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n.*\ntwo\n\nthree\n<|endoftext|>\nfour\n文 書\nfive")
+    assert texts(tmp_path / "a.txt", separator=".*")[0] == "one\n"
+    assert texts(tmp_path / "a.txt", separator="<|endoftext|>")[1] == "four\n文 書\nfive"
+    assert texts(tmp_path / "a.txt", separator="文 書")[1] == "five"
+    assert texts(tmp_path / "a.txt", separator="")[1] == "three\n<|endoftext|>\nfour\n文 書\nfive"
+
+
+LINES = st.lists(st.sampled_from(["-", "--", "a", "é", "-a", "a-", "", "long " * 9]), max_size=12)
+
+
+@given(
+    lines=LINES,
+    ends=st.lists(st.sampled_from(["\n", "\r\n"]), min_size=12, max_size=12),
+    ends_itself=st.booleans(),
+    separator=st.sampled_from(["-", "--", "", "é"]),
+    block=st.integers(1, 40),
+    held=st.sampled_from([5, 30, 1000]),
+    kind=st.sampled_from(["", ".gz", "fifo"]),
+)
+def test_documents_are_what_is_between_separator_lines(
+    tmp_path_factory, lines, ends, ends_itself, separator, block, held, kind
+):
+    """However the blocks fall that are read, and however long documents are held."""
+    whole = [line + end for line, end in zip(lines, ends, strict=False)]
+    if whole and not ends_itself:
+        whole[-1] = whole[-1].rstrip("\r\n")
+    expected = [""]
+    for line in whole:
+        if line.removesuffix("\n").removesuffix("\r") == separator and line:
+            expected.append("")
+        else:
+            expected[-1] += line
+    path = tmp_path_factory.getbasetemp() / f"separated.txt{kind}"
+    path.unlink(missing_ok=True)
+    content = "".join(whole).encode()
+    if kind == "fifo":
+        os.mkfifo(path)
+        send(path, content)
+    else:
+        path.write_bytes(COMPRESS[kind](content))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "BLOCK", block)
+        patch.setattr(module, "HELD", held)
+        assert texts(path, separator=separator) == [text for text in expected if text]
+
+
+# --- what is not UTF-8 ---------------------------------------------------------------------------
+
+BROKEN = {
+    "latin-1": (b"caf\xe9!", "caf\ufffd!"),
+    "cut": ("café".encode()[:-1], "caf\ufffd"),
+    "overlong": (b"a\xc0\xafb", "a\ufffd\ufffdb"),
+    "surrogate": (b"a\xed\xa0\x80b", "a\ufffd\ufffd\ufffdb"),
+    "beyond": (b"a\xf4\x90\x80\x80b", "a\ufffd\ufffd\ufffd\ufffdb"),
+}
+
+
+@pytest.mark.parametrize("held", [2, 2**23])
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_document_that_is_not_utf8_is_treated_as_asked(packed, monkeypatch, kind, held):
+    monkeypatch.setattr(module, "HELD", held)
+    data, replaced = BROKEN[kind]
+    path = packed("a.txt", b"one\n-\n" + data + b"\n-\nthree\n-\n" + data + b"\n")
+    how = {"separator": "-"}
+    assert read(path, **how) == (["one\n", "three\n"], {"not UTF-8, left out": 2})
+    assert read(path, errors="replace", **how) == (
+        ["one\n", f"{replaced}\n", "three\n", f"{replaced}\n"],
+        {"not UTF-8, replaced": 2},
+    )
+    assert refusal(path, errors="fail", **how) == (
+        f"{path} from byte 6 on: not UTF-8; convert it, or use --errors skip or replace"
+    )
+
+
+@pytest.mark.parametrize("errors", ["skip", "replace", "fail"])
+def test_text_that_is_utf8_is_the_same_whatever_is_done_with_errors(packed, errors):
+    text = "ünï 你好 \ufffd 👋"
+    assert texts(packed("a.txt", text.encode()), errors=errors) == [text]
+
+
+# --- long documents ------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["plain", ".gz", ".zst", "fifo", "-"])
+def way(request, tmp_path, monkeypatch):
+    """Gives a text to the reader one way or another: (path, data) -> the texts and remarks."""
+
+    def give(data, **how):
+        if request.param == "-":
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+            (file,) = find_corpus(["-"]).files
+            reader = FileReader(file, Reading(**how))
+            found = [(b"".join(d.blocks), d.size, d.digest) for d in reader.documents()]
+            assert [(len(text), hashlib.blake2b(text, digest_size=16).digest())
+                    for text, *_ in found] == [tuple(rest) for _, *rest in found]  # fmt: skip
+            return [text.decode() for text, *_ in found], dict(reader.remarks)
+        path = tmp_path / f"long.txt{request.param if request.param[0] == '.' else ''}"
+        path.unlink(missing_ok=True)
+        if request.param == "fifo":
+            os.mkfifo(path)
+            send(path, data)
+        else:
+            path.write_bytes(COMPRESS.get(request.param, bytes)(data))
+        return read(path, **how)
+
+    return give
+
+
+@pytest.mark.parametrize(("block", "held"), [(3, 10), (7, 100), (64, 500)])
+def test_a_document_too_long_to_hold_is_as_a_short_one(way, monkeypatch, block, held):
+    long = "Grüße 你好 👋 \r\n\x00" * 60
+    content = f"short\n---\n{long}\n---\nshort too\n---\n{long}{long}".encode()
+    expected = way(content, separator="---")
+    assert expected == (["short\n", f"{long}\n", "short too\n", long + long], {})
+    monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(module, "HELD", held)
+    assert way(content, separator="---") == expected
+    assert way(long.encode()) == ([long], {})
+
+
+@pytest.mark.parametrize("broken", [b"\xe9", b"\xf0\x9f\x91"])
+def test_a_long_document_that_breaks_at_its_very_end_is_left_out_whole(way, monkeypatch, broken):
+    monkeypatch.setattr(module, "BLOCK", 16)
+    monkeypatch.setattr(module, "HELD", 40)
+    long = b"words and words " * 30 + broken
+    replaced = "words and words " * 30 + "\ufffd"
+    assert way(long) == ([], {"not UTF-8, left out": 1})
+    assert way(long, errors="replace") == ([replaced], {"not UTF-8, replaced": 1})
+    with pytest.raises(DataError, match="from byte 0 on: not UTF-8"):
+        way(long, errors="fail")
+
+
+# --- JSON lines ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".ndjson"])
+def test_a_line_of_json_is_a_document(packed, ending):
+    first = b'\xef\xbb\xbf{"text": "one\\ntwo", "id": 1}\n\n'  # a byte order mark, a blank line
+    path = packed(f"a{ending}", first + b'{"text": "\\ud83d\\ude00"}\r\n{"text": ""}')
+    assert texts(path) == ["one\ntwo", "😀"]
+
+
+def test_the_text_may_be_under_another_key(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": 5, "content": "this"}\n')
+    assert texts(path, text_key="content") == ["this"]
+
+
+def test_other_values_of_a_line_may_be_anything(tmp_path):
+    line = json.dumps({"text": "this", "deep": [{"a": [None, 1e300]}], "other": "é"})
+    path = tmp_path / "a.jsonl"
+    path.write_text(line[:-1] + f', "huge": {"9" * 5000}, "nan": NaN}}\n')
+    assert texts(path) == ["this"]
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        (b'{"text": "cut', "not a JSON line (Invalid control character at column 14); mend"),
+        (b"plain words", "not a JSON line"),
+        (b'{"text": "a"} {"text": "b"}', "not a JSON line (Extra data at column 15)"),
+        (b"[" * 100_000, "nested too deep"),
+        (b'{"txt": "other"}', "no text under 'text' (it has txt); name the key with --text-key"),
+        (b'{"text": 5}', "what is under 'text' is not text; name another key with --text-key"),
+        (b'{"text": null}', "what is under 'text' is not text"),
+        (b'["text"]', "no text under 'text' (it has a list)"),
+    ],
+)
+def test_a_broken_json_line_is_named_with_its_number(tmp_path, line, what):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "good"}\n\n' + line + b'\n{"text": "good"}\n')
+    message = refusal(path)
+    assert message.startswith(f"{path}:3: ")
+    assert what in message
+
+
+@pytest.mark.parametrize(
+    ("line", "replaced"),
+    [(b'{"text": "caf\xe9"}', "caf\ufffd"), (b'{"text": "half \\ud83d."}', "half \ufffd+.")],
+)
+def test_a_json_line_that_is_not_utf8_is_treated_as_asked(packed, line, replaced):
+    """Half of a surrogate pair can be written in JSON, and not in UTF-8."""
+    path = packed("a.jsonl", b'{"text": "good"}\n' + line + b'\n{"text": "good"}\n')
+    assert read(path) == (["good", "good"], {"not UTF-8, left out": 1})
+    (_, text, _), remarks = read(path, errors="replace")
+    assert re.fullmatch(replaced, text)
+    assert remarks == {"not UTF-8, replaced": 1}
+    assert refusal(path, errors="fail").startswith(f"{path}:2: not UTF-8")
+
+
+# --- Parquet -------------------------------------------------------------------------------------
+
+
+def table(values, kind, **others):
+    columns = {"text": pyarrow.array(values, kind)} | others
+    buffer = io.BytesIO()
+    parquet.write_table(
+        pyarrow.table(columns), buffer, row_group_size=100, write_page_checksum=True
+    )
+    return buffer.getvalue()
+
+
+ROWS = ["one", None, "zwei\r\nü", "", "three 👋", "one"]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pyarrow.string(),
+        pyarrow.large_string(),
+        pyarrow.dictionary(pyarrow.int8(), pyarrow.string()),
+    ],
+    ids=str,
+)
+def test_a_row_of_parquet_is_a_document(packed, kind):
+    path = packed("a.parquet", table(ROWS, kind, id=list(range(6))))
+    assert texts(path) == ["one", "zwei\r\nü", "three 👋", "one"]
+
+
+def test_parquet_comes_through_a_stream_too(tmp_path):
+    os.mkfifo(tmp_path / "a.parquet")
+    send(tmp_path / "a.parquet", table(ROWS, pyarrow.string()))
+    assert len(texts(tmp_path / "a.parquet")) == 4
+
+
+def test_a_group_of_rows_is_not_held_whole(tmp_path):
+    """Many files have one alone."""
+    path = tmp_path / "a.parquet"
+    rows = pyarrow.table(
+        {"text": [hashlib.shake_128(b"%d" % n).hexdigest(2000) for n in range(5000)]}
+    )
+    parquet.write_table(rows, path, use_dictionary=False)
+    (file,) = find_corpus([str(path)]).files
+    documents = FileReader(file, Reading()).documents()
+    next(documents)  # what is loaded then stays
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in FileReader(file, Reading()).documents()) == 5000
+        assert tracemalloc.get_traced_memory()[1] < path.stat().st_size / 2
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_text_may_be_in_another_column(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(table([1], pyarrow.int8(), **{"a.b": ["this"]}))
+    assert texts(tmp_path / "a.parquet", text_key="a.b") == ["this"]
+
+
+def test_a_column_that_is_missing_or_no_text_is_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(table([1], pyarrow.int8(), url=["x"], words=[["x"]]))
+    assert refusal(path, text_key="body") == (
+        f"{path}: no column 'body' (it has text, url, words); name the column with --text-key"
+    )
+    assert (
+        refusal(path) == f"{path}: column 'text' holds int8, not text; name another with --text-key"
+    )
+    assert "column 'words' holds list<" in refusal(path, text_key="words")
+
+
+def test_a_cell_that_is_not_utf8_is_treated_as_asked(tmp_path):
+    broken = pyarrow.array([b"good", b"caf\xe9"], pyarrow.binary()).view(pyarrow.string())
+    path = tmp_path / "a.parquet"
+    path.write_bytes(table(broken, pyarrow.string()))
+    assert read(path) == (["good"], {"not UTF-8, left out": 1})
+    assert read(path, errors="replace")[0] == ["good", "caf\ufffd"]
+    assert refusal(path, errors="fail").startswith(f"{path}:2: not UTF-8")
+
+
+def test_without_pyarrow_it_is_said_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(table(ROWS, pyarrow.string()))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert refusal(tmp_path / "a.parquet") == (
+        f"{tmp_path / 'a.parquet'}: reading Parquet takes pyarrow; pip install pyarrow"
+    )
+
+
+def test_without_a_reader_of_zst_it_is_said_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "a.txt.zst").write_bytes(zstd.compress(b"words"))
+    monkeypatch.setattr(sys, "version_info", (3, 13))
+    monkeypatch.setitem(sys.modules, "backports", None)
+    assert refusal(tmp_path / "a.txt.zst") == (
+        f"{tmp_path / 'a.txt.zst'}: reading .zst takes backports.zstd; pip install backports.zstd"
+    )
+
+
+# --- damaged files -------------------------------------------------------------------------------
+
+RANDOM = hashlib.shake_128(b"seed").digest(250_000).hex()  # in several blocks where compressed
+
+
+def damaged(how, data):
+    middle = len(data) * 2 // 3
+    return {
+        "cut": data[:middle],
+        "altered": data[:middle] + bytes(byte ^ 0x5A for byte in data[middle : middle + 40])
+        + data[middle + 40 :],
+        "other": b"no such thing",
+    }[how]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["cut", "other"])
+@pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst"])
+def test_of_a_damaged_file_what_came_before_is_kept(tmp_path, ending, how):
+    whole = [RANDOM[start : start + 5000] for start in range(0, 500_000, 5000)]
+    lines = "\n".join(json.dumps({"text": text}) for text in whole)
+    path = tmp_path / f"a.jsonl{ending}"
+    path.write_bytes(damaged(how, COMPRESS[ending](lines.encode())))
+    found, remarks = read_unfinished(path)
+    assert found == whole[: len(found)]
+    assert len(found) < len(whole)
+    assert bool(found) == (how == "cut" and ending != ".bz2")  # a block of bzip2 is 900 kB
+    assert remarks == {"damaged; documents that end before that are kept": 1}
+    message = refusal(path, errors="fail")
+    assert message.startswith(f"{path}: damaged (")
+    assert message.endswith("); mend it, or --errors skip")
+
+
+def read_unfinished(path):
+    """Of a file that breaks off: it is not read to its end."""
+    (file,) = find_corpus([str(path)]).files
+    reader = FileReader(file, Reading())
+    return [b"".join(document.blocks).decode() for document in reader.documents()], reader.remarks
+
+
+@pytest.mark.parametrize("how", ["cut", "altered", "other"])
+@pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("held", [100, 2**23])
+def test_a_document_that_breaks_off_is_left_out(tmp_path, monkeypatch, ending, how, held):
+    monkeypatch.setattr(module, "HELD", held)
+    path = tmp_path / f"a.txt{ending}"
+    path.write_bytes(damaged(how, COMPRESS[ending](RANDOM.encode())))
+    assert read_unfinished(path) == ([], {"damaged; documents that end before that are kept": 1})
+    assert "damaged (" in refusal(path, errors="fail")
+
+
+@pytest.mark.parametrize("how", ["cut", "other"])
+def test_damaged_parquet_is_treated_as_asked(tmp_path, how):
+    """Its directory lies at its end."""
+    path = tmp_path / "a.parquet"
+    path.write_bytes(damaged(how, table(["one", "two"], pyarrow.string())))
+    assert read_unfinished(path) == ([], {"damaged; documents that end before that are kept": 1})
+    assert refusal(path, errors="fail").startswith(f"{path}: damaged (")
+
+
+def test_of_damaged_parquet_what_came_before_is_kept(tmp_path):
+    values = [RANDOM[start : start + 500] for start in range(0, 500_000, 500)]
+    path = tmp_path / "a.parquet"
+    path.write_bytes(damaged("altered", table(values, pyarrow.string())))
+    found, remarks = read_unfinished(path)
+    assert 0 < len(found) < len(values)
+    assert found == values[: len(found)]
+    assert remarks == {"damaged; documents that end before that are kept": 1}
+    assert refusal(path, errors="fail").startswith(f"{path}: damaged (")
+
+
+def test_compressed_parts_one_behind_the_other_are_one_file(tmp_path):
+    for ending in (".gz", ".bz2", ".xz", ".zst"):
+        path = tmp_path / f"a.txt{ending}"
+        path.write_bytes(COMPRESS[ending](b"one, ") + COMPRESS[ending](b"two"))
+        assert texts(path) == ["one, two"]
+
+
+def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text("closed")
+
+    def refuse(self, *_, **__):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert refusal(path) == f"{path}: can't be read (Permission denied)"

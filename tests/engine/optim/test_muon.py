@@ -1,0 +1,110 @@
+"""Muon on merged and stacked parameters against torch.optim.Muon on each matrix apart."""
+
+import pytest
+import torch
+
+from pretrain_cli.config.run_config import OptimizerSettings, build_config
+from pretrain_cli.engine.optim.muon import orthogonalize
+from pretrain_cli.engine.optim.optimizer import build_optimizer, set_learning_rate
+from pretrain_cli.errors import ConfigError
+
+MODELS = ["gemma3-tiny", "qwen3-tiny", "qwen3-30b-a3b"]
+
+
+def is_hidden(name, tensor):
+    return tensor.ndim == 2 and "embed" not in name and "lm_head" not in name
+
+
+@pytest.mark.parametrize("merged", [True, False], ids=["merged", "apart"])
+@pytest.mark.parametrize("model", MODELS)
+def test_each_published_matrix_is_stepped_as_by_torchs_muon(
+    tiny_model, published, give_gradients, model, merged
+):
+    model = tiny_model(model, merged=merged)
+    apart = {n: t.clone().requires_grad_() for n, t in published(model).items()}
+    hidden = [t for name, t in apart.items() if is_hidden(name, t)]
+    muon = torch.optim.Muon(
+        hidden, lr=0.02, momentum=0.9, weight_decay=0.3, adjust_lr_fn="match_rms_adamw"
+    )
+    others = {
+        decay: [t for n, t in apart.items() if not is_hidden(n, t) and (t.ndim == 2) == decay]
+        for decay in (True, False)
+    }
+    adamw = torch.optim.AdamW(
+        [{"params": others[True], "weight_decay": 0.3}, {"params": others[False]}],
+        lr=0.02, betas=(0.9, 0.95), weight_decay=0.0,
+    )  # fmt: skip
+    settings = OptimizerSettings(name="muon", momentum=0.9, weight_decay=0.3)
+    optimizer = build_optimizer(model, settings, fused=True)
+    for step in range(4):
+        give_gradients(model, step)
+        for name, gradient in published(model, "grad").items():
+            apart[name].grad = gradient
+        muon.step()
+        adamw.step()
+        set_learning_rate(optimizer, 0.02)
+        optimizer.step()
+    # the iteration is in bfloat16, and products of stacked matrices may round in another order
+    for name, tensor in published(model).items():
+        torch.testing.assert_close(tensor, apart[name].detach(), rtol=1e-4, atol=4e-4)
+
+
+def test_a_matrix_becomes_nearly_orthogonal_with_its_singular_vectors_kept():
+    generator = torch.Generator().manual_seed(0)
+    for rows, columns in ((24, 40), (40, 24), (16, 16)):
+        stack = torch.randn(3, rows, columns, generator=generator)
+        for matrix, found in zip(stack, orthogonalize(stack).float(), strict=True):
+            u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+            inner = u.T @ found @ v.T  # diagonal where the singular vectors are the same
+            singular = inner.diagonal()
+            assert singular.min() > 0.5
+            assert singular.max() < 1.3
+            assert (inner - singular.diag()).abs().max() < 0.05
+
+
+def test_a_step_has_about_the_size_of_adamws(tiny_model, give_gradients):
+    model = tiny_model("qwen3-tiny", hidden_size=64, intermediate_size=128)
+    before = [p.detach().clone() for p in model.blocks.parameters()]
+    optimizer = build_optimizer(model, OptimizerSettings(name="muon", weight_decay=0.0), fused=True)
+    give_gradients(model, 1)
+    set_learning_rate(optimizer, 0.01)
+    optimizer.step()
+    for old, new in zip(before, model.blocks.parameters(), strict=True):
+        if old.ndim == 2:
+            size = (new - old).square().mean().sqrt().item() / 0.01
+            assert 0.1 < size < 0.25
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_step_that_found_what_is_not_finite_changes_nothing(tiny_model, give_gradients, model):
+    model = tiny_model(model)
+    optimizer = build_optimizer(model, OptimizerSettings(name="muon"), fused=True)
+
+    def step(found_inf, seed):
+        give_gradients(model, seed)
+        if found_inf:
+            for parameter in model.parameters():
+                parameter.grad.view(-1)[0] = float("nan")
+        set_learning_rate(optimizer, 0.01)
+        optimizer.found_inf = torch.tensor(float(found_inf))
+        optimizer.step()
+        return [
+            t.clone()
+            for p in model.parameters()
+            for t in (p.detach(), *map(torch.as_tensor, optimizer.state[p].values()))
+        ]
+
+    first, second = step(False, 1), step(True, 2)
+    third = step(False, 3)
+    assert all(map(torch.equal, first, second))
+    assert not any(map(torch.equal, second, third))
+
+
+def test_muon_is_refused_where_matrices_are_parted(settings, run):
+    with pytest.raises(ConfigError, match=r"optimizer.name: 'muon' makes whole matrices"):
+        run(settings(optimizer__name="muon", train__parallel="fsdp"))
+
+
+def test_momentum_is_refused_without_muon():
+    with pytest.raises(ConfigError, match=r"optimizer.momentum: 0.9 has no meaning with .*'adamw'"):
+        build_config({}, {"optimizer.momentum": 0.9}, [])

@@ -1,0 +1,303 @@
+"""The memory of a training step: what autograd keeps to the byte, what is live at its peak, and
+what is resident in a process of its own."""
+
+import itertools
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from pretrain_cli.config.run_config import OptimizerSettings, SpeedConfig
+from pretrain_cli.engine.benchmark.fresh import in_a_fresh_process
+from pretrain_cli.engine.benchmark.workload import Arm, Repeats, Workload
+from pretrain_cli.engine.optim.optimizer import build_optimizer, set_learning_rate
+from pretrain_cli.engine.planning.memory_estimate import (
+    Training,
+    estimate,
+    kept_by_block,
+    largest,
+    masks_bytes,
+    speed_settings,
+)
+from pretrain_cli.engine.runtime.distributed import Ranks
+from pretrain_cli.engine.runtime.speed import build_model, compile_blocks, resolve_speed
+from pretrain_cli.engine.training.step import train_step
+from pretrain_cli.engine.training.step_guard import Guard
+from pretrain_cli.model.attention_backends import BACKENDS, Mask
+from pretrain_cli.model.config import FULL, SLIDING, variant
+from pretrain_cli.model.presets import preset
+
+CPU = torch.device("cpu")
+# no two widths alike
+SHAPE = {
+    "hidden_size": 240,
+    "intermediate_size": 704,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 40,
+    "vocab_size": 1000,
+}
+LAYERS = {
+    "gemma3-tiny": {"layer_types": (FULL, SLIDING) * 2, "sliding_window": 48},
+    "qwen3-tiny": {"num_hidden_layers": 4},
+    "qwen3-30b-a3b": {
+        "num_hidden_layers": 4,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 96,
+    },
+}
+
+
+def small(name, **changes):
+    return variant(preset(name), SHAPE | LAYERS[name] | changes)
+
+
+def training(config, rows, seq_len, speed, **more):
+    settings = speed_settings(speed)
+    return Training(
+        model=config, seq_len=seq_len, micro_batch_size=rows, device="cpu", **settings, **more
+    )
+
+
+def in_force(**asked):
+    return resolve_speed(SpeedConfig.model_validate({"compile": False} | asked), CPU)
+
+
+def tokens(config, rows, seq_len):
+    windows = torch.randint(1, config.vocab_size, (rows, seq_len + 1))
+    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+
+def documents(rows, seq_len):
+    """One that ends in the middle, and another."""
+    return (torch.arange(seq_len) >= seq_len // 2).long().expand(rows, seq_len).contiguous()
+
+
+def kept_by_blocks(config, speed, rows, seq_len, masked=False):
+    """Bytes that autograd keeps of the last two blocks, behind those that meet the RoPE tables and
+    masks first; weights and copies of them aside."""
+    model = build_model(config, speed, CPU)
+    model.initialize(0)
+    compile_blocks(model, speed)
+    inputs, targets = tokens(config, rows, seq_len)
+    parted = documents(rows, seq_len) if masked else None
+    model(inputs, targets, documents=parted).backward()  # compiled now, where it is
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    shapes = [tuple(p.shape) for p in model.parameters()]
+    copies = {shape for each in shapes for shape in (each, (*each[:-2], *each[:-3:-1]))}
+    kept, so_far = {}, []
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and tuple(tensor.shape) not in copies:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    for block in model.blocks:
+        block.register_forward_hook(lambda *_: so_far.append(sum(n for n, _ in kept.values())))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(inputs, targets, documents=parted)
+    return [after - before for before, after in itertools.pairwise(so_far)][-2:]
+
+
+@pytest.mark.parametrize("merged", [True, False], ids=["merged", "apart"])
+@pytest.mark.parametrize("attention", ["blocks", "sdpa", "eager"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_a_block_keeps_is_counted_to_the_byte(name, dtype, attention, merged):
+    config, rows, seq_len = small(name), 2, 144
+    speed = in_force(dtype=dtype, attention=attention, merged_qkv=merged)
+    counted = training(config, rows, seq_len, speed)
+    expected = [kept_by_block(counted, layer) for layer in (2, 3)]
+    # of experts a few numbers a layer beside
+    slack = 2e-4 if config.num_experts else 0
+    assert kept_by_blocks(config, speed, rows, seq_len) == pytest.approx(expected, rel=slack)
+
+
+@pytest.mark.parametrize("attention", ["blocks", "sdpa", "eager"])
+def test_what_a_block_keeps_with_documents_masked_is_counted_to_the_byte(attention):
+    config, rows, seq_len = small("gemma3-tiny"), 2, 144
+    speed = in_force(dtype="bfloat16", attention=attention)
+    counted = training(config, rows, seq_len, speed, document_mask=True)
+    expected = [kept_by_block(counted, layer) for layer in (2, 3)]
+    assert kept_by_blocks(config, speed, rows, seq_len, masked=True) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("seq_len", [30, 48, 100, 144])
+def test_the_masks_that_sdpa_makes_are_counted_to_the_byte(seq_len, masked, dtype):
+    """Of a full layer and of one with a window of 48."""
+    config, rows = small("gemma3-tiny"), 3
+    parted = documents(rows, seq_len) if masked else None
+    made = [
+        BACKENDS["sdpa"].lower(Mask(seq_len, seq_len, window, parted), CPU, dtype)
+        for window in (None, 48)
+    ]
+    tensors = [
+        part for mask in made for part in (mask if isinstance(mask, tuple) else (mask,))
+        if isinstance(part, torch.Tensor)
+    ]  # fmt: skip
+    speed = in_force(dtype=str(dtype).removeprefix("torch."), attention="sdpa")
+    counted = training(config, rows, seq_len, speed, document_mask=masked)
+    assert masks_bytes(counted) == sum(tensor.nbytes for tensor in tensors)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile's own
+@pytest.mark.parametrize(
+    ("name", "dtype", "recompute"),
+    [
+        ("gemma3-tiny", "bfloat16", True),
+        ("gemma3-tiny", "bfloat16", False),
+        ("gemma3-tiny", "float32", True),
+        ("qwen3-tiny", "bfloat16", True),
+        ("qwen3-tiny", "float32", True),
+        ("qwen3-tiny", "float32", False),
+    ],
+)
+def test_what_a_compiled_block_keeps_is_counted(name, dtype, recompute):
+    torch.compiler.reset()  # of the same block it would be taken as it was
+    config, rows, seq_len = small(name), 2, 144
+    speed = in_force(dtype=dtype, compile=True, recompute_cheap=recompute)
+    if not speed.compile:
+        pytest.skip(speed.decisions["compile"].reason)
+    expected = kept_by_block(training(config, rows, seq_len, speed), 2)
+    assert kept_by_blocks(config, speed, rows, seq_len)[-1] == pytest.approx(expected, rel=0.02)
+
+
+# --- a whole step --------------------------------------------------------------------------------
+
+
+def live_peak(config, speed, rows, seq_len, *, micro_steps=1, optimizer="adamw", masked=False):
+    """The most bytes that are allocated at once in a step, weights and moments among them."""
+    model = build_model(config, speed, CPU)
+    model.initialize(0)
+    settings = OptimizerSettings(name=optimizer)
+    adamw = build_optimizer(model, settings, fused=speed.fused_optimizer)
+    set_learning_rate(adamw, 1e-4)
+    inputs, targets = tokens(config, rows * micro_steps, seq_len)
+    guard = Guard(Ranks(0, 1, CPU))
+    parted = documents(len(inputs), seq_len) if masked else None
+
+    def step():
+        train_step(
+            model, adamw, inputs, targets, micro_batch_size=rows, clip=1.0, guard=guard,
+            documents=parted,
+        )  # fmt: skip
+
+    step()
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiled:  # torch 2.11 warns of what it does without acc_events
+        step()
+    events = profiled.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    live = most = 0
+    for _, change in changes:
+        live += change
+        most = max(most, live)
+    kept = sum(t.nbytes for state in adamw.state.values() for t in state.values())
+    return most + kept + sum(p.nbytes for p in model.parameters())
+
+
+def without_process(found):
+    """An estimate's peak of what is allocated."""
+    return max(
+        sum(n for part, n in parts.items() if part not in ("process", "lost"))
+        for parts in found.moments.values()
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "asked", "rows", "more"),
+    [
+        ("gemma3-tiny", {}, {}, 4, {}),
+        ("qwen3-tiny", {}, {}, 4, {}),
+        ("qwen3-tiny", {"vocab_size": 8000}, {"dtype": "float32"}, 4, {}),
+        ("gemma3-tiny", {"vocab_size": 8000}, {"attention": "sdpa"}, 4, {}),
+        ("gemma3-tiny", {"vocab_size": 8000}, {"chunked_loss": False}, 4, {}),
+        ("qwen3-tiny", {"vocab_size": 8000, "tie_word_embeddings": False}, {}, 4, {}),
+        ("gemma3-tiny", {"vocab_size": 300_000}, {}, 3, {}),
+        ("gemma3-tiny", {"vocab_size": 30_000}, {}, 1, {}),
+        ("gemma3-tiny", {}, {"activation_checkpointing": True}, 4, {}),
+        ("qwen3-tiny", {"num_hidden_layers": 6}, {}, 2, {"is_accumulated": True}),
+        ("qwen3-tiny", {"hidden_size": 960}, {}, 1, {"optimizer": "muon"}),
+        ("qwen3-30b-a3b", {}, {}, 4, {}),
+    ],
+)  # fmt: skip
+def test_the_peak_of_what_is_allocated_is_as_estimated(name, changes, asked, rows, more):
+    config, speed = small(name, **changes), in_force(**({"dtype": "bfloat16"} | asked))
+    seq_len = 128
+    tolerance = 0.02 if speed.chunked_loss and not speed.activation_checkpointing else 0.07
+    tolerance = 0.07 if "optimizer" in more else tolerance
+    counted = estimate(training(config, rows, seq_len, speed, **more))
+    measured = live_peak(
+        config, speed, rows, seq_len,
+        micro_steps=2 if "is_accumulated" in more else 1, optimizer=more.get("optimizer", "adamw"),
+    )  # fmt: skip
+    assert without_process(counted) == pytest.approx(measured, rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("attention", "more", "tolerance"),
+    [
+        ("eager", {}, 0.1),
+        ("sdpa", {}, 0.01),
+        ("sdpa", {"activation_checkpointing": True}, 0.2),
+        ("blocks", {}, 0),
+    ],
+)
+def test_what_masking_documents_adds_to_the_peak_is_as_estimated(attention, more, tolerance):
+    """A megabyte, of masks of 512 × 512."""
+    config, rows, seq_len = small("gemma3-tiny"), 2, 512
+    speed = in_force(dtype="bfloat16", attention=attention, **more)
+    plain, masked = (
+        without_process(estimate(training(config, rows, seq_len, speed, document_mask=on)))
+        for on in (False, True)
+    )
+    measured = [live_peak(config, speed, rows, seq_len, masked=on) for on in (False, True)]
+    assert masked - plain == pytest.approx(measured[1] - measured[0], rel=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("qwen3-small", {}), ("gemma3-small", {}), ("gemma3-270m", {"num_hidden_layers": 4})],
+)
+def test_the_resident_peak_of_real_sizes_is_within_a_tenth(name, changes, rows, tmp_path):
+    """As the benchmark tells it, of two families and a large vocabulary."""
+    config, asked = variant(preset(name), changes), SpeedConfig.model_validate({"compile": False})
+    workload = Workload(name=name, model=config, seq_len=256, micro_batch_size=rows, device="cpu")
+    arm = Arm(name=name, workload=workload, speed=asked)
+    repeats = Repeats(rounds=1, steps=2, warmup=1)
+    measured = in_a_fresh_process("measure_round", asked, tmp_path, arm, repeats).peak_memory
+    counted = estimate(training(config, rows, 256, resolve_speed(asked, CPU))).peak
+    assert counted == pytest.approx(measured, rel=0.1)
+
+
+# --- the largest that fits -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("room", [9, 10, 11, 57, 64, 1000])
+def test_the_largest_is_the_last_that_fits(room):
+    found = largest(lambda size: 7 + 3 * size, room)
+    assert found == (room - 7) // 3
+
+
+def test_gpus_that_part_the_model_hold_their_parts_of_it():
+    """The 8B among eight: 12 bytes a weight and moments, of an eighth, and what is whole a while:
+    the embedding and the head of 151,936 × 4096."""
+    config, speed = preset("qwen3-8b"), in_force(dtype="bfloat16")
+    alone, copy, part = (
+        training(config, 1, 1024, speed, parallel=how, ranks=8) for how in ("alone", "ddp", "fsdp")
+    )
+    parameters = 8_190_735_360
+    of_each = [estimate(t).moments["step"] for t in (alone, copy, part)]
+    assert [m["weights"] for m in of_each] == [4 * parameters, 4 * parameters, parameters // 2]
+    assert [m["optimizer"] for m in of_each] == [8 * parameters, 8 * parameters, parameters]
+    assert estimate(part).moments["loss"]["gathered"] > 2 * 4 * 151_936 * 4096
+    # DDP's buckets hold every gradient all the time
+    assert estimate(copy).moments["loss"]["gradients"] == 4 * (parameters + 151_936 * 4096)

@@ -1,0 +1,122 @@
+"""Which checkpoints are kept: the newest, the best, one every so often, the last finite."""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pretrain_cli.config.run_config import TrainSettings, build_config
+from pretrain_cli.engine.runs import checkpoint, retention
+from pretrain_cli.engine.runs.checkpoint import State
+from pretrain_cli.engine.runs.events import Evaluation
+from pretrain_cli.engine.runs.run_yaml import read_record, resumed_settings
+from pretrain_cli.errors import CheckpointError
+
+
+def make(run: Path, *states: State) -> None:
+    """Checkpoints that hold nothing but where the run stood."""
+    for state in states:
+        folder = run / f"checkpoints/step-{state.step:06d}"
+        (folder / "training").mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        (folder / checkpoint.STATE).write_text(json.dumps(dataclasses.asdict(state)))
+        checkpoint.seal(folder)
+
+
+def steps(run: Path) -> list[int]:
+    return [retention.step_of(folder) for folder in retention.checkpoints(run)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "left"),
+    [
+        ({"keep_checkpoints": 1}, [70, 30]),
+        ({"keep_checkpoints": 3}, [70, 60, 50, 30]),
+        ({"keep_checkpoints": 1, "keep_best": False}, [70]),
+        ({"keep_checkpoints": 1, "keep_every": 20}, [70, 60, 40, 30, 20]),
+        ({"keep_checkpoints": 99}, [70, 60, 50, 40, 30, 20, 10]),
+    ],
+)
+def test_the_newest_the_best_and_one_every_so_often_are_kept(tmp_path, settings, left):
+    states = [State(step, best_step=10 if step < 30 else 30) for step in range(10, 80, 10)]
+    make(tmp_path, *states)
+    removed = retention.rotate(tmp_path, TrainSettings(**settings))
+    assert steps(tmp_path) == left
+    assert sorted([*left, *map(retention.step_of, removed)], reverse=True) == [*range(70, 0, -10)]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        f"step-{step:06d}" for step in sorted(left)
+    ]
+
+
+def test_the_last_checkpoint_known_finite_is_never_rotated_away(tmp_path):
+    make(tmp_path, *[State(step, finite=step <= 2) for step in range(1, 9)])
+    for step in range(9, 12):
+        retention.rotate(tmp_path, TrainSettings(keep_checkpoints=2))
+        assert 2 in steps(tmp_path)
+        make(tmp_path, State(step, finite=False))
+    assert retention.newest_intact(tmp_path, print, finite=True).name == "step-000002"
+    make(tmp_path, State(20))
+    retention.rotate(tmp_path, TrainSettings(keep_checkpoints=2))
+    assert steps(tmp_path) == [20, 11]
+
+
+def test_room_is_made_by_what_a_rotation_would_remove_but_the_last_intact_one_stays(tmp_path):
+    make(tmp_path, *[State(step) for step in (1, 2, 3)])
+    retention.make_room(tmp_path, TrainSettings(keep_checkpoints=3))
+    assert steps(tmp_path) == [3, 2]
+    (tmp_path / "checkpoints/step-000003/config.json").write_text("[]")
+    retention.make_room(tmp_path, TrainSettings(keep_checkpoints=1))
+    assert 2 in steps(tmp_path)
+    assert retention.newest_intact(tmp_path, print).name == "step-000002"
+
+
+def test_no_room_is_made_where_no_checkpoint_is_intact(tmp_path):
+    make(tmp_path, State(1), State(2, finite=False))
+    (tmp_path / "checkpoints/step-000001/config.json").write_text("[]")
+    assert retention.make_room(tmp_path, TrainSettings(keep_checkpoints=1)) == []
+    assert steps(tmp_path) == [2, 1]
+
+
+def test_a_removal_that_is_cut_short_leaves_no_part_of_a_checkpoint(tmp_path, monkeypatch):
+    make(tmp_path, State(1), State(2), State(3))
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # killed before anything is gone
+    retention.rotate(tmp_path, TrainSettings(keep_checkpoints=1))
+    monkeypatch.undo()
+    assert steps(tmp_path) == [3]
+    assert len(os.listdir(tmp_path / "checkpoints")) == 3
+    retention.sweep(tmp_path)
+    assert os.listdir(tmp_path / "checkpoints") == ["step-000003"]
+
+
+def test_the_best_so_far_is_known_to_a_resumed_run(settings, run, tmp_path):
+    """The loss rises, as the rate is far too high after the first steps: the first is the best."""
+    common = {"train__checkpoint_every": 1, "train__eval_every": 1, "train__keep_checkpoints": 1}
+    events = run(settings(optimizer__learning_rate=0.3, optimizer__warmup_steps=3, **common))
+    losses = {e.step: e.loss for e in events if isinstance(e, Evaluation)}
+    best = min(losses, key=lambda step: losses[step])
+    assert best < 6
+    folder = tmp_path / "run"
+    assert steps(folder) == [6, best]
+    state = checkpoint.read_state(folder / "checkpoints/step-000006")
+    assert (state.best_step, state.best_loss) == (best, losses[best])
+    record = read_record(folder)
+    longer = build_config(record.settings, {"train.steps": 8}, [])
+    events = run(resumed_settings(record, longer), resume=(folder, record))
+    losses |= {e.step: e.loss for e in events if isinstance(e, Evaluation)}
+    best = min(losses, key=lambda step: losses[step])
+    assert steps(folder) == sorted({8, best}, reverse=True)
+    assert retention.best_checkpoint(folder).name == f"step-{best:06d}"
+
+
+def test_a_state_that_cannot_be_read_is_named(tmp_path):
+    make(tmp_path, State(1))
+    path = tmp_path / "checkpoints/step-000001" / checkpoint.STATE
+    for text in ("{", "[]", '{"step": 1, "spin": 2}'):
+        path.write_text(text)
+        with pytest.raises(CheckpointError, match=r"state.json: damaged"):
+            checkpoint.read_state(path.parent.parent)
+    retention.rotate(tmp_path, TrainSettings())
+    assert steps(tmp_path) == [1]

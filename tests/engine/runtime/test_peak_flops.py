@@ -1,0 +1,51 @@
+"""The device's peak: the table's by the device's name, and a measured one."""
+
+import pytest
+import torch
+
+from pretrain_cli.engine.runtime.gpu_specs import stated_for
+from pretrain_cli.engine.runtime.peak_flops import find_peak
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA L40", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("Tesla V100-SXM2-16GB", None),
+    ],
+)
+def test_a_gpu_has_the_peak_of_its_own_name_or_none(name, teraflops):
+    stated = stated_for(name)
+    assert (stated and stated.flops) == (teraflops and teraflops * 1e12)
+
+
+def test_a_device_that_is_not_in_the_table_has_the_peak_that_is_measured():
+    before = torch.get_rng_state()
+    peak = find_peak(torch.device("cpu"), torch.float32, seconds=0.05)
+    assert peak.flops == peak.measured
+    assert 1e9 < peak.flops < 1e14  # a core at a clock that exists, and any machine
+    assert peak.source.startswith("measured, ")
+    assert peak.source.endswith("³ matrix product in float32")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_what_a_gpu_reaches_is_below_what_its_maker_states():
+    peak = find_peak(torch.device("cuda", 0), torch.bfloat16, seconds=0.2)
+    if peak.source.startswith("stated"):
+        assert 0.4 * peak.flops < peak.measured < 1.02 * peak.flops
+    else:
+        assert peak.flops == peak.measured

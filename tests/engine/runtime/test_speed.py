@@ -1,0 +1,135 @@
+"""A speed setting never changes what is learned, and is recorded as asked and as in force."""
+
+import sys
+import types
+import typing
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch._functorch import config as autograd_config
+
+from pretrain_cli.config.run_config import SpeedConfig
+from pretrain_cli.engine.runs.events import StepMetrics
+from pretrain_cli.engine.runtime.speed import resolve_speed
+from pretrain_cli.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+
+def choices(setting: str) -> list:
+    """Every value of a setting, read from its type, so that a new one can't be forgotten."""
+
+    def values(kind):
+        if kind is bool:
+            return [True, False]
+        if typing.get_origin(kind) is typing.Literal:
+            return list(typing.get_args(kind))
+        return [value for part in typing.get_args(kind) for value in values(part)]
+
+    return values(SpeedConfig.model_fields[setting].annotation)
+
+
+EVERY = [(setting, value) for setting in SpeedConfig.model_fields for value in choices(setting)]
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, object]:
+    """The baseline's losses and checkpoint, made once."""
+    return {}
+
+
+@pytest.mark.parametrize(("setting", "value"), EVERY)
+@pytest.mark.parametrize("model", ["gemma3-tiny", "qwen3-tiny"])
+def test_a_speed_setting_changes_no_loss_and_no_checkpoint_key(
+    settings, run, tmp_path, plain, model, setting, value
+):
+    if value == "flex":
+        pytest.skip("PyTorch's flex_attention has no backward pass on a CPU")
+    if value == "float8":
+        pytest.skip("no CPU multiplies in it: test_training_in_float8.py has it emulated")
+    if setting == "compile" and value is True:
+        pytest.skip("compiling takes half a minute: test_compiled_blocks_learn_the_same does it")
+
+    def five_steps(out, **speed):
+        events = run(settings(out, model__name=model, train__steps=5, **speed))
+        saved = load_file(tmp_path / out / "checkpoints/step-000005/model.safetensors")
+        return [e.loss for e in events if isinstance(e, StepMetrics)], saved
+
+    if model not in plain:
+        plain[model] = five_steps("plain")
+    expected, saved = plain[model]
+    losses, weights = five_steps("other", **{f"speed__{setting}": value})
+    bfloat16 = setting == "dtype" and value != "float32"
+    assert losses == pytest.approx(expected, rel=5e-3 if bfloat16 else 1e-5)
+    assert weights.keys() == saved.keys()
+    for key in saved:
+        assert weights[key].dtype == torch.float32
+        assert weights[key].shape == saved[key].shape
+    recorded = yaml.safe_load((tmp_path / "other/run.yaml").read_text())["speed"]
+    assert recorded[setting]["asked"] == value
+    if recorded[setting]["in_force"] != value:
+        assert recorded[setting]["reason"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile's own
+@pytest.mark.parametrize("masked", [False, True])
+def test_compiled_blocks_learn_the_same(settings, run, masked):
+    losses = []
+    for on in (False, True):
+        events = run(settings(f"run{on}", speed__compile=on, data__document_mask=masked))
+        losses.append([e.loss for e in events if isinstance(e, StepMetrics)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_flex_is_refused_for_training_on_a_cpu_with_the_reason():
+    with pytest.raises(ConfigError, match="no backward pass on a CPU; use auto"):
+        resolve_speed(SpeedConfig(attention="flex"), CPU)
+    assert resolve_speed(SpeedConfig(attention="flex"), CPU, training=False).attention == "flex"
+
+
+def test_compile_without_a_compiler_is_said_and_left_off(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    decision = resolve_speed(SpeedConfig(compile=True), CPU).decisions["compile"]
+    assert decision.in_force is False
+    assert "no C++ compiler" in decision.reason
+
+
+def test_making_cheap_things_again_is_for_compiled_blocks_on_a_cpu(monkeypatch):
+    def decided(asked, device=CPU, **more):
+        speed = resolve_speed(SpeedConfig(recompute_cheap=asked, **more), device)
+        return speed.decisions["recompute_cheap"]
+
+    monkeypatch.setattr("shutil.which", lambda name: name)  # a compiler is there
+    assert decided("auto", compile=True).in_force is True
+    assert decided(False, compile=True).in_force is False
+    for found in (decided(True), decided("auto")):
+        assert (found.in_force, found.reason) == (False, "a setting of compiled blocks")
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    on_a_gpu = decided(True, torch.device("cuda", 0), compile=True)
+    assert (on_a_gpu.in_force, "not tried on a GPU" in on_a_gpu.reason) == (False, True)
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_compiling_says_what_is_to_be_made_again(tiny_model, recompute):
+    banned = [f"ban_recompute_{n}" for n in ("materialized_backward", "used_far_apart",
+                                             "long_fusible_chains")]  # fmt: skip
+    with autograd_config.patch(dict.fromkeys(banned, recompute)):  # so that it is undone
+        tiny_model().compile_parts(recompute_cheap=recompute)
+        assert [getattr(autograd_config, name) for name in banned] == [not recompute] * 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "flex"])
+def test_backends_learn_the_same_on_a_gpu(settings, run, attention, masked):
+    losses = []
+    for name in ("eager", attention):
+        speed = {"speed__attention": name, "speed__compile": False}
+        common = {"train__device": "cuda", "train__log_every": 1, "data__document_mask": masked}
+        events = run(settings(f"run-{name}", **common, **speed))
+        losses.append([e.loss for e in events if isinstance(e, StepMetrics)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

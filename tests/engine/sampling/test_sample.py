@@ -1,0 +1,212 @@
+"""Texts of prompts: planned, written as they come, ended by strings, compiled where that pays."""
+
+import math
+
+import pytest
+import torch
+
+from pretrain_cli.config.run_config import SpeedConfig
+from pretrain_cli.data.tokenizers.tokenizer import load_tokenizer
+from pretrain_cli.engine.runtime.speed import build_model, resolve_speed
+from pretrain_cli.engine.sampling import sample
+from pretrain_cli.engine.sampling.sample import (
+    decide_compile,
+    plan_texts,
+    read_prompts,
+    sample_text,
+    worth_compiling,
+    write,
+)
+from pretrain_cli.engine.sampling.sampler import Controls
+from pretrain_cli.errors import ConfigError, DataError
+from pretrain_cli.model.config import variant
+from pretrain_cli.model.inference.decode import Writer
+from pretrain_cli.model.presets import preset
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = variant(
+        preset("gemma3-tiny"),
+        {"hidden_size": 32, "vocab_size": 320, "max_position_embeddings": 64,
+         "initializer_range": 0.3, "pad_token_id": None, "sliding_window": 6},
+    )  # fmt: skip
+    model = build_model(config, resolve_speed(SpeedConfig(dtype="float32"), CPU), CPU)
+    model.initialize(0)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("bytes")
+
+
+def test_the_same_seed_gives_the_same_text(model, tokenizer):
+    def text(seed):
+        controls = Controls(max_tokens=20, temperature=2, seed=seed)
+        return "".join(sample_text(model, tokenizer, "def", controls))
+
+    assert text(1) == text(1)
+    assert text(1) != text(2)
+
+
+def test_texts_are_planned_in_order_each_with_its_seed_and_its_room(model, tokenizer):
+    controls = Controls(max_tokens=30, seed=5)
+    texts = plan_texts(model, tokenizer, ["a" * 10, "b" * 50], controls, n=2)
+    assert [text.prompt[0] for text in texts] == [97, 97, 98, 98]
+    assert [text.seed for text in texts] == [5, 6, 7, 8]
+    assert [(text.limit, text.reason) for text in texts] == [
+        (30, "max-tokens"), (30, "max-tokens"), (14, "positions"), (14, "positions"),
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"--prompt: its 64 tokens fill the model's 64 positions"):
+        plan_texts(model, tokenizer, ["x" * 64], controls)
+    with pytest.raises(ConfigError, match=r"--prompt \(number 2\): its 70 tokens"):
+        plan_texts(model, tokenizer, ["x", "x" * 70], controls)
+    for half in ("\ud83d", b"\xff".decode(errors="surrogateescape")):
+        with pytest.raises(
+            ConfigError, match=r"--prompt \(number 2\): not UTF-8, or half of a char"
+        ):
+            plan_texts(model, tokenizer, ["x", "a" + half], controls)
+
+
+def test_a_text_ends_before_a_stop_string_and_only_its_own(model, tokenizer):
+    controls = Controls(max_tokens=30, temperature=2, seed=3)
+    texts = plan_texts(model, tokenizer, ["a", "b"], controls)
+    whole = {}
+    for piece in write(Writer(model), tokenizer, texts, controls, rows=2):
+        if piece.whole is not None:
+            whole[piece.text.number] = piece.whole
+    string = whole[0][6:8]
+    stopping = Controls(max_tokens=30, temperature=2, seed=3, stop=("never so", string))
+    texts = plan_texts(model, tokenizer, ["a", "b"], stopping)
+    shown = {0: "", 1: ""}
+    for piece in write(Writer(model), tokenizer, texts, stopping, rows=2):
+        shown[piece.text.number] += piece.piece
+        if piece.whole is not None:
+            assert piece.whole == shown[piece.text.number]
+    assert shown[0] == whole[0][: whole[0].find(string)]
+    assert texts[0].stopped == "stop"
+    assert len(texts[0].tokens) < 30
+    assert shown[1] == whole[1].partition(string)[0]
+
+
+def test_text_that_might_have_been_a_stop_string_is_given_in_the_end(model, tokenizer):
+    controls = Controls(max_tokens=12, temperature=2, seed=3)
+    plain = "".join(sample_text(model, tokenizer, "a", controls))
+    begun = Controls(max_tokens=12, temperature=2, seed=3, stop=(plain[-2:] + "never so",))
+    assert "".join(sample_text(model, tokenizer, "a", begun)) == plain
+
+
+def test_sampling_leaves_the_model_as_it_is(model, tokenizer):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    "".join(sample_text(model, tokenizer, "a", Controls(max_tokens=3)))
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_prompts_are_lines_or_json_lines(tmp_path):
+    plain, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    plain.write_text('one\n\n  two \n{"prompt": "three"}\n')
+    assert read_prompts(plain) == ["one", "  two ", '{"prompt": "three"}']
+    plain.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")  # as Windows writes it
+    assert read_prompts(plain) == ["one", "two"]
+    lines.write_text('{"prompt": "a\\nb", "id": 7}\n\n{"prompt": ""}\n')
+    assert read_prompts(lines) == ["a\nb", ""]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"prompt": "a"}\n{"text": "b"}', r'line 2: no text as "prompt"'),
+        ('{"prompt": 5}', r'line 1: no text as "prompt"'),
+        ("{prompt", "line 1: not JSON"),
+        ("\n \n", "holds none"),
+    ],
+)
+def test_prompts_that_cannot_be_read_are_refused(tmp_path, text, said):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(text)
+    with pytest.raises(DataError, match=said):
+        read_prompts(path)
+    with pytest.raises(DataError, match="No such file"):
+        read_prompts(tmp_path / "nowhere.txt")
+
+
+def test_compiling_pays_where_its_seconds_are_saved():
+    """By pretrain benchmark sample with and without: 10 s over what is saved of a token of
+    gemma3-tiny in float32, 11 s over that of gemma3-270m in bfloat16."""
+    for name, seconds, compiled, plain in (
+        ("gemma3-tiny", 10, 402.6, 162.9),
+        ("gemma3-270m", 11, 42.1, 24.8),
+    ):
+        even = seconds / (1 / plain - 1 / compiled)
+        assert even < worth_compiling(preset(name)) < 2 * even
+
+
+def test_compiling_is_for_long_texts_on_a_cpu_or_when_asked(model, tokenizer, monkeypatch):
+    def decided(asked, limit, rows=1, count=1):
+        texts = plan_texts(model, tokenizer, ["a"] * count, Controls())
+        for text in texts:
+            text.limit = limit
+        return decide_compile(model, asked, texts, rows)
+
+    worth = math.ceil(worth_compiling(model.config))
+    assert decided(None, worth) == (True, f"up to {worth:,} steps")
+    assert decided(None, worth - 1)[0] is False
+    assert decided(None, worth // 2 + 1, count=8, rows=4)[0] is True  # two after the other
+    assert decided(None, worth // 2, count=4, rows=8)[0] is False
+    assert decided(True, 1)[0] is True
+    assert decided(False, 10 * worth)[0] is False
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    assert decided(True, 1) == (False, "no C++ compiler is installed (g++ or clang++)")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "rows"), [("gemma3-tiny", 3), ("qwen3-tiny", 1)])
+def test_a_compiled_step_writes_the_same(tokenizer, family, rows):
+    """Beyond the growth of a full layer's buffer, and compiled once for all its sizes."""
+    config = variant(
+        preset(family),
+        {"hidden_size": 32, "vocab_size": 320, "num_hidden_layers": 6 if "gemma" in family else 2,
+         "initializer_range": 0.3, "pad_token_id": None},
+    )  # fmt: skip
+    speed = resolve_speed(SpeedConfig(dtype="float32"), CPU, training=False)
+    controls = Controls(max_tokens=600, temperature=0)
+    made, said = [], []
+    for compiled in (False, True):
+        model = build_model(config, speed, CPU)
+        model.initialize(0)
+        texts = plan_texts(model.eval(), tokenizer, ["ab", "def", "x" * 40], controls)
+        torch._dynamo.utils.counters.clear()
+        writer = sample.make_writer(model, compiled, texts, rows, said.append)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert graphs == compiled * (3 if "gemma" in family else 2)  # a block of a kind, the head
+        with torch.compiler.set_stance("fail_on_recompile" if compiled else "default"):
+            for _ in write(writer, tokenizer, texts, controls, rows=rows):
+                pass
+        made.append([text.tokens for text in texts])
+    assert "Compiled in" in said[0]
+    assert made[0] == made[1]
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_writes_the_same(tokenizer):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    cuda = torch.device("cuda")
+    config = variant(preset("gemma3-tiny"), {"vocab_size": 320, "pad_token_id": None})
+    controls = Controls(max_tokens=60, temperature=0)
+    made = []
+    for compiled in (False, True):
+        model = build_model(config, resolve_speed(SpeedConfig(dtype="float32"), cuda), cuda)
+        model.initialize(0)
+        texts = plan_texts(model.eval(), tokenizer, ["ab", "def", "x" * 40], controls)
+        writer = sample.make_writer(model, compiled, texts, 2, print)
+        for _ in write(writer, tokenizer, texts, controls, rows=2):
+            pass
+        made.append([text.tokens for text in texts])
+    assert made[0] == made[1]

@@ -1,0 +1,141 @@
+"""kill -9 at random instants of every phase: each run is resumed, and ends as one that wasn't."""
+
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain_cli.config.run_config import RunConfig
+from pretrain_cli.engine.runs import checkpoint, events, retention
+from pretrain_cli.engine.runs.run_yaml import read_record
+from pretrain_cli.engine.runtime.stop import SAME_REQUEST, StopRequest
+from pretrain_cli.engine.training import evaluate, train, trainer
+from tests.engine.training.test_resume import assert_same_weights, numbers, resume
+
+KILLS = 25
+"""Of each model."""
+PHASES = {
+    "training": (trainer, "train_step", 12),
+    "copying": (checkpoint, "take_contents", 5),
+    "writing": (checkpoint, "write_weights", 5),
+    "sealing": (checkpoint, "seal", 5),
+    "removing": (retention, "remove", 3),
+    "evaluating": (evaluate, "validation_batches", 3),
+    "logging": (events, "append_line", 12),
+}
+"""Where a timer is started: what is called then, and at most the how-manieth time."""
+
+
+def die_after(phase: str, count: int, seconds: float) -> None:
+    """Have this process killed so long after a function is called for the count-th time."""
+    module, name, _ = PHASES[phase]
+    function, calls = getattr(module, name), []
+
+    def counted(*args, **options):
+        calls.append(1)
+        if len(calls) == count:
+            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return function(*args, **options)
+
+    setattr(module, name, counted)
+
+
+def go_on(settings: RunConfig, run: Path, death: tuple[str, int, float] | None) -> None:
+    """Begin the run, or resume it."""
+    torch.set_num_threads(1)
+    train.PEAK_SECONDS = 0.01
+    if death:
+        die_after(*death)
+    where = {"resume": (run, read_record(run))} if (run / "run.yaml").exists() else {}
+    train.train(settings, lambda event: None, **where)
+
+
+@pytest.fixture(scope="module")
+def forks():
+    """Forks of a process that has loaded everything, and has no threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["pretrain_cli.engine.training.train", "pytest", "safetensors.torch"]
+    )
+    return context
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["gemma3-tiny", "qwen3-tiny"])
+def test_killed_at_any_instant_a_run_ends_as_the_one_that_was_not(
+    settings, run, tmp_path, forks, model
+):
+    common = {
+        "model__name": model, "train__steps": 24, "train__checkpoint_every": 2,
+        "train__eval_every": 3, "train__sample_every": 6,
+    }  # fmt: skip
+    run(settings("straight", **common))
+    chance, kills, runs = random.Random(model), 0, 0
+    while kills < KILLS:
+        runs += 1
+        folder = tmp_path / f"killed-{runs}"
+        config = settings(folder.name, **common)
+        ended = False
+        while not ended:
+            phase = chance.choice(list(PHASES))
+            death = (phase, chance.randint(1, PHASES[phase][2]), chance.choice((0, 0.02))
+                     * chance.random())  # fmt: skip
+            process = forks.Process(
+                target=go_on, args=(config, folder, death if kills < KILLS else None)
+            )
+            process.start()
+            process.join()
+            assert process.exitcode in (0, -signal.SIGKILL)
+            ended = process.exitcode == 0
+            kills += not ended
+        assert numbers(folder) == numbers(tmp_path / "straight")
+        samples = [(tmp_path / name / "samples.jsonl").read_text()
+                   for name in (folder.name, "straight")]  # fmt: skip
+        assert samples[0] == samples[1]
+        last = "checkpoints/step-000024"
+        assert_same_weights(folder / last, tmp_path / "straight" / last)
+        assert not list((folder / "checkpoints").glob(".*"))
+        for path in retention.checkpoints(folder):
+            assert checkpoint.damage(path) is None
+
+
+def signal_twice_while_saving(settings: RunConfig, run: Path) -> None:
+    """The second checkpoint is almost there, and its writing would take long."""
+    torch.set_num_threads(1)
+    real = checkpoint.seal
+
+    def seal(folder, sums):
+        if folder.name == ".step-000004.partial":
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(SAME_REQUEST + 0.2)
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(60)
+        real(folder, sums)
+
+    checkpoint.seal = seal
+    with StopRequest() as request:
+        train.train(settings, lambda event: None, stop=request)
+
+
+def test_a_second_signal_while_saving_leaves_the_checkpoint_before_whole(
+    settings, run, tmp_path, forks
+):
+    common = {"train__checkpoint_every": 2, "train__keep_checkpoints": 1}
+    run(settings("straight", **common))
+    process = forks.Process(
+        target=signal_twice_while_saving, args=(settings("left", **common), tmp_path / "left")
+    )
+    process.start()
+    process.join(timeout=60)
+    assert process.exitcode == 128 + signal.SIGTERM
+    [left] = retention.checkpoints(tmp_path / "left")
+    assert (left.name, checkpoint.damage(left)) == ("step-000002", None)
+    resume(run, tmp_path / "left")
+    assert numbers(tmp_path / "left") == numbers(tmp_path / "straight")
+    assert not list((tmp_path / "left/checkpoints").glob(".*"))

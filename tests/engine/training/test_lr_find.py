@@ -1,0 +1,108 @@
+"""The range test: its rates, where it stops, what it suggests, and what it leaves behind."""
+
+import json
+import sys
+
+import pytest
+
+from pretrain_cli.engine.runs.events import Notice
+from pretrain_cli.engine.runtime.stop import Stopped, StopRequest
+from pretrain_cli.engine.training import lr_find
+from pretrain_cli.engine.training.lr_find import find_learning_rate, has_diverged, smooth, suggest
+from pretrain_cli.errors import ConfigError
+
+RATES = [10.0 ** (i / 10 - 6) for i in range(61)]
+
+
+def search(settings, folder):
+    events, steps = [], []
+    progress, stop = lambda *step: steps.append(step), StopRequest()
+    test = find_learning_rate(settings, folder, events.append, progress, stop)
+    return test, events, steps
+
+
+def test_rates_rise_by_the_same_factor_and_nothing_is_trained(settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    test, _, steps = search(settings(train__steps=13), tmp_path / "found")
+    expected = [10 ** (i / 2 - 6) for i in range(13)]
+    assert test.rates == pytest.approx(expected[: len(test.rates)])
+    assert [step[2:] for step in steps] == list(zip(test.rates, test.losses, strict=True))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["found"]
+    assert sorted(p.name for p in (tmp_path / "found").iterdir()) == ["lr-find.json", "lr-find.png"]
+    assert (tmp_path / "found/lr-find.png").read_bytes().startswith(b"\x89PNG")
+    written = json.loads((tmp_path / "found/lr-find.json").read_text())
+    assert written["losses"] == test.losses
+    assert written["suggestion"] == test.suggestion
+
+
+def test_it_stops_where_the_loss_is_not_finite(settings, tmp_path, monkeypatch):
+    real, calls = lr_find.train_step, []
+
+    def spied(*arguments, **options):
+        loss, norm = real(*arguments, **options)
+        calls.append(loss.item())
+        return (loss / 0 if len(calls) == 5 else loss), norm
+
+    monkeypatch.setattr(lr_find, "train_step", spied)
+    test, _, _ = search(settings(train__steps=20), tmp_path)
+    assert len(calls) == 5
+    assert test.losses == calls[:4]
+
+
+def test_a_test_that_is_stopped_leaves_nothing(settings, tmp_path):
+    stop, folder = StopRequest(), tmp_path / "found"
+
+    def progress(step, *_):
+        if step == 3:
+            stop.reason = "SIGTERM"
+
+    with pytest.raises(Stopped):
+        find_learning_rate(settings(train__steps=12), folder, lambda _: None, progress, stop)
+    assert not folder.exists()
+
+
+def test_without_matplotlib_there_are_the_numbers_and_a_word(settings, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    _, events, _ = search(settings(train__steps=10), tmp_path / "found")
+    assert [p.name for p in (tmp_path / "found").iterdir()] == ["lr-find.json"]
+    said = [event.text for event in events if isinstance(event, Notice)]
+    assert "No picture: matplotlib is not installed; pip install 'pretrain[plot]'" in said
+
+
+def test_a_smoothed_loss_is_the_mean_weighted_by_powers():
+    losses = [3.0, 5.0, 1.0]
+    expected = [3.0, (0.8 * 3 + 5) / 1.8, (0.64 * 3 + 0.8 * 5 + 1) / 2.44]
+    assert smooth(losses) == pytest.approx(expected)
+
+
+def test_the_suggestion_is_a_quarter_of_the_rate_of_the_lowest_loss():
+    valley = [6 + 0.5 * abs(i - 40) / 10 for i in range(61)]  # lowest at 1e-2
+    rate, reason = suggest(RATES, valley)
+    assert rate == pytest.approx(2.5e-3)
+    assert "at which the loss was lowest, 6.000" in reason
+
+
+def test_a_loss_that_does_not_fall_suggests_nothing():
+    rate, reason = suggest(RATES, [7.0 - 0.001 * i for i in range(61)])
+    assert rate is None
+    assert "more --steps" in reason
+
+
+@pytest.mark.parametrize(
+    ("losses", "diverged"),
+    [
+        ([8.0, 8.5], False),
+        ([8.0, 8.9], True),
+        ([8.0, 4.0, 5.9], False),
+        ([8.0, 4.0, 6.1], True),
+        ([8.0, 7.8, 8.5], False),
+        ([8.0, 7.8, 8.7], True),
+    ],
+)
+def test_it_has_diverged_a_tenth_above_and_with_half_of_what_was_gained(losses, diverged):
+    assert has_diverged(losses) is diverged
+
+
+def test_too_few_steps_are_refused(settings, tmp_path):
+    with pytest.raises(ConfigError, match=r"train.steps: 9; a range test takes 10 or more"):
+        search(settings(train__steps=9), tmp_path)

@@ -1,0 +1,64 @@
+"""Batches on their way to the device: in order, read ahead or not, and the wait known."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from pretrain_cli.data.batches import Batch
+from pretrain_cli.engine.training.prefetch import Feed
+
+
+class Numbered:
+    """Batches that hold the number of their first sample, and take their time."""
+
+    samples_per_step = 4
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+
+    def starting_at(self, sample: int) -> Batch:
+        time.sleep(self.seconds)
+        inputs = np.full((4, 3), sample)
+        return Batch(inputs, inputs + 1, documents=inputs + 2, counted=sample)
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_steps_come_in_order_from_any_sample_on(prefetch):
+    feed = Feed(Numbered(), first_sample=40, device=torch.device("cpu"), prefetch=prefetch)
+    for first in (40, 44, 48, 52):
+        batch = feed.next()
+        assert batch.inputs.tolist() == [[first] * 3] * 4
+        assert batch.targets.tolist() == [[first + 1] * 3] * 4
+        assert batch.documents is not None
+        assert batch.documents.tolist() == [[first + 2] * 3] * 4
+        assert batch.counted == first
+    feed.close()
+
+
+def test_a_batch_read_ahead_keeps_nobody_waiting():
+    """Reading takes 0.1 s, and training 0.3 s."""
+    waits = {}
+    for prefetch in (True, False):
+        feed = Feed(Numbered(0.1), first_sample=0, device=torch.device("cpu"), prefetch=prefetch)
+        feed.next()
+        time.sleep(0.3)
+        feed.next()
+        waits[prefetch] = feed.wait
+        feed.close()
+    assert waits[False] >= 0.1
+    assert waits[True] < 0.1
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_batch_comes_from_pinned_memory():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    device = torch.device("cuda")
+    feed = Feed(Numbered(), first_sample=0, device=device, prefetch=True)
+    read, batch = feed._read(0), feed.next()
+    for name in ("inputs", "targets", "documents"):
+        assert getattr(read, name).is_pinned()
+        assert getattr(batch, name).device.type == "cuda"
+    feed.close()

@@ -1,0 +1,144 @@
+"""The numbers of a run, against a clock of the test's own and against one another."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from pretrain_cli.config.run_config import build_config
+from pretrain_cli.engine.runs.events import Evaluation, Started, StepMetrics
+from pretrain_cli.engine.runs.run_yaml import read_record, resumed_settings
+from pretrain_cli.engine.runtime.distributed import Ranks
+from pretrain_cli.engine.training import throughput as metering
+from pretrain_cli.engine.training.throughput import Meter
+from pretrain_cli.model.counting import Flops
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass when the test says so."""
+
+    class Clock:
+        now = 100.0
+
+        def perf_counter(self):
+            return self.now
+
+        def time(self):
+            return 1e9 + self.now
+
+    clock = Clock()
+    monkeypatch.setattr(metering, "time", clock)
+    return clock
+
+
+def read(meter, step):
+    return meter.read(
+        step,
+        tokens=1000 * step,
+        loss=2.0,
+        gradient_norm=1.0,
+        learning_rate=0.1,
+        sources={},
+        others={},
+    )
+
+
+def test_a_line_is_of_the_steps_since_the_last_one_and_of_the_whole_run(clock):
+    meter = Meter(
+        Ranks(0, 2, torch.device("cpu")),
+        flops=Flops(exact=30.0, conventional=60.0),
+        peak=40_000.0,
+        tokens_per_step=1000,
+        tokens=2000,
+        before=(2000, 50.0),
+    )
+    for wait in (0.5, 1.5):
+        clock.now += 4
+        meter.stepped(wait)
+    first = read(meter, 4)
+    with meter.held_up("evaluation"):
+        clock.now += 6
+    with meter.held_up("save"):
+        clock.now += 3
+    clock.now += 1
+    meter.stepped(0.0)
+    second = read(meter, 5)
+
+    assert (first.tokens_per_second, second.tokens_per_second) == (2000 / 8, 1000 / 1)
+    assert (first.seconds, second.seconds) == (58, 68)
+    assert second.run_tokens_per_second == pytest.approx(5000 / 68)
+    assert (first.data_wait, second.data_wait) == (1.0, 0.0)
+    assert (first.save_stall, second.save_stall) == (0, 3)
+    assert (first.evaluation_time, second.evaluation_time) == (0, 6)
+    assert second.time - first.time == 10
+    # two devices of 40,000: 250 tokens a second × 30 of 80,000
+    assert first.mfu == pytest.approx(0.09375)
+    assert first.mfu_conventional == pytest.approx(0.1875)
+
+
+def test_the_lines_of_a_run_fit_one_another(settings, run, tmp_path):
+    config = settings(
+        train__steps=6, train__log_every=2, train__eval_every=3, train__checkpoint_every=4
+    )
+    events = run(config)
+    (started,) = [event for event in events if isinstance(event, Started)]
+    steps = [event for event in events if isinstance(event, StepMetrics)]
+    (third, _) = [event for event in events if isinstance(event, Evaluation)]
+    assert third.step == 3
+    assert [event.step for event in steps] == [2, 4, 6]
+    assert started.time < steps[0].time < steps[1].time < steps[2].time
+    for earlier, later in itertools.pairwise(steps):
+        passed = later.seconds - earlier.seconds
+        assert later.time - earlier.time == pytest.approx(passed, abs=0.01)
+        # what isn't training is what held it up
+        training = 2 * 128 / later.tokens_per_second
+        assert training + later.save_stall + later.evaluation_time == pytest.approx(passed)
+        assert later.run_tokens_per_second == pytest.approx(later.tokens / later.seconds)
+        assert 0 <= later.data_wait <= training
+        assert later.mfu == pytest.approx(
+            later.tokens_per_second * started.flops_per_token / started.peak_flops
+        )
+        assert later.mfu_conventional > later.mfu
+    assert [event.save_stall > 0 for event in steps] == [False, False, True]
+    assert [event.evaluation_time > 0 for event in steps] == [False, True, False]
+
+
+def test_the_file_tells_of_each_start_and_goes_on_counting(settings, run, tmp_path):
+    run(settings(train__steps=2))
+    folder = tmp_path / "run"
+    record = read_record(folder)
+    changed = build_config(record.settings, {"train.steps": 4}, [])
+    run(resumed_settings(record, changed), resume=(folder, record))
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    starts = [row for row in rows if row["kind"] == "start"]
+    assert [row["step"] for row in starts] == [0, 2]
+    for row in starts:
+        assert row["peak_source"].startswith("measured, ")
+        assert row["peak_flops"] == row["peak_measured"] > 0
+    steps = [row for row in rows if row["kind"] == "step"]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    seconds = [row["seconds"] for row in steps]
+    assert seconds == sorted(seconds)
+    for row in steps:
+        assert row["run_tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
+
+
+@pytest.mark.parametrize("packing", ["concat", "best-fit"])
+def test_the_losses_of_a_run_are_those_of_any_accumulation(settings, run, packing):
+    whole, *parts = [
+        [
+            (event.loss, event.gradient_norm)
+            for event in run(
+                settings(str(rows), data__packing=packing, train__micro_batch_size=rows)
+            )
+            if isinstance(event, StepMetrics)
+        ]
+        for rows in (4, 2, 1)
+    ]
+    assert len(whole) == 6
+    for part in parts:
+        for (loss, norm), (expected_loss, expected_norm) in zip(part, whole, strict=True):
+            assert loss == pytest.approx(expected_loss, rel=1e-5)
+            assert norm == pytest.approx(expected_norm, rel=1e-3)

@@ -1,0 +1,247 @@
+"""Training: accumulation, the logged loss, and that it learns."""
+
+import copy
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pretrain_cli.config.run_config import OptimizerSettings, SpeedConfig
+from pretrain_cli.data.batches import IGNORED
+from pretrain_cli.data.documents import document_numbers
+from pretrain_cli.engine.optim.optimizer import build_optimizer, set_learning_rate
+from pretrain_cli.engine.runs.events import Evaluation, Finished, Notice, Sample, Saved, StepMetrics
+from pretrain_cli.engine.runtime.speed import build_model, resolve_speed
+from pretrain_cli.engine.training import trainer as training
+from pretrain_cli.engine.training.step import train_step
+from pretrain_cli.model.config import variant
+from pretrain_cli.model.presets import preset
+
+CPU = torch.device("cpu")
+
+
+def small_model(name: str = "gemma3-tiny", **speed):
+    config = variant(
+        preset(name),
+        {"hidden_size": 32, "intermediate_size": 64, "head_dim": 16, "vocab_size": 64},
+    )
+    settled = resolve_speed(SpeedConfig(**{"dtype": "float32", **speed}), CPU)
+    model = build_model(config, settled, CPU)
+    model.initialize(1)
+    return model
+
+
+def losses(events):
+    return [event.loss for event in events if isinstance(event, StepMetrics)]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 4])
+def test_accumulated_micro_batches_equal_one_large_batch(micro_batch_size, masked):
+    model = small_model()
+    tokens = torch.randint(1, 64, (8, 25), generator=torch.Generator().manual_seed(0))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    numbers = torch.from_numpy(document_numbers(inputs.numpy(), 5, leads=False))
+    documents = numbers if masked else None
+    whole = copy.deepcopy(model)
+    results = []
+    for one, rows in ((model, micro_batch_size), (whole, 8)):
+        optimizer = build_optimizer(one, OptimizerSettings(), fused=True)
+        set_learning_rate(optimizer, 1e-3)
+        results.append(
+            [
+                train_step(
+                    one,
+                    optimizer,
+                    inputs,
+                    targets,
+                    micro_batch_size=rows,
+                    clip=1.0,
+                    documents=documents,
+                )
+                for _ in range(3)
+            ]
+        )
+    for (loss, norm), (expected_loss, expected_norm) in zip(*results, strict=True):
+        torch.testing.assert_close(loss, expected_loss, rtol=2e-6, atol=0)
+        torch.testing.assert_close(norm, expected_norm, rtol=2e-5, atol=0)
+
+
+def test_what_is_not_counted_has_no_part_in_the_mean():
+    """Rows with few targets or none, in parts: the loss is the mean over those that count."""
+    model = small_model()
+    whole = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, 64, (6, 17), generator=generator)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
+    targets[0, 3:] = targets[2] = targets[5, :9] = IGNORED
+    counted = int((targets != IGNORED).sum())
+    assert counted == 3 + 3 * 16 + 7
+    results = []
+    for one, rows in ((model, 2), (whole, 6)):
+        optimizer = build_optimizer(one, OptimizerSettings(), fused=True)
+        set_learning_rate(optimizer, 1e-3)
+        options = {"micro_batch_size": rows, "clip": 1.0, "counted": counted}
+        with torch.no_grad():
+            logits = one(inputs).flatten(0, 1)
+        expected = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED)
+        loss, norm = train_step(one, optimizer, inputs, targets, **options)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        results.append(norm.item())
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
+def test_a_run_on_packed_documents_leaves_padding_out_of_its_loss(settings, run, monkeypatch):
+    real, steps = training.train_step, []
+
+    def spied(model, optimizer, inputs, targets, **options):
+        logits = model(inputs).flatten(0, 1)
+        mean = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED).item()
+        steps.append((int((targets == IGNORED).sum()), mean))
+        return real(model, optimizer, inputs, targets, **options)
+
+    monkeypatch.setattr(training, "train_step", spied)
+    events = run(settings(train__steps=6, data__packing="best-fit"))
+    padding, means = zip(*steps, strict=True)
+    assert sum(padding) > 6
+    assert losses(events) == pytest.approx(means, rel=1e-5)
+
+
+def test_a_step_is_torchs_own_adamw_on_the_mean_loss_with_clipped_gradients():
+    model = small_model("qwen3-tiny")
+    reference = copy.deepcopy(model)
+    tokens = torch.randint(1, 64, (4, 17), generator=torch.Generator().manual_seed(0))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+
+    optimizer = build_optimizer(model, OptimizerSettings(eps=1e-4), fused=True)
+    matrices = [p for p in reference.parameters() if p.ndim == 2]
+    norms = [p for p in reference.parameters() if p.ndim == 1]
+    plain = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}],
+        lr=1e-2,
+        betas=(0.9, 0.95),
+        eps=1e-4,
+        foreach=False,
+    )
+    for _ in range(3):
+        set_learning_rate(optimizer, 1e-2)
+        loss, norm = train_step(model, optimizer, inputs, targets, micro_batch_size=2, clip=0.5)
+        plain.zero_grad()
+        expected = F.cross_entropy(reference(inputs).flatten(0, 1), targets.flatten())
+        expected.backward()
+        total = math.sqrt(sum(p.grad.square().sum().item() for p in reference.parameters()))
+        for parameter in reference.parameters():
+            parameter.grad *= min(1.0, 0.5 / total)
+        plain.step()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert norm.item() == pytest.approx(total, rel=1e-4)
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["gemma3-tiny", "qwen3-tiny"])
+def test_a_small_model_memorizes_a_batch(name):
+    model = small_model(name)
+    tokens = torch.randint(1, 64, (4, 17), generator=torch.Generator().manual_seed(0))
+    optimizer = build_optimizer(model, OptimizerSettings(), fused=True)
+    set_learning_rate(optimizer, 1e-2)
+    for _ in range(150):
+        loss, _ = train_step(
+            model, optimizer, tokens[:, :-1], tokens[:, 1:], micro_batch_size=4, clip=1.0
+        )
+    assert loss.item() < 0.2
+
+
+def test_a_run_reports_saves_evaluates_and_samples(settings, run, tmp_path):
+    events = run(settings(train__steps=4, train__checkpoint_every=2, train__eval_every=2))
+    assert [e.step for e in events if isinstance(e, StepMetrics)] == [1, 2, 3, 4]
+    assert [e.step for e in events if isinstance(e, Evaluation)] == [2, 4]
+    assert [e.step for e in events if isinstance(e, Saved)] == [2, 4]
+    assert [e.step for e in events if isinstance(e, Sample)] == [4]
+    assert events[-1] == Finished(tmp_path / "run", 4, 4, "done")
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["kind"] != "saved"]  # behind training, so at any place
+    assert [(row["kind"], row["step"]) for row in rows] == [
+        ("start", 0), ("step", 1), ("step", 2), ("evaluation", 2), ("step", 3), ("step", 4),
+        ("evaluation", 4),
+    ]  # fmt: skip
+    assert rows[1]["tokens"] == 128
+    assert rows[-2]["tokens"] == 4 * 128
+    assert (tmp_path / "run/samples.jsonl").is_file()
+
+
+def test_training_on_cats_gets_better_than_chance_soon(settings, run):
+    events = run(settings(train__steps=100, train__eval_every=100))
+    before, after = losses(events)[0], losses(events)[-1]
+    assert before == pytest.approx(math.log(320), abs=0.3)
+    assert after < 2.0
+    [evaluation] = [event for event in events if isinstance(event, Evaluation)]
+    assert evaluation.loss < 2.5
+
+
+def test_only_the_newest_checkpoints_are_kept(settings, run, tmp_path):
+    run(settings(train__checkpoint_every=1, train__keep_checkpoints=2))
+    kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert kept == ["step-000005", "step-000006"]
+
+
+def test_the_choices_made_for_a_person_are_told(settings, run):
+    config = settings(train__steps="auto", train__tokens=None, data__seq_len="auto",
+                      train__tokens_per_step="auto", speed__float32_matmul="high")  # fmt: skip
+    config = config.model_copy(
+        update={"train": config.train.model_copy(update={"steps": 1, "sample_tokens": 0})}
+    )
+    told = [event.text for event in run(config) if isinstance(event, Notice)]
+    assert any("Vocabulary 320 instead of the model's 4,096" in text for text in told)
+    assert any("speed.float32_matmul: highest" in text for text in told)
+
+
+@pytest.mark.parametrize(("parallel", "packing"), [("ddp", "best-fit"), ("fsdp", "concat")])
+def test_two_ranks_train_as_one_with_the_same_batch(
+    settings, run, tmp_path, dataset, other_dataset, parallel, packing
+):
+    """Two gloo processes on a CPU, the same global batch: the same losses and validation."""
+    shutil.copytree(dataset, tmp_path / "cats")  # without an index of packed documents
+    path = [f"{tmp_path / 'cats'}:0.6", f"{other_dataset}:0.4"]
+    config = settings(
+        "alone",
+        train__steps=4,
+        train__eval_every=2,
+        data__path=path,
+        data__packing=packing,
+        data__document_mask=True,
+    )
+    alone = run(config)
+    for index in (tmp_path / "cats").glob("packing-*"):
+        index.unlink()  # the ranks build it again
+    flags = [
+        f"--set={section}.{name}={value}"
+        for section, values in config.model_dump(mode="json", exclude_unset=True).items()
+        for name, value in values.items()
+        if (section, name) not in {("train", "out"), ("train", "parallel")}
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
+               "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0",
+               "-m", "pretrain_cli", "train", *flags,
+               f"--out={tmp_path / 'two'}", f"--set=train.parallel={parallel}"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
+    steps = [row["loss"] for row in rows if row["kind"] == "step"]
+    assert steps == pytest.approx(losses(alone), rel=2e-5)
+    norms = [row["gradient_norm"] for row in rows if row["kind"] == "step"]
+    expected = [event.gradient_norm for event in alone if isinstance(event, StepMetrics)]
+    assert norms == pytest.approx(expected, rel=1e-4)
+    evaluated = [(row["loss"], row["tokens"]) for row in rows if row["kind"] == "evaluation"]
+    for (loss, tokens), event in zip(
+        evaluated, [e for e in alone if isinstance(e, Evaluation)], strict=True
+    ):
+        assert tokens == event.tokens
+        assert loss == pytest.approx(event.loss, rel=2e-5)

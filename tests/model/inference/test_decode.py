@@ -1,0 +1,168 @@
+"""One token of every text at a time gives the logits of each whole text."""
+
+import pytest
+import torch
+
+from pretrain_cli.model.attention_backends import BACKENDS
+from pretrain_cli.model.config import FULL, SLIDING
+from pretrain_cli.model.decoder import Decoder
+from pretrain_cli.model.inference.cpu_linear import SummedLinear, summed
+from pretrain_cli.model.inference.decode import CHUNK, Writer, attend, attend_by_sums
+from pretrain_cli.model.parameter_map import Merged
+
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+W, NEW = 7, 12
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def build(make_config, wide):
+    def make(attention="eager", family="gemma3", **changes):
+        model = Decoder(make_config(family, **changes), attention=attention)
+        wide(model)
+        return model.eval()
+
+    return make
+
+
+def draw(*lengths):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(1, 60, (length,), generator=generator).tolist() for length in lengths]
+
+
+@torch.no_grad()
+def last_logits(model, texts):
+    """Of each whole text by itself, without a cache."""
+    return torch.cat([model(torch.tensor([ids]), last_only=True)[0] for ids in texts])
+
+
+def compare(model, writer, prompts, new=NEW, capacity=None, **tolerance):
+    """Prefill the prompts together, move each to a row of its own, and go on token by token."""
+    lengths = [len(ids) for ids in prompts]
+    prefix = writer.new_cache(batch=len(prompts), capacity=max(lengths), ends=lengths)
+    logits = writer.prefill(prefix, prompts)
+    cache = writer.new_cache(batch=len(prompts), capacity=capacity or max(lengths) + new)
+    for row, length in enumerate(lengths):
+        cache.take(row, prefix, row, length)
+    texts = [list(ids) for ids in prompts]
+    continuations = draw(*[new] * len(prompts))
+    positions = torch.tensor(lengths)
+    for turn in range(new):
+        torch.testing.assert_close(logits, last_logits(model, texts), **tolerance or TOLERANCE)
+        tokens = [ids[turn] for ids in continuations]
+        for text, token in zip(texts, tokens, strict=True):
+            text.append(token)
+        cache.reserve(max(map(len, texts)))
+        logits = writer.step(cache, torch.tensor(tokens), positions)
+        positions = positions + 1
+    torch.testing.assert_close(logits, last_logits(model, texts), **tolerance or TOLERANCE)
+    return cache
+
+
+@pytest.mark.parametrize("length", [1, W - 1, W, W + 1, 2 * W, 2 * W + 1, 30])
+@pytest.mark.parametrize("attention", BACKENDS)
+def test_a_step_gives_the_logits_of_the_whole_text(build, attention, length):
+    compare(build("eager"), Writer(build(attention)), draw(length))
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3", "moe"])
+@pytest.mark.parametrize("attention", BACKENDS)
+def test_texts_of_different_lengths_go_on_side_by_side(build, attention, family):
+    prompts = draw(30, 1, W - 1, W, W + 1, 2 * W, 23)
+    compare(build("eager", family), Writer(build(attention, family)), prompts)
+
+
+@pytest.mark.parametrize("window", [1, 2, 40, 1000])
+def test_windows_may_be_one_or_longer_than_the_text(build, window):
+    model = build(sliding_window=window)
+    compare(model, Writer(model), draw(30, 3))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_heads_share_keys_as_they_are_grouped(build, groups):
+    model = build(num_key_value_heads=groups)
+    compare(model, Writer(model), draw(9, 20))
+
+
+@pytest.mark.parametrize("merged", [Merged(), Merged(qkv=False, gate_up=False)])
+@pytest.mark.parametrize("family", ["gemma3", "qwen3", "moe"])
+def test_packed_matrices_give_the_same_logits(make_config, wide, merged, family):
+    plain, packed = (
+        Decoder(make_config(family, tie_word_embeddings=merged.qkv), merged=merged)
+        for _ in range(2)
+    )
+    for model in (plain, packed):
+        wide(model)
+    compare(plain, Writer(packed, fast=True), draw(11, 4, 30))
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
+def test_a_sum_along_rows_is_the_product_rounded_once(dtype, rounding):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 40, generator=generator).to(dtype)
+    weight = torch.randn(23, 40, generator=generator).to(dtype)
+    exact = x.double() @ weight.double().T
+    torch.testing.assert_close(summed(x, weight).double(), exact, rtol=rounding, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_attention_by_sums_is_softmax_of_scores_over_values(dtype, rounding, groups):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(3, 8, 16, generator=generator).to(dtype)
+    keys, values = torch.randn(2, 3, groups, 20, 16, generator=generator).to(dtype)
+    unseen = torch.arange(20) > torch.tensor([[0], [7], [19]])
+    mask = torch.zeros(3, 20, dtype=dtype).masked_fill(unseen, float("-inf"))[:, None, None]
+    k, v = (x.double().repeat_interleave(8 // groups, dim=1) for x in (keys, values))
+    scores = torch.einsum("bhd,bhsd->bhs", q.double(), k) * 0.3
+    weights = scores.masked_fill(unseen[:, None], float("-inf")).softmax(-1)
+    expected = torch.einsum("bhs,bhsd->bhd", weights, v)
+    for each in (attend, attend_by_sums):
+        out = each(q, keys, values, mask, 0.3)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.double(), expected, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "merged"), [("gemma3", Merged()), ("qwen3", Merged(qkv=False, gate_up=False))]
+)
+def test_one_text_compiled_gives_the_same_logits_and_holds_no_second_head(
+    make_config, wide, family, merged
+):
+    plain, fast = (
+        Decoder(make_config(family, tie_word_embeddings=True), merged=merged).eval()
+        for _ in range(2)
+    )
+    for model in (plain, fast):
+        wide(model)
+    writer = Writer(fast, fast=True, compiled=True, rows=1)
+    assert isinstance(writer.head, SummedLinear)
+    assert writer.head.weight.data_ptr() == fast.embedding.weight.data_ptr()
+    compare(plain, writer, draw(11))
+
+
+def test_a_long_prompt_goes_through_in_chunks(build, monkeypatch):
+    """Of less than the window, of more, and in both kinds of layer."""
+    model = build(layer_types=(SLIDING, FULL))
+    for chunk in (3, W, 20):
+        monkeypatch.setattr("pretrain_cli.model.inference.decode.CHUNK", chunk)
+        compare(model, Writer(model), draw(33), new=3)
+        monkeypatch.setattr("pretrain_cli.model.inference.decode.CHUNK", 3 * chunk)
+        compare(model, Writer(model), draw(33, 32, 14), new=3)
+    assert CHUNK >= 128
+
+
+def test_a_full_layer_grows_and_keeps_what_it_has(build, monkeypatch):
+    monkeypatch.setattr("pretrain_cli.model.kv_cache.BLOCK", 4)
+    model = build(layer_types=(SLIDING, FULL), sliding_window=W)
+    cache = compare(model, Writer(model), draw(5, 2), new=25, capacity=500)
+    assert [layer.places for layer in cache.layers] == [W, 32]
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3"])
+def test_bfloat16_differs_by_its_rounding(make_config, wide, family):
+    model = Decoder(make_config(family), dtype=torch.bfloat16)
+    wide(model)
+    compare(model, Writer(model), draw(11, 25), rtol=0.1, atol=0.25)

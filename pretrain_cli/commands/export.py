@@ -44,7 +44,7 @@ def export(
         ) from None
     from pretrain_cli.engine.export import export as engine
 
-    folder = engine.export(where, out, dtype=dtype, max_shard_size=limit, best=best, report=notice)
+    folder = engine.export(where, out, dtype=dtype, max_shard_size=limit, best=best, notify=notice)
     written = sorted(out.glob("*.safetensors"))
     files = "1 file" if len(written) == 1 else f"{len(written)} files"
     console.print(
@@ -65,7 +65,7 @@ def _as_gguf(where: Path, out: Path, best: bool, dtype: str, max_shard_size: str
 
     if max_shard_size is not None:
         raise ConfigError("--max-shard-size: --gguf writes one file; leave one of them out")
-    folder = export_gguf(where, out, dtype=dtype, best=best, report=notice)
+    folder = export_gguf(where, out, dtype=dtype, best=best, notify=notice)
     console.print(
         f"[green]{escape(str(out))}[/]: {escape(str(folder))} in {dtype}, "
         f"{size(out.stat().st_size)}",

@@ -127,7 +127,7 @@ def _sample(folder: Path, number: int, seq_len: int, packing: str, seed: int) ->
         raise ConfigError(
             f"--seq-len: {seq_len} is not from 1 to {max(len(train.tokens) - 1, 1):,}"
         )
-    samples = open_samples(opened, seq_len=seq_len, packing=packing, say=aside)
+    samples = open_samples(opened, seq_len=seq_len, packing=packing, notify=aside)
     stretches = samples.stretches(int(order_of(samples, seed)(np.array([number]))[0]))
     tokens: list[int] = []
     documents: list[tuple[bool, str]] = []

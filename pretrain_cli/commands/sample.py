@@ -150,7 +150,7 @@ def sample(
         where,
         device=device,
         dtype=dtype,
-        report=report,
+        emit=report,
         best=best,
         quantize=quantize,
         settings=set_ or (),

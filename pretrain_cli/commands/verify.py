@@ -51,7 +51,7 @@ def verify(
         greedy=greedy,
         device=device,
         best=best,
-        report=aside if as_json else notice,
+        notify=aside if as_json else notice,
     )
     if as_json:
         from dataclasses import asdict

@@ -26,11 +26,11 @@ def open_data(path: str, tokenizer: str | None) -> Dataset:
 
 
 def open_samples(
-    dataset: Dataset, *, seq_len: int, packing: str, say: Callable[[str], None]
+    dataset: Dataset, *, seq_len: int, packing: str, notify: Callable[[str], None]
 ) -> Samples:
     """The training split's samples; an index of packed documents is built where there is none."""
     if packing == "best-fit":
-        return open_packed(dataset, seq_len, say)
+        return open_packed(dataset, seq_len, notify)
     return Windows(
         dataset.train.tokens,
         seq_len=seq_len,

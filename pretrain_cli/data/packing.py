@@ -210,7 +210,7 @@ def pack(borders: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, Tot
 # --- the index on disk ---------------------------------------------------------------------------
 
 
-def open_packed(dataset: Dataset, seq_len: int, say: Callable[[str], None]) -> Packed:
+def open_packed(dataset: Dataset, seq_len: int, notify: Callable[[str], None]) -> Packed:
     """The training split's samples; their index beside the dataset is built where there is none."""
     source = dataset.train, dataset.fingerprint, seq_len
     name = f"packing-best-fit-{seq_len}.idx"
@@ -228,13 +228,13 @@ def open_packed(dataset: Dataset, seq_len: int, say: Callable[[str], None]) -> P
         except (OSError, DataError) as error:
             faults.append(f"{error}; it is built again")
     for fault in faults:
-        say(fault)
-    say(f"{dataset.path}: packing documents into samples of {seq_len:,} tokens, once")
+        notify(fault)
+    notify(f"{dataset.path}: packing documents into samples of {seq_len:,} tokens, once")
     try:
         build_index(beside, *source)
         return read_index(beside, *source)
     except OSError as error:
-        say(f"{beside}: can't be written ({error.strerror}); the index is kept in {elsewhere}")
+        notify(f"{beside}: can't be written ({error.strerror}); the index is kept in {elsewhere}")
     build_index(elsewhere, *source)
     return read_index(elsewhere, *source)
 

@@ -76,7 +76,7 @@ def verify(
     greedy: int,
     device: str,
     best: bool,
-    report: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> Verdict:
     """Open both and compare them on windows of a validation split, or on random tokens."""
     for name, value, least in (
@@ -87,17 +87,17 @@ def verify(
         if value < least:
             raise ConfigError(f"--{name}: {value} is not at least {least}")
     place = find_device(device)
-    folder = find_model_folder(where, report, best=best)
-    other = find_model_folder(against, report) if against is not None else folder
+    folder = find_model_folder(where, notify, best=best)
+    other = find_model_folder(against, notify) if against is not None else folder
     config = read_config(folder)
     if max(seq_len, PROMPT + greedy) > config.max_position_embeddings:
         raise ConfigError(
             f"--seq-len: {seq_len:,}, and the model has {config.max_position_embeddings:,} "
             "positions; give less"
         )
-    batch, source = _windows(folder, data, windows, seq_len, config.vocab_size, report)
+    batch, source = _windows(folder, data, windows, seq_len, config.vocab_size, notify)
     asked = SpeedConfig(dtype="float32", attention="eager", compile=False, float32_matmul="highest")
-    model = open_model(folder, resolve_speed(asked, place, training=False), place, report)
+    model = open_model(folder, resolve_speed(asked, place, training=False), place, notify)
     reference = open_with_transformers(other, place)
     tolerance = _tolerance(folder, other)
     batch = batch.to(place)
@@ -176,7 +176,7 @@ def _windows(
     windows: int,
     seq_len: int,
     vocabulary: int,
-    report: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> tuple[Tensor, str]:
     """(windows, seq_len + 1) tokens, evenly spaced in the validation split or else in the training
     split, or drawn at random; and what they are of."""
@@ -184,8 +184,8 @@ def _windows(
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randint(0, vocabulary, (windows, seq_len + 1), generator=generator)
         return drawn, "random tokens"
-    mixture = open_mixture((data,), None, report)
-    check_tokenizer(folder, mixture, report)
+    mixture = open_mixture((data,), None, notify)
+    check_tokenizer(folder, mixture, notify)
     dataset: Dataset = mixture.sources[0].dataset
     row = max((dataset.val.tokens, dataset.train.tokens), key=lambda row: len(row) > seq_len)
     if len(row) <= seq_len:

@@ -68,13 +68,13 @@ class Result:
     unquantized: Evaluation | None = None
 
 
-def evaluate_checkpoint(request: Request, report: Callable[[str], None]) -> Result | None:
+def evaluate_checkpoint(request: Request, notify: Callable[[str], None]) -> Result | None:
     """Evaluate; None on every rank but the first, which has the result of all."""
     for name, value in (("eval-tokens", request.eval_tokens), ("seq-len", request.seq_len)):
         if value is not None and value < 1:
             raise ConfigError(f"--{name}: {value} is not at least 1")
     with open_ranks(request.device) as ranks:
-        say = report if ranks.is_first else _silent
+        say = notify if ranks.is_first else _silent
         folder = find_model_folder(request.where, say, best=request.best)
         settings = as_in_its_run(folder)
         flags = {

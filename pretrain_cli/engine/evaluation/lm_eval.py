@@ -81,7 +81,7 @@ class TaskResult:
     """Its version."""
 
 
-def evaluate_tasks(request: TaskRequest, report: Callable[[str], None]) -> TaskResult:
+def evaluate_tasks(request: TaskRequest, notify: Callable[[str], None]) -> TaskResult:
     """Every measure of every task. Raises ConfigError for a task that there is not, DataError for
     one whose data can't be had."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -95,13 +95,13 @@ def evaluate_tasks(request: TaskRequest, report: Callable[[str], None]) -> TaskR
         if value is not None and value < 1:
             raise ConfigError(f"--{name}: {value} is not at least 1")
     device = find_device(request.device)
-    folder = find_model_folder(request.where, report, best=request.best)
+    folder = find_model_folder(request.where, notify, best=request.best)
     tokenizer = folder_tokenizer(folder)
     flags = {"speed.dtype": request.dtype, "speed.attention": request.attention}
     asked = build_config(as_in_its_run(folder), flags, request.settings)
     speed = resolve_speed(asked.speed, device, training=False, writing=True)
     for said in speed.departures():
-        report(said)
+        notify(said)
     config = read_config(folder)
     int8 = quantized(request.quantize, config)
     positions = config.max_position_embeddings
@@ -111,7 +111,7 @@ def evaluate_tasks(request: TaskRequest, report: Callable[[str], None]) -> TaskR
             "less"
         )
     loaded = _loaded_tasks(request)
-    model = open_to_write(folder, speed, device, report, int8=int8)
+    model = open_to_write(folder, speed, device, notify, int8=int8)
     if int8:
         as_floats(model)  # which are faster with several texts at a time
     reader = Reader(model, tokenizer, request.seq_len or positions)

@@ -37,17 +37,17 @@ def export(
     dtype: str,
     max_shard_size: int,
     best: bool,
-    report: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> Path:
     """Write the folder of a model. Returns the one that it was made of.
 
     Costs the memory of the weights in float32 and, beside them, in the type that is written.
     """
     check_target(out, dtype)
-    folder = find_model_folder(where, report, best=best)
+    folder = find_model_folder(where, notify, best=best)
     tokenizer = folder_tokenizer(folder)
     asked = SpeedConfig(dtype="float32", compile=False)
-    model = open_model(folder, resolve_speed(asked, CPU, training=False), CPU, report)
+    model = open_model(folder, resolve_speed(asked, CPU, training=False), CPU, notify)
     kind = DTYPES[dtype]
     weights = published_tensors(model, lambda parameter: parameter.to(kind))
     _refuse_overflow(weights, folder, dtype)

@@ -40,7 +40,7 @@ def export_gguf(
     *,
     dtype: str,
     best: bool,
-    report: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> Path:
     """Write the file, aside and renamed. Returns the folder that it was made of.
 
@@ -55,7 +55,7 @@ def export_gguf(
         raise ConfigError(
             "--gguf: the package gguf is not installed; pip install 'pretrain[gguf]'"
         ) from None
-    folder = find_model_folder(where, report, best=best)
+    folder = find_model_folder(where, notify, best=best)
     config = read_config(folder)
     about, said = gguf_tokenizer(folder_tokenizer(folder), config.vocab_size)
     kind = DTYPES[dtype]
@@ -68,9 +68,9 @@ def export_gguf(
         **about,
     }
     for line in said:
-        report(line)
+        notify(line)
     asked = SpeedConfig(dtype="float32", compile=False)
-    model = open_model(folder, resolve_speed(asked, CPU, training=False), CPU, report)
+    model = open_model(folder, resolve_speed(asked, CPU, training=False), CPU, notify)
     aside = out.with_name(f".{out.name}.partial")
     try:
         _write(gguf, aside, model, facts, kind, dtype)

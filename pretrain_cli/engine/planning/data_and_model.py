@@ -13,7 +13,7 @@ from pretrain_cli.data.opening import open_data
 from pretrain_cli.data.shards import MANIFEST
 from pretrain_cli.data.tokenizers.tokenizer import read_tokenizer
 from pretrain_cli.data.tokenizing.tokenize import DEMO, demo_request, tokenize
-from pretrain_cli.engine.runs.events import Notice, Report
+from pretrain_cli.engine.runs.events import Emit, Notice
 from pretrain_cli.engine.runtime.distributed import Ranks
 from pretrain_cli.engine.runtime.stop import Stopped, StopRequest
 from pretrain_cli.errors import CheckpointError, ConfigError, DataError
@@ -25,7 +25,7 @@ SAME_VOCABULARY = 512
 """A published vocabulary and its tokenizer's differ by less: spare rows, ids of images."""
 
 
-def find_data(settings: RunConfig, ranks: Ranks, report: Report, stop: StopRequest) -> Mixture:
+def find_data(settings: RunConfig, ranks: Ranks, emit: Emit, stop: StopRequest) -> Mixture:
     """The datasets of data.path, or the only one in data/, or else the demo's, which is made."""
     asked, tokenizer = settings.data.path, settings.data.tokenizer
     if asked is None and tokenizer is not None:
@@ -40,7 +40,7 @@ def find_data(settings: RunConfig, ranks: Ranks, report: Report, stop: StopReque
             listed = ", ".join(map(str, found))
             raise ConfigError(f"data/: holds several datasets ({listed}); choose one with --data")
         if not found and ranks.is_first:
-            report(
+            emit(
                 Notice(
                     f"No dataset in {DATASETS}/: making a small one, {DEMO}, from the Python "
                     "standard library's sources. For your own text: pretrain tokenize FOLDER"
@@ -52,16 +52,16 @@ def find_data(settings: RunConfig, ranks: Ranks, report: Report, stop: StopReque
             raise Stopped
         asked = (str(found[0] if found else DEMO),)
 
-    return open_mixture(asked, tokenizer, lambda text: report(Notice(text)))
+    return open_mixture(asked, tokenizer, lambda text: emit(Notice(text)))
 
 
 def open_mixture(
-    asked: Sequence[str], tokenizer: str | None, say: Callable[[str], None]
+    asked: Sequence[str], tokenizer: str | None, notify: Callable[[str], None]
 ) -> Mixture:
     """The datasets that these texts, each PATH or PATH:WEIGHT, name."""
     return mix(
         [
-            Source(text, weight, open_path(path, tokenizer, say))
+            Source(text, weight, open_path(path, tokenizer, notify))
             for text, (path, weight) in zip(asked, parse_sources(asked), strict=True)
         ]
     )
@@ -78,13 +78,13 @@ def _make_demo(stop: StopRequest) -> None:
             raise
 
 
-def open_path(path: str, tokenizer: str | None, say: Callable[[str], None]) -> Dataset:
+def open_path(path: str, tokenizer: str | None, notify: Callable[[str], None]) -> Dataset:
     """What one path of data.path names."""
     dataset = open_data(path, tokenizer)
     for notice in dataset.notices:
-        say(notice)
+        notify(notice)
     if dataset.unverified_bytes:
-        say(
+        notify(
             f"{path}: of {dataset.unverified_bytes / 2**30:.0f} GiB the sizes were checked, the "
             "contents were not"
         )
@@ -108,14 +108,12 @@ def find_architecture(settings: RunConfig, known: ModelConfig | None) -> tuple[s
     return folder.resolve().name, variant(read_config(folder), settings.model.changes)
 
 
-def fit_to_data(
-    config: ModelConfig, settings: RunConfig, data: Mixture, report: Report
-) -> ModelConfig:
+def fit_to_data(config: ModelConfig, settings: RunConfig, data: Mixture, emit: Emit) -> ModelConfig:
     """The model with a vocabulary that holds the data's; refuse one that can't."""
     if settings.model.init_from is not None:
-        check_tokenizer(settings.model.init_from, data, lambda text: report(Notice(text)))
+        check_tokenizer(settings.model.init_from, data, lambda text: emit(Notice(text)))
     elif "vocab_size" not in settings.model.changes:
-        config = _with_vocabulary(config, data, report)
+        config = _with_vocabulary(config, data, emit)
     if config.vocab_size <= data.largest_token:
         raise ConfigError(
             f"model.vocab_size: {config.vocab_size:,} is too small for {data.name}, which "
@@ -125,14 +123,14 @@ def fit_to_data(
     return config
 
 
-def _with_vocabulary(config: ModelConfig, data: Mixture, report: Report) -> ModelConfig:
+def _with_vocabulary(config: ModelConfig, data: Mixture, emit: Emit) -> ModelConfig:
     """The model with as many rows as the data's tokenizer has ids, and its padding id."""
     size, largest = data.tokenizer.vocab_size, data.largest_token
     has_pad = config.pad_token_id is not None
     config = replace(config, pad_token_id=None)
     if largest >= config.vocab_size or abs(size - config.vocab_size) > SAME_VOCABULARY:
         rows = math.ceil(size / 64) * 64
-        report(
+        emit(
             Notice(
                 f"Vocabulary {rows:,} instead of the model's {config.vocab_size:,}: the dataset's "
                 f"tokenizer, {data.tokenizer.name}, has {size:,} tokens"
@@ -142,11 +140,11 @@ def _with_vocabulary(config: ModelConfig, data: Mixture, report: Report) -> Mode
     return replace(config, pad_token_id=data.tokenizer.pad if has_pad else None)
 
 
-def check_tokenizer(folder: Path, data: Mixture, say: Callable[[str], None]) -> None:
+def check_tokenizer(folder: Path, data: Mixture, notify: Callable[[str], None]) -> None:
     """Refuse weights that were trained on another tokenizer's ids."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        say(f"{folder}: no tokenizer.json; that it is the dataset's can't be checked")
+        notify(f"{folder}: no tokenizer.json; that it is the dataset's can't be checked")
         return
     theirs = read_tokenizer(path, name=str(folder))
     ours = data.tokenizer

@@ -20,7 +20,7 @@ from pretrain_cli.data.mixture import Mixture
 from pretrain_cli.engine.planning.data_and_model import find_architecture, find_data, fit_to_data
 from pretrain_cli.engine.planning.memory_estimate import Training, estimate, speed_settings
 from pretrain_cli.engine.planning.micro_batch import Choice, choose, measured, memory_here, recall
-from pretrain_cli.engine.runs.events import Notice, Report
+from pretrain_cli.engine.runs.events import Emit, Notice
 from pretrain_cli.engine.runs.run_yaml import Record
 from pretrain_cli.engine.runs.trackers import check_trackers
 from pretrain_cli.engine.runtime.distributed import Ranks, device_name
@@ -74,7 +74,7 @@ class Plan:
 def make_plan(
     settings: RunConfig,
     ranks: Ranks,
-    report: Report,
+    emit: Emit,
     stop: StopRequest,
     *,
     resumed: Record | None = None,
@@ -84,13 +84,13 @@ def make_plan(
     check_trackers(settings.train.log)
     speed = resolve_speed(settings.speed, ranks.device)
     name, config = find_architecture(settings, model)
-    mixture = find_data(settings, ranks, report, stop)
+    mixture = find_data(settings, ranks, emit, stop)
     if settings.train.eval_tokens is not None:
         mixture = mixture.validated_on(settings.train.eval_tokens)
     if model is None:
-        config = fit_to_data(config, settings, mixture, report)
+        config = fit_to_data(config, settings, mixture, emit)
     if config.num_experts and not config.router_aux_loss_coef:
-        report(Notice("Experts are trained without a balancing loss, and may come to be unused"))
+        emit(Notice("Experts are trained without a balancing loss, and may come to be unused"))
     if settings.optimizer.name == "muon" and settings.train.parallel == "fsdp":
         raise ConfigError(
             "optimizer.name: 'muon' makes whole matrices orthogonal, and train.parallel 'fsdp' "
@@ -125,7 +125,7 @@ def make_plan(
         steps = math.ceil(train.tokens / per_step)
     elif steps == "auto" and on_cpu:
         steps = min(4 * CPU_STEPS, max(20, round(CPU_RUN_FLOPS / (flops * per_step))))
-        report(
+        emit(
             Notice(
                 f"{steps} steps: a few minutes on a CPU; --steps or --tokens sets it, and --resume "
                 "with more steps goes on"
@@ -133,7 +133,7 @@ def make_plan(
         )
     elif steps == "auto":
         steps = max(20, math.ceil(counting.suggested_tokens(config) / per_step))
-        report(Notice(f"{steps:,} steps: 20 tokens a parameter; --steps or --tokens sets it"))
+        emit(Notice(f"{steps:,} steps: 20 tokens a parameter; --steps or --tokens sets it"))
 
     eval_every = _interval(train.eval_every, steps, at_least=50)
     rate = optimizer.learning_rate
@@ -154,7 +154,7 @@ def make_plan(
     }
     chosen = [f"{name} {value}" for name, (asked, value) in choices.items() if asked == "auto"]
     if chosen:
-        report(Notice(f"Chosen: {', '.join(chosen)}"))
+        emit(Notice(f"Chosen: {', '.join(chosen)}"))
     return Plan(
         settings=settings,
         name=name,

@@ -15,7 +15,7 @@ PAGE = "report.html"
 
 
 def write_report(
-    folders: list[Path], out: Path | None, png: Path | None, report: Callable[[str], None]
+    folders: list[Path], out: Path | None, png: Path | None, notify: Callable[[str], None]
 ) -> list[Path]:
     """The files written: the page, and the picture. Without a folder, of the newest run; without
     `out`, the page is in the run's folder, of several runs in the current one."""
@@ -30,7 +30,7 @@ def write_report(
     histories = read_histories(folders)
     for history in histories:
         for note in history.notes:
-            report(f"{history.folder}: {note}")
+            notify(f"{history.folder}: {note}")
     try:
         write_whole(page, render(histories))
     except OSError as error:

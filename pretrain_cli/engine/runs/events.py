@@ -1,6 +1,6 @@
 """What a run reports while it goes: events, and the numbers in them.
 
-`train` and `benchmark` know no terminal. They hand events to one callback, `report`; the command
+`train` and `benchmark` know no terminal. They hand events to one callback, `emit`; the command
 shows them, and metrics.jsonl keeps those that are numbers.
 """
 
@@ -206,7 +206,7 @@ class Finished:
 
 Kept = StepMetrics | Evaluation | Skipped | RolledBack | Saved | Unsaved
 Event = Notice | Started | Kept | Profiled | Sample | Finished
-Report = Callable[[Event], None]
+Emit = Callable[[Event], None]
 
 KINDS: dict[type, str] = {
     Started: "start",
@@ -226,11 +226,11 @@ class MetricsFile:
     While the disk takes no line they are kept here, and written before the next one."""
 
     def __init__(
-        self, path: Path, say: Callable[[str], None], *, upto: int, rollbacks: int = 0
+        self, path: Path, notify: Callable[[str], None], *, upto: int, rollbacks: int = 0
     ) -> None:
         """Opens for appending; lines beyond step `upto` are of a future that was lost, and go. What
         was skipped on the way to one of the `rollbacks` stays."""
-        self.path, self.say = path, say
+        self.path, self.say = path, notify
         rows = keep_upto(path, upto, rollbacks)
         self.evaluated = {row["step"] for row in rows if row["kind"] == KINDS[Evaluation]}
         """Steps whose evaluation is in the file."""

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from pretrain_cli.engine.runs.events import Evaluation, Event, Notice, Report, Sample, StepMetrics
+from pretrain_cli.engine.runs.events import Emit, Evaluation, Event, Notice, Sample, StepMetrics
 from pretrain_cli.errors import ConfigError
 
 GROUPS: dict[type, str] = {StepMetrics: "train", Evaluation: "validation", Sample: "sample"}
@@ -42,7 +42,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def open_trackers(
-    names: Sequence[str], run: Path, settings: dict[str, Any], report: Report, *, step: int
+    names: Sequence[str], run: Path, settings: dict[str, Any], emit: Emit, *, step: int
 ) -> list[Tracker]:
     """Those asked for, of a run that goes on from this step."""
     opened: list[Tracker] = []
@@ -50,17 +50,17 @@ def open_trackers(
         if name == "tensorboard":
             opened.append(TensorBoard(run, step=step))
         else:
-            opened.append(WeightsAndBiases(run, settings, report))
+            opened.append(WeightsAndBiases(run, settings, emit))
     return opened
 
 
-def track(trackers: list[Tracker], event: Event, report: Report) -> None:
+def track(trackers: list[Tracker], event: Event, emit: Emit) -> None:
     """Give each an event that is for it."""
     if isinstance(event, StepMetrics | Evaluation | Sample):
-        have_each(trackers, lambda tracker: tracker.write(event), report)
+        have_each(trackers, lambda tracker: tracker.write(event), emit)
 
 
-def have_each(trackers: list[Tracker], do: Callable[[Tracker], None], report: Report) -> None:
+def have_each(trackers: list[Tracker], do: Callable[[Tracker], None], emit: Emit) -> None:
     """Have each do something. One that the disk is too full for is left out from there on: nothing
     of the run depends on it."""
     for tracker in list(trackers):
@@ -69,7 +69,7 @@ def have_each(trackers: list[Tracker], do: Callable[[Tracker], None], report: Re
         except OSError as error:
             trackers.remove(tracker)
             said = error.strerror or error
-            report(Notice(f"{type(tracker).__name__}: {said}; it is given no more of this run"))
+            emit(Notice(f"{type(tracker).__name__}: {said}; it is given no more of this run"))
 
 
 def numbers(event: StepMetrics | Evaluation) -> dict[str, float]:
@@ -115,7 +115,7 @@ class WeightsAndBiases:
     """One W&B run for all processes of a run; its id is kept in RUN/wandb.json. WANDB_MODE=offline
     keeps it in RUN/wandb, for `wandb sync` later."""
 
-    def __init__(self, run: Path, settings: dict[str, Any], report: Report) -> None:
+    def __init__(self, run: Path, settings: dict[str, Any], emit: Emit) -> None:
         wandb: Any = importlib.import_module("wandb")
         self.wandb = wandb
         self.path = run / "wandb.json"
@@ -142,7 +142,7 @@ class WeightsAndBiases:
             ) from None
         self._keep()
         self.run.define_metric("*", step_metric="step")
-        report(Notice(f"Weights & Biases: {self.run.url or self.run.dir}"))
+        emit(Notice(f"Weights & Biases: {self.run.url or self.run.dir}"))
 
     def write(self, event: StepMetrics | Evaluation | Sample) -> None:
         group = GROUPS[type(event)]

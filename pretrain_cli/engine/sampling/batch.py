@@ -1,8 +1,9 @@
 """Many texts at once: rows of a batch that are filled anew as texts end.
 
 Every turn is one step for all rows (model/inference/decode.py), then one choice for all rows
-(sampler.py), both on the device. Texts wait in a queue; a row whose text has ended takes the next one, prefilled
-apart, so a short text keeps none waiting. The same prompt several times in a row is prefilled once.
+(sampler.py), both on the device. Texts wait in a queue; a row whose text has ended takes the next
+one, prefilled apart, so a short text keeps none waiting. The same prompt several times in a row is
+prefilled once.
 
 On a GPU the chosen tokens are looked at a few turns late, while the next are already being made: no
 turn waits for the CPU. What was made beyond a text's end in the meantime is thrown away. That a

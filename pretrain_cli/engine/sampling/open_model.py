@@ -22,7 +22,7 @@ from pretrain_cli.model.inference.int8 import no_quantizing
 
 
 def open_model(
-    folder: Path, speed: Speed, device: torch.device, report: Callable[[str], None]
+    folder: Path, speed: Speed, device: torch.device, notify: Callable[[str], None]
 ) -> Decoder:
     """The model of a folder, its weights set. What the folder holds beyond it is reported."""
     config = read_config(folder)
@@ -30,7 +30,7 @@ def open_model(
     model = build_model(config, speed, device)
     left_out = load_weights(model, folder)
     if left_out:
-        report(say_left_out(folder, left_out))
+        notify(say_left_out(folder, left_out))
     compile_blocks(model, speed)
     return model.eval()
 

@@ -25,7 +25,7 @@ from pretrain_cli.model.inference.decode import Writer
 from pretrain_cli.model.inference.int8 import FEW, as_floats, is_quantized
 from pretrain_cli.model.inference.int8 import quantize as quantize_model
 
-Report = Callable[[str], None]
+Emit = Callable[[str], None]
 CPU = torch.device("cpu")
 
 COMPILING = 6.0
@@ -41,7 +41,7 @@ def open_for_sampling(
     *,
     device: str,
     dtype: str,
-    report: Report,
+    emit: Emit,
     best: bool = False,
     quantize: str | None = None,
     settings: Iterable[str] = (),
@@ -49,7 +49,7 @@ def open_for_sampling(
     """The model and tokenizer of a run, a checkpoint or a Hugging Face folder. `settings`: as
     `speed.NAME=VALUE`."""
     place = find_device(device)
-    folder = find_model_folder(where, report, best=best)
+    folder = find_model_folder(where, emit, best=best)
     tokenizer = folder_tokenizer(folder)
     int8 = quantized(quantize, read_config(folder))
     if int8:
@@ -58,15 +58,15 @@ def open_for_sampling(
     asked = build_config({}, flags, settings).speed
     speed = resolve_speed(asked, place, training=False, writing=True)
     for said in speed.departures():
-        report(said)
-    return folder, open_to_write(folder, speed, place, report, int8=int8), tokenizer
+        emit(said)
+    return folder, open_to_write(folder, speed, place, emit, int8=int8), tokenizer
 
 
 def open_to_write(
-    folder: Path, speed: Speed, device: torch.device, report: Report, *, int8: bool = False
+    folder: Path, speed: Speed, device: torch.device, emit: Emit, *, int8: bool = False
 ) -> Decoder:
     """The model of a folder, its matrices cast or quantized once, and not again at every token."""
-    model = open_model(folder, speed, device, report)
+    model = open_model(folder, speed, device, emit)
     if int8:
         quantize_model(model)
     for parameter in model.parameters():
@@ -167,16 +167,16 @@ def sample_text(
 
 
 def make_writer(
-    model: Decoder, asked: bool | None, texts: list[Text], rows: int, report: Report
+    model: Decoder, asked: bool | None, texts: list[Text], rows: int, emit: Emit
 ) -> Writer:
     """The model made ready to write these texts; it can do nothing else afterwards. Compiles a step
     where that was asked for or pays, and says so."""
     if is_quantized(model) and (why := no_int8_steps(model, asked, min(rows, len(texts)))):
         as_floats(model)
-        report(f"The int8 weights are read as {str(model.dtype).removeprefix('torch.')}: {why}")
+        emit(f"The int8 weights are read as {str(model.dtype).removeprefix('torch.')}: {why}")
     compiled, reason = decide_compile(model, asked, texts, rows)
     if asked and not compiled:
-        report(f"Not compiled: {reason}")
+        emit(f"Not compiled: {reason}")
     rows = min(rows, len(texts))
     writer = Writer(model, fast=True, compiled=compiled, rows=rows)
     if compiled or is_quantized(model):
@@ -185,7 +185,7 @@ def make_writer(
         writer.warm_up(rows=rows, capacity=capacity)
         reason = reason if compiled else "products of int8"
         why = "" if asked else f" ({reason}; --no-compile leaves it out)"
-        report(f"Compiled in {time.perf_counter() - began:.0f} s{why}")
+        emit(f"Compiled in {time.perf_counter() - began:.0f} s{why}")
     return writer
 
 

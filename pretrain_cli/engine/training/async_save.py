@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from pretrain_cli.engine.planning.plan import Plan
 from pretrain_cli.engine.runs import checkpoint, retention
 from pretrain_cli.engine.runs.checkpoint import Contents, State
-from pretrain_cli.engine.runs.events import Event, Notice, Report, Saved, Unsaved
+from pretrain_cli.engine.runs.events import Emit, Event, Notice, Saved, Unsaved
 from pretrain_cli.engine.runtime.distributed import Ranks, is_parted
 from pretrain_cli.engine.runtime.process_settings import available_memory
 from pretrain_cli.errors import ConfigError, PretrainError
@@ -45,10 +45,10 @@ class Saver:
     """Writes a run's checkpoints, one at a time."""
 
     def __init__(
-        self, run: Path, plan: Plan, ranks: Ranks, report: Report, sync: Callable[[], None]
+        self, run: Path, plan: Plan, ranks: Ranks, emit: Emit, sync: Callable[[], None]
     ) -> None:
         """`sync` brings onto the disk what a checkpoint counts on, or raises OSError."""
-        self.run, self.plan, self.ranks, self.report, self.sync = run, plan, ranks, report, sync
+        self.run, self.plan, self.ranks, self.emit, self.sync = run, plan, ranks, emit, sync
         self.size = checkpoint_size(plan)
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="saving")
         self.writing: Future[list[Event]] | None = None
@@ -90,7 +90,7 @@ class Saver:
             return True
         if not self.waits_told:
             self.waits_told = True
-            self.report(
+            self.emit(
                 Notice(
                     f"Saving keeps training waiting: a copy of weights and moments would take "
                     f"{told(self.size)} of memory, and {told(free or 0)} are left"
@@ -101,14 +101,14 @@ class Saver:
     # --- what became of it -----------------------------------------------------------------------
 
     def look(self) -> State | None:
-        """Report a save that has ended since. -> the state that was saved; None where none was.
+        """Emit a save that has ended since. -> the state that was saved; None where none was.
         What was a bug there is raised here."""
         if self.writing is None or not self.writing.done():
             return None
         events, self.writing = self.writing.result(), None
         self.failed = next((event for event in events if isinstance(event, Unsaved)), None)
         for event in events:
-            self.report(event)
+            self.emit(event)
         return None if self.failed else self.state
 
     def wait(self) -> State | None:
@@ -205,7 +205,7 @@ def checkpoint_size(plan: Plan) -> int:
     return checkpoint.size_on_disk(plan.model, plan.settings.optimizer.name, plan.data.tokenizer)
 
 
-def check_space(plan: Plan, run: Path, ranks: Ranks, report: Report, *, done: int) -> None:
+def check_space(plan: Plan, run: Path, ranks: Ranks, emit: Emit, *, done: int) -> None:
     """Refuse a run whose checkpoints can't fit the disk, and tell of one whose may not.
 
     At once there are those that are kept and the one that is being written. Where that is too much,
@@ -225,7 +225,7 @@ def check_space(plan: Plan, run: Path, ranks: Ranks, report: Report, *, done: in
             "keep with --keep"
         )
     if room < most * size:
-        report(
+        emit(
             Notice(
                 f"Up to {most} checkpoints of {told(size)} are kept at a time, and {run} has room "
                 f"for {room // size:.0f}: when it is full, older ones go before a new one is "

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pretrain_cli.config.run_config import RunConfig
-from pretrain_cli.engine.runs.events import Event, Notice, Report
+from pretrain_cli.engine.runs.events import Emit, Event, Notice
 from pretrain_cli.engine.runs.retention import checkpoints
 from pretrain_cli.engine.runs.run_yaml import read_record
 from pretrain_cli.engine.runtime.stop import Stopped, StopRequest
@@ -45,7 +45,7 @@ class Comparison:
     """The first, or nothing where all are equal."""
 
 
-def check_resume(settings: RunConfig, steps: int, report: Report, stop: StopRequest) -> Comparison:
+def check_resume(settings: RunConfig, steps: int, emit: Emit, stop: StopRequest) -> Comparison:
     """Train twice and compare. Raises Stopped where that is asked for."""
     if steps < 2:
         raise ConfigError(f"--check-resume: {steps} is not at least 2 steps, one before a save")
@@ -60,7 +60,7 @@ def check_resume(settings: RunConfig, steps: int, report: Report, stop: StopRequ
             (f"{steps // 2} steps, saved", halves, steps // 2),
             (f"Resumed to step {steps}", halves, steps),
         ):
-            report(Notice(said))
+            emit(Notice(said))
             _in_a_fresh_process(_of_the_check(settings, run), run, upto, stop)
         return compare(straight, halves)
 

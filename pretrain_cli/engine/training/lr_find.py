@@ -14,7 +14,7 @@ from pathlib import Path
 from pretrain_cli.config.run_config import RunConfig
 from pretrain_cli.engine.optim.optimizer import build_optimizer, set_learning_rate
 from pretrain_cli.engine.planning.plan import Plan, make_plan
-from pretrain_cli.engine.runs.events import Event, Notice, Report
+from pretrain_cli.engine.runs.events import Emit, Event, Notice
 from pretrain_cli.engine.runtime.distributed import Ranks, open_ranks, share
 from pretrain_cli.engine.runtime.speed import apply_process_settings, build_model, compile_blocks
 from pretrain_cli.engine.runtime.stop import StopRequest
@@ -54,7 +54,7 @@ class RangeTest:
 
 
 def find_learning_rate(
-    settings: RunConfig, folder: Path, report: Report, progress: Progress, stop: StopRequest
+    settings: RunConfig, folder: Path, emit: Emit, progress: Progress, stop: StopRequest
 ) -> RangeTest | None:
     """Train with a rising rate for `train.steps`, and leave a picture and numbers in the folder.
 
@@ -64,17 +64,17 @@ def find_learning_rate(
             f"train.steps: {settings.train.steps}; a range test takes {FEWEST_STEPS} or more"
         )
     with open_ranks(settings.train.device) as ranks:
-        report = report if ranks.is_first else _silent
+        emit = emit if ranks.is_first else _silent
         stop.ranks = ranks
-        plan = make_plan(settings, ranks, report, stop)
-        rates, losses = _train(plan, ranks, report, progress, stop)
+        plan = make_plan(settings, ranks, emit, stop)
+        rates, losses = _train(plan, ranks, emit, progress, stop)
         if not ranks.is_first:
             return None
     smoothed = smooth(losses)
     suggestion, reason = suggest(rates, smoothed)
     name = plan.settings.optimizer.name
     test = RangeTest(plan.name, name, rates, losses, smoothed, suggestion, reason)
-    _write(test, folder, report)
+    _write(test, folder, emit)
     return test
 
 
@@ -83,18 +83,18 @@ def _silent(event: Event) -> None:
 
 
 def _train(
-    plan: Plan, ranks: Ranks, report: Report, progress: Progress, stop: StopRequest
+    plan: Plan, ranks: Ranks, emit: Emit, progress: Progress, stop: StopRequest
 ) -> tuple[list[float], list[float]]:
     """Rates and losses, up to where the loss diverges."""
     apply_process_settings(plan.speed)
-    batches = open_batches(plan, ranks, report)
+    batches = open_batches(plan, ranks, emit)
     decoder = build_model(plan.model, plan.speed, ranks.device)
-    set_weights(decoder, plan, None, report)
+    set_weights(decoder, plan, None, emit)
     compile_blocks(decoder, plan.speed)
     model = share(decoder, ranks, plan.settings.train.parallel)
     optimizer = build_optimizer(decoder, plan.settings.optimizer, fused=plan.speed.fused_optimizer)
     feed = Feed(batches, first_sample=0, device=ranks.device, prefetch=plan.speed.prefetch)
-    report(Notice(f"The rate rises from {LOWEST:g} to {HIGHEST:g}; that of the run is not used"))
+    emit(Notice(f"The rate rises from {LOWEST:g} to {HIGHEST:g}; that of the run is not used"))
     rates, losses = [], []
     try:
         for step in range(plan.steps):
@@ -157,14 +157,14 @@ def suggest(rates: list[float], smoothed: list[float]) -> tuple[float | None, st
     )
 
 
-def _write(test: RangeTest, folder: Path, report: Report) -> None:
+def _write(test: RangeTest, folder: Path, emit: Emit) -> None:
     """lr-find.json, and lr-find.png where matplotlib is installed."""
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "lr-find.json", json.dumps(asdict(test), indent=2) + "\n")
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        report(Notice("No picture: matplotlib is not installed; pip install 'pretrain[plot]'"))
+        emit(Notice("No picture: matplotlib is not installed; pip install 'pretrain[plot]'"))
         return
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()

@@ -13,17 +13,15 @@ from pretrain_cli.data.dataset import Dataset
 from pretrain_cli.data.opening import open_samples
 from pretrain_cli.data.packing import Packed
 from pretrain_cli.engine.planning.plan import Plan
-from pretrain_cli.engine.runs.events import Notice, Report
+from pretrain_cli.engine.runs.events import Emit, Notice
 from pretrain_cli.engine.runtime.distributed import Ranks
 from pretrain_cli.model.parts import part
 
 
-def open_batches(plan: Plan, ranks: Ranks, report: Report) -> Batches:
+def open_batches(plan: Plan, ranks: Ranks, emit: Emit) -> Batches:
     """The plan's training samples, in their order. An index of packed documents is built here,
     where there is none."""
-    samples = [
-        _open_samples(source.dataset, plan, ranks, report) for source in plan.data.trained_on
-    ]
+    samples = [_open_samples(source.dataset, plan, ranks, emit) for source in plan.data.trained_on]
     return Batches(
         samples,
         plan.data.weights([len(each) for each in samples]),
@@ -36,18 +34,18 @@ def open_batches(plan: Plan, ranks: Ranks, report: Report) -> Batches:
     )
 
 
-def _open_samples(dataset: Dataset, plan: Plan, ranks: Ranks, report: Report) -> Samples:
+def _open_samples(dataset: Dataset, plan: Plan, ranks: Ranks, emit: Emit) -> Samples:
     def opened() -> Samples:
         return open_samples(
             dataset,
             seq_len=plan.seq_len,
             packing=plan.settings.data.packing,
-            say=lambda text: report(Notice(text)),
+            notify=lambda text: emit(Notice(text)),
         )
 
     samples = opened() if ranks.is_first else None
     if isinstance(samples, Packed):
-        report(Notice(f"{dataset.path}: {_what_became_of(samples)}"))
+        emit(Notice(f"{dataset.path}: {_what_became_of(samples)}"))
     ranks.wait()
     return opened() if samples is None else samples
 

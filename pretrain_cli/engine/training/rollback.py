@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from pretrain_cli.engine.planning.plan import Plan
 from pretrain_cli.engine.runs import checkpoint, retention
 from pretrain_cli.engine.runs.checkpoint import State
-from pretrain_cli.engine.runs.events import Notice, Report, RolledBack
+from pretrain_cli.engine.runs.events import Emit, Notice, RolledBack
 from pretrain_cli.engine.runtime.distributed import Ranks, is_parted, place_like
 from pretrain_cli.engine.runtime.speed import build_model
 from pretrain_cli.engine.training.prefetch import Feed
@@ -34,13 +34,13 @@ class Recovery:
         plan: Plan,
         run: Path,
         ranks: Ranks,
-        report: Report,
+        emit: Emit,
         feed: Feed,
         decoder: Decoder,
         model: nn.Module,
         optimizer: Optimizer,
     ) -> None:
-        self.guard, self.plan, self.run, self.ranks, self.report = guard, plan, run, ranks, report
+        self.guard, self.plan, self.run, self.ranks, self.emit = guard, plan, run, ranks, emit
         self.feed, self.decoder, self.model, self.optimizer = feed, decoder, model, optimizer
         self.astray = ""
         """Why the run must go back before it goes on; empty where it need not."""
@@ -69,7 +69,7 @@ class Recovery:
                 model=self.model,
                 ranks=self.ranks,
             )
-            self.report(record)
+            self.emit(record)
             self._see_whether_astray(verdict.reason)
         if not verdicts:
             return state
@@ -86,7 +86,7 @@ class Recovery:
         if is_finite(self.optimizer, self.ranks):
             return True
         self.astray = "weights or the optimizer's moments are not finite"
-        self.report(Notice(f"Step {state.step:,} is not saved: {self.astray}"))
+        self.emit(Notice(f"Step {state.step:,} is not saved: {self.astray}"))
         return False
 
     def go_back(self, state: State) -> tuple[State, RolledBack]:
@@ -97,7 +97,7 @@ class Recovery:
         first = state.step - in_a_row + 1
         if first - 1 == self.back_at:  # from where the run has gone back to, no step was taken
             first -= 1
-        folder = last_sound(self.run, first, self.ranks, self.report)
+        folder = last_sound(self.run, first, self.ranks, self.emit)
         if folder is None or state.rollbacks >= limit:
             why = f"{self.run} has no earlier checkpoint to go back to"
             if folder is not None:
@@ -122,7 +122,7 @@ class Recovery:
         return state, told
 
 
-def last_sound(run: Path, before: int, ranks: Ranks, report: Report) -> Path | None:
+def last_sound(run: Path, before: int, ranks: Ranks, emit: Emit) -> Path | None:
     """The newest checkpoint below a step, of those that are intact and known finite: on every rank
     the one that the first rank finds."""
     step = -1
@@ -131,7 +131,7 @@ def last_sound(run: Path, before: int, ranks: Ranks, report: Report) -> Path | N
             if retention.step_of(folder) >= before:
                 continue
             if reason := checkpoint.damage(folder):
-                report(Notice(f"{reason}; skipped"))
+                emit(Notice(f"{reason}; skipped"))
             elif checkpoint.read_state(folder).finite:
                 step = retention.step_of(folder)
                 break

@@ -4,16 +4,16 @@ from pathlib import Path
 
 from pretrain_cli.engine.planning.plan import Plan, resolved
 from pretrain_cli.engine.runs.checkpoint import State
-from pretrain_cli.engine.runs.events import Event, Kept, MetricsFile, Notice, Report, Started
+from pretrain_cli.engine.runs.events import Emit, Event, Kept, MetricsFile, Notice, Started
 from pretrain_cli.engine.runs.trackers import Tracker, have_each, open_trackers, track
 
 
 class Outputs:
     """Open on the first rank alone; elsewhere nothing is written."""
 
-    def __init__(self, plan: Plan, run: Path, report: Report, tell: Report) -> None:
+    def __init__(self, plan: Plan, run: Path, emit: Emit, tell: Emit) -> None:
         """Notices of an output go to `report`, those of one that is left out to `tell` alone."""
-        self.plan, self.run, self.report, self.tell = plan, run, report, tell
+        self.plan, self.run, self.emit, self.tell = plan, run, emit, tell
         self.metrics: MetricsFile | None = None
         self.trackers: list[Tracker] = []
 
@@ -26,13 +26,13 @@ class Outputs:
         """Without what is there beyond the state's step."""
         self.metrics = MetricsFile(
             self.run / "metrics.jsonl",
-            lambda text: self.report(Notice(text)),
+            lambda text: self.emit(Notice(text)),
             upto=state.step,
             rollbacks=state.rollbacks,
         )
         asked = resolved(self.plan).model_dump(mode="json")
         names = self.plan.settings.train.log if state.step < self.plan.steps else ()
-        self.trackers = open_trackers(names, self.run, asked, self.report, step=state.step)
+        self.trackers = open_trackers(names, self.run, asked, self.emit, step=state.step)
 
     def begin(self, started: Started) -> None:
         if self.metrics:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from pretrain_cli.engine.planning.plan import Plan
-from pretrain_cli.engine.runs.events import Notice, Report, Sample, keep_upto
+from pretrain_cli.engine.runs.events import Emit, Notice, Sample, keep_upto
 from pretrain_cli.engine.runtime.distributed import Ranks
 from pretrain_cli.engine.runtime.stop import Stopped, StopRequest
 from pretrain_cli.engine.sampling.sample import Controls, sample_text
@@ -24,15 +24,15 @@ from pretrain_cli.model.decoder import Decoder
 class Samples:
     """samples.jsonl: a line for each prompt, each time. The first rank writes it."""
 
-    def __init__(self, plan: Plan, run: Path, ranks: Ranks, report: Report, *, upto: int) -> None:
-        self.plan, self.ranks, self.report = plan, ranks, report
+    def __init__(self, plan: Plan, run: Path, ranks: Ranks, emit: Emit, *, upto: int) -> None:
+        self.plan, self.ranks, self.emit = plan, ranks, emit
         self.path = run / "samples.jsonl"
         self.keep_upto(upto)
         self.settings = plan.settings.train
         self.possible = self.settings.sample_tokens > 0
         if self.possible and self.settings.parallel == "fsdp":
             self.possible = False
-            report(Notice("No samples: the model is parted among the ranks. pretrain sample"))
+            emit(Notice("No samples: the model is parted among the ranks. pretrain sample"))
 
     def keep_upto(self, step: int) -> None:
         """Lines beyond this step are of a future that was lost, and go."""
@@ -66,13 +66,13 @@ class Samples:
             with torch.compiler.set_stance("force_eager"):  # each length would compile anew
                 sample = Sample(step, prompt, "".join(stop.until_asked(pieces)))
         except PretrainError as error:  # nothing of the run depends on it
-            self.report(Notice(f"No sample: {error}"))
+            self.emit(Notice(f"No sample: {error}"))
             return
         try:
             with self.path.open("ab", buffering=0) as file:
                 append_line(file, (json.dumps(asdict(sample)) + "\n").encode())
                 flush(file)
         except OSError as error:
-            self.report(Notice(f"{self.path}: {error.strerror}; the sample below is not in it"))
+            self.emit(Notice(f"{self.path}: {error.strerror}; the sample below is not in it"))
         self.taken.add((step, prompt))
-        self.report(sample)
+        self.emit(sample)

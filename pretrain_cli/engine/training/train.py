@@ -14,7 +14,7 @@ from pretrain_cli.engine.optim.optimizer import build_optimizer
 from pretrain_cli.engine.planning.plan import Plan, make_plan
 from pretrain_cli.engine.runs import checkpoint, retention
 from pretrain_cli.engine.runs.checkpoint import State
-from pretrain_cli.engine.runs.events import Event, Finished, Notice, Report
+from pretrain_cli.engine.runs.events import Emit, Event, Finished, Notice
 from pretrain_cli.engine.runs.run_yaml import Record
 from pretrain_cli.engine.runtime.distributed import open_ranks, share
 from pretrain_cli.engine.runtime.peak_flops import find_peak
@@ -44,7 +44,7 @@ search finds, and a run of seconds hardly waits."""
 
 def train(
     settings: RunConfig,
-    report: Report,
+    emit: Emit,
     *,
     resume: tuple[Path, Record] | None = None,
     resume_from: Path | None = None,
@@ -59,25 +59,25 @@ def train(
         stop = StopRequest(limit=settings.train.max_time)
     with open_ranks(settings.train.device) as ranks:
         if not ranks.is_first:
-            report = _silent
+            emit = _silent
         stop.ranks = ranks
-        plan = make_plan(settings, ranks, report, stop, resumed=resume[1] if resume else None)
-        run, start = _choose_run(plan, report, resume, resume_from)
+        plan = make_plan(settings, ranks, emit, stop, resumed=resume[1] if resume else None)
+        run, start = _choose_run(plan, emit, resume, resume_from)
         done = checkpoint.read_state(start).step if start else 0
-        check_space(plan, run, ranks, report, done=done)
+        check_space(plan, run, ranks, emit, done=done)
         if ranks.is_first:  # which writes
             stop.save_seconds = checkpoint.estimated_seconds(checkpoint_size(plan))
-        batches = open_batches(plan, ranks, report)
+        batches = open_batches(plan, ranks, emit)
         torch.manual_seed(settings.train.seed)  # nothing draws from it yet; a checkpoint keeps it
         apply_process_settings(plan.speed)
         for said in plan.speed.departures():
-            report(Notice(said))
+            emit(Notice(said))
         if plan.speed.deterministic:
-            report(Notice(f"speed.deterministic: {DETERMINISM}"))
+            emit(Notice(f"speed.deterministic: {DETERMINISM}"))
 
         peak = find_peak(ranks.device, plan.speed.compute_dtype, seconds=PEAK_SECONDS)
         decoder = build_model(plan.model, plan.speed, ranks.device)
-        set_weights(decoder, plan, start, report)
+        set_weights(decoder, plan, start, emit)
         if plan.speed.compile:
             keep_compiled(run / COMPILED)
         compile_blocks(decoder, plan.speed)
@@ -100,13 +100,13 @@ def train(
             )
         if resume is not None:
             for line in told_changes(resume[1], plan, state.step):
-                report(Notice(line))
+                emit(Notice(line))
         if ranks.is_first:
             retention.sweep(run)
             write_record(run, plan, ranks.device, peak, resume[1].asked if resume else None)
             for left in retention.abandon_later(run, state.step):
-                report(Notice(f"{left}: beyond step {state.step:,}, renamed to abandoned-…"))
-        trainer = Trainer(plan, run, ranks, report, batches, decoder, model, optimizer, peak)
+                emit(Notice(f"{left}: beyond step {state.step:,}, renamed to abandoned-…"))
+        trainer = Trainer(plan, run, ranks, emit, batches, decoder, model, optimizer, peak)
         trainer.profile = profile if ranks.is_first else 0
         with only_deterministic(plan.speed):
             return trainer.run_until(plan.steps, state, stop)
@@ -114,7 +114,7 @@ def train(
 
 def _choose_run(
     plan: Plan,
-    report: Report,
+    emit: Emit,
     resume: tuple[Path, Record] | None,
     resume_from: Path | None,
 ) -> tuple[Path, Path | None]:
@@ -129,13 +129,13 @@ def _choose_run(
         )
     if resume_from and (reason := checkpoint.damage(resume_from)):
         raise CheckpointError(f"{reason}; resume from the run, {run}, to take another")
-    start = resume_from or retention.newest_intact(run, lambda text: report(Notice(text)))
+    start = resume_from or retention.newest_intact(run, lambda text: emit(Notice(text)))
     if start is None:
-        report(Notice(f"{run}: no checkpoint yet; starting again from step 0"))
+        emit(Notice(f"{run}: no checkpoint yet; starting again from step 0"))
     return run, start
 
 
-def set_weights(decoder: Decoder, plan: Plan, start: Path | None, report: Report) -> None:
+def set_weights(decoder: Decoder, plan: Plan, start: Path | None, emit: Emit) -> None:
     """From the checkpoint, from the folder of --init-from, or drawn from the seed."""
     folder = start or plan.settings.model.init_from
     if folder is None:
@@ -143,7 +143,7 @@ def set_weights(decoder: Decoder, plan: Plan, start: Path | None, report: Report
         return
     left_out = load_weights(decoder, folder)
     if left_out:
-        report(Notice(say_left_out(folder, left_out)))
+        emit(Notice(say_left_out(folder, left_out)))
 
 
 def _silent(event: Event) -> None:

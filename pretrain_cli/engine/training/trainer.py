@@ -16,12 +16,12 @@ from pretrain_cli.engine.planning.plan import Plan
 from pretrain_cli.engine.runs import retention
 from pretrain_cli.engine.runs.checkpoint import State
 from pretrain_cli.engine.runs.events import (
+    Emit,
     Evaluation,
     Event,
     Finished,
     Notice,
     Profiled,
-    Report,
     Started,
 )
 from pretrain_cli.engine.runtime.distributed import Ranks, device_name
@@ -51,7 +51,7 @@ class Trainer:
         plan: Plan,
         run: Path,
         ranks: Ranks,
-        report: Report,
+        emit: Emit,
         batches: Batches,
         decoder: Decoder,
         model: nn.Module,
@@ -60,18 +60,18 @@ class Trainer:
     ) -> None:
         self.plan, self.run, self.ranks, self.batches, self.peak = plan, run, ranks, batches, peak
         self.decoder, self.model, self.optimizer = decoder, model, optimizer
-        self.tell = report
+        self.tell = emit
         self.saved_step = -1
         self.evaluated_step = -1
         self.evaluation: Evaluation | None = None
         self.profile = 0
         """So many steps are looked into, after some to warm up."""
-        self.outputs = Outputs(plan, run, self.report, report)
+        self.outputs = Outputs(plan, run, self.emit, emit)
         train = plan.settings.train
         self.guard = Guard(ranks, skip_spikes=train.skip_spikes, max_skips=train.max_skips)
-        self.saver = Saver(run, plan, ranks, self.report, self.outputs.sync)
+        self.saver = Saver(run, plan, ranks, self.emit, self.outputs.sync)
 
-    def report(self, event: Event) -> None:
+    def emit(self, event: Event) -> None:
         self.outputs.take(event)
         self.tell(event)
 
@@ -101,7 +101,7 @@ class Trainer:
             peak_source=self.peak.source,
             peak_measured=self.peak.measured,
         )
-        self.report(started)
+        self.emit(started)
         if state.step < steps:
             self.outputs.begin(started)
         meter = Meter(
@@ -118,7 +118,7 @@ class Trainer:
             device=ranks.device,
             prefetch=plan.speed.prefetch,
         )
-        samples = Samples(plan, self.run, ranks, self.report, upto=state.step)
+        samples = Samples(plan, self.run, ranks, self.emit, upto=state.step)
         profiler = Profiler(
             self.profile,
             after=WARMUP_STEPS,
@@ -130,7 +130,7 @@ class Trainer:
             plan,
             self.run,
             ranks,
-            self.report,
+            self.emit,
             feed,
             self.decoder,
             self.model,
@@ -138,7 +138,7 @@ class Trainer:
         )
         first, stopped = state.step, False
         if state.step >= steps:
-            self.report(Notice(f"{self.run} has its {steps:,} steps; --steps with more goes on"))
+            self.emit(Notice(f"{self.run} has its {steps:,} steps; --steps with more goes on"))
         try:
             if self._missed_evaluation(state):
                 with meter.held_up("evaluation"):
@@ -186,7 +186,7 @@ class Trainer:
                 meter.stepped(feed.wait)
                 state = self._with_saved(state, self.saver.look())
                 if profiler.profile:
-                    self.report(Profiled(state.step, profiler.profile))
+                    self.emit(Profiled(state.step, profiler.profile))
                     profiler.profile = None  # told once
                 is_last = state.step == steps
                 save_due = state.step % plan.checkpoint_every == 0 or is_last
@@ -199,7 +199,7 @@ class Trainer:
                     if self.recovery.astray:
                         continue
                 if log_due:
-                    self.report(
+                    self.emit(
                         meter.read(
                             state.step,
                             tokens=state.tokens,
@@ -233,7 +233,7 @@ class Trainer:
             self.saver.close()
             self.outputs.close()
         finished = Finished(self.run, state.step, steps, "stopped" if stopped else "done")
-        self.report(finished)
+        self.emit(finished)
         return finished
 
     def _leave(self, state: State, *, made: int) -> None:
@@ -241,7 +241,7 @@ class Trainer:
         self.save(state, goes_on=False)
         self.saver.finish()
         if self.stop.reason:
-            self.report(Notice(f"{self.stop.reason}: stopped"))
+            self.emit(Notice(f"{self.stop.reason}: stopped"))
         if self.stop.out_of_time and not made:
             raise ConfigError(
                 f"{self.stop.reason} is too short: no step was done before the last "
@@ -266,10 +266,10 @@ class Trainer:
         self.saved_step, self.evaluated_step, self.evaluation = state.step, -1, None
         if self.ranks.is_first:
             for left in retention.abandon_later(self.run, state.step):
-                self.report(Notice(f"{left}: beyond step {state.step:,}, renamed to abandoned-…"))
+                self.emit(Notice(f"{left}: beyond step {state.step:,}, renamed to abandoned-…"))
             self.outputs.close()
             self.outputs.open(state)
-        self.report(told)
+        self.emit(told)
         return state
 
     def _missed_evaluation(self, state: State) -> bool:
@@ -297,7 +297,7 @@ class Trainer:
         )
         if evaluation is not None:
             self.evaluation = evaluation
-            self.report(evaluation)
+            self.emit(evaluation)
 
     def _with_best(self, state: State) -> State:
         """The state of a checkpoint, with itself as the best where its validation loss is."""

@@ -39,9 +39,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def reader(theirs: Any) -> Reader:
     where = Path(theirs.folder)
     said: list[str] = []
-    _, model, tokenizer = open_for_sampling(
-        where, device="cpu", dtype="float32", report=said.append
-    )
+    _, model, tokenizer = open_for_sampling(where, device="cpu", dtype="float32", emit=said.append)
     return Reader(model, tokenizer, POSITIONS)
 
 

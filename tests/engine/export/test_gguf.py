@@ -67,7 +67,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def export(tmp_path: Path) -> Callable[..., Path]:
     def write(folder: Path, dtype: str = "fp32", **more: Any) -> Path:
         out = tmp_path / f"{dtype}.gguf"
-        export_gguf(folder, out, dtype=dtype, best=False, report=lambda _: None, **more)
+        export_gguf(folder, out, dtype=dtype, best=False, notify=lambda _: None, **more)
         assert list(tmp_path.iterdir()) == [out]
         return out
 
@@ -146,7 +146,7 @@ def test_the_files_numbers_are_the_configs(folder, export):
 def test_what_can_not_be_written_leaves_nothing(folder, tmp_path):
     def refused(out: str = "m.gguf", dtype: str = "fp32", where: Path = folder) -> str:
         with pytest.raises(ConfigError) as error:
-            export_gguf(where, tmp_path / out, dtype=dtype, best=False, report=lambda _: None)
+            export_gguf(where, tmp_path / out, dtype=dtype, best=False, notify=lambda _: None)
         assert not list(tmp_path.glob("*.gguf"))
         assert not list(tmp_path.glob(".*"))
         return str(error.value)
@@ -198,7 +198,7 @@ def test_llama_cpp_computes_the_same_logits(folder, export, llama, dtype):
 def test_llama_cpp_chooses_the_same_tokens(folder, export, llama):
     prompt = "ten green bottles"
     _, ours, tokenizer = open_for_sampling(
-        folder, device="cpu", dtype="float32", report=lambda _: None
+        folder, device="cpu", dtype="float32", emit=lambda _: None
     )
     controls = Controls(max_tokens=12, temperature=0)
     [text] = texts = plan_texts(ours, tokenizer, [prompt], controls)

@@ -59,7 +59,7 @@ def test_a_system_that_says_nothing_has_no_answer(monkeypatch):
 
 
 GAPS = """
-from pretrain_cli.engine.process import give_back_memory
+from pretrain_cli.engine.runtime.process_settings import give_back_memory
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
@@ -164,8 +164,8 @@ def test_whether_there_are_huge_pages_is_the_systems_to_say(given, monkeypatch, 
 
 PAGES = """
 import os, sys
-from pretrain_cli.config import SpeedConfig
-from pretrain_cli.engine.process import before_torch
+from pretrain_cli.config.run_config import SpeedConfig
+from pretrain_cli.engine.runtime.process_settings import before_torch
 
 before_torch(SpeedConfig(huge_pages={asked}))
 import torch
@@ -195,7 +195,7 @@ def test_large_buffers_are_in_huge_pages():
 
 
 PROFILED = """
-from pretrain_cli.engine.process import hush_profiler
+from pretrain_cli.engine.runtime.process_settings import hush_profiler
 
 {hush}
 import torch

@@ -96,7 +96,7 @@ def test_each_signal_asks_and_afterwards_means_what_it_meant(number):
 
 WAITING = """
 import hashlib
-from pretrain_cli.engine.stop import StopRequest
+from pretrain_cli.engine.runtime.stop import StopRequest
 with StopRequest() as request:
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes, in which Python has no control

@@ -194,10 +194,11 @@ def test_a_stop_while_a_checkpoint_is_written_waits_for_it_and_saves_the_last_st
 
 TWO_RANKS = """
 import threading
-from pretrain_cli.engine import checkpoint, trainer
-from pretrain_cli.engine.metrics import StepMetrics
+from pretrain_cli.engine.runs import checkpoint
+from pretrain_cli.engine.training import trainer
+from pretrain_cli.engine.runs.events import StepMetrics
 
-written, write, report = threading.Event(), checkpoint.write_checkpoint, trainer.Trainer.report
+written, write, report = threading.Event(), checkpoint.write_checkpoint, trainer.Trainer.emit
 
 def held_back(folder, contents, **options):
     if contents.state.step == 2:
@@ -209,7 +210,7 @@ def told(self, event):
     if isinstance(event, StepMetrics) and event.step == 3:
         written.set()
 
-checkpoint.write_checkpoint, trainer.Trainer.report = held_back, told
+checkpoint.write_checkpoint, trainer.Trainer.emit = held_back, told
 from pretrain_cli.cli import app
 app()
 """

@@ -303,8 +303,8 @@ def test_tensorboard_is_told_to_forget_what_the_run_went_back_from(settings, run
 
 TWO_RANKS = """
 import math, sys
-from pretrain_cli.engine import trainer
-from pretrain_cli.engine.feed import Feed
+from pretrain_cli.engine.training import trainer
+from pretrain_cli.engine.training.prefetch import Feed
 
 current, next_batch, batch_at, build = {}, Feed.next, Feed.at, trainer.Trainer.__init__
 

@@ -11,7 +11,9 @@ import pytest
 import typer.main
 
 from pretrain_cli.cli import app
-from pretrain_cli.config.run_config import SpeedConfig, build_config, find_model, read_config
+from pretrain_cli.config.build import build_config
+from pretrain_cli.config.run_config import SpeedConfig
+from pretrain_cli.config.yaml_files import find_model, read_config
 from pretrain_cli.model.presets import PUBLISHED, SMALL, full_name
 
 ROOT = Path(__file__).parent.parent

@@ -104,7 +104,8 @@ def count_params(
     From the architecture's numbers alone: nothing is allocated. So is the plan of a run, unless it
     is calibrated.
     """
-    from pretrain_cli.config.run_config import ModelSettings, find_model
+    from pretrain_cli.config.run_config import ModelSettings
+    from pretrain_cli.config.yaml_files import find_model
     from pretrain_cli.errors import ConfigError
     from pretrain_cli.model.config import variant
 

@@ -67,7 +67,7 @@ class Asked:
 
 def show_plan(name: str, config: Any, seq_len: int, asked: Asked, *, as_json: bool) -> None:
     """Find it out and show it."""
-    from pretrain_cli.config.run_config import build_config
+    from pretrain_cli.config.build import build_config
     from pretrain_cli.engine.planning.run_estimate import find_machine, forecast
 
     asked.check()

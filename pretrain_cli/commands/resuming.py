@@ -37,7 +37,7 @@ def resumed(
     resume: Path, flags: dict[str, Any], assignments: list[str], allow_change: bool
 ) -> tuple[Any, dict[str, Any]]:
     """The run's settings with the changes asked for, and where training goes on."""
-    from pretrain_cli.config.run_config import build_config
+    from pretrain_cli.config.build import build_config
     from pretrain_cli.engine.runs.run_yaml import read_record, resumed_settings
     from pretrain_cli.errors import CheckpointError
 

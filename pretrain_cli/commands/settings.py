@@ -21,7 +21,7 @@ OfProcess = Annotated[
 
 def settle_process(assignments: Sequence[str] | None) -> None:
     """Set what has to be set before torch is loaded."""
-    from pretrain_cli.config.run_config import build_config
+    from pretrain_cli.config.build import build_config
     from pretrain_cli.engine.runtime.process_settings import before_torch, check_process_settings
 
     check_process_settings("--set", assignments or ())

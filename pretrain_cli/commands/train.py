@@ -226,7 +226,8 @@ def train(
         "speed.deterministic": deterministic,
         "train.out": out,
     }
-    from pretrain_cli.config.run_config import build_config, read_config
+    from pretrain_cli.config.build import build_config
+    from pretrain_cli.config.yaml_files import read_config
     from pretrain_cli.errors import ConfigError
 
     if more_data and not data:

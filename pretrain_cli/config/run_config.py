@@ -6,17 +6,13 @@
 each became.
 """
 
-import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
 )
 
 from pretrain_cli.config.setting_types import (
@@ -35,9 +31,6 @@ from pretrain_cli.config.setting_types import (
     Texts,
     Trackers,
 )  # fmt: skip
-from pretrain_cli.errors import ConfigError, did_you_mean
-from pretrain_cli.model.config import FIELDS, ModelConfig, variant
-from pretrain_cli.model.presets import PRESETS, full_name, preset
 
 
 class Section(BaseModel):
@@ -177,168 +170,3 @@ class RunConfig(Section):
     optimizer: OptimizerSettings = OptimizerSettings()
     train: TrainSettings = TrainSettings()
     speed: SpeedConfig = SpeedConfig()
-
-
-def build_config(
-    base: dict[str, Any], flags: dict[str, Any], assignments: Iterable[str]
-) -> RunConfig:
-    """A RunConfig from a file's tree, flags by dotted name (None where not given) and `a.b=c`."""
-    tree = {name: dict(section) for name, section in base.items()}
-    given = {name: value for name, value in flags.items() if value is not None}
-    for assignment in assignments:
-        name, equals, text = assignment.partition("=")
-        if not equals or name.count(".") != 1:
-            raise ConfigError(f"--set {assignment}: not of the form section.name=value")
-        try:
-            given[name.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"--set {assignment}: '{text}' is not a YAML value") from None
-    # one of the two says how long a run is: what is asked for here stands in for the file's other
-    for name, other in (("steps", "tokens"), ("tokens", "steps")):
-        if f"train.{name}" in given and f"train.{other}" not in given:
-            tree.get("train", {}).pop(other, None)
-    for name, value in given.items():
-        section, _, key = name.partition(".")
-        tree.setdefault(section, {})[key] = value
-    return check_config(tree)
-
-
-def check_config(tree: dict[str, Any]) -> RunConfig:
-    """The tree as a RunConfig, or one line about the first thing that is wrong with it."""
-    try:
-        config = RunConfig.model_validate(tree)
-    except ValidationError as failure:
-        raise ConfigError(_first_fault(failure)) from None
-    if config.train.tokens is not None and config.train.steps != "auto":
-        raise ConfigError(
-            f"train.tokens: {config.train.tokens} and train.steps: {config.train.steps} are both "
-            "given; give one of them"
-        )
-    if config.train.sample_every and not config.train.sample_tokens:
-        raise ConfigError(
-            f"train.sample_every: {config.train.sample_every} is how often to sample, and "
-            "train.sample_tokens is 0; give it a length, or leave sample_every out"
-        )
-    _refuse_unused(config.optimizer)
-    return config
-
-
-def _refuse_unused(optimizer: OptimizerSettings) -> None:
-    """Refuse a setting that was changed and that another one leaves without a meaning."""
-    schedule = optimizer.schedule
-    for setting, is_used, reason in (
-        ("momentum", optimizer.name == "muon", f"optimizer.name '{optimizer.name}'"),
-        ("decay_fraction", schedule.startswith("wsd"), f"optimizer.schedule '{schedule}'"),
-        ("final_fraction", schedule != "constant", f"optimizer.schedule '{schedule}'"),
-    ):
-        value = getattr(optimizer, setting)
-        if not is_used and value != OptimizerSettings.model_fields[setting].default:
-            raise ConfigError(
-                f"optimizer.{setting}: {value} has no meaning with {reason}; leave it out"
-            )
-
-
-def read_config(name: str) -> dict[str, Any]:
-    """The tree of a run's YAML file: a path, or the name of one that ships with the package."""
-    path = Path(name)
-    if not path.is_file():
-        shipped = {file.stem: file for file in _shipped_configs()}
-        if name not in shipped:
-            raise ConfigError(
-                f"--config: no file '{name}', and none of the built-in ones "
-                f"({', '.join(shipped)}) is called that{did_you_mean(name, shipped)}"
-            )
-        path = shipped[name]
-    tree = read_yaml(path)
-    for section, values in tree.items():
-        if section not in RunConfig.model_fields:
-            known = ", ".join(RunConfig.model_fields)
-            raise ConfigError(f"{path}: {section}: no such section; there are {known}")
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: {section}: {values!r} is not a section of settings")
-    return tree
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        said = " ".join(str(error).split())
-        raise ConfigError(f"{path}: not YAML ({said}); mend it") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: holds no settings; give a mapping of section to settings")
-    return tree
-
-
-def find_model(settings: ModelSettings) -> tuple[str, ModelConfig]:
-    """(a short name, the ModelConfig) that a run's settings ask for, changes applied."""
-    if settings.name.endswith((".yaml", ".yml")):
-        name, config = Path(settings.name).stem, _model_file(Path(settings.name))
-    else:
-        name, config = full_name(settings.name), preset(settings.name)
-    return name, variant(config, settings.changes)
-
-
-def _model_file(path: Path) -> ModelConfig:
-    """A model from a YAML file: `base: NAME` and what differs from it, or every field."""
-    if not path.is_file():
-        raise ConfigError(f"model: no file {path}; give a YAML file or one of {', '.join(PRESETS)}")
-    tree = read_yaml(path)
-    base = tree.pop("base", None)
-    if base is not None:
-        if not isinstance(base, str):
-            raise ConfigError(f"{path}: base: {base!r} is not a model; give a name")
-        return variant(preset(base), tree)
-    missing = sorted(set(FIELDS) - set(tree))
-    if missing:
-        raise ConfigError(
-            f"{path}: {missing[0]} is missing; state every number of the model, or start from a "
-            "known one with 'base: NAME'"
-        )
-    return variant(preset("gemma3-tiny"), tree)
-
-
-def _shipped_configs() -> list[Path]:
-    """The YAML files in configs/: inside the installed package, or beside it in a checkout."""
-    here = Path(__file__).parent.parent
-    for folder in (here / "configs", here.parent / "configs"):
-        if folder.is_dir():
-            return sorted(folder.glob("*.yaml"))
-    return []
-
-
-def _first_fault(failure: ValidationError) -> str:
-    """`section.name: value is wrong; do this`, from pydantic's report."""
-    fault = failure.errors()[0]
-    path = [str(part) for part in fault["loc"]]
-    fields: dict[str, Any] = RunConfig.model_fields
-    if path[0] not in fields:
-        return f"{path[0]}: no such section; there are {', '.join(fields)}"
-    section = fields[path[0]].annotation
-    if len(path) > 1 and path[1] not in section.model_fields:
-        known = [f"{path[0]}.{name}" for name in section.model_fields]
-        name = ".".join(path[:2])
-        return f"{name}: no such setting{did_you_mean(name, known)}"
-    value = fault["input"]
-    shown = f"'{value}'" if isinstance(value, str) else repr(value)
-    # A union reports each of its branches; together they say what is taken.
-    branches: list[Any] = [e for e in failure.errors() if e["loc"][:2] == fault["loc"][:2]]
-    taken = dict.fromkeys(_taken(branch) for branch in branches)
-    words = [b["ctx"]["expected"] for b in branches if b["type"] == "literal_error"]
-    near = did_you_mean(str(value), re.findall(r"'(\w+)'", " ".join(words)))
-    return f"{'.'.join(path[:2])}: {shown} is not {' or '.join(taken)}{near}"
-
-
-def _taken(branch: Any) -> str:
-    """What one branch of a setting's type takes, in words."""
-    if branch["type"] == "literal_error":
-        choices = branch["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
-        return f"one of {choices}" if "," in choices else choices
-    if branch["type"] in ("missing", "too_long"):
-        return "a pair of numbers"  # of betas, the one setting of several values
-    kind, _, how = branch["type"].partition("_")
-    if how in ("parsing", "type", "from_float"):
-        names = {"int": "a whole number", "float": "a number", "bool": "true or false"}
-        return names.get(kind, f"a {kind}")
-    return branch["msg"].removeprefix("Input should be ")

@@ -88,7 +88,7 @@ def test_a_persons_mistake_is_one_line_and_exit_code_2(pretrain, monkeypatch, ki
     def refuse(*_):
         raise kind("data/[/x] :x:: 'a' is wrong; give b")  # nothing in it is markup
 
-    monkeypatch.setattr("pretrain_cli.config.run_config.build_config", refuse)
+    monkeypatch.setattr("pretrain_cli.config.build.build_config", refuse)
     outcome = pretrain("train")
     assert outcome.code == 2
     assert outcome.err == "error: data/[/x] :x:: 'a' is wrong; give b\n"
@@ -113,7 +113,7 @@ def test_a_bug_keeps_its_traceback(pretrain, monkeypatch):
     def fail(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("pretrain_cli.config.run_config.build_config", fail)
+    monkeypatch.setattr("pretrain_cli.config.build.build_config", fail)
     with pytest.raises(ZeroDivisionError):
         pretrain("train")
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pretrain_cli.config.build import build_config, check_config
 from pretrain_cli.config.run_config import (
     DataSettings,
     ModelSettings,
@@ -12,11 +13,8 @@ from pretrain_cli.config.run_config import (
     RunConfig,
     SpeedConfig,
     TrainSettings,
-    build_config,
-    check_config,
-    find_model,
-    read_config,
 )
+from pretrain_cli.config.yaml_files import find_model, read_config
 from pretrain_cli.errors import ConfigError, did_you_mean
 from pretrain_cli.model.presets import preset
 

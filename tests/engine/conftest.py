@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain_cli.config.run_config import RunConfig, build_config
+from pretrain_cli.config.build import build_config
+from pretrain_cli.config.run_config import RunConfig
 from pretrain_cli.data.tokenizing.tokenize import TokenizeRequest, tokenize
 from pretrain_cli.engine.runs.events import Event
 from pretrain_cli.engine.runtime import speed

@@ -250,7 +250,8 @@ def _workload(
     flags: dict[str, Any], assignments: list[str], model: str | None, device: str
 ) -> tuple[Any, Any, Any]:
     """(the settings, the workload that they describe, how another model is found)."""
-    from pretrain_cli.config.run_config import build_config, find_model
+    from pretrain_cli.config.build import build_config
+    from pretrain_cli.config.yaml_files import find_model
     from pretrain_cli.errors import ConfigError
 
     for assignment in assignments:

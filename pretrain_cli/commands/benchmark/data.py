@@ -41,7 +41,7 @@ def benchmark_data(
 ) -> None:
     """Time the reading of batches, from a warm page cache: of a dataset, or of one that is made and
     taken away again."""
-    from pretrain_cli.config.run_config import build_config
+    from pretrain_cli.config.build import build_config
     from pretrain_cli.errors import ConfigError
 
     check_output(as_json)

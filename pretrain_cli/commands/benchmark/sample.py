@@ -55,7 +55,9 @@ def benchmark_sample(
     ] = None,
 ) -> None:
     """Time prefill and greedy decoding of random tokens with random weights."""
-    from pretrain_cli.config.run_config import ModelSettings, build_config, find_model
+    from pretrain_cli.config.build import build_config
+    from pretrain_cli.config.run_config import ModelSettings
+    from pretrain_cli.config.yaml_files import find_model
     from pretrain_cli.engine.runtime.process_settings import check_process_settings
     from pretrain_cli.errors import ConfigError
 

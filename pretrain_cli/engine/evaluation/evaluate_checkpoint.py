@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pretrain_cli.config.run_config import build_config
+from pretrain_cli.config.build import build_config
 from pretrain_cli.data.mixture import Mixture
 from pretrain_cli.engine.planning.data_and_model import check_tokenizer, open_mixture
 from pretrain_cli.engine.runs.events import Evaluation

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain_cli.config.run_config import build_config
+from pretrain_cli.config.build import build_config
 from pretrain_cli.engine.evaluation.evaluate_checkpoint import as_in_its_run
 from pretrain_cli.engine.evaluation.likelihood import Reader
 from pretrain_cli.engine.runs.retention import find_model_folder

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pretrain_cli.config.run_config import RunConfig, find_model
+from pretrain_cli.config.run_config import RunConfig
+from pretrain_cli.config.yaml_files import find_model
 from pretrain_cli.data.dataset import Dataset
 from pretrain_cli.data.mixture import Mixture, Source, mix, parse_sources
 from pretrain_cli.data.opening import open_data

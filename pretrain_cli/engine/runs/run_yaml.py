@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from pretrain_cli.config.run_config import RunConfig, check_config
+from pretrain_cli.config.build import check_config
+from pretrain_cli.config.run_config import RunConfig
 from pretrain_cli.errors import CheckpointError, ConfigError
 from pretrain_cli.model.config import FIELDS, ModelConfig, variant
 from pretrain_cli.model.presets import preset

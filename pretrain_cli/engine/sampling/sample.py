@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from pretrain_cli.config.run_config import SpeedConfig, build_config
+from pretrain_cli.config.build import build_config
+from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.data.tokenizers.tokenizer import Tokenizer
 from pretrain_cli.engine.runs.retention import find_model_folder
 from pretrain_cli.engine.runtime.distributed import find_device

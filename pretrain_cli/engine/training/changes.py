@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from pretrain_cli.config.run_config import check_config
+from pretrain_cli.config.build import check_config
 from pretrain_cli.engine.optim.schedule import learning_rate
 from pretrain_cli.engine.planning.plan import Plan, resolved
 from pretrain_cli.engine.runs.run_yaml import Record, differences

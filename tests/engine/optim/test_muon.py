@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pretrain_cli.config.run_config import OptimizerSettings, build_config
+from pretrain_cli.config.build import build_config
+from pretrain_cli.config.run_config import OptimizerSettings
 from pretrain_cli.engine.optim.muon import orthogonalize
 from pretrain_cli.engine.optim.optimizer import build_optimizer, set_learning_rate
 from pretrain_cli.errors import ConfigError

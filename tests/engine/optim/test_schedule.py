@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from pretrain_cli.config.run_config import OptimizerSettings, build_config
+from pretrain_cli.config.build import build_config
+from pretrain_cli.config.run_config import OptimizerSettings
 from pretrain_cli.engine.optim.schedule import learning_rate
 from pretrain_cli.errors import ConfigError
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from pretrain_cli.config.run_config import check_config
+from pretrain_cli.config.build import check_config
 from pretrain_cli.engine.planning import micro_batch, plan
 from pretrain_cli.engine.planning.micro_batch import choose, fastest, measured, recall, remember
 from pretrain_cli.engine.runs.events import Notice, StepMetrics

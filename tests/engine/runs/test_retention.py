@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain_cli.config.run_config import TrainSettings, build_config
+from pretrain_cli.config.build import build_config
+from pretrain_cli.config.run_config import TrainSettings
 from pretrain_cli.engine.runs import checkpoint, retention
 from pretrain_cli.engine.runs.checkpoint import State
 from pretrain_cli.engine.runs.events import Evaluation

@@ -8,7 +8,7 @@ import struct
 
 import pytest
 
-from pretrain_cli.config.run_config import build_config
+from pretrain_cli.config.build import build_config
 from pretrain_cli.engine.runs import trackers
 from pretrain_cli.engine.runs.events import Notice
 from pretrain_cli.engine.runs.run_yaml import read_record, resumed_settings

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain_cli.config.run_config import build_config
+from pretrain_cli.config.build import build_config
 from pretrain_cli.engine.runs import retention
 from pretrain_cli.engine.runs.events import Notice
 from pretrain_cli.engine.runs.run_yaml import read_record, resumed_settings

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from pretrain_cli.commands.display import TrainDisplay
-from pretrain_cli.config.run_config import build_config
+from pretrain_cli.config.build import build_config
 from pretrain_cli.engine.runs import checkpoint, retention
 from pretrain_cli.engine.runs.checkpoint import read_state
 from pretrain_cli.engine.runs.events import RolledBack, Saved, Skipped, StepMetrics

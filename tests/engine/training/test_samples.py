@@ -6,7 +6,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file
 
-from pretrain_cli.config.run_config import build_config
+from pretrain_cli.config.build import build_config
 from pretrain_cli.engine.runs.events import Sample, StepMetrics
 from pretrain_cli.engine.runs.run_yaml import read_record, resumed_settings
 from pretrain_cli.errors import ConfigError

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from pretrain_cli.config.run_config import build_config
+from pretrain_cli.config.build import build_config
 from pretrain_cli.engine.runs.events import Evaluation, Started, StepMetrics
 from pretrain_cli.engine.runs.run_yaml import read_record, resumed_settings
 from pretrain_cli.engine.runtime.distributed import Ranks

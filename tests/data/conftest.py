@@ -40,7 +40,7 @@ ROOT = str(Path(pretrain_cli.__file__).parent.parent)
 # time in a fork of itself, for commands that come in as lines of JSON: starting Python takes long.
 DRIVER = """
 import importlib, json, os, signal, sys
-import pretrain_cli.data.tokenize
+import pretrain_cli.data.tokenizing.tokenize
 from pretrain_cli.cli import app
 
 os.fsync = lambda file: None  # which takes long too: a process that is killed loses no write

@@ -11,6 +11,7 @@ from pretrain_cli.commands import (
     count_params,
     evaluate,
     export,
+    guide,
     inspect,
     report,
     sample,
@@ -55,16 +56,34 @@ app = typer.Typer(
     help="Pretrain Gemma 3 and Qwen 3 models: from a folder of text to a model that transformers "
     "opens.",
 )
-app.command("tokenize", cls=Command, rich_help_panel="The main line")(tokenize.tokenize)
-app.command("train", cls=Command, rich_help_panel="The main line")(train.train)
-app.command("sample", cls=Command, rich_help_panel="The main line")(sample.sample)
-app.command("report", cls=Command, rich_help_panel="What there is")(report.report)
-app.command("evaluate", cls=Command, rich_help_panel="What there is")(evaluate.evaluate)
-app.command("verify", cls=Command, rich_help_panel="What there is")(verify.verify)
-app.command("export", cls=Command, rich_help_panel="What there is")(export.export)
-app.command("inspect", cls=Command, rich_help_panel="What there is")(inspect.inspect)
-app.add_typer(benchmark.app, name="benchmark", rich_help_panel="What it costs")
-app.command("count-params", cls=Command, rich_help_panel="What it costs")(count_params.count_params)
+PANELS = {
+    "Train a model": {
+        "tokenize": (tokenize.tokenize, "data"),
+        "train": (train.train, "training"),
+        "sample": (sample.sample, "sampling"),
+    },
+    "Look at the result": {
+        "report": (report.report, "monitoring"),
+        "evaluate": (evaluate.evaluate, "evaluation"),
+        "verify": (verify.verify, "evaluation"),
+        "export": (export.export, "export"),
+        "inspect": (inspect.inspect, "data"),
+    },
+    "Before you train": {
+        "count-params": (count_params.count_params, "models"),
+        "benchmark": (benchmark.app, "benchmarks"),
+        "guide": (guide.guide, ""),
+    },
+}
+"""Panel of `pretrain --help` → command → its function, and the page of the manual to read."""
+
+for panel, commands in PANELS.items():
+    for name, (command, page) in commands.items():
+        more = f"Manual: pretrain guide {page}" if page else None
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name, rich_help_panel=panel, epilog=more)
+        else:
+            app.command(name, cls=Command, rich_help_panel=panel, epilog=more)(command)
 
 
 def _version(asked: bool) -> None:

@@ -3,7 +3,6 @@
 import re
 from decimal import Decimal
 
-UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1}
 COUNTS = {"T": 10**12, "B": 10**9, "M": 10**6, "K": 10**3, "": 1}
 
 
@@ -31,14 +30,6 @@ def duration(seconds: float) -> str:
     if seconds >= 3600:
         return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
     return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
-
-
-def in_bytes(words: str) -> int:
-    """5GB, 1.5 GB or 800MB, decimal, as a number of bytes. ValueError for what is no such size."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([TGMK]?B)", words.strip().upper())
-    if match is None or (number := int(float(match[1]) * UNITS[match[2]])) < 1:
-        raise ValueError(words)
-    return number
 
 
 def in_number(words: str) -> int:

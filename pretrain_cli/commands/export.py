@@ -33,8 +33,8 @@ def export(
     if gguf:
         _as_gguf(where, out, best, dtype, max_shard_size)
         return
+    from pretrain_cli.config.setting_types import in_bytes
     from pretrain_cli.errors import ConfigError
-    from pretrain_cli.units import in_bytes
 
     try:
         limit = in_bytes(max_shard_size or SHARD)

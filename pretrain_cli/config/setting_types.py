@@ -1,16 +1,25 @@
-"""Types of single settings: what is taken for each, and how it is written.
+"""Types of single settings: numbers with bounds, paths, 3h55m, 5GB, 200M.
 
-In YAML, in `--set` and in flags alike: a path or several, 3h55m, 2GB, 5B.
+Each accepts the same text in YAML, in `--set` and in flags. The JSON schema of a type is what the
+manual's tables of settings show; see `reference`.
 """
 
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainSerializer
+from pydantic import (
+    BeforeValidator,
+    ByteSize,
+    Field,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+)
 from pydantic_core import PydanticCustomError
 
-from pretrain_cli.units import in_bytes, in_number
+from pretrain_cli.units import in_number
 
 Auto = Literal["auto"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -23,7 +32,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 
 
 def _one_or_several(value: Any) -> Any:
-    """A path or a list of them, as a tuple of text."""
+    """Return a path or a list of paths as a tuple of strings."""
     several = value if isinstance(value, list | tuple) else [value]
     if not several or not all(isinstance(path, str | Path) for path in several):
         raise PydanticCustomError("paths", "Input should be a path or a list of paths")
@@ -38,26 +47,31 @@ Paths = Annotated[
     tuple[str, ...],
     BeforeValidator(_one_or_several),
     PlainSerializer(_as_given, when_used="json"),
+    WithJsonSchema({"title": "path or list of paths"}),
 ]
 
 
 def _text_or_several(value: Any) -> Any:
-    """A text or a list of them, as a tuple."""
+    """Return a text or a list of texts as a tuple."""
     several = value if isinstance(value, list | tuple) else [value]
     if not several or not all(isinstance(text, str) for text in several):
         raise PydanticCustomError("texts", "Input should be a text or a list of texts")
     return tuple(several)
 
 
-Texts = Annotated[tuple[str, ...], BeforeValidator(_text_or_several)]
+Texts = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_text_or_several),
+    WithJsonSchema({"title": "text or list of texts"}),
+]
 
 
-UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
 def seconds_of(duration: str) -> int:
-    """90s, 15m, 3h55m or 1d in seconds."""
-    return sum(int(count) * UNITS[unit] for count, unit in re.findall(r"(\d+)([dhms])", duration))
+    """Return the seconds in a duration such as 90s, 15m, 3h55m or 1d."""
+    return sum(int(count) * SECONDS[unit] for count, unit in re.findall(r"(\d+)([dhms])", duration))
 
 
 def _is_duration(value: Any) -> str:
@@ -68,18 +82,35 @@ def _is_duration(value: Any) -> str:
     return value
 
 
-Duration = Annotated[str, BeforeValidator(_is_duration)]
+Duration = Annotated[
+    str, BeforeValidator(_is_duration), WithJsonSchema({"title": "duration, such as 3h55m"})
+]
+
+
+def in_bytes(size: str) -> int:
+    """Return the bytes in a size with a unit, such as 5GB, 1.5 GB or 800MB.
+
+    Raises ValueError for anything else, and for less than a byte."""
+    if not re.search(r"[a-zA-Z]\s*$", size):
+        raise ValueError(f"'{size}' has no unit")
+    try:
+        count = TypeAdapter(ByteSize).validate_python(size)
+    except ValidationError:
+        raise ValueError(f"'{size}' is no size") from None
+    if count < 1:
+        raise ValueError(f"'{size}' is less than a byte")
+    return int(count)
 
 
 def _is_size(value: Any) -> str:
     try:
         in_bytes(value)
-    except (ValueError, AttributeError):
+    except (ValueError, TypeError):
         raise PydanticCustomError("size", "Input should be a size such as 5GB, 500MB") from None
     return value
 
 
-Size = Annotated[str, BeforeValidator(_is_size)]
+Size = Annotated[str, BeforeValidator(_is_size), WithJsonSchema({"title": "size, such as 5GB"})]
 
 
 def _as_number(value: Any) -> Any:
@@ -89,15 +120,21 @@ def _as_number(value: Any) -> Any:
         raise PydanticCustomError("amount", "Input should be a number such as 5B, 200M") from None
 
 
-Amount = Annotated[PositiveInt, BeforeValidator(_as_number)]
+Amount = Annotated[
+    PositiveInt, BeforeValidator(_as_number), WithJsonSchema({"title": "number, such as 5B"})
+]
 
 
 def _named(value: Any) -> Any:
-    """`a,b` or a list, as a tuple of names."""
+    """Return `a,b` or a list of names as a tuple without repeats."""
     several = value.split(",") if isinstance(value, str) else value
     if not isinstance(several, list | tuple):
         raise PydanticCustomError("names", "Input should be names with commas between")
     return tuple(dict.fromkeys(str(name).strip() for name in several))
 
 
-Trackers = Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_named)]
+Trackers = Annotated[
+    tuple[Literal["tensorboard", "wandb"], ...],
+    BeforeValidator(_named),
+    WithJsonSchema({"title": "`tensorboard`, `wandb` or both"}),
+]

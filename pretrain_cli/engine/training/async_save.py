@@ -24,6 +24,7 @@ from pathlib import Path
 
 from torch.optim import Optimizer
 
+from pretrain_cli.config.setting_types import in_bytes
 from pretrain_cli.engine.planning.plan import Plan
 from pretrain_cli.engine.runs import checkpoint, retention
 from pretrain_cli.engine.runs.checkpoint import Contents, State
@@ -33,7 +34,6 @@ from pretrain_cli.engine.runtime.process_settings import available_memory
 from pretrain_cli.errors import ConfigError, PretrainError
 from pretrain_cli.files import free_space, is_disk_full
 from pretrain_cli.model.decoder import Decoder
-from pretrain_cli.units import in_bytes
 from pretrain_cli.units import size as told
 
 SECONDS_BETWEEN_LOOKS = 1.0

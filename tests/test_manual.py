@@ -101,7 +101,7 @@ def test_links_lead_to_files_of_the_repository(name):
 def test_pages_named_in_help_and_text_exist():
     pages = {page for panel in PANELS.values() for _, page in panel.values() if page}
     for text in TEXTS.values():
-        pages |= set(re.findall(r"pretrain guide\s+([a-z][\w-]*)", text))
+        pages |= set(re.findall(r"`pretrain guide\s+([a-z][\w-]*)`", text))
     assert pages <= set(GUIDE)
 
 

@@ -45,7 +45,7 @@ def _type(schema: dict[str, Any]) -> str:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     if "prefixItems" in schema:
         return "pair of numbers"
-    kind = schema.get("type")
+    kind = schema.get("type", "")
     if kind == "boolean":
         return "`true`, `false`"
     if kind in ("integer", "number"):
@@ -54,10 +54,10 @@ def _type(schema: dict[str, Any]) -> str:
         limits = [
             f"{sign} {schema[key]:g}" for key, sign in bounds if abs(schema.get(key, 1e18)) < 1e18
         ]
-        return " ".join([kind, ", ".join(limits)]).strip()
+        return f"{kind} {', '.join(limits)}".strip()
     if kind == "string":
         return "path" if schema.get("format") == "path" else "text"
-    return {"null": "none"}.get(kind or "", schema.get("title", ""))
+    return "none" if kind == "null" else schema.get("title", "")
 
 
 def _default(value: Any) -> str:

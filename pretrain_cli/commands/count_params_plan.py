@@ -106,7 +106,7 @@ def _calibrated(plan: Any, config: Any, speed: Any, asked: Asked) -> Any:
 
     from pretrain_cli.engine.benchmark.calibration import calibrate
     from pretrain_cli.engine.benchmark.workload import Workload, usual_micro_batch
-    from pretrain_cli.engine.planning.run_estimate import Pace
+    from pretrain_cli.engine.planning.run_estimate import Throughput
     from pretrain_cli.engine.runtime.gpu_specs import called
     from pretrain_cli.errors import ConfigError
 
@@ -130,7 +130,7 @@ def _calibrated(plan: Any, config: Any, speed: Any, asked: Asked) -> Any:
     with console.status(f"timing steps of {rows} × {plan.seq_len} tokens"):
         figures = calibrate(workload, speed)
     source = f"measured on {machine.name}, {rows} × {plan.seq_len:,} tokens a step"
-    pace = Pace(machine.gpus * figures.tokens_per_second, figures.mfu, source)
+    pace = Throughput(machine.gpus * figures.tokens_per_second, figures.mfu, source)
     return replace(plan, pace=pace)
 
 

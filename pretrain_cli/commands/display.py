@@ -30,7 +30,7 @@ def notice(text: str) -> None:
     console.print(f"[yellow]·[/] {escape(text)}", soft_wrap=not console.is_terminal)
 
 
-def aside(text: str) -> None:
+def remark(text: str) -> None:
     """The same where standard output is a result that another program reads."""
     error_console.print(f"[yellow]·[/] {escape(text)}", soft_wrap=True)
 

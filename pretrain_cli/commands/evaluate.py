@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from pretrain_cli.commands.display import aside, console, notice
+from pretrain_cli.commands.display import console, notice, remark
 from pretrain_cli.commands.evaluate_tasks import show_tasks
 from pretrain_cli.commands.settings import OfProcess, settle_process
 
@@ -142,7 +142,7 @@ def evaluate(
         quantize=quantize,
         settings=tuple(set_ or ()),
     )
-    result = evaluate_checkpoint(request, aside if as_json else notice)
+    result = evaluate_checkpoint(request, remark if as_json else notice)
     if result is None:  # a rank that is not the first
         return
     facts = _facts(result)

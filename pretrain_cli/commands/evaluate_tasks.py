@@ -8,13 +8,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from pretrain_cli.commands.display import aside, console, notice
+from pretrain_cli.commands.display import console, notice, remark
 
 
 def show_tasks(as_json: bool, **asked: Any) -> None:
     from pretrain_cli.engine.evaluation.lm_eval import TaskRequest, evaluate_tasks
 
-    result = evaluate_tasks(TaskRequest(**asked), aside if as_json else notice)
+    result = evaluate_tasks(TaskRequest(**asked), remark if as_json else notice)
     if as_json:
         facts = asdict(result)
         typer.echo(json.dumps({"checkpoint": str(facts.pop("folder")), **facts}, indent=2))

@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from pretrain_cli.commands.display import aside, console
+from pretrain_cli.commands.display import console, remark
 from pretrain_cli.units import amount, size
 
 SOURCES_SHOWN = 20
@@ -127,7 +127,7 @@ def _sample(folder: Path, number: int, seq_len: int, packing: str, seed: int) ->
         raise ConfigError(
             f"--seq-len: {seq_len} is not from 1 to {max(len(train.tokens) - 1, 1):,}"
         )
-    samples = open_samples(opened, seq_len=seq_len, packing=packing, notify=aside)
+    samples = open_samples(opened, seq_len=seq_len, packing=packing, notify=remark)
     stretches = samples.stretches(int(order_of(samples, seed)(np.array([number]))[0]))
     tokens: list[int] = []
     documents: list[tuple[bool, str]] = []
@@ -204,8 +204,8 @@ def _print(facts: dict[str, Any]) -> None:
     console.print(sources)
     if len(by_share) > SOURCES_SHOWN:
         console.print(f"and {len(by_share) - SOURCES_SHOWN} more sources; --json has all")
-    for remark, count in facts["remarks"].items():
-        console.print(f"{count:,} × {remark}")
+    for reason, count in facts["remarks"].items():
+        console.print(f"{count:,} × {reason}")
     if facts["duplicates"]:
         console.print(f"{facts['duplicates']:,} duplicates left out")
     if facts["inexact_cuts"]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TextIO
 import typer
 from rich.markup import escape
 
-from pretrain_cli.commands.display import aside, console, error_console, notice
+from pretrain_cli.commands.display import console, error_console, notice, remark
 from pretrain_cli.commands.settings import SPEED, OfProcess, settle_process
 
 BATCH = 8
@@ -121,7 +121,7 @@ def sample(
     """
     settle_process(set_)
     from pretrain_cli.engine.sampling import sample as engine
-    from pretrain_cli.engine.sampling.sampler import Controls
+    from pretrain_cli.engine.sampling.sampler import SamplingParams
     from pretrain_cli.errors import ConfigError
 
     for name, value in (("n", n), ("batch-size", batch_size)):
@@ -129,7 +129,7 @@ def sample(
             raise ConfigError(f"--{name}: {value} is not at least 1")
     if prompt is not None and prompts is not None:
         raise ConfigError("--prompts: has prompts, and --prompt is one; leave one of them out")
-    controls = Controls(
+    controls = SamplingParams(
         max_tokens=max_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -145,7 +145,7 @@ def sample(
         asked = [_read_standard_input()]
     else:
         asked = [prompt or ""]
-    report = aside if as_json else notice
+    report = remark if as_json else notice
     folder, model, tokenizer = engine.open_for_sampling(
         where,
         device=device,

@@ -22,7 +22,10 @@ OfProcess = Annotated[
 def settle_process(assignments: Sequence[str] | None) -> None:
     """Set what has to be set before torch is loaded."""
     from pretrain_cli.config.build import build_config
-    from pretrain_cli.engine.runtime.process_settings import before_torch, check_process_settings
+    from pretrain_cli.engine.runtime.process_settings import (
+        check_process_settings,
+        set_env_before_torch,
+    )
 
     check_process_settings("--set", assignments or ())
-    before_torch(build_config({}, {}, assignments or ()).speed, writing=True)
+    set_env_before_torch(build_config({}, {}, assignments or ()).speed, writing=True)

@@ -152,7 +152,7 @@ def tokenize(
     goes on where it was. Without any text, a small demo dataset is made of the Python standard
     library's sources.
     """
-    from pretrain_cli.data.corpus.readers import Reading
+    from pretrain_cli.data.corpus.readers import ReadOptions
     from pretrain_cli.data.tokenizing.request import TokenizeRequest
     from pretrain_cli.data.tokenizing.tokenize import BPE_VOCAB_SIZE, demo_request
     from pretrain_cli.data.tokenizing.tokenize import tokenize as run
@@ -180,7 +180,7 @@ def tokenize(
         request = replace(request, vocab_size=None)
     request = replace(
         request,
-        reading=Reading(text_key, document_separator, errors, input),
+        reading=ReadOptions(text_key, document_separator, errors, input),
         dedup=dedup,
         allow_special=allow_special,
         append=append,

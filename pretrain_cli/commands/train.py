@@ -254,13 +254,13 @@ def train(
         where = {}
     else:
         settings, where = resumed(resume, flags, set_ or [], allow_change)
-    from pretrain_cli.engine.runtime.process_settings import before_torch, hush_profiler
+    from pretrain_cli.engine.runtime.process_settings import set_env_before_torch, silence_kineto
     from pretrain_cli.engine.runtime.stop import Stopped, StopRequest
 
     with StopRequest(limit=settings.train.max_time) as stop, TrainDisplay() as display:
-        before_torch(settings.speed)
+        set_env_before_torch(settings.speed)
         if profile is not None:
-            hush_profiler()
+            silence_kineto()
         if check_resume is not None:
             prove_resume(settings, check_resume, display, stop)
         from pretrain_cli.engine.training.train import train as run

@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from pretrain_cli.commands.display import aside, console, notice
+from pretrain_cli.commands.display import console, notice, remark
 
 
 def verify(
@@ -51,7 +51,7 @@ def verify(
         greedy=greedy,
         device=device,
         best=best,
-        notify=aside if as_json else notice,
+        notify=remark if as_json else notice,
     )
     if as_json:
         from dataclasses import asdict

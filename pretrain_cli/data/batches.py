@@ -16,7 +16,7 @@ from pretrain_cli.data.documents import document_numbers
 from pretrain_cli.data.sample_order import Interleaving, Order
 from pretrain_cli.data.shards import TokenStream
 
-IGNORED = -100
+IGNORE_INDEX = -100
 
 
 class Samples(Protocol):
@@ -99,7 +99,7 @@ class Batch:
 class Batches:
     """Training samples by number, of sources that are mixed in proportion to their weights.
 
-    One rank of `world` reads its share of every step.
+    One rank of `world_size` reads its share of every step.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Batches:
         seed: int,
         documents: bool = False,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
     ) -> None:
         self.sources = sources
         self.orders = [order_of(samples, seed) for samples in sources]
@@ -120,7 +120,7 @@ class Batches:
         self.seq_len = seq_len
         self.samples_per_step = samples_per_step
         self.documents = documents
-        share = samples_per_step // world
+        share = samples_per_step // world_size
         self.first, self.last = rank * share, (rank + 1) * share
 
     def starting_at(self, sample: int) -> Batch:
@@ -149,7 +149,7 @@ class Batches:
 
 
 def validation_batches(
-    tokens: TokenStream, *, seq_len: int, batch_size: int, rank: int = 0, world: int = 1
+    tokens: TokenStream, *, seq_len: int, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Every token of a split but the first as a target exactly once, in batches of one shape.
 
@@ -159,9 +159,9 @@ def validation_batches(
     total = max(len(tokens) - 1, 0)  # targets
     windows = -(-total // seq_len)
     batches = -(-windows // batch_size)
-    for number in range(rank, -(-batches // world) * world, world):
+    for number in range(rank, -(-batches // world_size) * world_size, world_size):
         inputs = np.zeros((batch_size, seq_len), dtype=np.int64)
-        targets = np.full((batch_size, seq_len), IGNORED, dtype=np.int64)
+        targets = np.full((batch_size, seq_len), IGNORE_INDEX, dtype=np.int64)
         for row in range(batch_size):
             start = (number * batch_size + row) * seq_len
             if start >= total:

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain_cli.data.batches import IGNORED, Batch
+from pretrain_cli.data.batches import IGNORE_INDEX, Batch
 from pretrain_cli.data.dataset import VERIFIED_WHEN_OPENED, Dataset, Split
 from pretrain_cli.data.shards import TokenStream
 from pretrain_cli.errors import DataError
@@ -87,7 +87,7 @@ class Packed:
     def fill(self, numbers: np.ndarray, rows: np.ndarray, batch: Batch) -> None:
         for number, row in zip(numbers.tolist(), rows.tolist(), strict=True):
             inputs, targets = batch.inputs[row], batch.targets[row]
-            inputs[:], targets[:] = 0, IGNORED
+            inputs[:], targets[:] = 0, IGNORE_INDEX
             borders = [0]
             for start, size, goes_on in self._pieces(number):
                 piece, at = self.tokens.view(start, size), borders[-1]

@@ -105,7 +105,7 @@ def _eager_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -
 # --- sdpa ----------------------------------------------------------------------------------------
 
 
-class Folds(NamedTuple):
+class WindowBlocks(NamedTuple):
     """A sliding window over a whole sequence: its first queries, and blocks of the others."""
 
     window: int
@@ -118,7 +118,9 @@ class Folds(NamedTuple):
     for all of them, or (B · blocks, 1, block, window + block)."""
 
 
-def _sdpa_lower(mask: Mask, device: torch.device, dtype: torch.dtype) -> Tensor | Folds | bool:
+def _sdpa_lower(
+    mask: Mask, device: torch.device, dtype: torch.dtype
+) -> Tensor | WindowBlocks | bool:
     """True for causal, False for no mask at all, folds of a sliding window, or a matrix to be
     added: (1, T, S), or (B, 1, T, S) with documents."""
     if mask.is_plain_causal and mask.queries in (1, mask.keys):
@@ -128,20 +130,20 @@ def _sdpa_lower(mask: Mask, device: torch.device, dtype: torch.dtype) -> Tensor 
     return _added(mask.matrix(device).unsqueeze(-3), dtype)
 
 
-def _fold(mask: Mask, window: int, device: torch.device, dtype: torch.dtype) -> Folds:
+def _fold(mask: Mask, window: int, device: torch.device, dtype: torch.dtype) -> WindowBlocks:
     block, blocks = folds(mask.keys, window)
     i = torch.arange(block, device=device).unsqueeze(-1)
     j = torch.arange(window + block, device=device)
     seen = (j > i) & (j <= i + window)
     if mask.documents is None:
-        return Folds(window, block, blocks, True, _added(seen, dtype))
+        return WindowBlocks(window, block, blocks, True, _added(seen, dtype))
     first = Mask(window, window, None, mask.documents[:, :window]).matrix(device).unsqueeze(1)
     documents = F.pad(mask.documents, (0, window + blocks * block - mask.keys))
     of_query = documents[:, window:].unfold(1, block, block)  # (B, blocks, block)
     of_key = documents.unfold(1, window + block, block)  # (B, blocks, window + block)
     rest = seen & (of_query.unsqueeze(-1) == of_key.unsqueeze(-2))
     rest = rest.flatten(0, 1).unsqueeze(1)
-    return Folds(window, block, blocks, _added(first, dtype), _added(rest, dtype))
+    return WindowBlocks(window, block, blocks, _added(first, dtype), _added(rest, dtype))
 
 
 def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -155,10 +157,10 @@ def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _sdpa_attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Folds | bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | WindowBlocks | bool, scale: float
 ) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, Dh)
-    if isinstance(mask, Folds):
+    if isinstance(mask, WindowBlocks):
         return _folded(q, k, v, mask, scale).transpose(1, 2)
     return _sdpa(q, k, v, mask, scale).transpose(1, 2)
 
@@ -173,7 +175,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | bool, scale: float) ->
     return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=group > 1, **seen)
 
 
-def _folded(q: Tensor, k: Tensor, v: Tensor, mask: Folds, scale: float) -> Tensor:
+def _folded(q: Tensor, k: Tensor, v: Tensor, mask: WindowBlocks, scale: float) -> Tensor:
     """Sliding window without a T × T mask: blocks of queries, each seeing the `window` keys before
     it and its own. (B, heads, T, Dh) -> (B, H, T, Dh).
 
@@ -255,19 +257,19 @@ def _flex_unavailable(device: torch.device, training: bool) -> str | None:
 # --- blocks --------------------------------------------------------------------------------------
 
 
-class Seen(NamedTuple):
+class BlockMaskArgs(NamedTuple):
     """What a query sees, as in a Mask."""
 
     window: int | None
     documents: Tensor | None
 
 
-def _blocks_lower(mask: Mask, device: torch.device, dtype: torch.dtype) -> Seen:
+def _blocks_lower(mask: Mask, device: torch.device, dtype: torch.dtype) -> BlockMaskArgs:
     cuts = mask.window is not None and mask.window < mask.keys
-    return Seen(mask.window if cuts else None, mask.documents)
+    return BlockMaskArgs(mask.window if cuts else None, mask.documents)
 
 
-def _blocks_attend(q: Tensor, k: Tensor, v: Tensor, mask: Seen, scale: float) -> Tensor:
+def _blocks_attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMaskArgs, scale: float) -> Tensor:
     return blocked_attention(q, k, v, scale, mask.window, mask.documents)
 
 

@@ -23,10 +23,10 @@ from pretrain_cli.model.attention_backends import BACKENDS, Mask
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.kv_cache import KVCache, LayerCache
 from pretrain_cli.model.layers import GatedMLP, Linear, RMSNorm, lookup
-from pretrain_cli.model.loss import IGNORED, Loss, Softmax, softmax_, with_z_loss
+from pretrain_cli.model.loss import IGNORE_INDEX, Loss, Softmax, softmax_, with_z_loss
 from pretrain_cli.model.moe import MixtureOfExperts, balancing_loss
-from pretrain_cli.model.parameter_map import EMBEDDING, Merged, Piece, layout
-from pretrain_cli.model.parts import part
+from pretrain_cli.model.parameter_map import EMBEDDING, Merged, PublishedTensor, parameter_map
+from pretrain_cli.model.parts import span
 from pretrain_cli.model.rope import rope_table
 
 
@@ -67,14 +67,14 @@ class Block(nn.Module):
         return x + self.post_mlp_norm(out), use
 
 
-class Coefficients(NamedTuple):
+class LossWeights(NamedTuple):
     """Of what is minimized beside the cross entropy; 0 leaves it out."""
 
     z_loss: float
     balancing: float
 
 
-class Terms(NamedTuple):
+class LossParts(NamedTuple):
     """What is minimized, with gradients, and without them the parts that it is the sum of."""
 
     minimized: Tensor
@@ -131,10 +131,10 @@ class Decoder(nn.Module):
         *,
         documents: Tensor | None = None,
         normalizer: float | None = None,
-        coefficients: Coefficients | None = None,
+        coefficients: LossWeights | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
-    ) -> Tensor | Terms:
+    ) -> Tensor | LossParts:
         """tokens (B, T) -> the loss of `targets` (B, T), a scalar; without targets the logits,
         (B, T, V) in the compute type, or (B, 1, V) with `last_only`.
 
@@ -162,19 +162,19 @@ class Decoder(nn.Module):
         targets: Tensor,
         documents: Tensor | None,
         normalizer: float | None,
-        coefficients: Coefficients,
-    ) -> Terms:
+        coefficients: LossWeights,
+    ) -> LossParts:
         """The balancing loss is that of the tokens given here, by their share of `normalizer`."""
-        counted = targets != IGNORED
+        counted = targets != IGNORE_INDEX
         waiting = self._place_for_the_gradient(tokens)
         hidden, uses = self._hidden_and_use(tokens, None, documents, counted, waiting)
         loss = self._loss(hidden, targets, normalizer, coefficients.z_loss, waiting)
         if not uses:
-            return Terms(*loss, balancing=torch.zeros_like(loss.z_loss), choices=None)
+            return LossParts(*loss, balancing=torch.zeros_like(loss.z_loss), choices=None)
         use = torch.stack(uses)
         share = 1.0 if normalizer is None else counted.sum() / normalizer
         balancing = coefficients.balancing * share * balancing_loss(use, counted)
-        return Terms(
+        return LossParts(
             loss.minimized + balancing,
             loss.cross_entropy,
             loss.z_loss,
@@ -190,7 +190,7 @@ class Decoder(nn.Module):
         z_loss: float,
         waiting: list[Tensor] | None,
     ) -> Loss:
-        with part("loss"):
+        with span("loss"):
             return with_z_loss(
                 hidden,
                 self.head_weight,
@@ -278,11 +278,11 @@ class Decoder(nn.Module):
         """Draw every weight anew: the same for merged and separate projections, on any device and
         number of ranks."""
         parameters = dict(self.named_parameters())
-        for piece in layout(self.config, merged=self.merged):
+        for piece in parameter_map(self.config, merged=self.merged):
             piece.of(parameters[piece.parameter]).copy_(draw(self.config, piece, seed))
 
 
-def draw(config: ModelConfig, piece: Piece, seed: int) -> Tensor:
+def draw(config: ModelConfig, piece: PublishedTensor, seed: int) -> Tensor:
     """A published tensor as training begins with it.
 
     | matrices, embedding, router, experts | normal, standard deviation initializer_range |

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pretrain_cli.model.counting import CHUNK_ELEMENTS, SOFTMAX_ELEMENTS
 
-IGNORED = -100
+IGNORE_INDEX = -100
 SLICE_ELEMENTS = 2**21
 """Of the V × D gradient, added up at a time on a CPU: 4 MB in bfloat16."""
 
@@ -86,7 +86,7 @@ def with_z_loss(
 ) -> Loss:
     """The same with the z-loss, `z_loss` its coefficient."""
     hidden, targets = hidden.flatten(0, 1), targets.flatten()
-    count: Tensor | float = normalizer or (targets != IGNORED).sum().clamp(min=1)
+    count: Tensor | float = normalizer or (targets != IGNORE_INDEX).sum().clamp(min=1)
     if chunked and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         scale = 1.0 / count
         softmax = softmax or softmax_
@@ -99,9 +99,9 @@ def with_z_loss(
     z_term = torch.zeros((), device=hidden.device)
     for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
         logits = F.linear(h, weight).float()
-        entropy = entropy + F.cross_entropy(logits, t, ignore_index=IGNORED, reduction="sum")
+        entropy = entropy + F.cross_entropy(logits, t, ignore_index=IGNORE_INDEX, reduction="sum")
         if z_loss:
-            z_term = z_term + z_loss * (logits.logsumexp(-1).square() * (t != IGNORED)).sum()
+            z_term = z_term + z_loss * (logits.logsumexp(-1).square() * (t != IGNORE_INDEX)).sum()
     entropy, z_term = entropy / count, z_term / count
     return Loss(entropy + z_term, entropy.detach(), z_term.detach())
 
@@ -162,7 +162,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk = hidden.new_empty(min(rows, len(hidden)), len(w))
         parts = zip(*(x.split(rows) for x in (hidden, targets, d_hidden)), strict=True)
         for number, (h, t, dh) in enumerate(parts):
-            share = (t != IGNORED).unsqueeze(-1) * scale  # of the loss: 0 for an ignored token
+            share = (t != IGNORE_INDEX).unsqueeze(-1) * scale  # of the loss: 0 for an ignored token
             t = t.clamp(min=0).unsqueeze(-1)
             logits = torch.mm(h, w.t(), out=chunk[: len(h)])  # (rows, V)
             of_target = logits.gather(-1, t).float()

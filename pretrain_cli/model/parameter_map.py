@@ -27,7 +27,7 @@ class Merged(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class PublishedTensor:
     """One published tensor, and the part of a parameter of ours that is it."""
 
     name: str
@@ -47,20 +47,22 @@ class Piece:
         return tensor[self.index] if self.index else tensor
 
 
-def layout(config: ModelConfig, *, merged: Merged) -> Iterator[Piece]:
+def parameter_map(config: ModelConfig, *, merged: Merged) -> Iterator[PublishedTensor]:
     """Every published tensor of this model, in the order of the published files' layers."""
     D, Dh = config.hidden_size, config.head_dim
     q, kv = config.num_attention_heads * Dh, config.num_key_value_heads * Dh
 
-    def whole(name: str, parameter: str, *shape: int) -> Piece:
-        return Piece(name=name, shape=shape, parameter=parameter)
+    def whole(name: str, parameter: str, *shape: int) -> PublishedTensor:
+        return PublishedTensor(name=name, shape=shape, parameter=parameter)
 
-    def group(prefix: str, module: str, rows: dict[str, int], *, merged: bool) -> Iterator[Piece]:
+    def group(
+        prefix: str, module: str, rows: dict[str, int], *, merged: bool
+    ) -> Iterator[PublishedTensor]:
         start = 0
         for name, count in rows.items():
             published = f"{prefix}.{name}.weight"
             if merged:
-                yield Piece(
+                yield PublishedTensor(
                     name=published,
                     shape=(count, D),
                     parameter=f"{module}.weight",
@@ -93,7 +95,7 @@ def layout(config: ModelConfig, *, merged: Merged) -> Iterator[Piece]:
         yield whole(HEAD, "head.weight", config.vocab_size, D)
 
 
-def row_blocks(pieces: Iterable[Piece]) -> dict[str, list[slice]]:
+def row_blocks(pieces: Iterable[PublishedTensor]) -> dict[str, list[slice]]:
     """The rows of each parameter that are one published matrix; of each expert's, where it stacks
     them."""
     blocks: dict[str, list[slice]] = {}
@@ -121,18 +123,20 @@ def block_norm_names(config: ModelConfig) -> dict[str, str]:
     return {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
 
 
-def _experts(config: ModelConfig, there: str, here: str) -> Iterator[Piece]:
+def _experts(config: ModelConfig, there: str, here: str) -> Iterator[PublishedTensor]:
     """The router, and each expert's three matrices out of the two stacked ones."""
     D, F = config.hidden_size, config.moe_intermediate_size
     router = f"{here}.mlp.router.weight"
-    yield Piece(name=f"{there}.mlp.gate.weight", shape=(config.num_experts, D), parameter=router)
+    yield PublishedTensor(
+        name=f"{there}.mlp.gate.weight", shape=(config.num_experts, D), parameter=router
+    )
     for e in range(config.num_experts):
         for name, shape, parameter, index in (
             ("gate_proj", (F, D), "gate_up", (e, slice(0, F))),
             ("up_proj", (F, D), "gate_up", (e, slice(F, 2 * F))),
             ("down_proj", (D, F), "down", (e,)),
         ):
-            yield Piece(
+            yield PublishedTensor(
                 name=f"{there}.mlp.experts.{e}.{name}.weight",
                 shape=shape,
                 parameter=f"{here}.mlp.{parameter}",

@@ -9,7 +9,7 @@ from torch.profiler import record_function
 PREFIX = "pretrain: "
 
 
-def part(name: str) -> AbstractContextManager[object]:
+def span(name: str) -> AbstractContextManager[object]:
     """What goes on inside is a part of the step; that costs nothing unless a profile is made."""
     profiled = torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
     return _recorded(name) if profiled else nullcontext()

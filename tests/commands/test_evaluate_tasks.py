@@ -11,7 +11,7 @@ import torch
 
 from pretrain_cli.engine.evaluation.likelihood import Reader
 from pretrain_cli.engine.evaluation.lm_eval import _controls
-from pretrain_cli.engine.sampling.sampler import Controls
+from pretrain_cli.engine.sampling.sampler import SamplingParams
 from pretrain_cli.errors import ConfigError
 
 CHECKPOINT = "runs/tiny/checkpoints/step-000060"
@@ -221,7 +221,7 @@ def test_without_the_harness_it_says_what_to_install(refused, monkeypatch):
 
 
 def test_how_a_task_has_answers_written_is_understood_or_refused():
-    assert _controls({"until": ["\n", ""], "max_gen_toks": 5}) == Controls(
+    assert _controls({"until": ["\n", ""], "max_gen_toks": 5}) == SamplingParams(
         max_tokens=5, temperature=0.0, stop=("\n",)
     )
     hot = _controls({"until": "Q:", "do_sample": True, "temperature": 0.6, "top_p": 0.9})

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain_cli.data.batches import IGNORED, Batches, Windows, validation_batches
+from pretrain_cli.data.batches import IGNORE_INDEX, Batches, Windows, validation_batches
 
 # --- training ------------------------------------------------------------------------------------
 
@@ -71,18 +71,18 @@ def test_a_step_may_be_longer_than_an_epoch(stream):
 
 
 @given(
-    world=st.sampled_from([1, 2, 3, 4, 6, 12]),
+    world_size=st.sampled_from([1, 2, 3, 4, 6, 12]),
     first=st.integers(0, 10**9),
     tokens=st.integers(6, 300),
 )
-def test_the_order_is_the_same_for_any_number_of_ranks(stream, world, first, tokens):
+def test_the_order_is_the_same_for_any_number_of_ranks(stream, world_size, first, tokens):
     rows = stream(range(tokens)), stream(range(1000, 1090))
     alone = batches_of(*rows, samples_per_step=12).starting_at(first)
     shares = [
-        batches_of(*rows, samples_per_step=12, rank=rank, world=world).starting_at(first)
-        for rank in range(world)
+        batches_of(*rows, samples_per_step=12, rank=rank, world_size=world_size).starting_at(first)
+        for rank in range(world_size)
     ]
-    assert {share.inputs.shape for share in shares} == {(12 // world, 4)}
+    assert {share.inputs.shape for share in shares} == {(12 // world_size, 4)}
     assert {share.counted for share in shares} == {alone.counted}  # of the whole step
     assert np.array_equal(alone.inputs, np.concatenate([share.inputs for share in shares]))
     assert np.array_equal(alone.targets, np.concatenate([share.targets for share in shares]))
@@ -172,28 +172,30 @@ def test_each_sources_documents_are_told_by_its_own_separator(stream):
     tokens=st.integers(0, 90),
     seq_len=st.integers(1, 20),
     batch_size=st.integers(1, 5),
-    world=st.integers(1, 4),
+    world_size=st.integers(1, 4),
 )
 def test_every_token_but_the_first_is_a_target_exactly_once(
-    stream, tokens, seq_len, batch_size, world
+    stream, tokens, seq_len, batch_size, world_size
 ):
     row = stream(range(100, 100 + tokens)) if tokens else stream()
     shapes, counts, targets = set(), set(), []
-    for rank in range(world):
+    for rank in range(world_size):
         batches = list(
-            validation_batches(row, seq_len=seq_len, batch_size=batch_size, rank=rank, world=world)
+            validation_batches(
+                row, seq_len=seq_len, batch_size=batch_size, rank=rank, world_size=world_size
+            )
         )
         counts.add(len(batches))
         for inputs, wanted in batches:
             shapes |= {inputs.shape, wanted.shape}
-            counted = wanted != IGNORED
+            counted = wanted != IGNORE_INDEX
             assert np.array_equal(inputs[counted], wanted[counted] - 1)  # tokens count up
             targets += wanted[counted].tolist()
     assert sorted(targets) == list(range(101, 100 + tokens))
     assert shapes <= {(batch_size, seq_len)}
     # ranks do the same number, or they would wait for each other forever; and no more than needed
     rows = math.ceil(max(tokens - 1, 0) / seq_len)
-    assert counts == {math.ceil(rows / (batch_size * world))}
+    assert counts == {math.ceil(rows / (batch_size * world_size))}
 
 
 def test_validation_reads_on_across_windows(stream):

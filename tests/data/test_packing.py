@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain_cli.data import packing
-from pretrain_cli.data.batches import IGNORED, Batch, Batches
+from pretrain_cli.data.batches import IGNORE_INDEX, Batch, Batches
 from pretrain_cli.data.packing import Packed, best_fit, open_packed, pack
 
 LENGTHS = st.lists(st.integers(1, 12) | st.integers(1, 60), min_size=1, max_size=80)
@@ -75,7 +75,7 @@ def test_many_pieces_of_few_sizes(many, capacity):
 @given(lengths=LENGTHS, seq_len=st.integers(1, 30))
 def test_every_token_is_a_target_once_after_the_one_before_it(stream, lengths, seq_len):
     inputs, targets = rows_of(packed(stream, lengths, seq_len))
-    counted = targets != IGNORED
+    counted = targets != IGNORE_INDEX
     borders = np.cumsum([0, *lengths])
     begins = np.isin(targets, borders[:-1])
     inside = counted & ~begins
@@ -119,8 +119,8 @@ def test_the_targets_that_count_are_known_without_reading(stream, lengths, seq_l
     samples = packed(stream, lengths, seq_len)
     _, targets = rows_of(samples)
     for number, row in enumerate(targets):
-        assert samples.targets(np.array([number])) == (row != IGNORED).sum()
-    assert samples.targets(np.arange(len(samples))) == (targets != IGNORED).sum()
+        assert samples.targets(np.array([number])) == (row != IGNORE_INDEX).sum()
+    assert samples.targets(np.arange(len(samples))) == (targets != IGNORE_INDEX).sum()
 
 
 @given(lengths=LENGTHS, seq_len=st.integers(1, 30))
@@ -143,14 +143,14 @@ def test_a_sample_is_as_drawn(stream):
     begins with that token again, and the second fits behind it."""
     inputs, targets = rows_of(packed(stream, [7, 2, 3], 4))
     assert inputs.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [9, 10, 11, 0]]
-    assert targets.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [10, 11, IGNORED, IGNORED]]
+    assert targets.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [10, 11, IGNORE_INDEX, IGNORE_INDEX]]
 
 
 def test_what_goes_on_behind_another_document_does_not_follow_from_it(stream):
     """A document of 3 and the last 2 tokens of one of 6: token 7 follows from 6, not from 2."""
     inputs, targets = rows_of(packed(stream, [3, 6], 4))
     assert inputs.tolist() == [[3, 4, 5, 6], [0, 1, 2, 7]]
-    assert targets.tolist() == [[4, 5, 6, 7], [1, 2, IGNORED, 8]]
+    assert targets.tolist() == [[4, 5, 6, 7], [1, 2, IGNORE_INDEX, 8]]
 
 
 # --- the index on disk ---------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def test_a_dataset_larger_than_a_group_is_packed_group_by_group(dataset, monkeyp
     samples = open_packed(dataset, 128, lambda _: None)
     inputs, targets = rows_of(samples)
     starts = dataset.train.documents.starts.tolist()
-    inside = (targets != IGNORED) & ~np.isin(targets, starts)
+    inside = (targets != IGNORE_INDEX) & ~np.isin(targets, starts)
     total = len(dataset.train.tokens)
     assert sorted(targets[inside]) == sorted(set(range(total)) - set(starts))
     assert np.array_equal(inputs[inside], targets[inside] - 1)
@@ -257,17 +257,19 @@ def test_where_the_datasets_folder_can_not_be_written_the_index_is_kept_elsewher
 # --- in batches ----------------------------------------------------------------------------------
 
 
-@given(world=st.sampled_from([1, 2, 4, 8]), first=st.integers(0, 10**9))
-def test_a_steps_samples_and_its_count_of_targets_are_the_same_for_any_ranks(stream, world, first):
+@given(world_size=st.sampled_from([1, 2, 4, 8]), first=st.integers(0, 10**9))
+def test_a_steps_samples_and_its_count_of_targets_are_the_same_for_any_ranks(
+    stream, world_size, first
+):
     rng = np.random.default_rng(1)
     sources = [packed(stream, rng.integers(1, 40, 50).tolist(), 16) for _ in range(2)]
     sources[1].fingerprint = "another"
     options = {"seq_len": 16, "samples_per_step": 8, "seed": 0}
     alone = Batches(sources, [3, 2], **options).starting_at(first)
-    assert alone.counted == (alone.targets != IGNORED).sum()
+    assert alone.counted == (alone.targets != IGNORE_INDEX).sum()
     shares = [
-        Batches(sources, [3, 2], rank=rank, world=world, **options).starting_at(first)
-        for rank in range(world)
+        Batches(sources, [3, 2], rank=rank, world_size=world_size, **options).starting_at(first)
+        for rank in range(world_size)
     ]
     assert {share.counted for share in shares} == {alone.counted}
     assert np.array_equal(alone.inputs, np.concatenate([share.inputs for share in shares]))

@@ -19,7 +19,7 @@ from pretrain_cli.engine.training.train import train
 from pretrain_cli.model import float8
 from pretrain_cli.model.config import variant
 from pretrain_cli.model.decoder import Decoder
-from pretrain_cli.model.parameter_map import Merged, layout
+from pretrain_cli.model.parameter_map import Merged, parameter_map
 from pretrain_cli.model.presets import preset
 
 SMALL = {
@@ -124,7 +124,7 @@ def published() -> Callable[..., dict[str, torch.Tensor]]:
 
     def find(model: Decoder, what: str = "data") -> dict[str, torch.Tensor]:
         parameters = dict(model.named_parameters())
-        pieces = layout(model.config, merged=model.merged)
+        pieces = parameter_map(model.config, merged=model.merged)
         return {p.name: p.of(getattr(parameters[p.parameter], what)) for p in pieces}
 
     return find

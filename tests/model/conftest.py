@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pretrain_cli.model.config import FULL, SLIDING, ModelConfig
 from pretrain_cli.model.decoder import Decoder
-from pretrain_cli.model.parameter_map import layout
+from pretrain_cli.model.parameter_map import parameter_map
 
 COMMON = {
     "vocab_size": 150,
@@ -145,7 +145,7 @@ def our_gradients() -> Callable[[Decoder], dict[str, Tensor]]:
 
     def gradients(model: Decoder) -> dict[str, Tensor]:
         parameters = dict(model.named_parameters())
-        pieces = layout(model.config, merged=model.merged)
+        pieces = parameter_map(model.config, merged=model.merged)
         out = {}
         for piece in pieces:
             grad = parameters[piece.parameter].grad

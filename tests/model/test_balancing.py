@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.model.config import variant
-from pretrain_cli.model.decoder import Coefficients, Decoder
+from pretrain_cli.model.decoder import Decoder, LossWeights
 from pretrain_cli.model.formats.hf_config import read_config
 from pretrain_cli.model.formats.hf_weights import load_weights
 from pretrain_cli.model.presets import preset
@@ -42,7 +42,7 @@ def test_what_is_minimized_and_every_gradient_are_those_of_transformers(
 
     model = Decoder(read_config(folder), activation_checkpointing=checkpointing)
     load_weights(model, folder)
-    ours = model(inputs, targets, coefficients=Coefficients(0.0, COEFFICIENT))
+    ours = model(inputs, targets, coefficients=LossWeights(0.0, COEFFICIENT))
     ours.minimized.backward()
 
     torch.testing.assert_close(ours.cross_entropy, entropy.detach(), rtol=1e-6, atol=0)
@@ -68,7 +68,7 @@ def test_even_use_gives_as_much_as_experts_are_chosen(make_config):
             if hasattr(block.mlp, "router"):
                 block.mlp.router.weight.zero_()
     tokens = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(2))
-    terms = model(tokens, tokens, coefficients=Coefficients(0.0, 1.0))
+    terms = model(tokens, tokens, coefficients=LossWeights(0.0, 1.0))
     assert terms.balancing.item() == pytest.approx(3.0)
 
 
@@ -76,7 +76,7 @@ def test_a_dense_model_has_a_z_loss_and_nothing_to_balance(make_config, wide):
     model = Decoder(make_config("gemma3"))
     wide(model)
     tokens = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(2))
-    terms = model(tokens, tokens, coefficients=Coefficients(0.1, 0.0))
+    terms = model(tokens, tokens, coefficients=LossWeights(0.1, 0.0))
     z = model(tokens).logsumexp(-1).square().mean()
     torch.testing.assert_close(terms.z_loss, 0.1 * z.detach(), rtol=1e-5, atol=0)
     assert terms.balancing.item() == 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pretrain_cli.model.decoder import Decoder
-from pretrain_cli.model.parameter_map import EMBEDDING, HEAD, Merged, layout
+from pretrain_cli.model.parameter_map import EMBEDDING, HEAD, Merged, parameter_map
 
 ATTENTION = {
     "self_attn.q_proj.weight": (64, 32),
@@ -56,7 +56,7 @@ def test_names_and_shapes_are_the_published_ones(make_config, family, merged, ti
     expected |= {} if tied else {"lm_head.weight": (60, 32)}
     for i, block in enumerate(BLOCKS[family]):
         expected |= {f"model.layers.{i}.{name}": shape for name, shape in block.items()}
-    pieces = list(layout(make_config(family, tie_word_embeddings=tied), merged=merged))
+    pieces = list(parameter_map(make_config(family, tie_word_embeddings=tied), merged=merged))
     assert {piece.name: piece.shape for piece in pieces} == expected
     assert len(pieces) == len(expected)
 
@@ -64,7 +64,7 @@ def test_names_and_shapes_are_the_published_ones(make_config, family, merged, ti
 def test_every_number_of_every_parameter_is_in_one_piece(make_config, family, merged):
     model = Decoder(make_config(family), merged=merged)
     times = {name: torch.zeros(p.shape) for name, p in model.named_parameters()}
-    for piece in layout(model.config, merged=merged):
+    for piece in parameter_map(model.config, merged=merged):
         part = piece.of(times[piece.parameter])
         assert tuple(part.shape) == piece.shape
         part += 1
@@ -74,16 +74,16 @@ def test_every_number_of_every_parameter_is_in_one_piece(make_config, family, me
 
 def test_merging_projections_changes_no_name_and_no_order(make_config, family):
     both = [
-        [(p.name, p.shape) for p in layout(make_config(family), merged=merged)]
+        [(p.name, p.shape) for p in parameter_map(make_config(family), merged=merged)]
         for merged in (Merged(True, True), Merged(False, False))
     ]
     assert both[0] == both[1]
 
 
 def test_norms_are_told_from_matrices(make_config, family):
-    norms = {p.name for p in layout(make_config(family), merged=Merged()) if p.is_norm}
+    norms = {p.name for p in parameter_map(make_config(family), merged=Merged()) if p.is_norm}
     assert norms == {
-        p.name for p in layout(make_config(family), merged=Merged()) if "norm" in p.name
+        p.name for p in parameter_map(make_config(family), merged=Merged()) if "norm" in p.name
     }
 
 
@@ -94,7 +94,7 @@ def test_post_attention_layernorm_means_two_norms(make_config, family, ours):
     """Behind attention in Gemma 3, before the MLP in Qwen 3."""
     found = [
         p.parameter
-        for p in layout(make_config(family), merged=Merged())
+        for p in parameter_map(make_config(family), merged=Merged())
         if p.name == "model.layers.1.post_attention_layernorm.weight"
     ]
     assert found == [f"blocks.1.{ours}.weight"]

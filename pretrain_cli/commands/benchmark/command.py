@@ -12,7 +12,7 @@ from pretrain_cli.commands.benchmark.data import benchmark_data
 from pretrain_cli.commands.benchmark.find_micro_batch import search
 from pretrain_cli.commands.benchmark.sample import benchmark_sample
 from pretrain_cli.commands.benchmark.show import (
-    Outputs,
+    OutputFiles,
     say_workload,
     show_comparison,
     show_profiles,
@@ -156,7 +156,7 @@ def benchmark(
     `data`: how fast batches are read. `tokenize`: how fast text becomes tokens. `sample`: how fast
     text is written.
     """
-    from pretrain_cli.engine.runtime.process_settings import hush_profiler
+    from pretrain_cli.engine.runtime.process_settings import silence_kineto
     from pretrain_cli.errors import ConfigError
 
     typed = _typed(context)
@@ -188,11 +188,11 @@ def benchmark(
             f"--micro-batch-size: {micro_batch_size} is what --find-micro-batch looks for; leave "
             "it out"
         )
-    outputs = Outputs(json=as_json, markdown=markdown, plot=plot)
+    outputs = OutputFiles(json=as_json, markdown=markdown, plot=plot)
     outputs.check()
     check_folder(profile, "--profile")
     if profile is not None:
-        hush_profiler()
+        silence_kineto()
 
     flags = {"speed.dtype": dtype, "speed.compile": compile_, "model.name": model}
     flags |= {"train.micro_batch_size": micro_batch_size, "data.seq_len": seq_len}

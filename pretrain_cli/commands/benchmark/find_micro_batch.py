@@ -7,11 +7,11 @@ from typing import Any
 import typer
 from rich.markup import escape
 
-from pretrain_cli.commands.benchmark.show import Outputs, say_workload, watch
+from pretrain_cli.commands.benchmark.show import OutputFiles, say_workload, watch
 from pretrain_cli.commands.display import console, size
 
 
-def search(workload: Any, speed: Any, repeats: Any, outputs: Outputs) -> None:
+def search(workload: Any, speed: Any, repeats: Any, outputs: OutputFiles) -> None:
     """Measure, show, and leave it for `pretrain train`."""
     import torch
 

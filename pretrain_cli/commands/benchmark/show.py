@@ -12,18 +12,18 @@ from rich.table import Table
 from rich.text import Text
 
 from pretrain_cli.commands.display import (
-    aside,
     check_output,
     console,
     error_console,
     notice,
     profile_table,
+    remark,
     write_json,
 )
 
 
 @dataclass(frozen=True)
-class Outputs:
+class OutputFiles:
     """The files that are asked for."""
 
     json: Path | None
@@ -112,7 +112,7 @@ def watch(measured: Any, interruption: Any) -> None:
 def _measure(measured: Any) -> None:
     if not console.is_terminal:
         for coming in measured.go():
-            aside(coming)
+            remark(coming)
         return
     with Live(console=console, refresh_per_second=4, transient=True) as live:
         for coming in measured.go():

@@ -29,7 +29,7 @@ from pretrain_cli.files import is_disk_full
 
 BLOCK = 2**20
 """Bytes read at once."""
-HELD = 2**23
+MAX_IN_MEMORY = 2**23
 """Bytes of a document held in memory; a longer one is read twice."""
 DAMAGED = "damaged; documents that end before that are kept"
 
@@ -38,7 +38,7 @@ Kind = Literal["auto", "text", "jsonl", "parquet"]
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """How files are read."""
 
     text_key: str = "text"
@@ -64,7 +64,7 @@ class Document:
 class FileReader:
     """The documents of one file, and what there is to say of it when they have been read."""
 
-    def __init__(self, file: TextFile, reading: Reading, spool: Path | None = None) -> None:
+    def __init__(self, file: TextFile, reading: ReadOptions, spool: Path | None = None) -> None:
         """`spool` is a folder for copies of long documents; the system's own where none is given"""
         self.file = file
         self.reading = reading
@@ -146,7 +146,7 @@ class FileReader:
                 else:
                     held.append(segment)
                     size += len(segment)
-                    if size > HELD:
+                    if size > MAX_IN_MEMORY:
                         pending = _LongDocument(self, start, can_seek=can_seek)
                         for part in held:
                             pending.add(part)

@@ -36,7 +36,7 @@ PLACES = (
 for text that has no spaces."""
 
 
-class Cutter:
+class Chunker:
     """Cuts documents for one tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:

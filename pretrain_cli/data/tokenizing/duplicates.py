@@ -11,7 +11,7 @@ from pretrain_cli.data.tokenizing.request import TokenizeRequest
 SEEN = "seen.sqlite"
 
 
-class Seen:
+class DuplicateIndex:
     """Which documents there were; a file of a dataset that leaves duplicates out."""
 
     def __init__(self, folder: Path, ordinal: int, request: TokenizeRequest) -> None:

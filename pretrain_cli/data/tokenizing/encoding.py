@@ -27,14 +27,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pretrain_cli.data.tokenizers.tokenizer import Tokenizer
-from pretrain_cli.data.tokenizing.chunking import Cutter
+from pretrain_cli.data.tokenizing.chunking import Chunker
 from pretrain_cli.errors import DataError
 
 PIECE = 2**13
 """Characters encoded at once; see cutting.py."""
 START = "fork" if sys.platform == "linux" else "spawn"
 """How processes begin; a fork isn't safe elsewhere."""
-AHEAD = 3
+IN_FLIGHT_PER_WORKER = 3
 """Batches under way for each worker."""
 
 
@@ -60,7 +60,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
         self.tokenizer = tokenizer
-        self.cutter = Cutter(tokenizer)
+        self.cutter = Chunker(tokenizer)
         self.dtype = dtype
 
     def __call__(self, batch: list[Block]) -> Encoded:
@@ -114,7 +114,7 @@ def encoders(tokenizer: Tokenizer, dtype: np.dtype, workers: int) -> Iterator[An
             pool = ProcessPoolExecutor(workers, context, _begin, (encode, are_text))
             work = _encode
         try:
-            yield lambda batches: _in_order(pool, work, batches, AHEAD * workers)
+            yield lambda batches: _in_order(pool, work, batches, IN_FLIGHT_PER_WORKER * workers)
         finally:
             pool.shutdown(cancel_futures=True)
     finally:

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 from pretrain_cli.data.corpus.readers import Document, FileReader
 from pretrain_cli.data.corpus.source_files import Corpus, TextFile
 from pretrain_cli.data.shards import Manifest, Shard, SplitName
-from pretrain_cli.data.tokenizing.chunking import Cutter
-from pretrain_cli.data.tokenizing.duplicates import Seen
+from pretrain_cli.data.tokenizing.chunking import Chunker
+from pretrain_cli.data.tokenizing.duplicates import DuplicateIndex
 from pretrain_cli.data.tokenizing.encoding import Block, Encoded, cores, encoders
 from pretrain_cli.data.tokenizing.request import TokenizeRequest
-from pretrain_cli.data.tokenizing.staging import Tally, Written
+from pretrain_cli.data.tokenizing.staging import Tally, WriteState
 from pretrain_cli.data.tokenizing.writer import DatasetWriter
 from pretrain_cli.errors import DataError
 
@@ -38,7 +38,7 @@ Progress = Callable[[str, int, int, int], None]
 """(what is being done, bytes of the files done, bytes in all, tokens made)."""
 
 
-class Place(NamedTuple):
+class Cursor(NamedTuple):
     """Where in the order of text something begins, and what had come of what lies before."""
 
     file: int = 0
@@ -53,29 +53,29 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Moment:
+class ResumePoint:
     """A place, and what was written when it was reached: enough to go on from there."""
 
-    place: Place
+    place: Cursor
     of_file: Tally
     """What the file at hand had given."""
-    written: Written
+    written: WriteState
 
 
-class Earlier(NamedTuple):
+class SavedProgress(NamedTuple):
     """What a run before this one noted."""
 
-    here: Moment
+    here: ResumePoint
     """How far it was."""
-    file_began: Moment
+    file_began: ResumePoint
     shards: list[Shard]
     """That were finished."""
 
 
-class Step(NamedTuple):
+class BlockRecord(NamedTuple):
     """What is known of a block when it is handed on."""
 
-    behind: Place
+    behind: Cursor
     """Where the text behind it begins."""
     split: SplitName
     begins: bool
@@ -87,7 +87,7 @@ class Step(NamedTuple):
 
 class FileDone(NamedTuple):
     file: TextFile
-    behind: Place
+    behind: Cursor
     sha256: str
     remarks: dict[str, int]
 
@@ -102,19 +102,19 @@ class Pipeline:
         writer: DatasetWriter,
         progress: Progress,
         *,
-        earlier: Earlier | None,
+        earlier: SavedProgress | None,
         there: Manifest | None,
     ) -> None:
         """`there` is the dataset that this one is appended to."""
         self.request, self.corpus, self.writer = request, corpus, writer
         self.progress = progress
         self.there = there
-        here = earlier.here if earlier else Moment(Place(), Tally(), writer.written())
+        here = earlier.here if earlier else ResumePoint(Cursor(), Tally(), writer.written())
         self.place, self.of_file = here.place, replace(here.of_file)
         self.file_began = earlier.file_began if earlier else here
-        self.steps: deque[Step | FileDone] = deque()
+        self.steps: deque[BlockRecord | FileDone] = deque()
         """Of the blocks under way, and of the files that end behind them."""
-        self.seen = Seen(writer.aside, self.place.ordinal, request)
+        self.seen = DuplicateIndex(writer.aside, self.place.ordinal, request)
         self.noted = time.perf_counter()
 
     def run(self) -> None:
@@ -140,7 +140,7 @@ class Pipeline:
     def _batches(self) -> Iterator[list[Block]]:
         """The text that is to be encoded, with a step for each block of it left in `steps`."""
         start = place = self.place
-        cutter = Cutter(self.writer.tokenizer)
+        cutter = Chunker(self.writer.tokenizer)
         batch: list[Block] = []
         size = 0
         before = sum(file.size for file in self.corpus.files[: start.file])
@@ -152,7 +152,7 @@ class Pipeline:
                     continue
                 _, _, block, ordinal, duplicates, inexact = place
                 if self.seen.has(document, ordinal):
-                    place = Place(number, index + 1, 0, ordinal + 1, duplicates + 1, inexact)
+                    place = Cursor(number, index + 1, 0, ordinal + 1, duplicates + 1, inexact)
                     continue
                 split = split_of(document, self.request.val_fraction)
                 for nth, (text, exact, ends) in enumerate(_blocks(document, cutter)):
@@ -160,19 +160,19 @@ class Pipeline:
                         continue
                     inexact += not exact
                     if ends:
-                        place = Place(number, index + 1, 0, ordinal + 1, duplicates, inexact)
+                        place = Cursor(number, index + 1, 0, ordinal + 1, duplicates, inexact)
                     else:
-                        place = Place(number, index, nth + 1, ordinal, duplicates, inexact)
+                        place = Cursor(number, index, nth + 1, ordinal, duplicates, inexact)
                     batch.append(Block(text, nth == 0, ends))
                     raw = before + reader.position
                     document_bytes = document.size if ends else 0
-                    self.steps.append(Step(place, split, nth == 0, document_bytes, raw))
+                    self.steps.append(BlockRecord(place, split, nth == 0, document_bytes, raw))
                     size += len(text)
                     if size >= BATCH_BYTES:
                         yield batch
                         batch, size = [], 0
             before += file.size
-            place = Place(number + 1, 0, 0, *place[3:])
+            place = Cursor(number + 1, 0, 0, *place[3:])
             remarks = dict(reader.remarks)
             self.steps.append(FileDone(file, place, reader.checksum.hexdigest(), remarks))
         if batch:
@@ -203,11 +203,11 @@ class Pipeline:
         self.writer.add(split, encoded.tokens[first:last], starts)
         return raw
 
-    def _next_step(self) -> Step:
+    def _next_step(self) -> BlockRecord:
         """The step of the next block; files that ended before it are done with."""
         self._end_files()
         step = self.steps.popleft()
-        assert isinstance(step, Step)
+        assert isinstance(step, BlockRecord)
         return step
 
     def _end_files(self) -> None:
@@ -226,14 +226,14 @@ class Pipeline:
                 }
             )
             self.place, self.of_file = done.behind, Tally()
-            self.file_began = Moment(self.place, Tally(), self.writer.written())
+            self.file_began = ResumePoint(self.place, Tally(), self.writer.written())
 
     def _note(self) -> None:
         """Note how far everything is, and where the file at hand began, in case it is changed."""
         if self.corpus.has_streams:
             return  # they can't be read again from the start
         self.seen.commit()
-        here = Moment(self.place, self.of_file, self.writer.written())
+        here = ResumePoint(self.place, self.of_file, self.writer.written())
         file = next(iter(self.corpus.files[here.place.file :]), None)
         self.writer.note(
             {
@@ -263,7 +263,7 @@ class Pipeline:
         return True
 
 
-def _blocks(document: Document, cutter: Cutter) -> Iterator[tuple[bytes, bool, bool]]:
+def _blocks(document: Document, cutter: Chunker) -> Iterator[tuple[bytes, bool, bool]]:
     """(text, whether it is cut exactly, whether the document ends) of each block of a document."""
     if document.size <= BLOCK_CHARACTERS:
         yield b"".join(document.blocks), True, True

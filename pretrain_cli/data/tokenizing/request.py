@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pretrain_cli.data.corpus.readers import Reading
+from pretrain_cli.data.corpus.readers import ReadOptions
 from pretrain_cli.data.shards import SHARD_TOKENS
 from pretrain_cli.data.tokenizing.staging import PARTIAL
 from pretrain_cli.errors import ConfigError
@@ -26,7 +26,7 @@ class TokenizeRequest:
     """Special tokens typed in a text are special."""
     val_fraction: float = 0.01
     dedup: bool = False
-    reading: Reading = field(default_factory=Reading)
+    reading: ReadOptions = field(default_factory=ReadOptions)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     shard_tokens: int = SHARD_TOKENS

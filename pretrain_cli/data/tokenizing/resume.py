@@ -9,15 +9,15 @@ from typing import Any
 from pretrain_cli.data.corpus.source_files import Corpus, TextFile
 from pretrain_cli.data.shards import FILES, MANIFEST, Manifest, read_manifest
 from pretrain_cli.data.tokenizers.tokenizer import BUILT_IN, Tokenizer, find_file, load_tokenizer
-from pretrain_cli.data.tokenizing.pipeline import Earlier, Moment, Place, identity
+from pretrain_cli.data.tokenizing.pipeline import Cursor, ResumePoint, SavedProgress, identity
 from pretrain_cli.data.tokenizing.request import TokenizeRequest
 from pretrain_cli.data.tokenizing.staging import (
     Tally,
-    Written,
+    WriteState,
     as_written,
-    aside,
     noted_shards,
     read_progress,
+    staging_dir,
 )
 from pretrain_cli.errors import DataError
 from pretrain_cli.files import sha256_of
@@ -120,7 +120,7 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def noted(request: TokenizeRequest, corpus: Corpus, there: Manifest | None) -> Earlier | None:
+def noted(request: TokenizeRequest, corpus: Corpus, there: Manifest | None) -> SavedProgress | None:
     """What a run before this one noted, if it can be gone on with; from the beginning of the file
     that was at hand, where that has changed."""
     progress = read_progress(request.out)
@@ -134,38 +134,38 @@ def noted(request: TokenizeRequest, corpus: Corpus, there: Manifest | None) -> E
 
 def was_begun_with(request: TokenizeRequest, tokenizer: Tokenizer) -> bool:
     """Whether what a run before this one noted is of this tokenizer, which may be in a file."""
-    path = aside(request.out) / "tokenizer.json"
+    path = staging_dir(request.out) / "tokenizer.json"
     return path.is_file() and sha256_of(path) == tokenizer.fingerprint
 
 
 def _fitting(
     request: TokenizeRequest, corpus: Corpus, there: Manifest | None, progress: dict[str, Any]
-) -> Earlier | None:
+) -> SavedProgress | None:
     appends_to = there.fingerprint if there else None
     if progress["options"] != request.options or progress["appends_to"] != appends_to:
         return None
     shards = noted_shards(progress)
 
-    def moment(name: str) -> Moment | None:
+    def moment(name: str) -> ResumePoint | None:
         parts = progress[name]
         written = as_written(request.out, parts["written"], shards)
-        place = Place(*parts["place"])
+        place = Cursor(*parts["place"])
         if written is None or not _begins_with_the_same(request, corpus, place.file, written):
             return None
-        return Moment(place, Tally(**parts["of_file"]), written)
+        return ResumePoint(place, Tally(**parts["of_file"]), written)
 
     began = moment("file_began")
     at = progress["here"]["place"][0]
     is_unchanged = at >= len(corpus.files) or identity(corpus.files[at]) == progress["file"]
     here = moment("here") if is_unchanged else began
-    return Earlier(here, began, shards) if here and began else None
+    return SavedProgress(here, began, shards) if here and began else None
 
 
 def _begins_with_the_same(
-    request: TokenizeRequest, corpus: Corpus, count: int, written: Written
+    request: TokenizeRequest, corpus: Corpus, count: int, written: WriteState
 ) -> bool:
     """Whether the files that are done with are the first of the corpus still."""
-    with (aside(request.out) / FILES).open("rb") as file:
+    with (staging_dir(request.out) / FILES).open("rb") as file:
         lines = file.read(written.files_bytes).splitlines()
     done = lines[len(lines) - count :]
     return len(done) == count and all(

@@ -40,7 +40,7 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Written:
+class WriteState:
     """What a dataset holds at one moment of its writing."""
 
     dtype: TokenType
@@ -52,7 +52,7 @@ class Written:
     """Length of files.jsonl."""
 
 
-def aside(folder: Path) -> Path:
+def staging_dir(folder: Path) -> Path:
     """Where a dataset is written before it is whole."""
     return folder.with_name(folder.name + PARTIAL)
 
@@ -60,7 +60,7 @@ def aside(folder: Path) -> Path:
 def read_progress(folder: Path) -> dict[str, Any] | None:
     """What a writer of this dataset noted before it was ended, if one was."""
     try:
-        return json.loads((aside(folder) / PROGRESS).read_text())
+        return json.loads((staging_dir(folder) / PROGRESS).read_text())
     except (OSError, ValueError):
         return None
 
@@ -70,10 +70,10 @@ def noted_shards(progress: dict[str, Any]) -> list[Shard]:
     return [Shard.model_validate(shard) for shard in progress["shards"]]
 
 
-def as_written(folder: Path, noted: dict[str, Any], shards: Sequence[Shard]) -> Written | None:
+def as_written(folder: Path, noted: dict[str, Any], shards: Sequence[Shard]) -> WriteState | None:
     """What was noted; None where it isn't there."""
     extents = {split: Extent(**extent) for split, extent in noted["open"].items()}
-    there = aside(folder)
+    there = staging_dir(folder)
     sizes = {file: 0 for s in shards[: noted["closed"]] for file in files_of(there, s.file)}
     for extent in extents.values():
         sizes[there / extent.file] = extent.tokens * np.dtype(noted["dtype"]).itemsize
@@ -81,13 +81,13 @@ def as_written(folder: Path, noted: dict[str, Any], shards: Sequence[Shard]) -> 
     if not all(path.exists() and path.stat().st_size >= size for path, size in sizes.items()):
         return None
     splits = {name: Tally(**tally) for name, tally in noted["splits"].items()}
-    return Written(noted["dtype"], noted["closed"], extents, splits, noted["files_bytes"])
+    return WriteState(noted["dtype"], noted["closed"], extents, splits, noted["files_bytes"])
 
 
 def move_into_place(folder: Path) -> None:
     """Put a dataset that is whole, but lies aside, where it belongs; where there is none, nothing
     is done. It is whole when it has a manifest."""
-    whole = aside(folder)
+    whole = staging_dir(folder)
     if not (whole / MANIFEST).exists():
         shutil.rmtree(folder / REPLACED, ignore_errors=True)
         return

@@ -29,7 +29,7 @@ from pretrain_cli.data.tokenizers.tokenizer import (
 from pretrain_cli.data.tokenizing.pipeline import Pipeline, Progress
 from pretrain_cli.data.tokenizing.request import TokenizeRequest, check
 from pretrain_cli.data.tokenizing.resume import existing, new_files, noted, rows_of, was_begun_with
-from pretrain_cli.data.tokenizing.staging import aside, move_into_place
+from pretrain_cli.data.tokenizing.staging import move_into_place, staging_dir
 from pretrain_cli.data.tokenizing.writer import DatasetWriter
 from pretrain_cli.errors import ConfigError, DataError
 from pretrain_cli.files import is_disk_full
@@ -187,7 +187,7 @@ def _prepare_tokenizer(
     if request.tokenizer != "bpe":
         tokenizer = load_tokenizer(request.tokenizer)
     elif resumed:
-        tokenizer = read_tokenizer(aside(request.out) / "tokenizer.json", name="bpe")
+        tokenizer = read_tokenizer(staging_dir(request.out) / "tokenizer.json", name="bpe")
     else:
         size = BPE_VOCAB_SIZE if request.vocab_size is None else request.vocab_size
         tokenizer = train_bpe(_sample(request, corpus, progress), size)

@@ -37,11 +37,11 @@ from pretrain_cli.data.tokenizing.staging import (
     NEW,
     PROGRESS,
     Tally,
-    Written,
-    aside,
+    WriteState,
     files_of,
     move_into_place,
     remove_shards,
+    staging_dir,
 )
 from pretrain_cli.errors import DataError
 from pretrain_cli.files import flush, sha256_of, write_whole
@@ -58,7 +58,7 @@ class DatasetWriter:
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, *, shard_tokens: int) -> None:
         self.folder = folder
-        self.aside = aside(folder)
+        self.aside = staging_dir(folder)
         self.tokenizer = tokenizer
         self.shard_tokens = shard_tokens
         self.name: TokenType = token_dtype(tokenizer.vocab_size)
@@ -123,7 +123,7 @@ class DatasetWriter:
             for name, part in manifest.splits.items()
         }
 
-    def go_on(self, written: Written, shards: Sequence[Shard]) -> None:
+    def go_on(self, written: WriteState, shards: Sequence[Shard]) -> None:
         """From what a writer before this one noted, and the shards that it had finished."""
         closed = list(shards[: written.closed])
         kept = {file.name for shard in closed for file in files_of(self.aside, shard.file)}
@@ -166,9 +166,9 @@ class DatasetWriter:
     def tokens(self) -> int:
         return sum(tally.tokens for tally in self.splits.values())
 
-    def written(self) -> Written:
+    def written(self) -> WriteState:
         """What there is now."""
-        return Written(
+        return WriteState(
             dtype=self.name,
             closed=len(self.closed),
             open={split: shard.extent for split, shard in self.open.items()},

@@ -9,7 +9,7 @@ from typing import Any
 
 from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.engine.benchmark.interruption import unheard_by_children
-from pretrain_cli.engine.runtime.process_settings import before_torch, keep_compiled
+from pretrain_cli.engine.runtime.process_settings import set_compile_cache, set_env_before_torch
 
 
 def in_a_fresh_process(name: str, speed: SpeedConfig, compiled: Path, *arguments: Any) -> Any:
@@ -31,13 +31,13 @@ def serve(ours: SpeedConfig | None, compiled: Path, arm: str, *arguments: Any) -
     """`writers.serve_arm` of an arm, in a process that was just started: ours, with these settings,
     as `pretrain sample` has it; or another program's."""
     if ours is not None:
-        before_torch(ours, writing=True)
-    keep_compiled(compiled)
+        set_env_before_torch(ours, writing=True)
+    set_compile_cache(compiled)
     importlib.import_module("pretrain_cli.engine.benchmark.writers").serve_arm(arm, *arguments)
 
 
 def _call(name: str, speed: SpeedConfig, compiled: Path, arguments: tuple[Any, ...]) -> Any:
-    before_torch(speed)
-    keep_compiled(compiled)
+    set_env_before_torch(speed)
+    set_compile_cache(compiled)
     timing = importlib.import_module("pretrain_cli.engine.benchmark.timing")
     return getattr(timing, name)(*arguments)

@@ -19,7 +19,7 @@ from pretrain_cli.engine.runtime.speed import Speed
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.model.decoder import draw
 from pretrain_cli.model.formats.hf_config import to_config_json
-from pretrain_cli.model.parameter_map import Merged, layout
+from pretrain_cli.model.parameter_map import Merged, parameter_map
 
 Step = Callable[[], tuple[Tensor, Tensor | None]]
 """-> (loss, gradient norm before clipping), on the device."""
@@ -77,7 +77,7 @@ def require(name: str) -> None:
 
 def _weights(workload: Workload) -> dict[str, Tensor]:
     """Those that our model begins with, by their published names."""
-    pieces = layout(workload.model, merged=Merged(False, False))
+    pieces = parameter_map(workload.model, merged=Merged(False, False))
     return {piece.name: draw(workload.model, piece, 0) for piece in pieces}
 
 

@@ -24,8 +24,13 @@ from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.engine.benchmark.results import Result
 from pretrain_cli.engine.benchmark.rounds import Rounds, Start
 from pretrain_cli.engine.benchmark.workload import Arm, Repeats, Workload
-from pretrain_cli.engine.planning.memory_estimate import Training, estimate, largest, speed_settings
-from pretrain_cli.engine.planning.micro_batch import ALIKE, fastest
+from pretrain_cli.engine.planning.memory_estimate import (
+    StepShape,
+    estimate,
+    largest,
+    speed_settings,
+)
+from pretrain_cli.engine.planning.micro_batch import TIE_TOLERANCE, fastest
 from pretrain_cli.engine.runtime.speed import resolve_speed
 from pretrain_cli.units import size as told
 
@@ -110,7 +115,7 @@ class MicroBatchSearch(Rounds):
 
     def estimate(self, size: int) -> int:
         """Bytes that a micro-batch takes."""
-        training = Training(
+        training = StepShape(
             model=self.workload.model,
             seq_len=self.workload.seq_len,
             micro_batch_size=size,
@@ -128,7 +133,7 @@ class MicroBatchSearch(Rounds):
             yield from self._try(size, SCOUTING, folder)
             if size not in self._rates():
                 return
-            no_better = 0 if self._rates()[size] > (1 + ALIKE) * before else no_better + 1
+            no_better = 0 if self._rates()[size] > (1 + TIE_TOLERANCE) * before else no_better + 1
             size *= 2
 
     def _look_around(self, folder: Path) -> Iterator[str]:

@@ -25,7 +25,7 @@ from pretrain_cli.engine.runtime.speed import (
     resolve_speed,
 )
 from pretrain_cli.engine.training.step import train_step
-from pretrain_cli.engine.training.step_guard import Guard
+from pretrain_cli.engine.training.step_guard import StepGuard
 
 LEARNING_RATE = 3e-4
 """Of every arm: enough for the loss to fall in a few steps on the same tokens, so that what learns
@@ -117,7 +117,7 @@ def build_step(arm: Arm, speed: Speed, device: torch.device) -> Step:
         return forward
     optimizer = build_optimizer(model, OptimizerSettings(), fused=speed.fused_optimizer)
     set_learning_rate(optimizer, LEARNING_RATE)
-    guard = Guard(Ranks(0, 1, device))
+    guard = StepGuard(Ranks(0, 1, device))
     rows = arm.workload.micro_batch_size
 
     def step() -> tuple[Tensor, Tensor]:

@@ -20,9 +20,9 @@ from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.engine.evaluation.transformers import import_transformers
 from pretrain_cli.engine.runtime.distributed import find_device
 from pretrain_cli.engine.runtime.speed import Speed, resolve_speed
-from pretrain_cli.engine.sampling.batch import Generation, Text
+from pretrain_cli.engine.sampling.batch import Completion, ContinuousBatch
 from pretrain_cli.engine.sampling.sample import make_writer, open_to_write
-from pretrain_cli.engine.sampling.sampler import Controls
+from pretrain_cli.engine.sampling.sampler import SamplingParams
 from pretrain_cli.model.config import ModelConfig
 
 OURS, THEIRS = "pretrain", "transformers"
@@ -113,10 +113,10 @@ def _ours(workload: Workload, arm: str, folder: Path) -> tuple[Ready, Callable[[
     )
     load = time.perf_counter() - began
     prompts = _prompts(workload).tolist()
-    controls = Controls(temperature=0, max_tokens=workload.tokens)
+    controls = SamplingParams(temperature=0, max_tokens=workload.tokens)
 
-    def texts(tokens: int) -> list[Text]:
-        return [Text(i, ids, tokens, "max-tokens", i) for i, ids in enumerate(prompts)]
+    def texts(tokens: int) -> list[Completion]:
+        return [Completion(i, ids, tokens, "max-tokens", i) for i, ids in enumerate(prompts)]
 
     began = time.perf_counter()
     said = speed.departures()
@@ -126,7 +126,7 @@ def _ours(workload: Workload, arm: str, folder: Path) -> tuple[Ready, Callable[[
 
     def one_round(tokens: int) -> Round:
         began = time.perf_counter()
-        generation = Generation(
+        generation = ContinuousBatch(
             writer,
             controls,
             rows=workload.batch,

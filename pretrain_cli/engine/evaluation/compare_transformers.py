@@ -36,7 +36,7 @@ Logits = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class Comparison:
     """How far the two are apart."""
 
     folder: Path
@@ -77,7 +77,7 @@ def verify(
     device: str,
     best: bool,
     notify: Callable[[str], None],
-) -> Verdict:
+) -> Comparison:
     """Open both and compare them on windows of a validation split, or on random tokens."""
     for name, value, least in (
         ("windows", windows, 1),
@@ -128,7 +128,7 @@ def verify(
     if not math.isfinite(worst):
         raise CheckpointError(f"{folder}: its logits are not finite; take an earlier checkpoint")
     tokenizer = folder_tokenizer(folder)
-    return Verdict(
+    return Comparison(
         folder=folder,
         against=other,
         tokens=batch[:, 1:].numel(),

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from pretrain_cli.data.tokenizers.tokenizer import Tokenizer
-from pretrain_cli.engine.sampling.batch import Text
+from pretrain_cli.engine.sampling.batch import Completion
 from pretrain_cli.engine.sampling.sample import write
-from pretrain_cli.engine.sampling.sampler import Controls
+from pretrain_cli.engine.sampling.sampler import SamplingParams
 from pretrain_cli.model.decoder import Decoder
-from pretrain_cli.model.inference.decode import Writer
+from pretrain_cli.model.inference.decode import DecodeSession
 
 TOKENS_AT_ONCE = 8192
 ROWS_OF_LOGITS = 64
@@ -118,12 +118,12 @@ class Reader:
             for number, logprob, is_greedy in zip(numbers, sums, whether, strict=True):
                 yield number, Found(logprob, is_greedy)
 
-    def write(self, prompts: list[str], controls: Controls) -> Iterator[tuple[int, str]]:
+    def write(self, prompts: list[str], controls: SamplingParams) -> Iterator[tuple[int, str]]:
         """What follows each prompt, up to a stop text; each prompt's number and its text."""
         limit = min(controls.max_tokens, self.positions - 1)
         room = self.positions - limit
         texts = [
-            Text(
+            Completion(
                 number=number,
                 prompt=self.tokenizer.encode_prompt(prompt)[-room:],
                 limit=limit,
@@ -133,6 +133,8 @@ class Reader:
             for number, prompt in enumerate(prompts)
         ]
         controls = replace(controls, max_tokens=limit)
-        for piece in write(Writer(self.model), self.tokenizer, texts, controls, rows=TEXTS_AT_ONCE):
+        for piece in write(
+            DecodeSession(self.model), self.tokenizer, texts, controls, rows=TEXTS_AT_ONCE
+        ):
             if piece.whole is not None:
                 yield piece.text.number, piece.whole

@@ -22,7 +22,7 @@ from pretrain_cli.engine.runtime.distributed import find_device
 from pretrain_cli.engine.runtime.speed import resolve_speed
 from pretrain_cli.engine.sampling.open_model import folder_tokenizer, quantized
 from pretrain_cli.engine.sampling.sample import open_to_write
-from pretrain_cli.engine.sampling.sampler import Controls
+from pretrain_cli.engine.sampling.sampler import SamplingParams
 from pretrain_cli.errors import ConfigError, DataError, did_you_mean
 from pretrain_cli.model.float8 import quiet_torchao
 from pretrain_cli.model.formats.hf_config import read_config
@@ -196,7 +196,7 @@ def _asked_by_the_harness(reader: Reader) -> Any:
             return sums
 
         def generate_until(self, requests: list[Any]) -> list[str]:
-            asked: dict[Controls, list[int]] = {}
+            asked: dict[SamplingParams, list[int]] = {}
             for number, request in enumerate(requests):
                 asked.setdefault(_controls(request.args[1]), []).append(number)
             out = [""] * len(requests)
@@ -209,7 +209,7 @@ def _asked_by_the_harness(reader: Reader) -> Any:
     return OurModel()
 
 
-def _controls(settings: dict[str, Any]) -> Controls:
+def _controls(settings: dict[str, Any]) -> SamplingParams:
     """How a task has its answers written, in our words."""
     given = dict(settings)
     until = given.pop("until", None) or []
@@ -220,7 +220,7 @@ def _controls(settings: dict[str, Any]) -> Controls:
              if name in given}  # fmt: skip
     if given:
         raise ConfigError(f"--tasks: a task sets {', '.join(given)} of its answers, unknown here")
-    return Controls(
+    return SamplingParams(
         max_tokens=int(lengths[0]) if lengths else MAX_TOKENS,
         temperature=(1.0 if temperature is None else temperature) if samples else 0.0,
         stop=(until,) if isinstance(until, str) else tuple(text for text in until if text),

@@ -10,7 +10,7 @@ from torch.optim import AdamW
 from pretrain_cli.config.run_config import OptimizerSettings
 from pretrain_cli.engine.optim.muon import Muon, MuonWithAdamW
 from pretrain_cli.model.decoder import Decoder
-from pretrain_cli.model.parameter_map import EMBEDDING, HEAD, layout, row_blocks
+from pretrain_cli.model.parameter_map import EMBEDDING, HEAD, parameter_map, row_blocks
 
 
 def build_optimizer(
@@ -30,7 +30,7 @@ def build_optimizer(
         others, lr=0.0, betas=settings.betas, eps=settings.eps, fused=fused, foreach=not fused
     )
     optimizer = MuonWithAdamW(Muon(muons, momentum=settings.momentum), adamw) if muons else adamw
-    for parameter, names in kept_for(optimizer).items():
+    for parameter, names in state_names(optimizer).items():
         state: dict[str, Tensor] = {name: torch.zeros_like(parameter) for name in names}
         if "exp_avg" in state:  # AdamW counts; Muon doesn't
             state["step"] = torch.zeros((), device=parameter.device if fused else "cpu")
@@ -50,7 +50,7 @@ def parameter_groups(model: Decoder, settings: OptimizerSettings) -> Iterator[di
     """
     kinds: dict[str, dict[str, nn.Parameter]] = {}
     parameters = dict(model.named_parameters())
-    pieces = list(layout(model.config, merged=model.merged))
+    pieces = list(parameter_map(model.config, merged=model.merged))
     blocks = row_blocks(pieces)
     for piece in pieces:
         kind = {EMBEDDING: "embedding", HEAD: "head"}.get(piece.name, "matrices")
@@ -76,7 +76,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["rate_scale"]
 
 
-def kept_for(optimizer: torch.optim.Optimizer) -> dict[Tensor, tuple[str, ...]]:
+def state_names(optimizer: torch.optim.Optimizer) -> dict[Tensor, tuple[str, ...]]:
     """What an optimizer keeps for each parameter, in its shape: names in its state."""
     return {
         parameter: ("momentum_buffer",) if "momentum" in group else ("exp_avg", "exp_avg_sq")

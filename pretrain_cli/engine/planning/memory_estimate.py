@@ -29,11 +29,11 @@ PARTS = (
     "weights", "optimizer", "gradients", "copies", "activations", "masks", "logits", "gathered",
     "process", "lost",
 )  # fmt: skip
-FITS = 0.9
+USABLE_FRACTION = 0.9
 """Of what is there, to be taken: the estimate may be a tenth short."""
 PROCESS = 331_000_000
 """Resident on a CPU before a model is made: Python and the libraries."""
-LOST = {True: 0.2, False: 0.14}
+HEAP_OVERHEAD = {True: 0.2, False: 0.14}
 """What glibc's heap takes beyond what is in it, as a share of what a step allocates, by
 keep_freed_memory: resident memory at its peak, less all that is counted here."""
 BACKWARD = 0.5
@@ -41,7 +41,7 @@ BACKWARD = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class StepShape:
     """What is trained and how, as far as its memory goes. What SpeedConfig has is meant as there,
     in force."""
 
@@ -76,7 +76,7 @@ class Training:
         return self.seq_len * self.micro_batch_size
 
 
-SETTINGS = tuple(f.name for f in fields(Training) if f.name in SpeedConfig.model_fields)
+SETTINGS = tuple(f.name for f in fields(StepShape) if f.name in SpeedConfig.model_fields)
 """Speed settings that memory depends on."""
 
 
@@ -89,17 +89,17 @@ def speed_settings(speed: Any) -> dict[str, Any]:
 class Estimate:
     """Bytes of each part in each moment."""
 
-    moments: dict[str, dict[str, int]]
+    phases: dict[str, dict[str, int]]
 
     @property
     def moment(self) -> str:
         """The one with the most."""
-        return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
+        return max(self.phases, key=lambda moment: sum(self.phases[moment].values()))
 
     @property
     def parts(self) -> dict[str, int]:
         """Of that moment."""
-        return self.moments[self.moment]
+        return self.phases[self.moment]
 
     @property
     def peak(self) -> int:
@@ -107,10 +107,10 @@ class Estimate:
 
     def most(self, part: str) -> int:
         """Of a part, in whatever moment."""
-        return max(parts.get(part, 0) for parts in self.moments.values())
+        return max(parts.get(part, 0) for parts in self.phases.values())
 
 
-def estimate(t: Training) -> Estimate:
+def estimate(t: StepShape) -> Estimate:
     """What a step takes."""
     m, count, c = t.model, count_parameters(t.model), t.compute_bytes
     hidden, depth = t.tokens * m.hidden_size, m.num_hidden_layers
@@ -165,8 +165,8 @@ def estimate(t: Training) -> Estimate:
             "step": always | {"gradients": weights // ranks},
         }
     )
-    share = 0 if on_gpu else LOST[t.keep_freed_memory]
-    for parts in estimate.moments.values():
+    share = 0 if on_gpu else HEAP_OVERHEAD[t.keep_freed_memory]
+    for parts in estimate.phases.values():
         parts["lost"] = round(share * sum(n for name, n in parts.items() if name not in always))
     return estimate
 
@@ -185,7 +185,7 @@ def largest(bytes_of: Callable[[int], int], room: float) -> int:
     return low
 
 
-def logits_bytes(t: Training) -> int:
+def logits_bytes(t: StepShape) -> int:
     """What the loss holds of logits at a time."""
     V, c = t.model.vocab_size, t.compute_bytes
     if not t.chunked_loss:
@@ -195,7 +195,7 @@ def logits_bytes(t: Training) -> int:
     return rows * V * c + 4 * wide  # in float32: on a CPU of a few rows
 
 
-def masks_bytes(t: Training) -> int:
+def masks_bytes(t: StepShape) -> int:
     """Attention masks that all layers of a kind share, made anew for each micro-batch. Blocks have
     none; flex's are of whole blocks."""
     if t.attention not in ("eager", "sdpa"):
@@ -204,7 +204,7 @@ def masks_bytes(t: Training) -> int:
     return sum(each(t, t.model.window(kind)) for kind in set(t.model.layer_types))
 
 
-def _sdpa_mask(t: Training, window: int | None) -> int:
+def _sdpa_mask(t: StepShape, window: int | None) -> int:
     T, rows = t.seq_len, t.micro_batch_size
     if window is None or window >= T:
         return t.compute_bytes * rows * T**2 if t.document_mask else 0
@@ -214,7 +214,7 @@ def _sdpa_mask(t: Training, window: int | None) -> int:
     return t.compute_bytes * seen
 
 
-def _eager_mask(t: Training, window: int | None) -> int:
+def _eager_mask(t: StepShape, window: int | None) -> int:
     """Every layer keeps one of its own, unless all is made again."""
     rows = t.micro_batch_size if t.document_mask else 1
     return rows * t.seq_len**2 if t.activation_checkpointing else 0
@@ -223,7 +223,7 @@ def _eager_mask(t: Training, window: int | None) -> int:
 # --- what autograd keeps -------------------------------------------------------------------------
 
 
-def kept_by_block(t: Training, layer: int) -> int:
+def kept_by_block(t: StepShape, layer: int) -> int:
     """Bytes that a block keeps of a micro-batch for its backward pass, copies of weights aside."""
     m, c = t.model, t.compute_bytes
     D, H, Hkv = m.hidden_size, m.num_attention_heads, m.num_key_value_heads
@@ -243,7 +243,7 @@ def kept_by_block(t: Training, layer: int) -> int:
     return round(t.tokens * (a_token + _kept_by_attention(t, layer) + mlp + scales))
 
 
-def _kept_by_attention(t: Training, layer: int) -> float:
+def _kept_by_attention(t: StepShape, layer: int) -> float:
     """Bytes a token, from the queries and keys that are turned to what attention gives."""
     m, c, T = t.model, t.compute_bytes, t.seq_len
     q, kv = m.num_attention_heads * m.head_dim, m.num_key_value_heads * m.head_dim
@@ -268,7 +268,7 @@ def _kept_by_attention(t: Training, layer: int) -> float:
     return kept + c * (q + 2 * kv if t.merged_qkv else of_product + kv)  # values are a view
 
 
-def _kept_by_mlp(t: Training, layer: int) -> int:
+def _kept_by_mlp(t: StepShape, layer: int) -> int:
     """Bytes a token."""
     m, c = t.model, t.compute_bytes
     if not m.is_sparse(layer):

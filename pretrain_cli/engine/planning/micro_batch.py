@@ -19,25 +19,25 @@ from typing import Any
 
 import torch
 
-from pretrain_cli.engine.planning.memory_estimate import FITS
+from pretrain_cli.engine.planning.memory_estimate import USABLE_FRACTION
 from pretrain_cli.engine.runtime.process_settings import available_memory
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.files import write_whole
 from pretrain_cli.model.config import ModelConfig
 
 MEASURED = Path("runs/micro-batches.json")
-DECISIVE = (
+MICRO_BATCH_KEYS = (
     "attention", "dtype", "onednn_matmul", "compile", "chunked_loss", "activation_checkpointing",
 )  # fmt: skip
 """Speed settings by which another size may be the fastest."""
-ALIKE = 0.02
+TIE_TOLERANCE = 0.02
 """Rates that differ by less are alike, and the smaller micro-batch does."""
-UNKNOWN = 8 * 10**9
+ASSUMED_FREE_BYTES = 8 * 10**9
 """Bytes, taken for free where the system doesn't say."""
 
 
 @dataclass(frozen=True)
-class Choice:
+class MicroBatch:
     """A micro-batch, and why it is that."""
 
     size: int
@@ -45,37 +45,37 @@ class Choice:
     """Empty where it was asked for."""
 
 
-def choose(
+def choose_micro_batch(
     share: int,
     bytes_of: Callable[[int], int],
     room: float,
     *,
     had: int | None = None,
     rates: dict[int, float] | None = None,
-) -> Choice:
+) -> MicroBatch:
     """Of a rank's share of a step; `rates` are tokens/s that were measured, `had` what the run had
     on this machine."""
     sizes = [size for size in range(1, share + 1) if share % size == 0]
     if had in sizes:
-        return Choice(had, "as before")
+        return MicroBatch(had, "as before")
     fitting = [size for size in sizes if bytes_of(size) <= room] or [1]
     measured = {size: (rates or {})[size] for size in fitting if size in (rates or {})}
     if measured:
-        return Choice(fastest(measured), "the fastest measured here")
-    return Choice(max(fitting), "by the estimate of memory")
+        return MicroBatch(fastest(measured), "the fastest measured here")
+    return MicroBatch(max(fitting), "by the estimate of memory")
 
 
 def fastest(rates: dict[int, float]) -> int:
     """The smallest micro-batch that is about as fast as any."""
     best = max(rates.values())
-    return min(size for size, rate in rates.items() if rate >= (1 - ALIKE) * best)
+    return min(size for size, rate in rates.items() if rate >= (1 - TIE_TOLERANCE) * best)
 
 
 def memory_here(device: torch.device) -> float:
     """Bytes that a run may take of the device's memory: of what is free, all but a margin."""
     if device.type == "cuda":
-        return FITS * torch.cuda.mem_get_info(device)[0]
-    return FITS * (available_memory() or UNKNOWN)
+        return USABLE_FRACTION * torch.cuda.mem_get_info(device)[0]
+    return USABLE_FRACTION * (available_memory() or ASSUMED_FREE_BYTES)
 
 
 # --- what was measured ---------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def measured(
         str(torch.__version__),
         json.loads(json.dumps(fields)),
         seq_len,
-        {name: speed[name] for name in DECISIVE},
+        {name: speed[name] for name in MICRO_BATCH_KEYS},
         rates,
     )
 

@@ -18,10 +18,16 @@ from typing import Any
 from pretrain_cli.config.run_config import RunConfig
 from pretrain_cli.data.mixture import Mixture
 from pretrain_cli.engine.planning.data_and_model import find_architecture, find_data, fit_to_data
-from pretrain_cli.engine.planning.memory_estimate import Training, estimate, speed_settings
-from pretrain_cli.engine.planning.micro_batch import Choice, choose, measured, memory_here, recall
+from pretrain_cli.engine.planning.memory_estimate import StepShape, estimate, speed_settings
+from pretrain_cli.engine.planning.micro_batch import (
+    MicroBatch,
+    choose_micro_batch,
+    measured,
+    memory_here,
+    recall,
+)
 from pretrain_cli.engine.runs.events import Emit, Notice
-from pretrain_cli.engine.runs.run_yaml import Record
+from pretrain_cli.engine.runs.run_yaml import RunRecord
 from pretrain_cli.engine.runs.trackers import check_trackers
 from pretrain_cli.engine.runtime.distributed import Ranks, device_name
 from pretrain_cli.engine.runtime.speed import Speed, resolve_speed
@@ -29,7 +35,7 @@ from pretrain_cli.engine.runtime.stop import StopRequest
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.model import counting
 from pretrain_cli.model.config import ModelConfig
-from pretrain_cli.model.decoder import Coefficients
+from pretrain_cli.model.decoder import LossWeights
 
 CPU_RUN_FLOPS = 1.2e13
 CPU_STEPS = 400
@@ -63,12 +69,12 @@ class Plan:
         return self.samples_per_step * self.seq_len
 
     @property
-    def coefficients(self) -> Coefficients | None:
+    def coefficients(self) -> LossWeights | None:
         """Of what is minimized beside the cross entropy, where there is anything, or experts."""
         z_loss = self.settings.optimizer.z_loss
         if not z_loss and not self.model.num_experts:
             return None
-        return Coefficients(z_loss, self.model.router_aux_loss_coef)
+        return LossWeights(z_loss, self.model.router_aux_loss_coef)
 
 
 def make_plan(
@@ -77,7 +83,7 @@ def make_plan(
     emit: Emit,
     stop: StopRequest,
     *,
-    resumed: Record | None = None,
+    resumed: RunRecord | None = None,
 ) -> Plan:
     """Decide everything. A resumed run has its model, and on the same machine its micro-batch."""
     model = resumed.model if resumed else None
@@ -218,12 +224,12 @@ def _samples_per_step(
 ) -> int:
     """Sequences a step, on all ranks."""
     asked, micro = settings.train.tokens_per_step, settings.train.micro_batch_size
-    unit = ranks.world * (1 if micro == "auto" else micro)
+    unit = ranks.world_size * (1 if micro == "auto" else micro)
     if asked != "auto":
         sequences, rest = divmod(asked, seq_len)
         if rest or sequences % unit or not sequences:
-            parts = f"micro-batch {unit // ranks.world} × seq-len {seq_len}" + (
-                f" × {ranks.world} ranks" if ranks.world > 1 else ""
+            parts = f"micro-batch {unit // ranks.world_size} × seq-len {seq_len}" + (
+                f" × {ranks.world_size} ranks" if ranks.world_size > 1 else ""
             )
             below = max(asked // (unit * seq_len), 1) * unit * seq_len
             raise ConfigError(
@@ -247,22 +253,22 @@ def _micro_batch_size(
     seq_len: int,
     samples_per_step: int,
     speed: Speed,
-    resumed: Record | None,
-) -> Choice:
+    resumed: RunRecord | None,
+) -> MicroBatch:
     """Sequences a rank takes at once."""
-    share, rest = divmod(samples_per_step, ranks.world)
+    share, rest = divmod(samples_per_step, ranks.world_size)
     if rest:
         raise ConfigError(
             f"train.tokens_per_step: its {samples_per_step} sequences don't divide among "
-            f"{ranks.world} ranks; give a multiple of {ranks.world * seq_len:,}"
+            f"{ranks.world_size} ranks; give a multiple of {ranks.world_size * seq_len:,}"
         )
     asked, train = settings.train.micro_batch_size, settings.train
     if asked != "auto":
-        return Choice(asked, "")
+        return MicroBatch(asked, "")
 
     def bytes_of(size: int) -> int:
         return estimate(
-            Training(
+            StepShape(
                 model=config,
                 seq_len=seq_len,
                 micro_batch_size=size,
@@ -270,8 +276,8 @@ def _micro_batch_size(
                 document_mask=settings.data.document_mask,
                 device=ranks.device.type,
                 optimizer=settings.optimizer.name,
-                parallel=train.parallel if ranks.world > 1 else "alone",
-                ranks=ranks.world,
+                parallel=train.parallel if ranks.world_size > 1 else "alone",
+                ranks=ranks.world_size,
                 **speed_settings(speed),
             )
         ).peak
@@ -280,8 +286,8 @@ def _micro_batch_size(
     in_force = {name: decision.in_force for name, decision in speed.decisions.items()}
     had = resumed.micro_batch_size if resumed and resumed.machine == machine else None
     rates = recall(measured(machine, config, seq_len, in_force, {}))
-    choice = choose(share, bytes_of, memory_here(ranks.device), had=had, rates=rates)
-    return replace(choice, size=ranks.least(choice.size))
+    choice = choose_micro_batch(share, bytes_of, memory_here(ranks.device), had=had, rates=rates)
+    return replace(choice, size=ranks.min(choice.size))
 
 
 def _interval(asked: int | str, steps: int, *, at_least: int) -> int:

@@ -9,9 +9,9 @@ from typing import Any
 
 from pretrain_cli.config.run_config import SpeedConfig, TrainSettings
 from pretrain_cli.engine.planning.memory_estimate import (
-    FITS,
+    USABLE_FRACTION,
     Estimate,
-    Training,
+    StepShape,
     estimate,
     largest,
     speed_settings,
@@ -29,7 +29,7 @@ from pretrain_cli.model.counting import (
 
 MFU = 0.4
 """Assumed where nothing is measured."""
-ON_A_GPU = {
+GPU_SETTINGS = {
     "dtype": "bfloat16",
     "attention": "sdpa",
     "compile": True,
@@ -61,7 +61,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Way:
+class Parallelism:
     """One way for the GPUs to share the model, and what each of them takes at its micro-batch."""
 
     micro_batch_size: int
@@ -70,7 +70,7 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Pace:
+class Throughput:
     """How fast, all GPUs together, and how that is known."""
 
     tokens_per_second: float
@@ -79,16 +79,16 @@ class Pace:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Forecast:
+class RunEstimate:
     """What a run would take."""
 
     model: str
     parameters: int
     seq_len: int
     machine: Machine
-    ways: dict[str, Way]
+    ways: dict[str, Parallelism]
     tokens: int
-    pace: Pace | None
+    pace: Throughput | None
     """None where neither a peak is stated nor anything measured."""
     checkpoint: int
     """Bytes, of one."""
@@ -121,12 +121,12 @@ def forecast(
     micro_batch_size: int | None = None,
     tokens: int | None = None,
     mfu: float | None = None,
-    pace: Pace | None = None,
-) -> Forecast:
+    pace: Throughput | None = None,
+) -> RunEstimate:
     """At the largest micro-batch that fits, or this one; at this pace, or at an MFU that is
     assumed."""
     checkpoint = checkpoint_bytes(config)
-    return Forecast(
+    return RunEstimate(
         model=name,
         parameters=count_parameters(config).total,
         seq_len=seq_len,
@@ -143,14 +143,14 @@ def forecast(
 
 def ways(
     config: ModelConfig, seq_len: int, machine: Machine, micro_batch_size: int | None = None
-) -> dict[str, Way]:
+) -> dict[str, Parallelism]:
     """A copy on each GPU, and of several a part on each."""
     found = {}
     for name in ("ddp", "fsdp") if machine.gpus > 1 else ("alone",):
 
         def of(size: int, name: Any = name) -> Estimate:
             return estimate(
-                Training(
+                StepShape(
                     model=config,
                     seq_len=seq_len,
                     micro_batch_size=size,
@@ -163,16 +163,16 @@ def ways(
 
         size = micro_batch_size or max(1, largest(lambda size: of(size).peak, machine.memory))
         memory = of(size)
-        found[name] = Way(size, memory.peak <= machine.memory, memory)
+        found[name] = Parallelism(size, memory.peak <= machine.memory, memory)
     return found
 
 
-def _assumed(config: ModelConfig, seq_len: int, machine: Machine, mfu: float) -> Pace | None:
+def _assumed(config: ModelConfig, seq_len: int, machine: Machine, mfu: float) -> Throughput | None:
     if machine.peak_flops is None:
         return None
     rate = mfu * machine.peak_flops * machine.gpus / training_flops(config, seq_len).exact
     peak = f"{machine.peak_flops / 1e12:.0f} TFLOP/s, as the maker states"
-    return Pace(rate, mfu, f"assumed, of {peak}")
+    return Throughput(rate, mfu, f"assumed, of {peak}")
 
 
 # --- machines ------------------------------------------------------------------------------------
@@ -189,10 +189,10 @@ def find_machine(device: str | None, gpus: int, asked: SpeedConfig) -> Machine:
         name=stated,
         device="cuda",
         gpus=gpus,
-        memory=int(FITS * STATED[stated].memory),
+        memory=int(USABLE_FRACTION * STATED[stated].memory),
         peak_flops=STATED[stated].flops,
         speed={
-            key: ON_A_GPU[key] if value == "auto" or ON_A_GPU.get(key) is False else value
+            key: GPU_SETTINGS[key] if value == "auto" or GPU_SETTINGS.get(key) is False else value
             for key, value in speed_settings(asked).items()
         },
     )

@@ -21,7 +21,7 @@ import yaml
 from numpy.typing import NDArray
 
 from pretrain_cli.engine.report.rows import Row, Rows, is_number
-from pretrain_cli.engine.runs.run_yaml import RECORD
+from pretrain_cli.engine.runs.run_yaml import RUN_YAML
 from pretrain_cli.errors import CheckpointError
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
@@ -113,8 +113,8 @@ def check_run(folder: Path) -> None:
     """Refuse what is not the folder of a run."""
     if not folder.exists():
         raise CheckpointError(f"{folder}: no such run; name the folder of a run, as runs/NAME")
-    if not (folder / RECORD).is_file():
-        raise CheckpointError(f"{folder}: not a run (no {RECORD}); name the folder of a run")
+    if not (folder / RUN_YAML).is_file():
+        raise CheckpointError(f"{folder}: not a run (no {RUN_YAML}); name the folder of a run")
 
 
 def read_history(folder: Path) -> History:
@@ -127,7 +127,7 @@ def read_history(folder: Path) -> History:
     history = History(
         folder=folder,
         name=folder.resolve().name,
-        record=_read_record(folder / RECORD),
+        record=_read_record(folder / RUN_YAML),
         steps=reader.steps_read(),
         evaluations=reader.evaluations_read(),
         marks=reader.marks_read(),

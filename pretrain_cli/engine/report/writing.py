@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pretrain_cli.engine.report.history import METRICS, History, check_run, read_history
 from pretrain_cli.engine.report.page import render
-from pretrain_cli.engine.runs.run_yaml import RECORD
+from pretrain_cli.engine.runs.run_yaml import RUN_YAML
 from pretrain_cli.errors import CheckpointError, ConfigError
 from pretrain_cli.files import write_whole
 
@@ -52,12 +52,12 @@ def write_report(
 
 def newest_run() -> Path:
     """The run in runs/ that wrote its metrics last."""
-    runs = [record.parent for record in RUNS.glob(f"*/{RECORD}")]
+    runs = [record.parent for record in RUNS.glob(f"*/{RUN_YAML}")]
     if not runs:
         raise CheckpointError(
             "runs/: no run; train one with 'pretrain train', or name the folder of one"
         )
-    return max(runs, key=lambda run: max(_written(run / METRICS), _written(run / RECORD)))
+    return max(runs, key=lambda run: max(_written(run / METRICS), _written(run / RUN_YAML)))
 
 
 def _written(path: Path) -> float:

@@ -8,7 +8,7 @@
         ├── state.json               step, samples consumed, tokens seen
         └── checksums.json           of every file above; written last
 
-What goes into one is taken while training waits, by `take_contents`, and written by
+What goes into one is taken while training waits, by `take_snapshot`, and written by
 `write_checkpoint` while it goes on: aside, flushed and renamed, so a folder called step-… is whole;
 its checksums show what has happened to it since. Weights larger than train.max_shard_size are
 several files with an index. Moments are kept under published names, so a run can go on with merged
@@ -30,8 +30,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pretrain_cli.data.tokenizers.tokenizer import Tokenizer
-from pretrain_cli.engine.optim.optimizer import kept_for
-from pretrain_cli.engine.runtime.distributed import Ranks, is_parted, place_like, whole
+from pretrain_cli.engine.optim.optimizer import state_names
+from pretrain_cli.engine.runtime.distributed import Ranks, distribute_like, full_tensor, is_sharded
 from pretrain_cli.errors import CheckpointError
 from pretrain_cli.files import flush, sha256_of
 from pretrain_cli.model.config import ModelConfig
@@ -39,7 +39,7 @@ from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.formats.hf_config import to_config_json
 from pretrain_cli.model.formats.hf_weights import published_tensors, write_weights
 from pretrain_cli.model.formats.tensor_file import write_tensors
-from pretrain_cli.model.parameter_map import EMBEDDING, HEAD, Merged, layout
+from pretrain_cli.model.parameter_map import EMBEDDING, HEAD, Merged, parameter_map
 
 CHECKSUMS = Path("training/checksums.json")
 MOMENTS = Path("training/optimizer.safetensors")
@@ -74,7 +74,7 @@ class State:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contents:
+class Snapshot:
     """All that a checkpoint is written from, on the CPU."""
 
     state: State
@@ -84,7 +84,7 @@ class Contents:
     moments: dict[str, Tensor]
 
 
-def take_contents(
+def take_snapshot(
     model: Decoder,
     optimizer: Optimizer,
     state: State,
@@ -92,22 +92,22 @@ def take_contents(
     tokenizer: Tokenizer,
     ranks: Ranks,
     copy: bool = True,
-) -> Contents | None:
+) -> Snapshot | None:
     """What a checkpoint of this instant holds. Every rank calls this; the first one gets it.
 
     Training goes on without changing it, but where `copy` is false on a CPU: there it is the
     model's own memory.
     """
-    if not ranks.is_first and not is_parted(model):  # nothing that this rank has is needed
+    if not ranks.is_first and not is_sharded(model):  # nothing that this rank has is needed
         return None
 
     def taken(tensor: Tensor) -> Tensor | None:
-        tensor = whole(tensor.detach())
+        tensor = full_tensor(tensor.detach())
         if not ranks.is_first:
             return None
-        return tensor.to("cpu", copy=copy and not is_parted(model))
+        return tensor.to("cpu", copy=copy and not is_sharded(model))
 
-    kept = kept_for(optimizer)
+    kept = state_names(optimizer)
     moments = {"rng": torch.get_rng_state()}
     for moment in dict.fromkeys(name for names in kept.values() for name in names):
         found = published_tensors(
@@ -117,12 +117,12 @@ def take_contents(
     weights = published_tensors(model, taken)
     if not ranks.is_first:
         return None
-    return Contents(
+    return Snapshot(
         state=state, config=model.config, tokenizer=tokenizer, weights=weights, moments=moments
     )
 
 
-def write_checkpoint(folder: Path, contents: Contents, *, max_shard_size: int) -> Path:
+def write_checkpoint(folder: Path, contents: Snapshot, *, max_shard_size: int) -> Path:
     """`folder/step-N`, whole. Raises OSError with nothing of it left behind."""
     place = folder / f"step-{contents.state.step:06d}"
     aside = place.with_name(f".{place.name}.partial")
@@ -138,7 +138,7 @@ def write_checkpoint(folder: Path, contents: Contents, *, max_shard_size: int) -
         _write_json(aside / "generation_config.json", {**ends, **pad, "do_sample": True})
         tokenizer.save(aside)
         _write_json(aside / STATE, asdict(contents.state))
-        seal(aside, sums)
+        write_checksums(aside, sums)
         shutil.rmtree(place, ignore_errors=True)
         aside.rename(place)
         _flush_folder(folder)
@@ -151,7 +151,7 @@ def write_checkpoint(folder: Path, contents: Contents, *, max_shard_size: int) -
 def size_on_disk(config: ModelConfig, optimizer: str, tokenizer: Tokenizer) -> int:
     """Bytes of a checkpoint, rather some more than less: all its numbers are float32."""
     numbers = names = 0
-    for piece in layout(config, merged=Merged()):
+    for piece in parameter_map(config, merged=Merged()):
         has_muon = optimizer == "muon" and not piece.is_norm and piece.name not in (EMBEDDING, HEAD)
         kept = 1 if has_muon else 2
         numbers += (1 + kept) * math.prod(piece.shape)
@@ -168,9 +168,9 @@ def estimated_seconds(size: int) -> float:
 def load_training_state(folder: Path, model: Decoder, optimizer: Optimizer) -> State:
     """Set the optimizer to where it was. Weights are read by `load_weights`, like any model's."""
     parameters = dict(model.named_parameters())
-    kept, values = kept_for(optimizer), dict[str, dict[str, Tensor]]()
+    kept, values = state_names(optimizer), dict[str, dict[str, Tensor]]()
     with safe_open(folder / MOMENTS, framework="pt") as file:
-        for piece in layout(model.config, merged=model.merged):
+        for piece in parameter_map(model.config, merged=model.merged):
             parameter = parameters[piece.parameter]
             slot = values.setdefault(
                 piece.parameter, {m: torch.empty(parameter.shape) for m in kept[parameter]}
@@ -183,7 +183,7 @@ def load_training_state(folder: Path, model: Decoder, optimizer: Optimizer) -> S
         parameter = parameters[name]
         ours = optimizer.state[parameter]
         for moment, value in slot.items():
-            ours[moment].copy_(place_like(value, parameter))
+            ours[moment].copy_(distribute_like(value, parameter))
         if "step" in ours:
             ours["step"].fill_(state.step - state.skipped)
     return state
@@ -210,7 +210,7 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(_as_json(value))
 
 
-def seal(folder: Path, known: Mapping[str, str] | None = None) -> None:
+def write_checksums(folder: Path, known: Mapping[str, str] | None = None) -> None:
     """Flush every file of a checkpoint, and write their checksums last. Those of files that were
     flushed when they were written, and hashed as they went out, are known."""
     sums = dict(known or {})
@@ -235,7 +235,7 @@ def _flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def damage(folder: Path, *, model_only: bool = False) -> str | None:
+def find_damage(folder: Path, *, model_only: bool = False) -> str | None:
     """What is wrong with a checkpoint, or None; `model_only` leaves unread what only training
     needs."""
     try:

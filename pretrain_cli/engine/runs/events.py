@@ -204,8 +204,8 @@ class Finished:
     reason: Literal["done", "stopped"]
 
 
-Kept = StepMetrics | Evaluation | Skipped | RolledBack | Saved | Unsaved
-Event = Notice | Started | Kept | Profiled | Sample | Finished
+Logged = StepMetrics | Evaluation | Skipped | RolledBack | Saved | Unsaved
+Event = Notice | Started | Logged | Profiled | Sample | Finished
 Emit = Callable[[Event], None]
 
 KINDS: dict[type, str] = {
@@ -231,7 +231,7 @@ class MetricsFile:
         """Opens for appending; lines beyond step `upto` are of a future that was lost, and go. What
         was skipped on the way to one of the `rollbacks` stays."""
         self.path, self.say = path, notify
-        rows = keep_upto(path, upto, rollbacks)
+        rows = truncate_after(path, upto, rollbacks)
         self.evaluated = {row["step"] for row in rows if row["kind"] == KINDS[Evaluation]}
         """Steps whose evaluation is in the file."""
         steps = [row for row in rows if row["kind"] == KINDS[StepMetrics]]
@@ -242,7 +242,7 @@ class MetricsFile:
         self.lock = threading.Lock()
         """A save brings the file onto the disk from a thread of its own."""
 
-    def write(self, event: Started | Kept) -> None:
+    def write(self, event: Started | Logged) -> None:
         row: dict[str, Any] = {"kind": KINDS[type(event)], **_in_json(asdict(event))}
         if not row.get("sources", True):
             del row["sources"]
@@ -277,7 +277,7 @@ class MetricsFile:
         self.file.close()
 
 
-def keep_upto(path: Path, step: int, rollbacks: int = 0) -> list[dict[str, Any]]:
+def truncate_after(path: Path, step: int, rollbacks: int = 0) -> list[dict[str, Any]]:
     """Cut a file of JSON lines to those up to this step, and give them. Those that count the
     rollbacks before them order by these first. A kill can have cut the last line short."""
     if not path.is_file():

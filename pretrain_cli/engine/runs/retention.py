@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pretrain_cli.config.run_config import TrainSettings
-from pretrain_cli.engine.runs.checkpoint import State, damage, read_state
+from pretrain_cli.engine.runs.checkpoint import State, find_damage, read_state
 from pretrain_cli.errors import CheckpointError, ConfigError
 
 
@@ -43,7 +43,7 @@ def newest_intact(
     found = checkpoints(run)
     reasons = 0
     for folder in found:
-        reason = damage(folder, model_only=model_only)
+        reason = find_damage(folder, model_only=model_only)
         if reason is not None:
             reasons += 1
             skipped(f"{reason}; skipped")
@@ -81,7 +81,7 @@ def find_model_folder(
     if best:
         where = _best(where)
     if (where / "config.json").is_file():
-        if (where / "training").is_dir() and (reason := damage(where, model_only=True)):
+        if (where / "training").is_dir() and (reason := find_damage(where, model_only=True)):
             raise CheckpointError(f"{reason}; use another checkpoint")
         return where
     newest = newest_intact(where, skipped, model_only=True)
@@ -122,7 +122,7 @@ def make_room(run: Path, train: TrainSettings) -> list[Path]:
     found = checkpoints(run)
     kept = _kept(found, train, train.keep_checkpoints - 1)
     for folder in found:
-        if damage(folder) is None and read_state(folder).finite:
+        if find_damage(folder) is None and read_state(folder).finite:
             return _remove_all_but(kept | {folder}, found)
     return []
 

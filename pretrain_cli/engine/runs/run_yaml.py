@@ -14,7 +14,7 @@ from pretrain_cli.errors import CheckpointError, ConfigError
 from pretrain_cli.model.config import FIELDS, ModelConfig, variant
 from pretrain_cli.model.presets import preset
 
-RECORD = "run.yaml"
+RUN_YAML = "run.yaml"
 # How long a run goes, where and how fast, and what it reports and keeps: none changes what a step
 # learns. (More steps stretch the schedule, which is told.) All speed settings are such, too.
 SAFE = {
@@ -53,7 +53,7 @@ learned from then on, as a learning rate does, and needs --allow-change."""
 
 
 @dataclass(frozen=True)
-class Record:
+class RunRecord:
     """run.yaml of a run that exists."""
 
     settings: dict[str, Any]
@@ -66,11 +66,11 @@ class Record:
     micro_batch_size: int
 
 
-def read_record(run: Path) -> Record:
+def read_record(run: Path) -> RunRecord:
     """run.yaml of a run folder."""
-    path = run / RECORD
+    path = run / RUN_YAML
     if not path.is_file():
-        raise CheckpointError(f"{run}: no {RECORD}; --resume takes the folder of a run")
+        raise CheckpointError(f"{run}: no {RUN_YAML}; --resume takes the folder of a run")
     try:
         raw = yaml.safe_load(path.read_text())
         model = dict(raw["model"])
@@ -83,11 +83,11 @@ def read_record(run: Path) -> Record:
     except (yaml.YAMLError, KeyError, TypeError, ValueError):
         raise CheckpointError(f"{path}: damaged; copy it back from a backup") from None
     # every field is in the file, so nothing of the preset it starts from is left
-    return Record(settings, asked, variant(preset("gemma3-tiny"), model), name, *data, *machine)
+    return RunRecord(settings, asked, variant(preset("gemma3-tiny"), model), name, *data, *machine)
 
 
 def resumed_settings(
-    record: Record, changed: RunConfig, *, allow_change: bool = False
+    record: RunRecord, changed: RunConfig, *, allow_change: bool = False
 ) -> RunConfig:
     """The settings that a resumed run goes on with, or ConfigError about a change that it can't
     have, or can have only where it is allowed."""

@@ -29,7 +29,7 @@ class Ranks:
     """This process among those that train together."""
 
     rank: int
-    world: int
+    world_size: int
     device: torch.device
 
     @property
@@ -39,24 +39,24 @@ class Ranks:
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of every rank's values, on every rank."""
-        if self.world > 1:
+        if self.world_size > 1:
             values = values.clone()
             dist.all_reduce(values)
         return values
 
     def any(self, flag: bool) -> bool:
         """Whether it is true on any rank."""
-        if self.world == 1:
+        if self.world_size == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
 
     def mean(self, numbers: list[float]) -> list[float]:
         """Each number's mean over the ranks, on every rank."""
-        return (self.sum(torch.tensor(numbers, device=self.device)) / self.world).tolist()
+        return (self.sum(torch.tensor(numbers, device=self.device)) / self.world_size).tolist()
 
-    def least(self, number: int) -> int:
+    def min(self, number: int) -> int:
         """The smallest of every rank's numbers, on every rank."""
-        if self.world == 1:
+        if self.world_size == 1:
             return number
         value = torch.tensor(number, device=self.device)
         dist.all_reduce(value, op=dist.ReduceOp.MIN)
@@ -64,7 +64,7 @@ class Ranks:
 
     def wait(self) -> None:
         """Until every rank is here."""
-        if self.world > 1:
+        if self.world_size > 1:
             dist.barrier()
 
 
@@ -73,19 +73,19 @@ def open_ranks(device: str) -> Iterator[Ranks]:
     """The ranks that torchrun started, or this process alone, on the device that is asked for."""
     if device.startswith("cuda:") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(f"train.device: '{device}' is one GPU, for several ranks; give cuda")
-    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    place = find_device(device, int(os.environ.get("LOCAL_RANK", "0")) if world > 1 else None)
+    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    place = find_device(device, int(os.environ.get("LOCAL_RANK", "0")) if world_size > 1 else None)
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    if world > 1:
+    if world_size > 1:
         if place.type == "cuda":
             dist.init_process_group("nccl", device_id=place)
         else:
             dist.init_process_group("gloo")
     try:
-        yield Ranks(rank, world, place)
+        yield Ranks(rank, world_size, place)
     finally:
-        if world > 1:
+        if world_size > 1:
             dist.destroy_process_group()
 
 
@@ -131,9 +131,9 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def share(model: Decoder, ranks: Ranks, how: str) -> nn.Module:
+def parallelize(model: Decoder, ranks: Ranks, how: str) -> nn.Module:
     """The model as the ranks train it: a copy on each, or a part of every parameter on each."""
-    if ranks.world == 1 and how == "ddp":
+    if ranks.world_size == 1 and how == "ddp":
         return model
     if how == "fsdp":
         if not dist.is_initialized():
@@ -149,7 +149,7 @@ def share(model: Decoder, ranks: Ranks, how: str) -> nn.Module:
 
 
 @contextlib.contextmanager
-def gradients_kept(model: nn.Module, *, last: bool) -> Iterator[None]:
+def sync_gradients(model: nn.Module, *, last: bool) -> Iterator[None]:
     """Exchange gradients between the ranks in a step's last micro-step only."""
     if isinstance(model, DistributedDataParallel) and not last:
         with model.no_sync():
@@ -160,24 +160,24 @@ def gradients_kept(model: nn.Module, *, last: bool) -> Iterator[None]:
     yield
 
 
-def is_parted(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     """Whether each rank holds only a part of every parameter."""
     return isinstance(model, FSDPModule)
 
 
-def part_again(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """After a forward pass without a backward: drop the whole parameters that FSDP2 still holds."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be parted among the ranks, on its device. Every rank must
     ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def place_like(value: Tensor, like: Tensor) -> Tensor:
+def distribute_like(value: Tensor, like: Tensor) -> Tensor:
     """A whole value parted and placed as another tensor is."""
     if isinstance(like, DTensor):
         return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)

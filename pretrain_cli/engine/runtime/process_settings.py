@@ -19,7 +19,7 @@ huge_pages          Large buffers in pages of 2 MB, where the kernel gives them 
 Tokenizing wants the opposite, `give_back_memory`: blocks of many sizes come and go there, and kept
 they leave ever more gaps.
 
-This module imports no torch, so that a command can call `before_torch` first.
+This module imports no torch, so that a command can call `set_env_before_torch` first.
 """
 
 import ctypes
@@ -61,7 +61,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
 _LOADED = time.monotonic()
 
 
-def age() -> float:
+def process_age() -> float:
     """Seconds since this process began; where the system has no /proc, since it loaded this."""
     try:
         began = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
@@ -98,7 +98,7 @@ def _left_of(group: Path) -> float:
     return int(limit) - int(used) + int(cached[1] if cached else 0)
 
 
-def before_torch(asked: SpeedConfig, *, writing: bool = False) -> None:
+def set_env_before_torch(asked: SpeedConfig, *, writing: bool = False) -> None:
     """Set what torch reads when it is loaded, unless the environment says it or torch is there
     already. `writing`: as in `huge_pages`."""
     if "torch" in sys.modules:
@@ -109,7 +109,7 @@ def before_torch(asked: SpeedConfig, *, writing: bool = False) -> None:
         os.environ.setdefault(HUGE_PAGES, "1")
 
 
-def hush_profiler() -> None:
+def silence_kineto() -> None:
     """Have Kineto, which torch profiles with, say nothing, unless the environment says what it
     does: what it says of every profile (USDT) has a higher level than its errors. Before torch is
     loaded; processes that are started from this one have it too."""
@@ -185,7 +185,7 @@ def check_process_settings(option: str, assignments: Iterable[str]) -> None:
             )
 
 
-def keep_compiled(folder: Path) -> None:
+def set_compile_cache(folder: Path) -> None:
     """Have torch.compile keep what it makes in this folder, and look there first, unless the
     environment names another. Before anything is compiled."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder.absolute()))

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 
-from pretrain_cli.model.parts import PREFIX, part
+from pretrain_cli.model.parts import PREFIX, span
 
 PARTS = ("data", "forward", "loss", "backward", "optimizer")
 STEP = "step"
@@ -68,7 +68,7 @@ class Profiler:
         """A step is taken inside."""
         if self.seen == self.first < self.end:
             self._start()
-        with part(STEP) if self.running else nullcontext():
+        with span(STEP) if self.running else nullcontext():
             yield
         self.seen += 1
         if self.running and self.seen == self.end:

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Protocol, Self, TypeVar
 
 from pretrain_cli.config.setting_types import seconds_of
-from pretrain_cli.engine.runtime.process_settings import age
+from pretrain_cli.engine.runtime.process_settings import process_age
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 SAME_REQUEST = 1.0
@@ -38,7 +38,7 @@ class Several(Protocol):
     """What of `Ranks` is needed here."""
 
     @property
-    def world(self) -> int: ...
+    def world_size(self) -> int: ...
 
     def mean(self, numbers: list[float]) -> list[float]: ...
 
@@ -115,7 +115,7 @@ class StopRequest:
         now = time.perf_counter()
         gap, self.looked = now - self.looked, now
         self.gap = max(gap, self.gap - gap / 10)  # that of a first step, which compiles, wears off
-        if self.limit and not self.reason and age() + self.room >= seconds_of(self.limit):
+        if self.limit and not self.reason and process_age() + self.room >= seconds_of(self.limit):
             self.reason, self.out_of_time = f"train.max_time: {self.limit}", True
 
     # --- asking ----------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ class StopRequest:
     def agree(self) -> bool:
         """Whether any rank was asked to. Every rank must call it, and waits for the others."""
         asked = self.asked
-        if self.ranks is None or self.ranks.world == 1:
+        if self.ranks is None or self.ranks.world_size == 1:
             self.agreed = asked
         elif not self.agreed:
             now = time.perf_counter()
@@ -144,7 +144,7 @@ class StopRequest:
         """As `agree`, but several ranks agree only once in a while: after as many calls as fill
         that time, which they all make alike."""
         self.polls += 1
-        alone = self.ranks is None or self.ranks.world == 1
+        alone = self.ranks is None or self.ranks.world_size == 1
         if alone or self.polls >= self.polls_between:
             return self.agree()
         self._look_at_the_clock()

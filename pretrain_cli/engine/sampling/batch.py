@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pretrain_cli.engine.sampling.sampler import Choice, Controls, choose, uniforms
+from pretrain_cli.engine.sampling.sampler import NextToken, SamplingParams, sample_next, uniforms
 from pretrain_cli.errors import CheckpointError
-from pretrain_cli.model.inference.decode import Writer
+from pretrain_cli.model.inference.decode import DecodeSession
 from pretrain_cli.model.kv_cache import KVCache
 
 LATE = 4
@@ -33,7 +33,7 @@ PADDED = 0.25
 
 
 @dataclass
-class Text:
+class Completion:
     """One text: its prompt, and what is made of it."""
 
     number: int
@@ -53,17 +53,17 @@ class Text:
 class Row:
     """A row of the batch: the text that is in it, and how many of its tokens were begun."""
 
-    text: Text | None = None
+    text: Completion | None = None
     begun: int = 0
 
 
-class Generation:
+class ContinuousBatch:
     """Texts of one model, so many at a time."""
 
     def __init__(
         self,
-        writer: Writer,
-        controls: Controls,
+        writer: DecodeSession,
+        controls: SamplingParams,
         *,
         rows: int,
         capacity: int,
@@ -88,18 +88,18 @@ class Generation:
         self.prefilled: tuple[list[int], KVCache, int, Tensor] | None = None
 
     @torch.no_grad()
-    def run(self, texts: Iterable[Text]) -> Iterator[tuple[Text, int | None]]:
+    def run(self, texts: Iterable[Completion]) -> Iterator[tuple[Completion, int | None]]:
         """Each token as it is made, with its text; None for an end without one. Whoever reads may
         set `stopped`, which ends that text."""
         queue = deque(texts)
-        waiting: deque[tuple[Tensor, Tensor, object, list[Text | None]]] = deque()
+        waiting: deque[tuple[Tensor, Tensor, object, list[Completion | None]]] = deque()
         ids: Tensor | None = None
         while True:
             if ids is not None and any(row.text for row in self.rows):
                 self._step(ids)
             self._fill(queue)
             if any(row.text for row in self.rows):
-                choice = choose(self.logits, self.controls, self._uniforms(), self.present)
+                choice = sample_next(self.logits, self.controls, self._uniforms(), self.present)
                 ids = choice.ids.clamp(min=0)
                 if self.present is not None:
                     self.present.scatter_(1, ids.unsqueeze(-1), True)
@@ -124,7 +124,7 @@ class Generation:
         self.index = (self.index + 1).clamp(max=self.drawn.shape[1] - 1)
         return chosen
 
-    def _fill(self, queue: deque[Text]) -> None:
+    def _fill(self, queue: deque[Completion]) -> None:
         """Give rows without a text the next ones."""
         free = [row for row in range(len(self.rows)) if self.rows[row].text is None]
         taken = [(row, queue.popleft()) for row in free[: len(queue)]]
@@ -144,7 +144,9 @@ class Generation:
             self._begin(row, text, *made[tuple(text.prompt)][1:])
         self.prefilled = made[tuple(taken[-1][1].prompt)] if queue else None
 
-    def _begin(self, row: int, text: Text, prompt: KVCache, place: int, logits: Tensor) -> None:
+    def _begin(
+        self, row: int, text: Completion, prompt: KVCache, place: int, logits: Tensor
+    ) -> None:
         self.rows[row] = Row(text)
         self.cache.take(row, prompt, place, len(text.prompt))
         self.logits[row] = logits
@@ -157,7 +159,7 @@ class Generation:
             self.present[row] = False
             self.present[row, torch.tensor(text.prompt, device=self.device)] = True
 
-    def _fetch(self, choice: Choice) -> tuple[Tensor, Tensor, object, list[Text | None]]:
+    def _fetch(self, choice: NextToken) -> tuple[Tensor, Tensor, object, list[Completion | None]]:
         """Begin to copy a choice to the CPU: for which texts, and what says that it is there."""
         texts = [row.text for row in self.rows]
         if self.device.type != "cuda":
@@ -175,8 +177,8 @@ class Generation:
                 self.rows[place] = Row()
 
     def _look(
-        self, ids: Tensor, logprobs: Tensor, there: object, texts: list[Text | None]
-    ) -> Iterator[tuple[Text, int | None]]:
+        self, ids: Tensor, logprobs: Tensor, there: object, texts: list[Completion | None]
+    ) -> Iterator[tuple[Completion, int | None]]:
         if isinstance(there, torch.cuda.Event):
             there.synchronize()
         for text, token, logprob in zip(texts, ids.tolist(), logprobs.tolist(), strict=True):

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from pretrain_cli.data.tokenizers.tokenizer import Tokenizer, read_tokenizer
-from pretrain_cli.engine.runs.run_yaml import RECORD, Record, read_record
+from pretrain_cli.engine.runs.run_yaml import RUN_YAML, RunRecord, read_record
 from pretrain_cli.engine.runtime.speed import (
     Speed,
     apply_process_settings,
@@ -54,9 +54,9 @@ def folder_tokenizer(folder: Path) -> Tokenizer:
     return read_tokenizer(path, name=folder.name)
 
 
-def run_of(folder: Path) -> tuple[Path, Record] | None:
+def run_of(folder: Path) -> tuple[Path, RunRecord] | None:
     """The run that a checkpoint is of, and its run.yaml; None for any other model folder."""
     run = folder.resolve().parent.parent
-    if folder.resolve().parent.name != "checkpoints" or not (run / RECORD).is_file():
+    if folder.resolve().parent.name != "checkpoints" or not (run / RUN_YAML).is_file():
         return None
     return run, read_record(run)

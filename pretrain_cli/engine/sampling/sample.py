@@ -14,15 +14,15 @@ from pretrain_cli.data.tokenizers.tokenizer import Tokenizer
 from pretrain_cli.engine.runs.retention import find_model_folder
 from pretrain_cli.engine.runtime.distributed import find_device
 from pretrain_cli.engine.runtime.speed import Speed, resolve_speed
-from pretrain_cli.engine.sampling.batch import Generation, Text
+from pretrain_cli.engine.sampling.batch import Completion, ContinuousBatch
 from pretrain_cli.engine.sampling.detokenize import StopStrings, TextStream
 from pretrain_cli.engine.sampling.open_model import folder_tokenizer, open_model, quantized
-from pretrain_cli.engine.sampling.sampler import Controls
+from pretrain_cli.engine.sampling.sampler import SamplingParams
 from pretrain_cli.errors import ConfigError, DataError
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.formats.hf_config import read_config
-from pretrain_cli.model.inference.decode import Writer
+from pretrain_cli.model.inference.decode import DecodeSession
 from pretrain_cli.model.inference.int8 import FEW, as_floats, is_quantized
 from pretrain_cli.model.inference.int8 import quantize as quantize_model
 
@@ -85,18 +85,18 @@ def refuse_int8_off_cpu(device: torch.device) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class TextDelta:
     """What came of a text: characters, and with the last of them that it is whole."""
 
-    text: Text
+    text: Completion
     piece: str
     whole: str | None
     """All that was made of it, once it ended."""
 
 
 def plan_texts(
-    model: Decoder, tokenizer: Tokenizer, prompts: list[str], controls: Controls, n: int = 1
-) -> list[Text]:
+    model: Decoder, tokenizer: Tokenizer, prompts: list[str], controls: SamplingParams, n: int = 1
+) -> list[Completion]:
     """`n` texts of each prompt, in order. Raises ConfigError for a prompt that is no text, or that
     has no room behind it."""
     positions = model.config.max_position_embeddings
@@ -116,7 +116,7 @@ def plan_texts(
             )
         for _ in range(n):
             texts.append(
-                Text(
+                Completion(
                     number=len(texts),
                     prompt=ids,
                     limit=min(controls.max_tokens, room),
@@ -128,11 +128,16 @@ def plan_texts(
 
 
 def write(
-    writer: Writer, tokenizer: Tokenizer, texts: list[Text], controls: Controls, *, rows: int
-) -> Iterator[Piece]:
+    writer: DecodeSession,
+    tokenizer: Tokenizer,
+    texts: list[Completion],
+    controls: SamplingParams,
+    *,
+    rows: int,
+) -> Iterator[TextDelta]:
     """Pieces of all texts, each as it comes; of several they come mixed."""
     rows = min(rows, len(texts))
-    generation = Generation(
+    generation = ContinuousBatch(
         writer,
         controls,
         rows=rows,
@@ -153,23 +158,23 @@ def write(
         if stop.found:
             text.stopped = "stop"
         whole[text.number] += piece
-        yield Piece(text=text, piece=piece, whole=whole[text.number] if text.stopped else None)
+        yield TextDelta(text=text, piece=piece, whole=whole[text.number] if text.stopped else None)
 
 
 def sample_text(
-    model: Decoder, tokenizer: Tokenizer, prompt: str, controls: Controls
+    model: Decoder, tokenizer: Tokenizer, prompt: str, controls: SamplingParams
 ) -> Iterator[str]:
     """The text that follows the prompt, in pieces that are whole characters. The model is left as
     it is."""
     texts = plan_texts(model, tokenizer, [prompt], controls)
-    for piece in write(Writer(model), tokenizer, texts, controls, rows=1):
+    for piece in write(DecodeSession(model), tokenizer, texts, controls, rows=1):
         if piece.piece:
             yield piece.piece
 
 
 def make_writer(
-    model: Decoder, asked: bool | None, texts: list[Text], rows: int, emit: Emit
-) -> Writer:
+    model: Decoder, asked: bool | None, texts: list[Completion], rows: int, emit: Emit
+) -> DecodeSession:
     """The model made ready to write these texts; it can do nothing else afterwards. Compiles a step
     where that was asked for or pays, and says so."""
     if is_quantized(model) and (why := no_int8_steps(model, asked, min(rows, len(texts)))):
@@ -179,7 +184,7 @@ def make_writer(
     if asked and not compiled:
         emit(f"Not compiled: {reason}")
     rows = min(rows, len(texts))
-    writer = Writer(model, fast=True, compiled=compiled, rows=rows)
+    writer = DecodeSession(model, fast=True, compiled=compiled, rows=rows)
     if compiled or is_quantized(model):
         began = time.perf_counter()
         capacity = max(len(text.prompt) + text.limit for text in texts)
@@ -201,7 +206,7 @@ def no_int8_steps(model: Decoder, asked: bool | None, rows: int) -> str:
 
 
 def decide_compile(
-    model: Decoder, asked: bool | None, texts: list[Text], rows: int
+    model: Decoder, asked: bool | None, texts: list[Completion], rows: int
 ) -> tuple[bool, str]:
     """(whether to compile a step, why). Without being asked, on a GPU, and on a CPU where so many
     steps could be needed that it pays."""

@@ -28,7 +28,7 @@ waiting, sorts all."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Controls:
+class SamplingParams:
     """How tokens are chosen, and when a text ends."""
 
     max_tokens: int = 200
@@ -62,7 +62,7 @@ class Controls:
             raise ConfigError("--stop: an empty text ends nothing; leave it out")
 
 
-class Choice(NamedTuple):
+class NextToken(NamedTuple):
     """One token for each text."""
 
     ids: Tensor
@@ -78,7 +78,9 @@ def uniforms(seed: int, count: int) -> Tensor:
     return torch.rand(count, generator=generator, dtype=torch.float64)
 
 
-def choose(logits: Tensor, controls: Controls, drawn: Tensor, present: Tensor | None) -> Choice:
+def sample_next(
+    logits: Tensor, controls: SamplingParams, drawn: Tensor, present: Tensor | None
+) -> NextToken:
     """One token for each text. (B, V), float32; `drawn` (B,), one of its uniforms; with a
     repetition penalty `present` (B, V), true for the tokens of its prompt and text."""
     scores = logits
@@ -92,10 +94,10 @@ def choose(logits: Tensor, controls: Controls, drawn: Tensor, present: Tensor | 
     else:
         ids = draw(probabilities(scores, controls), drawn)
     logprobs = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
-    return Choice(torch.where(logits.amax(-1).isfinite(), ids, -1), logprobs)
+    return NextToken(torch.where(logits.amax(-1).isfinite(), ids, -1), logprobs)
 
 
-def probabilities(scores: Tensor, controls: Controls) -> Tensor:
+def probabilities(scores: Tensor, controls: SamplingParams) -> Tensor:
     """What a token is drawn by: 0 for those that the controls leave out. (B, V) -> (B, V), whose
     sum need not be 1."""
     scores = scores / controls.temperature

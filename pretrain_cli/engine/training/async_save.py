@@ -27,21 +27,21 @@ from torch.optim import Optimizer
 from pretrain_cli.config.setting_types import in_bytes
 from pretrain_cli.engine.planning.plan import Plan
 from pretrain_cli.engine.runs import checkpoint, retention
-from pretrain_cli.engine.runs.checkpoint import Contents, State
+from pretrain_cli.engine.runs.checkpoint import Snapshot, State
 from pretrain_cli.engine.runs.events import Emit, Event, Notice, Saved, Unsaved
-from pretrain_cli.engine.runtime.distributed import Ranks, is_parted
+from pretrain_cli.engine.runtime.distributed import Ranks, is_sharded
 from pretrain_cli.engine.runtime.process_settings import available_memory
 from pretrain_cli.errors import ConfigError, PretrainError
 from pretrain_cli.files import free_space, is_disk_full
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.units import size as told
 
-SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_BETWEEN_POLLS = 1.0
 """While a save is waited for, every rank looks again: none waits in one exchange for so long that
 it is taken for dead."""
 
 
-class Saver:
+class AsyncSaver:
     """Writes a run's checkpoints, one at a time."""
 
     def __init__(
@@ -66,8 +66,8 @@ class Saver:
         """Save this instant, for which training waits `since` then. Every rank calls this, after
         `wait`. `goes_on` is false where nothing will change any more, and no copy is needed."""
         self.began = time.perf_counter()
-        copy = goes_on and (is_parted(model) or self._has_memory())
-        contents = checkpoint.take_contents(
+        copy = goes_on and (is_sharded(model) or self._has_memory())
+        contents = checkpoint.take_snapshot(
             model,
             optimizer,
             state,
@@ -100,7 +100,7 @@ class Saver:
 
     # --- what became of it -----------------------------------------------------------------------
 
-    def look(self) -> State | None:
+    def poll(self) -> State | None:
         """Emit a save that has ended since. -> the state that was saved; None where none was.
         What was a bug there is raised here."""
         if self.writing is None or not self.writing.done():
@@ -114,7 +114,7 @@ class Saver:
     def wait(self) -> State | None:
         """Look once no save is under way. Every rank calls this."""
         self._join()
-        return self.look()
+        return self.poll()
 
     def _join(self) -> None:
         while self.ranks.any(self._is_busy()):
@@ -124,7 +124,7 @@ class Saver:
         """Whether one still is, after a while."""
         if self.writing is None:
             return False
-        return bool(wait([self.writing], timeout=SECONDS_BETWEEN_LOOKS).not_done)
+        return bool(wait([self.writing], timeout=SECONDS_BETWEEN_POLLS).not_done)
 
     def finish(self) -> None:
         """Wait for the last save. Raises PretrainError, on every rank, where it failed."""
@@ -145,7 +145,7 @@ class Saver:
 
     # --- in the background -----------------------------------------------------------------------
 
-    def _save(self, contents: Contents, since: float, *, waits: bool) -> list[Event]:
+    def _save(self, contents: Snapshot, since: float, *, waits: bool) -> list[Event]:
         """Write a checkpoint and rotate. -> what there is to tell; errors of the disk among it."""
         begun, step = time.perf_counter(), contents.state.step
         events: list[Event] = []
@@ -166,7 +166,7 @@ class Saver:
         stall = (done if waits else begun) - since
         return [*events, Saved(step, path, time.time(), stall, done - begun, size)]
 
-    def _write(self, contents: Contents, events: list[Event]) -> Path:
+    def _write(self, contents: Snapshot, events: list[Event]) -> Path:
         """Write it; where the disk is full, once more when room was made."""
         folder, train = self.run / "checkpoints", self.plan.settings.train
         try:
@@ -181,7 +181,7 @@ class Saver:
             events.append(Notice(f"{_reason(error)}: removed {names} to make room"))
         return self._write_once(folder, contents)
 
-    def _write_once(self, folder: Path, contents: Contents) -> Path:
+    def _write_once(self, folder: Path, contents: Snapshot) -> Path:
         free = free_space(folder)
         if free < self.size:  # and not after most of it is written
             raise OSError(

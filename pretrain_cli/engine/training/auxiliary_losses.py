@@ -6,22 +6,22 @@ import torch
 from torch import Tensor
 
 from pretrain_cli.engine.runtime.distributed import Ranks
-from pretrain_cli.model.decoder import Coefficients, Terms
+from pretrain_cli.model.decoder import LossParts, LossWeights
 
 
-class OtherTerms:
+class AuxiliaryLosses:
     """Of one step, added up over its micro-steps on the device; the CPU waits in `read` alone.
 
     The z-loss is a mean over the step's tokens, like the loss. The balancing loss is not: f and P
     are those of a micro-step's tokens on one rank, as transformers has them, and what is minimized
     is the mean of these losses, by tokens. A larger micro-batch balances less strictly."""
 
-    def __init__(self, coefficients: Coefficients) -> None:
+    def __init__(self, coefficients: LossWeights) -> None:
         self.coefficients = coefficients
         self.sums: Tensor | None = None
         self.choices: Tensor | None = None
 
-    def add(self, terms: Terms) -> None:
+    def add(self, terms: LossParts) -> None:
         sums = torch.stack([terms.z_loss, terms.balancing])
         self.sums = sums if self.sums is None else self.sums + sums
         if terms.choices is not None:
@@ -31,7 +31,7 @@ class OtherTerms:
     def read(self, ranks: Ranks) -> dict[str, Any]:
         """For StepMetrics, of all ranks. Every rank must ask."""
         assert self.sums is not None, "no micro-step was added"
-        z_loss, balancing = (ranks.sum(self.sums) / ranks.world).tolist()
+        z_loss, balancing = (ranks.sum(self.sums) / ranks.world_size).tolist()
         numbers: dict[str, Any] = {"z_loss": z_loss} if self.coefficients.z_loss else {}
         if self.choices is None:
             return numbers

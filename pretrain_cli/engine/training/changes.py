@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pretrain_cli.config.build import check_config
 from pretrain_cli.engine.optim.schedule import learning_rate
 from pretrain_cli.engine.planning.plan import Plan, resolved
-from pretrain_cli.engine.runs.run_yaml import Record, differences
+from pretrain_cli.engine.runs.run_yaml import RunRecord, differences
 
 
-def told_changes(record: Record, plan: Plan, step: int) -> Iterator[str]:
+def changed_settings(record: RunRecord, plan: Plan, step: int) -> Iterator[str]:
     """A line for each setting that is another one now; and what more steps do to the schedule."""
     before = check_config(record.settings)
     for name, old, new in differences(before, resolved(plan)):

@@ -8,12 +8,12 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from pretrain_cli.data.batches import IGNORED, validation_batches
+from pretrain_cli.data.batches import IGNORE_INDEX, validation_batches
 from pretrain_cli.data.dataset import Dataset, Split
 from pretrain_cli.data.documents import document_numbers
 from pretrain_cli.data.mixture import Mixture
 from pretrain_cli.engine.runs.events import Evaluation, Validation
-from pretrain_cli.engine.runtime.distributed import Ranks, part_again
+from pretrain_cli.engine.runtime.distributed import Ranks, reshard
 
 
 @torch.no_grad()
@@ -44,8 +44,8 @@ def evaluate(
             ]
         )
     finally:
-        part_again(model)
-    if ranks.world > 1:
+        reshard(model)
+    if ranks.world_size > 1:
         sums = ranks.sum(sums.to(ranks.device))
     splits = [source.dataset.val for source in sources]
     each = {
@@ -72,7 +72,7 @@ def _summed(
     """This rank's part of a dataset: its loss, summed, and the count of its targets. -> (2,)"""
     total = torch.zeros(2, dtype=torch.float64)  # not every device has it
     for inputs, targets in validation_batches(
-        dataset.val.tokens, rank=ranks.rank, world=ranks.world, **shape
+        dataset.val.tokens, rank=ranks.rank, world_size=ranks.world_size, **shape
     ):
         check()
         documents = None
@@ -85,7 +85,7 @@ def _summed(
             documents=documents,
             normalizer=1,
         ).item()
-        total[1] += int((targets != IGNORED).sum())
+        total[1] += int((targets != IGNORE_INDEX).sum())
     return total
 
 

@@ -15,11 +15,11 @@ from pretrain_cli.config.run_config import RunConfig
 from pretrain_cli.engine.optim.optimizer import build_optimizer, set_learning_rate
 from pretrain_cli.engine.planning.plan import Plan, make_plan
 from pretrain_cli.engine.runs.events import Emit, Event, Notice
-from pretrain_cli.engine.runtime.distributed import Ranks, open_ranks, share
+from pretrain_cli.engine.runtime.distributed import Ranks, open_ranks, parallelize
 from pretrain_cli.engine.runtime.speed import apply_process_settings, build_model, compile_blocks
 from pretrain_cli.engine.runtime.stop import StopRequest
-from pretrain_cli.engine.training.auxiliary_losses import OtherTerms
-from pretrain_cli.engine.training.prefetch import Feed, open_batches
+from pretrain_cli.engine.training.auxiliary_losses import AuxiliaryLosses
+from pretrain_cli.engine.training.prefetch import Prefetcher, open_batches
 from pretrain_cli.engine.training.step import train_step
 from pretrain_cli.engine.training.train import set_weights
 from pretrain_cli.errors import ConfigError
@@ -91,9 +91,9 @@ def _train(
     decoder = build_model(plan.model, plan.speed, ranks.device)
     set_weights(decoder, plan, None, emit)
     compile_blocks(decoder, plan.speed)
-    model = share(decoder, ranks, plan.settings.train.parallel)
+    model = parallelize(decoder, ranks, plan.settings.train.parallel)
     optimizer = build_optimizer(decoder, plan.settings.optimizer, fused=plan.speed.fused_optimizer)
-    feed = Feed(batches, first_sample=0, device=ranks.device, prefetch=plan.speed.prefetch)
+    feed = Prefetcher(batches, first_sample=0, device=ranks.device, prefetch=plan.speed.prefetch)
     emit(Notice(f"The rate rises from {LOWEST:g} to {HIGHEST:g}; that of the run is not used"))
     rates, losses = [], []
     try:
@@ -109,10 +109,10 @@ def _train(
                 batch.targets,
                 micro_batch_size=plan.micro_batch_size,
                 clip=plan.settings.optimizer.clip,
-                world=ranks.world,
+                world_size=ranks.world_size,
                 counted=batch.counted,
                 documents=batch.documents,
-                terms=OtherTerms(plan.coefficients) if plan.coefficients else None,
+                terms=AuxiliaryLosses(plan.coefficients) if plan.coefficients else None,
                 stop=stop.poll,
             )
             mean = ranks.sum(loss).item()

@@ -15,7 +15,7 @@ from pretrain_cli.data.packing import Packed
 from pretrain_cli.engine.planning.plan import Plan
 from pretrain_cli.engine.runs.events import Emit, Notice
 from pretrain_cli.engine.runtime.distributed import Ranks
-from pretrain_cli.model.parts import part
+from pretrain_cli.model.parts import span
 
 
 def open_batches(plan: Plan, ranks: Ranks, emit: Emit) -> Batches:
@@ -30,7 +30,7 @@ def open_batches(plan: Plan, ranks: Ranks, emit: Emit) -> Batches:
         seed=plan.settings.train.seed,
         documents=plan.settings.data.document_mask,
         rank=ranks.rank,
-        world=ranks.world,
+        world_size=ranks.world_size,
     )
 
 
@@ -61,7 +61,7 @@ def _what_became_of(packed: Packed) -> str:
 
 
 @dataclass(frozen=True)
-class Tensors:
+class DeviceBatch:
     """A `Batch`, a rank's share of a step, in tensors."""
 
     inputs: Tensor
@@ -69,13 +69,13 @@ class Tensors:
     documents: Tensor | None
     counted: int
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> "Tensors":
+    def each(self, change: Callable[[Tensor], Tensor]) -> "DeviceBatch":
         """With every tensor changed so."""
         documents = None if self.documents is None else change(self.documents)
-        return Tensors(change(self.inputs), change(self.targets), documents, self.counted)
+        return DeviceBatch(change(self.inputs), change(self.targets), documents, self.counted)
 
 
-class Feed:
+class Prefetcher:
     """Steps in order, from a sample on. `wait` is how long the last one kept training waiting."""
 
     def __init__(
@@ -86,12 +86,12 @@ class Feed:
         self.sample = first_sample
         self.wait = 0.0
         self.reader = ThreadPoolExecutor(1, "batches") if prefetch else None
-        self.coming: Future[Tensors] | None = None
+        self.coming: Future[DeviceBatch] | None = None
 
-    def next(self) -> Tensors:
+    def next(self) -> DeviceBatch:
         """This rank's share of the next step, on the device."""
         asked = time.perf_counter()
-        with part("data"):
+        with span("data"):
             read = self.coming.result() if self.coming else self._read(self.sample)
             self.sample += self.batches.samples_per_step
             if self.reader:
@@ -100,7 +100,7 @@ class Feed:
         self.wait = time.perf_counter() - asked
         return batch
 
-    def at(self, sample: int) -> Tensors:
+    def at(self, sample: int) -> DeviceBatch:
         """This rank's share of another step, out of turn."""
         return self._placed(self._read(sample))
 
@@ -108,13 +108,13 @@ class Feed:
         """Go on from this sample."""
         self.sample, self.coming = sample, None
 
-    def _placed(self, batch: Tensors) -> Tensors:
-        return batch.each(lambda part: part.to(self.device, non_blocking=True))
+    def _placed(self, batch: DeviceBatch) -> DeviceBatch:
+        return batch.each(lambda tensor: tensor.to(self.device, non_blocking=True))
 
-    def _read(self, sample: int) -> Tensors:
+    def _read(self, sample: int) -> DeviceBatch:
         read = self.batches.starting_at(sample)
         documents = None if read.documents is None else torch.from_numpy(read.documents)
-        batch = Tensors(
+        batch = DeviceBatch(
             torch.from_numpy(read.inputs), torch.from_numpy(read.targets), documents, read.counted
         )
         if self.device.type == "cuda":  # a copy from pinned memory doesn't keep the CPU waiting

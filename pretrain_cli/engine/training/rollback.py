@@ -15,39 +15,39 @@ from pretrain_cli.engine.planning.plan import Plan
 from pretrain_cli.engine.runs import checkpoint, retention
 from pretrain_cli.engine.runs.checkpoint import State
 from pretrain_cli.engine.runs.events import Emit, Notice, RolledBack
-from pretrain_cli.engine.runtime.distributed import Ranks, is_parted, place_like
+from pretrain_cli.engine.runtime.distributed import Ranks, distribute_like, is_sharded
 from pretrain_cli.engine.runtime.speed import build_model
-from pretrain_cli.engine.training.prefetch import Feed
-from pretrain_cli.engine.training.skipped_step import look_into
-from pretrain_cli.engine.training.step_guard import Guard, is_finite
+from pretrain_cli.engine.training.prefetch import Prefetcher
+from pretrain_cli.engine.training.skipped_step import diagnose
+from pretrain_cli.engine.training.step_guard import StepGuard, is_finite
 from pretrain_cli.errors import PretrainError
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.formats.hf_weights import load_weights
 
 
-class Recovery:
+class Rollback:
     """Learns from the guard what became of a run's steps, and finds the way back where it must."""
 
     def __init__(
         self,
-        guard: Guard,
+        guard: StepGuard,
         plan: Plan,
         run: Path,
         ranks: Ranks,
         emit: Emit,
-        feed: Feed,
+        feed: Prefetcher,
         decoder: Decoder,
         model: nn.Module,
         optimizer: Optimizer,
     ) -> None:
         self.guard, self.plan, self.run, self.ranks, self.emit = guard, plan, run, ranks, emit
         self.feed, self.decoder, self.model, self.optimizer = feed, decoder, model, optimizer
-        self.astray = ""
+        self.rollback_reason = ""
         """Why the run must go back before it goes on; empty where it need not."""
         self.back_at = -1
-        self._see_whether_astray("")
+        self._note_divergence("")
 
-    def settle(self, state: State) -> State:
+    def collect_outcomes(self, state: State) -> State:
         """Learn what became of the steps up to this one, and report those that were skipped. Waits
         for the device."""
         verdicts = self.guard.read()
@@ -57,7 +57,7 @@ class Recovery:
             if not 0 < verdict.in_a_row <= self.guard.max_skips:  # beyond, it was not judged
                 continue
             first = state.samples - (state.step - step + 1) * self.plan.samples_per_step
-            record = look_into(
+            record = diagnose(
                 verdict,
                 step=step,
                 samples=(first, first + self.plan.samples_per_step),
@@ -70,26 +70,26 @@ class Recovery:
                 ranks=self.ranks,
             )
             self.emit(record)
-            self._see_whether_astray(verdict.reason)
+            self._note_divergence(verdict.reason)
         if not verdicts:
             return state
         skipped = state.skipped + len(verdicts) - len(taken)
         return replace(state, skipped=skipped, finite=state.step in taken)
 
-    def _see_whether_astray(self, reason: str) -> None:
+    def _note_divergence(self, reason: str) -> None:
         if self.guard.is_exhausted:
             last = f", the last because its {reason}" if reason else ""
-            self.astray = f"{self.guard.max_skips} steps in a row were skipped{last}"
+            self.rollback_reason = f"{self.guard.max_skips} steps in a row were skipped{last}"
 
     def can_be_saved(self, state: State) -> bool:
         """Whether all that a checkpoint would hold is finite; else the run is astray."""
         if is_finite(self.optimizer, self.ranks):
             return True
-        self.astray = "weights or the optimizer's moments are not finite"
-        self.emit(Notice(f"Step {state.step:,} is not saved: {self.astray}"))
+        self.rollback_reason = "weights or the optimizer's moments are not finite"
+        self.emit(Notice(f"Step {state.step:,} is not saved: {self.rollback_reason}"))
         return False
 
-    def go_back(self, state: State) -> tuple[State, RolledBack]:
+    def roll_back(self, state: State) -> tuple[State, RolledBack]:
         """To the last checkpoint known finite, and past the samples since; PretrainError where
         there is none, or after too many times."""
         limit = self.plan.settings.train.max_rollbacks
@@ -97,32 +97,34 @@ class Recovery:
         first = state.step - in_a_row + 1
         if first - 1 == self.back_at:  # from where the run has gone back to, no step was taken
             first -= 1
-        folder = last_sound(self.run, first, self.ranks, self.emit)
+        folder = last_finite_checkpoint(self.run, first, self.ranks, self.emit)
         if folder is None or state.rollbacks >= limit:
             why = f"{self.run} has no earlier checkpoint to go back to"
             if folder is not None:
                 why = f"it went back {state.rollbacks} times, as train.max_rollbacks allows"
             raise PretrainError(
-                f"step {state.step}: training diverged: {self.astray}, and {why}. Nothing of this "
-                "is saved; metrics.jsonl tells of the batches. Start again with a lower "
-                f"--learning-rate, or with --init-from an earlier checkpoint of {self.run}"
+                f"step {state.step}: training diverged: {self.rollback_reason}, and {why}. "
+                "Nothing of this is saved; metrics.jsonl tells of the batches. Start again with a "
+                f"lower --learning-rate, or with --init-from an earlier checkpoint of {self.run}"
             )
         # Steps after the guard had given up were not judged: their samples are still to come.
         unseen = max(0, in_a_row - self.guard.max_skips)
         samples = state.samples - unseen * self.plan.samples_per_step
         sound = restore(folder, self.decoder, self.optimizer, self.plan, self.ranks)
         passed = (sound.samples, samples)
-        told = RolledBack(sound.step, state.step - unseen, self.astray, passed, state.rollbacks + 1)
+        told = RolledBack(
+            sound.step, state.step - unseen, self.rollback_reason, passed, state.rollbacks + 1
+        )
         self.guard.load_state_dict(sound.guard)
         self.feed.go_to(samples)
-        self.back_at, self.astray = sound.step, ""
+        self.back_at, self.rollback_reason = sound.step, ""
         state = replace(
             sound, samples=samples, passed=(*sound.passed, passed), rollbacks=told.rollbacks
         )
         return state, told
 
 
-def last_sound(run: Path, before: int, ranks: Ranks, emit: Emit) -> Path | None:
+def last_finite_checkpoint(run: Path, before: int, ranks: Ranks, emit: Emit) -> Path | None:
     """The newest checkpoint below a step, of those that are intact and known finite: on every rank
     the one that the first rank finds."""
     step = -1
@@ -130,7 +132,7 @@ def last_sound(run: Path, before: int, ranks: Ranks, emit: Emit) -> Path | None:
         for folder in retention.checkpoints(run):
             if retention.step_of(folder) >= before:
                 continue
-            if reason := checkpoint.damage(folder):
+            if reason := checkpoint.find_damage(folder):
                 emit(Notice(f"{reason}; skipped"))
             elif checkpoint.read_state(folder).finite:
                 step = retention.step_of(folder)
@@ -144,13 +146,13 @@ def restore(
     folder: Path, decoder: Decoder, optimizer: Optimizer, plan: Plan, ranks: Ranks
 ) -> State:
     """Weights, optimizer and random numbers of a checkpoint, in a model that is being trained."""
-    if is_parted(decoder):
+    if is_sharded(decoder):
         whole_model = build_model(plan.model, plan.speed, torch.device("cpu"))
         load_weights(whole_model, folder)
         parts = dict(decoder.named_parameters())
         with torch.no_grad():
             for name, value in whole_model.named_parameters():
-                parts[name].copy_(place_like(value, parts[name]))
+                parts[name].copy_(distribute_like(value, parts[name]))
     else:
         load_weights(decoder, folder)
     return checkpoint.load_training_state(folder, decoder, optimizer)

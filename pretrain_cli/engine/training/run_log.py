@@ -4,11 +4,11 @@ from pathlib import Path
 
 from pretrain_cli.engine.planning.plan import Plan, resolved
 from pretrain_cli.engine.runs.checkpoint import State
-from pretrain_cli.engine.runs.events import Emit, Event, Kept, MetricsFile, Notice, Started
+from pretrain_cli.engine.runs.events import Emit, Event, Logged, MetricsFile, Notice, Started
 from pretrain_cli.engine.runs.trackers import Tracker, have_each, open_trackers, track
 
 
-class Outputs:
+class RunLog:
     """Open on the first rank alone; elsewhere nothing is written."""
 
     def __init__(self, plan: Plan, run: Path, emit: Emit, tell: Emit) -> None:
@@ -39,7 +39,7 @@ class Outputs:
             self.metrics.write(started)
 
     def take(self, event: Event) -> None:
-        if self.metrics and isinstance(event, Kept):
+        if self.metrics and isinstance(event, Logged):
             self.metrics.write(event)
         track(self.trackers, event, self.tell)
 

@@ -19,7 +19,7 @@ import yaml
 
 from pretrain_cli import __version__
 from pretrain_cli.engine.planning.plan import Plan, resolved
-from pretrain_cli.engine.runs.run_yaml import RECORD
+from pretrain_cli.engine.runs.run_yaml import RUN_YAML
 from pretrain_cli.engine.runtime.distributed import device_name
 from pretrain_cli.engine.runtime.peak_flops import Peak
 from pretrain_cli.errors import ConfigError
@@ -34,7 +34,7 @@ def choose_folder(plan: Plan) -> Path:
     """The folder of a new run: as asked, and then without a run in it; or the next free name."""
     asked = plan.settings.train.out
     if asked is not None:
-        if (asked / RECORD).exists():
+        if (asked / RUN_YAML).exists():
             raise ConfigError(
                 f"--out: {asked} holds another run; choose another folder, or continue that run "
                 f"with --resume {asked}"
@@ -89,7 +89,7 @@ def write_record(
         raise ConfigError(
             f"--out: {folder} can't be made ({error.strerror}); choose another folder"
         ) from None
-    write_whole(folder / RECORD, yaml.safe_dump(record, sort_keys=False))
+    write_whole(folder / RUN_YAML, yaml.safe_dump(record, sort_keys=False))
 
 
 def _fields(config: ModelConfig) -> dict[str, Any]:

@@ -12,31 +12,32 @@ from pathlib import Path
 import torch
 
 from pretrain_cli.engine.planning.plan import Plan
-from pretrain_cli.engine.runs.events import Emit, Notice, Sample, keep_upto
+from pretrain_cli.engine.runs.events import Emit, Notice, Sample, truncate_after
 from pretrain_cli.engine.runtime.distributed import Ranks
 from pretrain_cli.engine.runtime.stop import Stopped, StopRequest
-from pretrain_cli.engine.sampling.sample import Controls, sample_text
+from pretrain_cli.engine.sampling.sample import sample_text
+from pretrain_cli.engine.sampling.sampler import SamplingParams
 from pretrain_cli.errors import PretrainError
 from pretrain_cli.files import append_line, flush
 from pretrain_cli.model.decoder import Decoder
 
 
-class Samples:
+class SampleLog:
     """samples.jsonl: a line for each prompt, each time. The first rank writes it."""
 
     def __init__(self, plan: Plan, run: Path, ranks: Ranks, emit: Emit, *, upto: int) -> None:
         self.plan, self.ranks, self.emit = plan, ranks, emit
         self.path = run / "samples.jsonl"
-        self.keep_upto(upto)
+        self.truncate_after(upto)
         self.settings = plan.settings.train
         self.possible = self.settings.sample_tokens > 0
         if self.possible and self.settings.parallel == "fsdp":
             self.possible = False
             emit(Notice("No samples: the model is parted among the ranks. pretrain sample"))
 
-    def keep_upto(self, step: int) -> None:
+    def truncate_after(self, step: int) -> None:
         """Lines beyond this step are of a future that was lost, and go."""
-        rows = keep_upto(self.path, step) if self.ranks.is_first else []
+        rows = truncate_after(self.path, step) if self.ranks.is_first else []
         self.taken = {(row["step"], row["prompt"]) for row in rows}
 
     def due(self, step: int) -> bool:
@@ -60,7 +61,7 @@ class Samples:
             raise Stopped
 
     def _take(self, decoder: Decoder, step: int, prompt: str, stop: StopRequest) -> None:
-        controls = Controls(max_tokens=self.settings.sample_tokens, seed=self.settings.seed)
+        controls = SamplingParams(max_tokens=self.settings.sample_tokens, seed=self.settings.seed)
         pieces = sample_text(decoder, self.plan.data.tokenizer, prompt, controls)
         try:
             with torch.compiler.set_stance("force_eager"):  # each length would compile anew

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from pretrain_cli.engine.planning.plan import Plan
 from pretrain_cli.engine.runs.events import Skipped
-from pretrain_cli.engine.runtime.distributed import Ranks, part_again, whole
-from pretrain_cli.engine.training.auxiliary_losses import OtherTerms
-from pretrain_cli.engine.training.prefetch import Feed, Tensors
+from pretrain_cli.engine.runtime.distributed import Ranks, full_tensor, reshard
+from pretrain_cli.engine.training.auxiliary_losses import AuxiliaryLosses
+from pretrain_cli.engine.training.prefetch import DeviceBatch, Prefetcher
 from pretrain_cli.engine.training.step import add_gradients
-from pretrain_cli.engine.training.step_guard import Verdict
+from pretrain_cli.engine.training.step_guard import StepOutcome
 from pretrain_cli.model.decoder import Decoder
-from pretrain_cli.model.parameter_map import layout
+from pretrain_cli.model.parameter_map import parameter_map
 
 WORST_SAMPLES = 3
 WORST_TENSORS = 5
@@ -26,15 +26,15 @@ HEAD = 200
 """Characters of a sample's text that are recorded."""
 
 
-def look_into(
-    verdict: Verdict,
+def diagnose(
+    verdict: StepOutcome,
     *,
     step: int,
     samples: tuple[int, int],
     same_weights: bool,
     rollbacks: int,
     plan: Plan,
-    feed: Feed,
+    feed: Prefetcher,
     decoder: Decoder,
     model: nn.Module,
     ranks: Ranks,
@@ -48,10 +48,10 @@ def look_into(
         batch.inputs,
         batch.targets,
         micro_batch_size=plan.micro_batch_size,
-        world=ranks.world,
+        world_size=ranks.world_size,
         counted=batch.counted,
         documents=batch.documents,
-        terms=OtherTerms(plan.coefficients) if plan.coefficients else None,
+        terms=AuxiliaryLosses(plan.coefficients) if plan.coefficients else None,
     )
     norms = _norm_of_each(decoder)
     decoder.zero_grad(set_to_none=True)
@@ -72,7 +72,7 @@ def look_into(
 
 
 @torch.no_grad()
-def _loss_of_each(model: nn.Module, batch: Tensors, feed: Feed, ranks: Ranks) -> Tensor:
+def _loss_of_each(model: nn.Module, batch: DeviceBatch, feed: Prefetcher, ranks: Ranks) -> Tensor:
     """The loss of each sample of the step, on all ranks. -> (samples,)"""
     losses = torch.zeros(feed.batches.samples_per_step, device=ranks.device)
     model.eval()
@@ -82,7 +82,7 @@ def _loss_of_each(model: nn.Module, batch: Tensors, feed: Feed, ranks: Ranks) ->
             losses[feed.batches.first + row] = model(
                 one.inputs, one.targets, documents=one.documents
             )
-    part_again(model)
+    reshard(model)
     return ranks.sum(losses)
 
 
@@ -90,10 +90,10 @@ def _norm_of_each(decoder: Decoder) -> dict[str, float]:
     """The gradient norm of every tensor, by its published name."""
     parameters, norms = dict(decoder.named_parameters()), {}
     gathered: tuple[str, Tensor | None] = "", None
-    for piece in layout(decoder.config, merged=decoder.merged):
+    for piece in parameter_map(decoder.config, merged=decoder.merged):
         if piece.parameter != gathered[0]:
             grad = parameters[piece.parameter].grad
-            gathered = piece.parameter, None if grad is None else whole(grad).cpu()
+            gathered = piece.parameter, None if grad is None else full_tensor(grad).cpu()
         if gathered[1] is not None:
             norm = torch.linalg.vector_norm(piece.of(gathered[1]), dtype=torch.float64)
             norms[piece.name] = norm.item()
@@ -109,7 +109,7 @@ def _size(number: float) -> float:
     return number if math.isfinite(number) else math.inf
 
 
-def _sample(number: int, loss: float, plan: Plan, feed: Feed) -> dict[str, Any]:
+def _sample(number: int, loss: float, plan: Plan, feed: Prefetcher) -> dict[str, Any]:
     source, tokens = feed.batches.sample(number)
     return {
         "sample": number,

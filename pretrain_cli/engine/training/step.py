@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pretrain_cli.engine.runtime.distributed import gradients_kept
+from pretrain_cli.engine.runtime.distributed import sync_gradients
 from pretrain_cli.engine.runtime.stop import Stopped
-from pretrain_cli.engine.training.auxiliary_losses import OtherTerms
-from pretrain_cli.engine.training.step_guard import Guard
-from pretrain_cli.model.parts import part
+from pretrain_cli.engine.training.auxiliary_losses import AuxiliaryLosses
+from pretrain_cli.engine.training.step_guard import StepGuard
+from pretrain_cli.model.parts import span
 
 
 def train_step(
@@ -21,11 +21,11 @@ def train_step(
     *,
     micro_batch_size: int,
     clip: float,
-    world: int = 1,
+    world_size: int = 1,
     counted: int | None = None,
     documents: Tensor | None = None,
-    guard: Guard | None = None,
-    terms: OtherTerms | None = None,
+    guard: StepGuard | None = None,
+    terms: AuxiliaryLosses | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step on this rank's share of its samples. -> (loss, gradient norm).
@@ -40,13 +40,13 @@ def train_step(
         inputs,
         targets,
         micro_batch_size=micro_batch_size,
-        world=world,
+        world_size=world_size,
         counted=counted,
         documents=documents,
         terms=terms,
         stop=stop,
     )
-    with part("optimizer"):
+    with span("optimizer"):
         limit = clip if clip > 0 else float("inf")
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
         if guard is None:
@@ -63,10 +63,10 @@ def add_gradients(
     targets: Tensor,
     *,
     micro_batch_size: int,
-    world: int = 1,
+    world_size: int = 1,
     counted: int | None = None,
     documents: Tensor | None = None,
-    terms: OtherTerms | None = None,
+    terms: AuxiliaryLosses | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Tensor:
     """The gradients of a step, and this rank's part of its loss.
@@ -77,7 +77,7 @@ def add_gradients(
     one large batch would give; gradients are then averaged over the ranks. Raises Stopped between
     two micro-steps where `stop` says so; there are then no gradients.
     """
-    normalizer = targets.numel() if counted is None else counted / world
+    normalizer = targets.numel() if counted is None else counted / world_size
     model.train()
     total = torch.zeros((), device=inputs.device)
     for start in range(0, len(inputs), micro_batch_size):
@@ -85,8 +85,8 @@ def add_gradients(
             model.zero_grad(set_to_none=True)
             raise Stopped
         rows = slice(start, start + micro_batch_size)
-        with gradients_kept(model, last=rows.stop >= len(inputs)):
-            with part("forward"):
+        with sync_gradients(model, last=rows.stop >= len(inputs)):
+            with span("forward"):
                 found = model(
                     inputs[rows],
                     targets[rows],
@@ -94,9 +94,9 @@ def add_gradients(
                     normalizer=normalizer,
                     coefficients=terms.coefficients if terms else None,
                 )
-            with part("backward"):
+            with span("backward"):
                 (found.minimized if terms else found).backward()
         if terms:
             terms.add(found)
-        total += (found.cross_entropy if terms else found.detach()) / world
+        total += (found.cross_entropy if terms else found.detach()) / world_size
     return total

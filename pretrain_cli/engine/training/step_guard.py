@@ -25,7 +25,7 @@ NAMES = ("loss", "gradient norm")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class StepOutcome:
     """What became of a step."""
 
     loss: float
@@ -37,7 +37,7 @@ class Verdict:
     """How many steps up to this one were skipped, without one between that was taken."""
 
 
-class Guard:
+class StepGuard:
     """Decides each step of a run on the device.
 
     A loss or gradient norm that is not finite skips the step; so does, with `skip_spikes`, one that
@@ -61,7 +61,7 @@ class Guard:
         """
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
-        numbers = self.ranks.sum(torch.stack([loss, norm.to(loss) / self.ranks.world]))
+        numbers = self.ranks.sum(torch.stack([loss, norm.to(loss) / self.ranks.world_size]))
         finite = numbers.isfinite()
         flags = torch.cat([~finite, finite & self._spikes(numbers)])
         skip = flags.any() | (self.in_a_row >= self.max_skips)
@@ -88,7 +88,7 @@ class Guard:
         largest = torch.finfo(variance.dtype).max  # and not infinity, which would never fade
         self.variance = torch.where(skip, self.variance, variance.clamp(max=largest))
 
-    def read(self) -> list[Verdict]:
+    def read(self) -> list[StepOutcome]:
         """What became of the steps since this was last asked. Waits for the device."""
         rows = torch.stack(self.unread).tolist() if self.unread else []
         self.unread = []
@@ -121,10 +121,10 @@ class Guard:
         self.mean = tensor(state.get("mean", [0.0, 0.0]))  # of loss and gradient norm
         self.variance = tensor(state.get("variance", [0.0, 0.0]))
         self.unread = []
-        self.last = Verdict(math.nan, math.nan, "", state.get("in_a_row", 0))
+        self.last = StepOutcome(math.nan, math.nan, "", state.get("in_a_row", 0))
 
 
-def _verdict(row: list[float]) -> Verdict:
+def _verdict(row: list[float]) -> StepOutcome:
     numbers, flags, means, variances = row[:2], row[2:6], row[6:8], row[8:10]
     reasons = []
     for name, number, broken, spikes, mean, variance in zip(
@@ -135,7 +135,7 @@ def _verdict(row: list[float]) -> Verdict:
         elif spikes:
             size = (number - mean) / math.sqrt(variance) if variance else math.inf
             reasons.append(f"{name} {number:.4g} is {size:.1f} deviations above {mean:.4g}")
-    return Verdict(numbers[0], numbers[1], ", ".join(reasons), int(row[10]))
+    return StepOutcome(numbers[0], numbers[1], ", ".join(reasons), int(row[10]))
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from pretrain_cli.engine.runtime.distributed import Ranks
 from pretrain_cli.model.counting import Flops
 
 
-class Meter:
+class ThroughputMeter:
     """Times and rates of the steps since the last line, and of the run so far.
 
     Times are the host's. A GPU works behind it, so whoever reads a line or holds training up first
@@ -32,7 +32,7 @@ class Meter:
         before: tuple[int, float],
     ) -> None:
         """From `tokens` seen on; `before` are tokens and seconds that earlier processes told of."""
-        self.ranks, self.flops, self.peak = ranks, flops, peak * ranks.world
+        self.ranks, self.flops, self.peak = ranks, flops, peak * ranks.world_size
         self.tokens_per_step, self.first_tokens, self.before = tokens_per_step, tokens, before
         self.began = time.perf_counter()
         self._next_interval(self.began)

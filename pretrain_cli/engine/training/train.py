@@ -15,10 +15,10 @@ from pretrain_cli.engine.planning.plan import Plan, make_plan
 from pretrain_cli.engine.runs import checkpoint, retention
 from pretrain_cli.engine.runs.checkpoint import State
 from pretrain_cli.engine.runs.events import Emit, Event, Finished, Notice
-from pretrain_cli.engine.runs.run_yaml import Record
-from pretrain_cli.engine.runtime.distributed import open_ranks, share
+from pretrain_cli.engine.runs.run_yaml import RunRecord
+from pretrain_cli.engine.runtime.distributed import open_ranks, parallelize
 from pretrain_cli.engine.runtime.peak_flops import find_peak
-from pretrain_cli.engine.runtime.process_settings import keep_compiled
+from pretrain_cli.engine.runtime.process_settings import set_compile_cache
 from pretrain_cli.engine.runtime.profiler import WARMUP_STEPS
 from pretrain_cli.engine.runtime.speed import (
     DETERMINISM,
@@ -29,7 +29,7 @@ from pretrain_cli.engine.runtime.speed import (
 )
 from pretrain_cli.engine.runtime.stop import StopRequest
 from pretrain_cli.engine.training.async_save import check_space, checkpoint_size
-from pretrain_cli.engine.training.changes import told_changes
+from pretrain_cli.engine.training.changes import changed_settings
 from pretrain_cli.engine.training.prefetch import open_batches
 from pretrain_cli.engine.training.run_start import COMPILED, choose_folder, write_record
 from pretrain_cli.engine.training.trainer import Trainer
@@ -46,7 +46,7 @@ def train(
     settings: RunConfig,
     emit: Emit,
     *,
-    resume: tuple[Path, Record] | None = None,
+    resume: tuple[Path, RunRecord] | None = None,
     resume_from: Path | None = None,
     stop: StopRequest | None = None,
     profile: int = 0,
@@ -79,9 +79,9 @@ def train(
         decoder = build_model(plan.model, plan.speed, ranks.device)
         set_weights(decoder, plan, start, emit)
         if plan.speed.compile:
-            keep_compiled(run / COMPILED)
+            set_compile_cache(run / COMPILED)
         compile_blocks(decoder, plan.speed)
-        model = share(decoder, ranks, plan.settings.train.parallel)
+        model = parallelize(decoder, ranks, plan.settings.train.parallel)
         optimizer = build_optimizer(
             decoder, plan.settings.optimizer, fused=plan.speed.fused_optimizer
         )
@@ -99,7 +99,7 @@ def train(
                 f"{plan.steps - state.step:,} left; give fewer, or more --steps"
             )
         if resume is not None:
-            for line in told_changes(resume[1], plan, state.step):
+            for line in changed_settings(resume[1], plan, state.step):
                 emit(Notice(line))
         if ranks.is_first:
             retention.sweep(run)
@@ -115,7 +115,7 @@ def train(
 def _choose_run(
     plan: Plan,
     emit: Emit,
-    resume: tuple[Path, Record] | None,
+    resume: tuple[Path, RunRecord] | None,
     resume_from: Path | None,
 ) -> tuple[Path, Path | None]:
     """(run folder, checkpoint to start from or None). Nothing is written yet."""
@@ -127,7 +127,7 @@ def _choose_run(
             f"{plan.data.name}: not the dataset that {run} was trained on; give "
             f"{record.data_name} with --data, or start a new run"
         )
-    if resume_from and (reason := checkpoint.damage(resume_from)):
+    if resume_from and (reason := checkpoint.find_damage(resume_from)):
         raise CheckpointError(f"{reason}; resume from the run, {run}, to take another")
     start = resume_from or retention.newest_intact(run, lambda text: emit(Notice(text)))
     if start is None:

@@ -28,16 +28,16 @@ from pretrain_cli.engine.runtime.distributed import Ranks, device_name
 from pretrain_cli.engine.runtime.peak_flops import Peak
 from pretrain_cli.engine.runtime.profiler import WARMUP_STEPS, Profiler
 from pretrain_cli.engine.runtime.stop import Stopped, StopRequest
-from pretrain_cli.engine.training.async_save import Saver
-from pretrain_cli.engine.training.auxiliary_losses import OtherTerms
+from pretrain_cli.engine.training.async_save import AsyncSaver
+from pretrain_cli.engine.training.auxiliary_losses import AuxiliaryLosses
 from pretrain_cli.engine.training.evaluate import evaluate
-from pretrain_cli.engine.training.prefetch import Feed
-from pretrain_cli.engine.training.rollback import Recovery
-from pretrain_cli.engine.training.run_log import Outputs
-from pretrain_cli.engine.training.samples import Samples
+from pretrain_cli.engine.training.prefetch import Prefetcher
+from pretrain_cli.engine.training.rollback import Rollback
+from pretrain_cli.engine.training.run_log import RunLog
+from pretrain_cli.engine.training.samples import SampleLog
 from pretrain_cli.engine.training.step import train_step
-from pretrain_cli.engine.training.step_guard import Guard
-from pretrain_cli.engine.training.throughput import Meter
+from pretrain_cli.engine.training.step_guard import StepGuard
+from pretrain_cli.engine.training.throughput import ThroughputMeter
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.model import counting
 from pretrain_cli.model.decoder import Decoder
@@ -66,10 +66,10 @@ class Trainer:
         self.evaluation: Evaluation | None = None
         self.profile = 0
         """So many steps are looked into, after some to warm up."""
-        self.outputs = Outputs(plan, run, self.emit, emit)
+        self.outputs = RunLog(plan, run, self.emit, emit)
         train = plan.settings.train
-        self.guard = Guard(ranks, skip_spikes=train.skip_spikes, max_skips=train.max_skips)
-        self.saver = Saver(run, plan, ranks, self.emit, self.outputs.sync)
+        self.guard = StepGuard(ranks, skip_spikes=train.skip_spikes, max_skips=train.max_skips)
+        self.saver = AsyncSaver(run, plan, ranks, self.emit, self.outputs.sync)
 
     def emit(self, event: Event) -> None:
         self.outputs.take(event)
@@ -92,7 +92,7 @@ class Trainer:
             parameters=counting.count_parameters(plan.model).total,
             dataset=plan.data.name,
             device=device_name(ranks.device),
-            ranks=ranks.world,
+            ranks=ranks.world_size,
             steps=steps,
             tokens_per_step=plan.tokens_per_step,
             flops_per_token=flops.exact,
@@ -104,7 +104,7 @@ class Trainer:
         self.emit(started)
         if state.step < steps:
             self.outputs.begin(started)
-        meter = Meter(
+        meter = ThroughputMeter(
             ranks,
             flops=flops,
             peak=self.peak.flops,
@@ -112,20 +112,20 @@ class Trainer:
             tokens=state.tokens,
             before=self.outputs.before,
         )
-        feed = Feed(
+        feed = Prefetcher(
             self.batches,
             first_sample=state.samples,
             device=ranks.device,
             prefetch=plan.speed.prefetch,
         )
-        samples = Samples(plan, self.run, ranks, self.emit, upto=state.step)
+        samples = SampleLog(plan, self.run, ranks, self.emit, upto=state.step)
         profiler = Profiler(
             self.profile,
             after=WARMUP_STEPS,
             device=ranks.device,
             trace=self.run / f"profile-step-{state.step + WARMUP_STEPS + 1:06d}.json",
         )
-        self.recovery = Recovery(
+        self.recovery = Rollback(
             self.guard,
             plan,
             self.run,
@@ -147,11 +147,11 @@ class Trainer:
             if samples.due(state.step):  # a stop came before
                 with meter.held_up("evaluation"):
                     samples.take(self.decoder, state.step, stop)
-            while state.step < steps or self.recovery.astray:
+            while state.step < steps or self.recovery.rollback_reason:
                 stop.check()
-                if self.recovery.astray:
-                    state = self.go_back(state)
-                    samples.keep_upto(state.step)
+                if self.recovery.rollback_reason:
+                    state = self.roll_back(state)
+                    samples.truncate_after(state.step)
                 rate = learning_rate(
                     state.step,
                     peak=plan.learning_rate,
@@ -160,7 +160,7 @@ class Trainer:
                     settings=plan.settings.optimizer,
                 )
                 set_learning_rate(self.optimizer, rate)
-                terms = OtherTerms(plan.coefficients) if plan.coefficients else None
+                terms = AuxiliaryLosses(plan.coefficients) if plan.coefficients else None
                 with profiler.step():
                     batch = feed.next()
                     train_step(
@@ -170,7 +170,7 @@ class Trainer:
                         batch.targets,
                         micro_batch_size=plan.micro_batch_size,
                         clip=plan.settings.optimizer.clip,
-                        world=ranks.world,
+                        world_size=ranks.world_size,
                         counted=batch.counted,
                         documents=batch.documents,
                         guard=self.guard,
@@ -184,7 +184,7 @@ class Trainer:
                     tokens=state.tokens + plan.tokens_per_step,
                 )
                 meter.stepped(feed.wait)
-                state = self._with_saved(state, self.saver.look())
+                state = self._with_saved(state, self.saver.poll())
                 if profiler.profile:
                     self.emit(Profiled(state.step, profiler.profile))
                     profiler.profile = None  # told once
@@ -195,8 +195,8 @@ class Trainer:
                 log_due = state.step % plan.log_every == 0 or is_last
                 pause_due = save_due or eval_due or sample_due
                 if log_due or pause_due:
-                    state = self.recovery.settle(state)  # waits for the device
-                    if self.recovery.astray:
+                    state = self.recovery.collect_outcomes(state)  # waits for the device
+                    if self.recovery.rollback_reason:
                         continue
                 if log_due:
                     self.emit(
@@ -259,10 +259,10 @@ class Trainer:
         names = [source.name for source in sources]
         return dict(zip(names, tokens, strict=True)) if len(self.plan.data.sources) > 1 else {}
 
-    def go_back(self, state: State) -> State:
+    def roll_back(self, state: State) -> State:
         """To an earlier checkpoint; what is later is left behind."""
         self.saver.wait()  # it may be the one
-        state, told = self.recovery.go_back(state)
+        state, told = self.recovery.roll_back(state)
         self.saved_step, self.evaluated_step, self.evaluation = state.step, -1, None
         if self.ranks.is_first:
             for left in retention.abandon_later(self.run, state.step):
@@ -313,7 +313,7 @@ class Trainer:
         if self.saved_step == state.step:
             return state
         since = time.perf_counter()
-        state = self.recovery.settle(state)
+        state = self.recovery.collect_outcomes(state)
         if not self.recovery.can_be_saved(state):
             return state
         state = self._with_saved(state, self.saver.wait())
@@ -322,7 +322,7 @@ class Trainer:
         self.saver.begin(self.decoder, self.optimizer, whole, since=since, goes_on=goes_on)
         self.saved_step = state.step
         self.stop.paused()
-        return self._with_saved(state, self.saver.look())
+        return self._with_saved(state, self.saver.poll())
 
     def _with_saved(self, state: State, saved: State | None) -> State:
         """The state, where a save has ended, with what it knows as the best so far."""

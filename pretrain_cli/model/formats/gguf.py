@@ -13,7 +13,7 @@ from typing import Any
 
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.model.config import FULL, SLIDING, ModelConfig
-from pretrain_cli.model.parameter_map import Merged, Piece, layout
+from pretrain_cli.model.parameter_map import Merged, PublishedTensor, parameter_map
 
 ARCHITECTURES = {"gemma3_text": "gemma3", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
 DEPTH_OF_27B = 62
@@ -89,7 +89,7 @@ class FileTensor:
     """One of the file's tensors: a published one, or those of all experts one after the other."""
 
     name: str
-    pieces: list[Piece]
+    pieces: list[PublishedTensor]
 
     @property
     def is_stacked(self) -> bool:
@@ -112,8 +112,8 @@ class FileTensor:
 
 def gguf_tensors(config: ModelConfig, merged: Merged) -> list[FileTensor]:
     """The file's tensors, made of pieces of our parameters."""
-    found: dict[str, list[Piece]] = {}
-    for piece in layout(config, merged=merged):
+    found: dict[str, list[PublishedTensor]] = {}
+    for piece in parameter_map(config, merged=merged):
         found.setdefault(gguf_name(config, piece.name), []).append(piece)
     return [FileTensor(name=name, pieces=pieces) for name, pieces in found.items()]
 

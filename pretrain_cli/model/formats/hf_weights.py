@@ -23,7 +23,7 @@ from torch.nn import Parameter
 from pretrain_cli.errors import CheckpointError
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.formats.tensor_file import write_tensors
-from pretrain_cli.model.parameter_map import EMBEDDING, HEAD, Piece, layout
+from pretrain_cli.model.parameter_map import EMBEDDING, HEAD, PublishedTensor, parameter_map
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -70,7 +70,7 @@ def published_tensors(
     the value of all of it, or of something else in its shape; None leaves it out.
 
     Each parameter is asked for once: the experts of a layer are hundreds of parts of two."""
-    pieces = list(layout(model.config, merged=model.merged))
+    pieces = list(parameter_map(model.config, merged=model.merged))
     parameters = dict(model.named_parameters())
     names = dict.fromkeys(piece.parameter for piece in pieces)
     values = {name: whole(parameters[name]) for name in names}
@@ -101,7 +101,7 @@ def load_weights(model: Decoder, folder: Path) -> list[str]:
             )
         del where[HEAD]
     parameters = dict(model.named_parameters())
-    pieces = list(layout(config, merged=model.merged))
+    pieces = list(parameter_map(config, merged=model.merged))
     for path, group in _by_file(folder, where, pieces):
         with _opened(path) as file:
             for piece, name in group:
@@ -202,8 +202,8 @@ def _text_name(name: str) -> str:
 
 
 def _by_file(
-    folder: Path, where: dict[str, tuple[Path, str]], pieces: list[Piece]
-) -> Iterator[tuple[Path, list[tuple[Piece, str]]]]:
+    folder: Path, where: dict[str, tuple[Path, str]], pieces: list[PublishedTensor]
+) -> Iterator[tuple[Path, list[tuple[PublishedTensor, str]]]]:
     """The pieces grouped by the file that holds them, so that each is opened once."""
     missing = [piece.name for piece in pieces if piece.name not in where]
     if missing:

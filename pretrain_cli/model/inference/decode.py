@@ -41,7 +41,7 @@ class Parts(NamedTuple):
     """Whether they are compiled each by itself."""
 
 
-class Writer:
+class DecodeSession:
     """A decoder made ready to write text.
 
     With `fast`, on a CPU, its matrices are multiplied as suits `rows` texts at a time, if that is

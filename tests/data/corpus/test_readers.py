@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from pretrain_cli.data.corpus import readers as module
-from pretrain_cli.data.corpus.readers import FileReader, Reading
+from pretrain_cli.data.corpus.readers import FileReader, ReadOptions
 from pretrain_cli.data.corpus.source_files import find_corpus
 from pretrain_cli.errors import DataError
 
@@ -39,7 +39,7 @@ COMPRESS = {
 def read(path, **how):
     """(the texts, the remarks) of one file; what is said of each text is checked on the way."""
     (file,) = find_corpus([str(path)]).files
-    reader = FileReader(file, Reading(**how))
+    reader = FileReader(file, ReadOptions(**how))
     found = []
     for document in reader.documents():
         data = b"".join(document.blocks)
@@ -182,7 +182,7 @@ def test_documents_are_what_is_between_separator_lines(
         path.write_bytes(COMPRESS[kind](content))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "BLOCK", block)
-        patch.setattr(module, "HELD", held)
+        patch.setattr(module, "MAX_IN_MEMORY", held)
         assert texts(path, separator=separator) == [text for text in expected if text]
 
 
@@ -200,7 +200,7 @@ BROKEN = {
 @pytest.mark.parametrize("held", [2, 2**23])
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_document_that_is_not_utf8_is_treated_as_asked(packed, monkeypatch, kind, held):
-    monkeypatch.setattr(module, "HELD", held)
+    monkeypatch.setattr(module, "MAX_IN_MEMORY", held)
     data, replaced = BROKEN[kind]
     path = packed("a.txt", b"one\n-\n" + data + b"\n-\nthree\n-\n" + data + b"\n")
     how = {"separator": "-"}
@@ -231,7 +231,7 @@ def way(request, tmp_path, monkeypatch):
         if request.param == "-":
             monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
             (file,) = find_corpus(["-"]).files
-            reader = FileReader(file, Reading(**how))
+            reader = FileReader(file, ReadOptions(**how))
             found = [(b"".join(d.blocks), d.size, d.digest) for d in reader.documents()]
             assert [(len(text), hashlib.blake2b(text, digest_size=16).digest())
                     for text, *_ in found] == [tuple(rest) for _, *rest in found]  # fmt: skip
@@ -255,7 +255,7 @@ def test_a_document_too_long_to_hold_is_as_a_short_one(way, monkeypatch, block, 
     expected = way(content, separator="---")
     assert expected == (["short\n", f"{long}\n", "short too\n", long + long], {})
     monkeypatch.setattr(module, "BLOCK", block)
-    monkeypatch.setattr(module, "HELD", held)
+    monkeypatch.setattr(module, "MAX_IN_MEMORY", held)
     assert way(content, separator="---") == expected
     assert way(long.encode()) == ([long], {})
 
@@ -263,7 +263,7 @@ def test_a_document_too_long_to_hold_is_as_a_short_one(way, monkeypatch, block, 
 @pytest.mark.parametrize("broken", [b"\xe9", b"\xf0\x9f\x91"])
 def test_a_long_document_that_breaks_at_its_very_end_is_left_out_whole(way, monkeypatch, broken):
     monkeypatch.setattr(module, "BLOCK", 16)
-    monkeypatch.setattr(module, "HELD", 40)
+    monkeypatch.setattr(module, "MAX_IN_MEMORY", 40)
     long = b"words and words " * 30 + broken
     replaced = "words and words " * 30 + "\ufffd"
     assert way(long) == ([], {"not UTF-8, left out": 1})
@@ -373,11 +373,11 @@ def test_a_group_of_rows_is_not_held_whole(tmp_path):
     )
     parquet.write_table(rows, path, use_dictionary=False)
     (file,) = find_corpus([str(path)]).files
-    documents = FileReader(file, Reading()).documents()
+    documents = FileReader(file, ReadOptions()).documents()
     next(documents)  # what is loaded then stays
     tracemalloc.start()
     try:
-        assert sum(1 for _ in FileReader(file, Reading()).documents()) == 5000
+        assert sum(1 for _ in FileReader(file, ReadOptions()).documents()) == 5000
         assert tracemalloc.get_traced_memory()[1] < path.stat().st_size / 2
     finally:
         tracemalloc.stop()
@@ -461,7 +461,7 @@ def test_of_a_damaged_file_what_came_before_is_kept(tmp_path, ending, how):
 def read_unfinished(path):
     """Of a file that breaks off: it is not read to its end."""
     (file,) = find_corpus([str(path)]).files
-    reader = FileReader(file, Reading())
+    reader = FileReader(file, ReadOptions())
     return [b"".join(document.blocks).decode() for document in reader.documents()], reader.remarks
 
 
@@ -469,7 +469,7 @@ def read_unfinished(path):
 @pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst"])
 @pytest.mark.parametrize("held", [100, 2**23])
 def test_a_document_that_breaks_off_is_left_out(tmp_path, monkeypatch, ending, how, held):
-    monkeypatch.setattr(module, "HELD", held)
+    monkeypatch.setattr(module, "MAX_IN_MEMORY", held)
     path = tmp_path / f"a.txt{ending}"
     path.write_bytes(damaged(how, COMPRESS[ending](RANDOM.encode())))
     assert read_unfinished(path) == ([], {"damaged; documents that end before that are kept": 1})

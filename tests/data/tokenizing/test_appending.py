@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain_cli.data.corpus.readers import Reading
+from pretrain_cli.data.corpus.readers import ReadOptions
 from pretrain_cli.data.dataset import open_dataset
 from pretrain_cli.data.tokenizing import encoding, pipeline
 from pretrain_cli.errors import ConfigError, DataError
@@ -192,7 +192,7 @@ def test_an_old_file_that_was_only_touched_is_none(tmp_path, corpus, make):
     [
         ({"val_fraction": 0.2}, "val-fraction"),
         ({"dedup": True, "bos": "none"}, "bos, dedup"),
-        ({"reading": Reading(errors="replace")}, "errors"),
+        ({"reading": ReadOptions(errors="replace")}, "errors"),
         ({"shard_tokens": 2000}, "shard-tokens"),
         ({"tokenizer": "bpe"}, ""),
     ],

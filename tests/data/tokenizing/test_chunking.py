@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pretrain_cli.data.corpus.readers import Document
 from pretrain_cli.data.tokenizers.tokenizer import load_tokenizer
 from pretrain_cli.data.tokenizing import encoding, pipeline
-from pretrain_cli.data.tokenizing.chunking import Cutter
+from pretrain_cli.data.tokenizing.chunking import Chunker
 from pretrain_cli.data.tokenizing.encoding import Block, Encoder
 
 KINDS = ["bytes", "bpe", "gpt2", "qwen3", "gemma3", "llama2"]
@@ -75,7 +75,7 @@ def cut_in_blocks(tokenizer, text, size, parts):
     document = Document(sum(map(len, data)), b"", data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "BLOCK_CHARACTERS", size)
-        found = list(pipeline._blocks(document, Cutter(tokenizer)))
+        found = list(pipeline._blocks(document, Chunker(tokenizer)))
     blocks = [Block(text, number == 0, ends) for number, (text, _, ends) in enumerate(found)]
     return blocks, all(exact for _, exact, _ in found)
 
@@ -137,7 +137,7 @@ def test_ordinary_text_is_cut_exactly_and_in_pieces_of_the_size(tokenizer, kind)
         blocks, exact = cut_in_blocks(tokenizer(kind), text, 8192, 5000)
         assert exact
         assert all(4096 <= len(block.text.decode()) <= 8192 for block in blocks[:-2])
-        pieces = list(Cutter(tokenizer(kind)).pieces(text, 500))
+        pieces = list(Chunker(tokenizer(kind)).pieces(text, 500))
         assert "".join(pieces) == text
         assert all(250 <= len(piece) <= 500 for piece in pieces[:-1])
         assert len(pieces[-1]) <= 1000
@@ -145,7 +145,7 @@ def test_ordinary_text_is_cut_exactly_and_in_pieces_of_the_size(tokenizer, kind)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_text_that_fits_is_not_cut(tokenizer, kind):
-    cutter = Cutter(tokenizer(kind))
+    cutter = Chunker(tokenizer(kind))
     for text in ("word " * 200, ""):
         assert list(cutter.pieces(text, 500)) == [text]
     assert list(cutter.blocks(iter(["word " * 199]), 500)) == [("word " * 199, True)]
@@ -155,6 +155,6 @@ def test_a_text_that_fits_is_not_cut(tokenizer, kind):
 def test_what_a_tokenizer_puts_before_every_text_is_put_before_documents_alone(
     tokenizer, kind, lead
 ):
-    assert Cutter(tokenizer(kind)).lead[0] == lead
+    assert Chunker(tokenizer(kind)).lead[0] == lead
     text = "words " * 400
     assert cut_in_pieces(tokenizer(kind), text, 100) == tokenizer(kind).encode_documents([text])[0]

@@ -114,7 +114,7 @@ def test_reading_runs_ahead_by_a_few_batches(load):
 
     with encoders(load("bytes"), DTYPE, 2) as encode:
         for done, _ in enumerate(encode(batches())):
-            assert len(begun) <= done + 2 + encoding.AHEAD * 2
+            assert len(begun) <= done + 2 + encoding.IN_FLIGHT_PER_WORKER * 2
 
 
 def test_the_environment_is_left_as_it_was(load, monkeypatch):

@@ -19,7 +19,7 @@ from backports import zstd
 from pyarrow import parquet
 
 from pretrain_cli.data.corpus import readers
-from pretrain_cli.data.corpus.readers import Reading
+from pretrain_cli.data.corpus.readers import ReadOptions
 from pretrain_cli.data.dataset import open_dataset
 from pretrain_cli.data.tokenizers.tokenizer import load_tokenizer, read_tokenizer
 from pretrain_cli.data.tokenizing import encoding, pipeline
@@ -81,7 +81,7 @@ def test_documents_of_every_kind_of_file_come_together(tmp_path, make, read_back
     parquet.write_table(pyarrow.table({"text": ["c1", None, "c2"]}), corpus / "c.parquet")
     (corpus / "d.bin").write_bytes(b"\xff\xfe")
     (corpus / "e.txt").write_bytes(b"e1\r\n---\r\ne2")
-    result = make(corpus, tmp_path / "made", val_fraction=0, reading=Reading(separator="---"))
+    result = make(corpus, tmp_path / "made", val_fraction=0, reading=ReadOptions(separator="---"))
     texts = ["a1\n", "a2\n", "b1", "b2", "c1", "c2", "e1\r\n", "e2"]
     assert read_back(tmp_path / "made", "train") == tokens(texts)
     assert result.manifest.remarks == {"not UTF-8, left out": 1}
@@ -118,7 +118,7 @@ def test_a_bpe_is_not_trained_on_a_stream(tmp_path, make):
 def long_documents_are_short(monkeypatch):
     """Documents of some kB go the way of those that are not held in memory."""
     monkeypatch.setattr(readers, "BLOCK", 1000)
-    monkeypatch.setattr(readers, "HELD", 3000)
+    monkeypatch.setattr(readers, "MAX_IN_MEMORY", 3000)
     monkeypatch.setattr(pipeline, "BLOCK_CHARACTERS", 2000)
     monkeypatch.setattr(pipeline, "BATCH_BYTES", 5000)
     monkeypatch.setattr(encoding, "PIECE", 500)
@@ -145,7 +145,7 @@ def test_long_documents_give_the_same_tokens_as_short_ones(
         else:
             path.write_bytes(gzip.compress(joined) if how == "gz" else joined)
         result = make(path, tmp_path / name, tokenizer=kind, val_fraction=0.5,
-                      reading=Reading(separator="---"))  # fmt: skip
+                      reading=ReadOptions(separator="---"))  # fmt: skip
         amounts = [result.manifest.splits, result.manifest.sources]
         return [read_back(tmp_path / name, split) for split in ("train", "val")], amounts
 
@@ -163,11 +163,11 @@ def test_of_a_long_document_that_is_not_utf8_at_its_end_nothing_is_written(
     path = tmp_path / f"a.txt{ending}"
     path.write_bytes(gzip.compress(data) if ending else data)
     how = {"val_fraction": 0}
-    result = make(path, tmp_path / "made", reading=Reading(separator="---"), **how)
+    result = make(path, tmp_path / "made", reading=ReadOptions(separator="---"), **how)
     assert read_back(tmp_path / "made", "train") == tokens(["first\n", "last"])
     assert result.manifest.remarks == {"not UTF-8, left out": 1}
     assert result.manifest.total.bytes == len("first\nlast")
-    make(path, tmp_path / "replaced", reading=Reading(separator="---", errors="replace"), **how)
+    make(path, tmp_path / "replaced", reading=ReadOptions(separator="---", errors="replace"), **how)
     texts = ["first\n", f"{LONG[0]}\ufffd\n", "last"]
     assert read_back(tmp_path / "replaced", "train") == tokens(texts)
 
@@ -416,8 +416,9 @@ def test_every_file_has_its_row_and_they_add_up(tmp_path, make, write_documents)
 
 def test_what_was_asked_for_is_recorded(tmp_path, make, write_documents):
     corpus = write_documents(tmp_path / "corpus", TEXTS)
+    reading = ReadOptions(separator="--", errors="replace")
     options = make(corpus, tmp_path / "made", val_fraction=0.2, dedup=True, bos="none",
-                   reading=Reading(separator="--", errors="replace")).manifest.options  # fmt: skip
+                   reading=reading).manifest.options  # fmt: skip
     assert options == {
         "tokenizer": "bytes", "vocab_size": None, "bos": "none", "eos": None,
         "allow_special": False, "val_fraction": 0.2, "dedup": True, "text_key": "text",

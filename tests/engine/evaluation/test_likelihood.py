@@ -12,7 +12,7 @@ from pretrain_cli.data.tokenizers.tokenizer import load_tokenizer
 from pretrain_cli.engine.evaluation import likelihood
 from pretrain_cli.engine.evaluation.likelihood import Reader, Span
 from pretrain_cli.engine.sampling.sample import open_for_sampling
-from pretrain_cli.engine.sampling.sampler import Controls
+from pretrain_cli.engine.sampling.sampler import SamplingParams
 from tests.model.conftest import GEMMA, draw_wide
 
 ROWS = 260
@@ -135,7 +135,7 @@ def test_what_is_written_is_transformers_greedy_text_up_to_a_stop(theirs, reader
             pad_token_id=0,
         )[0, len(ids) :].tolist()  # fmt: skip
         expected.append(reader.tokenizer.decode(out[: out.index(END)] if END in out else out))
-    controls = Controls(max_tokens=limit, temperature=0)
+    controls = SamplingParams(max_tokens=limit, temperature=0)
     assert [text for _, text in sorted(reader.write(prompts, controls))] == expected
     stop = expected[0][3:5]
     [(_, text)] = reader.write(prompts[:1], replace(controls, stop=(stop,)))

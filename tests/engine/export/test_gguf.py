@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from pretrain_cli.data.tokenizers.tokenizer import load_tokenizer
 from pretrain_cli.engine.export.gguf import export_gguf
 from pretrain_cli.engine.sampling.sample import open_for_sampling, plan_texts, write
-from pretrain_cli.engine.sampling.sampler import Controls
+from pretrain_cli.engine.sampling.sampler import SamplingParams
 from pretrain_cli.errors import ConfigError
-from pretrain_cli.model.inference.decode import Writer
+from pretrain_cli.model.inference.decode import DecodeSession
 from tests.model.conftest import GEMMA, MOE, QWEN, draw_wide
 
 gguf = pytest.importorskip("gguf")
@@ -200,9 +200,9 @@ def test_llama_cpp_chooses_the_same_tokens(folder, export, llama):
     _, ours, tokenizer = open_for_sampling(
         folder, device="cpu", dtype="float32", emit=lambda _: None
     )
-    controls = Controls(max_tokens=12, temperature=0)
+    controls = SamplingParams(max_tokens=12, temperature=0)
     [text] = texts = plan_texts(ours, tokenizer, [prompt], controls)
-    list(write(Writer(ours), tokenizer, texts, controls, rows=1))
+    list(write(DecodeSession(ours), tokenizer, texts, controls, rows=1))
     model = llama(export(folder))
     ids = model.tokenize(prompt.encode(), add_bos=True, special=False)
     assert ids == text.prompt

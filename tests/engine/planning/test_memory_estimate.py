@@ -12,7 +12,7 @@ from pretrain_cli.engine.benchmark.fresh import in_a_fresh_process
 from pretrain_cli.engine.benchmark.workload import Arm, Repeats, Workload
 from pretrain_cli.engine.optim.optimizer import build_optimizer, set_learning_rate
 from pretrain_cli.engine.planning.memory_estimate import (
-    Training,
+    StepShape,
     estimate,
     kept_by_block,
     largest,
@@ -22,7 +22,7 @@ from pretrain_cli.engine.planning.memory_estimate import (
 from pretrain_cli.engine.runtime.distributed import Ranks
 from pretrain_cli.engine.runtime.speed import build_model, compile_blocks, resolve_speed
 from pretrain_cli.engine.training.step import train_step
-from pretrain_cli.engine.training.step_guard import Guard
+from pretrain_cli.engine.training.step_guard import StepGuard
 from pretrain_cli.model.attention_backends import BACKENDS, Mask
 from pretrain_cli.model.config import FULL, SLIDING, variant
 from pretrain_cli.model.presets import preset
@@ -55,7 +55,7 @@ def small(name, **changes):
 
 def training(config, rows, seq_len, speed, **more):
     settings = speed_settings(speed)
-    return Training(
+    return StepShape(
         model=config, seq_len=seq_len, micro_batch_size=rows, device="cpu", **settings, **more
     )
 
@@ -178,7 +178,7 @@ def live_peak(config, speed, rows, seq_len, *, micro_steps=1, optimizer="adamw",
     adamw = build_optimizer(model, settings, fused=speed.fused_optimizer)
     set_learning_rate(adamw, 1e-4)
     inputs, targets = tokens(config, rows * micro_steps, seq_len)
-    guard = Guard(Ranks(0, 1, CPU))
+    guard = StepGuard(Ranks(0, 1, CPU))
     parted = documents(len(inputs), seq_len) if masked else None
 
     def step():
@@ -206,7 +206,7 @@ def without_process(found):
     """An estimate's peak of what is allocated."""
     return max(
         sum(n for part, n in parts.items() if part not in ("process", "lost"))
-        for parts in found.moments.values()
+        for parts in found.phases.values()
     )
 
 
@@ -295,9 +295,9 @@ def test_gpus_that_part_the_model_hold_their_parts_of_it():
         training(config, 1, 1024, speed, parallel=how, ranks=8) for how in ("alone", "ddp", "fsdp")
     )
     parameters = 8_190_735_360
-    of_each = [estimate(t).moments["step"] for t in (alone, copy, part)]
+    of_each = [estimate(t).phases["step"] for t in (alone, copy, part)]
     assert [m["weights"] for m in of_each] == [4 * parameters, 4 * parameters, parameters // 2]
     assert [m["optimizer"] for m in of_each] == [8 * parameters, 8 * parameters, parameters]
-    assert estimate(part).moments["loss"]["gathered"] > 2 * 4 * 151_936 * 4096
+    assert estimate(part).phases["loss"]["gathered"] > 2 * 4 * 151_936 * 4096
     # DDP's buckets hold every gradient all the time
-    assert estimate(copy).moments["loss"]["gradients"] == 4 * (parameters + 151_936 * 4096)
+    assert estimate(copy).phases["loss"]["gradients"] == 4 * (parameters + 151_936 * 4096)

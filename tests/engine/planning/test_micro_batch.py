@@ -10,7 +10,13 @@ import yaml
 
 from pretrain_cli.config.build import check_config
 from pretrain_cli.engine.planning import micro_batch, plan
-from pretrain_cli.engine.planning.micro_batch import choose, fastest, measured, recall, remember
+from pretrain_cli.engine.planning.micro_batch import (
+    choose_micro_batch,
+    fastest,
+    measured,
+    recall,
+    remember,
+)
 from pretrain_cli.engine.runs.events import Notice, StepMetrics
 from pretrain_cli.engine.runs.run_yaml import read_record, resumed_settings
 from pretrain_cli.engine.runtime.distributed import device_name
@@ -34,20 +40,24 @@ def bytes_of(size):
     [(8, 1000, 8), (8, 180, 8), (8, 179, 4), (8, 110, 1), (8, 50, 1), (6, 135, 3), (7, 165, 1)],
 )
 def test_by_the_estimate_it_is_the_largest_divisor_that_fits(share, room, size):
-    assert choose(share, bytes_of, room) == (micro_batch.Choice(size, "by the estimate of memory"))
+    assert choose_micro_batch(share, bytes_of, room) == (
+        micro_batch.MicroBatch(size, "by the estimate of memory")
+    )
 
 
 def test_what_was_measured_goes_before_the_estimate():
     rates = {1: 90.0, 2: 120.0, 3: 150.0, 4: 100.0, 8: 110.0}
-    choice = choose(8, bytes_of, 1000, rates=rates)
-    assert choice == micro_batch.Choice(2, "the fastest measured here")  # 3 does not divide 8
-    assert choose(8, bytes_of, 110, rates=rates).size == 1  # nor does 2 fit
-    assert choose(8, bytes_of, 1000, rates={3: 150.0}).size == 8
+    choice = choose_micro_batch(8, bytes_of, 1000, rates=rates)
+    assert choice == micro_batch.MicroBatch(2, "the fastest measured here")  # 3 does not divide 8
+    assert choose_micro_batch(8, bytes_of, 110, rates=rates).size == 1  # nor does 2 fit
+    assert choose_micro_batch(8, bytes_of, 1000, rates={3: 150.0}).size == 8
 
 
 def test_what_a_run_had_is_kept_whatever_is_free():
-    assert choose(8, bytes_of, 50, had=4, rates={2: 9.0}) == micro_batch.Choice(4, "as before")
-    assert choose(9, bytes_of, 1000, had=4).size == 9  # a step of another size
+    assert choose_micro_batch(8, bytes_of, 50, had=4, rates={2: 9.0}) == micro_batch.MicroBatch(
+        4, "as before"
+    )
+    assert choose_micro_batch(9, bytes_of, 1000, had=4).size == 9  # a step of another size
 
 
 def test_of_rates_that_are_alike_the_smallest_is_the_fastest():
@@ -57,7 +67,7 @@ def test_of_rates_that_are_alike_the_smallest_is_the_fastest():
 
 # --- what was measured ---------------------------------------------------------------------------
 
-SPEED = dict.fromkeys(micro_batch.DECISIVE, "x") | {"prefetch": True}
+SPEED = dict.fromkeys(micro_batch.MICRO_BATCH_KEYS, "x") | {"prefetch": True}
 
 
 def a_measurement(rates, **changes):

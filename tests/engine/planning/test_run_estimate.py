@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pretrain_cli.config.run_config import SpeedConfig
-from pretrain_cli.engine.planning.run_estimate import ON_A_GPU, find_machine, forecast
+from pretrain_cli.engine.planning.run_estimate import GPU_SETTINGS, find_machine, forecast
 from pretrain_cli.engine.runtime.gpu_specs import STATED, called
 from pretrain_cli.engine.runtime.speed import resolve_speed
 from pretrain_cli.errors import ConfigError
@@ -19,7 +19,7 @@ def test_auto_is_on_a_gpu_of_the_table_what_training_makes_of_it_there(monkeypat
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
     found = resolve_speed(SpeedConfig(), torch.device("cuda", 0))
-    assert {name: getattr(found, name) for name in ON_A_GPU} == ON_A_GPU
+    assert {name: getattr(found, name) for name in GPU_SETTINGS} == GPU_SETTINGS
 
 
 @pytest.mark.parametrize(

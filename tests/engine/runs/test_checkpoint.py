@@ -82,7 +82,7 @@ def test_a_checkpoint_with_one_flipped_byte_is_not_sampled_from(settings, run, t
     data = bytearray((folder / victim).read_bytes())
     data[len(data) // 2] ^= 1
     (folder / victim).write_bytes(bytes(data))
-    assert victim in (checkpoint.damage(folder) or "")
+    assert victim in (checkpoint.find_damage(folder) or "")
     with pytest.raises(CheckpointError, match=victim):
         open_for_sampling(folder, device="cpu", dtype="float32", emit=print)
 
@@ -103,7 +103,7 @@ def test_a_flipped_byte_of_what_training_needs_has_an_older_checkpoint_resumed_f
         assert "step-000006/" in told[0]
         data[place] ^= 1
     path.write_bytes(bytes(data))
-    assert checkpoint.damage(folder) is None
+    assert checkpoint.find_damage(folder) is None
 
 
 @pytest.mark.parametrize("size", ["5XB", "0GB", "GB", 5, 5.0])

@@ -24,7 +24,7 @@ def make(run: Path, *states: State) -> None:
         (folder / "training").mkdir(parents=True)
         (folder / "config.json").write_text("{}")
         (folder / checkpoint.STATE).write_text(json.dumps(dataclasses.asdict(state)))
-        checkpoint.seal(folder)
+        checkpoint.write_checksums(folder)
 
 
 def steps(run: Path) -> list[int]:

@@ -118,7 +118,7 @@ def test_huge_pages_are_asked_for_to_write_text_or_where_they_are_wanted(
     no_torch, given, asked, writing, taken
 ):
     given("madvise")
-    process_settings.before_torch(SpeedConfig(huge_pages=asked), writing=writing)
+    process_settings.set_env_before_torch(SpeedConfig(huge_pages=asked), writing=writing)
     assert os.environ.get(process_settings.HUGE_PAGES) == taken
     in_force, reason = process_settings.huge_pages(asked, "cpu", writing=writing)
     assert in_force is (taken == "1")
@@ -128,7 +128,7 @@ def test_huge_pages_are_asked_for_to_write_text_or_where_they_are_wanted(
 def test_what_the_environment_says_of_huge_pages_holds(no_torch, given, monkeypatch):
     given("madvise")
     monkeypatch.setenv(process_settings.HUGE_PAGES, "0")
-    process_settings.before_torch(SpeedConfig(), writing=True)
+    process_settings.set_env_before_torch(SpeedConfig(), writing=True)
     assert os.environ[process_settings.HUGE_PAGES] == "0"
     in_force, reason = process_settings.huge_pages("auto", "cpu", writing=True)
     assert (in_force, reason) == (False, "THP_MEM_ALLOC_ENABLE is set in the environment")
@@ -140,7 +140,7 @@ def test_nothing_is_set_for_a_torch_that_is_there(given, monkeypatch):
     given("madvise")
     monkeypatch.setenv(process_settings.HUGE_PAGES, "")
     monkeypatch.delenv(process_settings.HUGE_PAGES)
-    process_settings.before_torch(SpeedConfig(), writing=True)
+    process_settings.set_env_before_torch(SpeedConfig(), writing=True)
     assert process_settings.HUGE_PAGES not in os.environ
     assert process_settings.huge_pages(True, "cpu", writing=False) == (False, process_settings.LATE)
 
@@ -216,7 +216,7 @@ def test_a_profile_says_nothing_on_standard_error():
 
 def test_what_the_environment_says_of_the_profiler_holds(monkeypatch):
     monkeypatch.setenv(process_settings.KINETO_LEVEL, "1")
-    process_settings.hush_profiler()
+    process_settings.silence_kineto()
     assert os.environ[process_settings.KINETO_LEVEL] == "1"
 
 

@@ -12,15 +12,15 @@ from pretrain_cli.engine.benchmark import timing
 from pretrain_cli.engine.benchmark.workload import Arm, Repeats, Workload
 from pretrain_cli.engine.runs.events import Profiled, StepMetrics
 from pretrain_cli.errors import ConfigError
-from pretrain_cli.model.parts import part
+from pretrain_cli.model.parts import span
 from pretrain_cli.model.presets import preset
 
 
 def test_a_part_is_nothing_unless_a_profile_is_made():
-    assert isinstance(part("forward"), nullcontext)
+    assert isinstance(span("forward"), nullcontext)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True):
-        assert not isinstance(part("forward"), nullcontext)
-    assert isinstance(part("forward"), nullcontext)
+        assert not isinstance(span("forward"), nullcontext)
+    assert isinstance(span("forward"), nullcontext)
 
 
 @pytest.mark.parametrize("chunked", [True, False])

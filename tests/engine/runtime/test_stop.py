@@ -125,7 +125,7 @@ def test_a_second_signal_leaves_at_once_and_a_repeated_one_does_not():
 class Pair:
     """Two ranks that are threads."""
 
-    world = 2
+    world_size = 2
 
     def __init__(self) -> None:
         self.barrier = threading.Barrier(2)

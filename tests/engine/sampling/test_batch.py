@@ -6,11 +6,11 @@ import torch
 from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.engine.runtime.speed import build_model, resolve_speed
 from pretrain_cli.engine.sampling import batch
-from pretrain_cli.engine.sampling.batch import Generation, Text
-from pretrain_cli.engine.sampling.sampler import Controls
+from pretrain_cli.engine.sampling.batch import Completion, ContinuousBatch
+from pretrain_cli.engine.sampling.sampler import SamplingParams
 from pretrain_cli.errors import CheckpointError
 from pretrain_cli.model.config import variant
-from pretrain_cli.model.inference.decode import Writer
+from pretrain_cli.model.inference.decode import DecodeSession
 from pretrain_cli.model.presets import preset
 
 CPU = torch.device("cpu")
@@ -32,13 +32,13 @@ def model(request):
 
 
 def texts_of(prompts, limit=20, seed=0, reason="max-tokens"):
-    return [Text(i, ids, limit, reason, seed + i) for i, ids in enumerate(prompts)]
+    return [Completion(i, ids, limit, reason, seed + i) for i, ids in enumerate(prompts)]
 
 
 def finish(model, texts, controls, *, rows, end=-1, known=V, until=None):
     capacity = max(len(text.prompt) + text.limit for text in texts)
-    generation = Generation(
-        Writer(model), controls, rows=rows, capacity=capacity, end=end, known=known
+    generation = ContinuousBatch(
+        DecodeSession(model), controls, rows=rows, capacity=capacity, end=end, known=known
     )
     told: dict[int, list] = {text.number: [] for text in texts}
     for text, token in generation.run(texts):
@@ -70,7 +70,7 @@ PROMPTS = [
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 20])
 def test_greedy_texts_of_a_ragged_batch_are_those_without_a_cache(model, rows):
-    texts = finish(model, texts_of(PROMPTS), Controls(temperature=0), rows=rows)
+    texts = finish(model, texts_of(PROMPTS), SamplingParams(temperature=0), rows=rows)
     for text in texts:
         tokens, logprobs = greedy(model, text.prompt, 20)
         assert text.tokens == tokens
@@ -82,10 +82,10 @@ def test_greedy_texts_of_a_ragged_batch_are_those_without_a_cache(model, rows):
 
 @pytest.mark.parametrize("controls", [{}, {"top_p": 0.9, "repetition_penalty": 1.3}], ids=str)
 def test_a_text_is_its_seeds_whatever_else_is_in_the_batch(model, controls):
-    hot = Controls(temperature=1.5, **controls)
+    hot = SamplingParams(temperature=1.5, **controls)
     together = finish(model, texts_of(PROMPTS, seed=40), hot, rows=6)
     for text in together[::3]:
-        alone = Text(0, text.prompt, 20, "max-tokens", text.seed)
+        alone = Completion(0, text.prompt, 20, "max-tokens", text.seed)
         finish(model, [alone], hot, rows=1)
         assert alone.tokens == text.tokens
     other = finish(model, texts_of(PROMPTS, seed=90), hot, rows=6)
@@ -94,20 +94,22 @@ def test_a_text_is_its_seeds_whatever_else_is_in_the_batch(model, controls):
 
 def test_texts_of_one_prompt_are_prefilled_once_and_differ(model, monkeypatch):
     prefilled = []
-    whole = Writer.prefill
+    whole = DecodeSession.prefill
 
     def counted(self, cache, prompts):
         prefilled.append(prompts)
         return whole(self, cache, prompts)
 
-    monkeypatch.setattr(Writer, "prefill", counted)
+    monkeypatch.setattr(DecodeSession, "prefill", counted)
     texts = texts_of([PROMPTS[7]] * 10)
-    finish(model, texts, Controls(temperature=1.5), rows=3)
+    finish(model, texts, SamplingParams(temperature=1.5), rows=3)
     assert prefilled == [[PROMPTS[7]]]
     assert len({tuple(text.tokens) for text in texts}) == 10
     for text in texts[::4]:
-        alone = Text(0, text.prompt, 20, "max-tokens", text.seed)
-        assert finish(model, [alone], Controls(temperature=1.5), rows=1)[0].tokens == text.tokens
+        alone = Completion(0, text.prompt, 20, "max-tokens", text.seed)
+        assert (
+            finish(model, [alone], SamplingParams(temperature=1.5), rows=1)[0].tokens == text.tokens
+        )
 
 
 def test_prompts_of_like_lengths_are_prefilled_together():
@@ -122,7 +124,7 @@ def test_each_text_ends_for_its_own_reason_and_the_rest_go_on(model):
     end = expected[2][4]
     texts = texts_of(PROMPTS[:6])
     texts[1].limit, texts[1].reason = 3, "positions"
-    finish(model, texts, Controls(temperature=0), rows=2, end=end,
+    finish(model, texts, SamplingParams(temperature=0), rows=2, end=end,
            until=lambda text: text.number == 0 and len(text.tokens) == 2)  # fmt: skip
     for text, tokens in zip(texts, expected, strict=True):
         limit = {0: 2, 1: 3}.get(text.number, 20)
@@ -139,21 +141,21 @@ def test_tokens_looked_at_late_make_the_same_texts(model, monkeypatch):
     """As on a GPU, where a text's end is seen some turns after more of it was begun."""
     expected = [greedy(model, prompt, 20)[0] for prompt in PROMPTS[:6]]
     end = expected[2][4]
-    plain = finish(model, texts_of(PROMPTS[:6]), Controls(temperature=0), rows=2, end=end)
-    init = Generation.__init__
+    plain = finish(model, texts_of(PROMPTS[:6]), SamplingParams(temperature=0), rows=2, end=end)
+    init = ContinuousBatch.__init__
 
     def late(self, *args, **kwargs):
         init(self, *args, **kwargs)
         self.late = 4
 
-    monkeypatch.setattr(Generation, "__init__", late)
-    texts = finish(model, texts_of(PROMPTS[:6]), Controls(temperature=0), rows=2, end=end)
+    monkeypatch.setattr(ContinuousBatch, "__init__", late)
+    texts = finish(model, texts_of(PROMPTS[:6]), SamplingParams(temperature=0), rows=2, end=end)
     assert [(t.tokens, t.stopped) for t in texts] == [(t.tokens, t.stopped) for t in plain]
 
 
 def test_rows_that_pad_the_vocabulary_are_never_chosen(model):
     texts = finish(
-        model, texts_of(PROMPTS[:3], limit=60), Controls(temperature=100), rows=3, known=10
+        model, texts_of(PROMPTS[:3], limit=60), SamplingParams(temperature=100), rows=3, known=10
     )
     assert all(token < 10 for text in texts for token in text.tokens)
 
@@ -164,4 +166,4 @@ def test_a_model_that_diverged_is_told(model):
     with torch.no_grad():
         broken.norm.weight[3] = float("nan")
     with pytest.raises(CheckpointError, match="not finite"):
-        finish(broken.eval(), texts_of(PROMPTS[:2]), Controls(temperature=0), rows=2)
+        finish(broken.eval(), texts_of(PROMPTS[:2]), SamplingParams(temperature=0), rows=2)

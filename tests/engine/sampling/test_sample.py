@@ -17,10 +17,10 @@ from pretrain_cli.engine.sampling.sample import (
     worth_compiling,
     write,
 )
-from pretrain_cli.engine.sampling.sampler import Controls
+from pretrain_cli.engine.sampling.sampler import SamplingParams
 from pretrain_cli.errors import ConfigError, DataError
 from pretrain_cli.model.config import variant
-from pretrain_cli.model.inference.decode import Writer
+from pretrain_cli.model.inference.decode import DecodeSession
 from pretrain_cli.model.presets import preset
 
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ def tokenizer():
 
 def test_the_same_seed_gives_the_same_text(model, tokenizer):
     def text(seed):
-        controls = Controls(max_tokens=20, temperature=2, seed=seed)
+        controls = SamplingParams(max_tokens=20, temperature=2, seed=seed)
         return "".join(sample_text(model, tokenizer, "def", controls))
 
     assert text(1) == text(1)
@@ -53,7 +53,7 @@ def test_the_same_seed_gives_the_same_text(model, tokenizer):
 
 
 def test_texts_are_planned_in_order_each_with_its_seed_and_its_room(model, tokenizer):
-    controls = Controls(max_tokens=30, seed=5)
+    controls = SamplingParams(max_tokens=30, seed=5)
     texts = plan_texts(model, tokenizer, ["a" * 10, "b" * 50], controls, n=2)
     assert [text.prompt[0] for text in texts] == [97, 97, 98, 98]
     assert [text.seed for text in texts] == [5, 6, 7, 8]
@@ -72,17 +72,17 @@ def test_texts_are_planned_in_order_each_with_its_seed_and_its_room(model, token
 
 
 def test_a_text_ends_before_a_stop_string_and_only_its_own(model, tokenizer):
-    controls = Controls(max_tokens=30, temperature=2, seed=3)
+    controls = SamplingParams(max_tokens=30, temperature=2, seed=3)
     texts = plan_texts(model, tokenizer, ["a", "b"], controls)
     whole = {}
-    for piece in write(Writer(model), tokenizer, texts, controls, rows=2):
+    for piece in write(DecodeSession(model), tokenizer, texts, controls, rows=2):
         if piece.whole is not None:
             whole[piece.text.number] = piece.whole
     string = whole[0][6:8]
-    stopping = Controls(max_tokens=30, temperature=2, seed=3, stop=("never so", string))
+    stopping = SamplingParams(max_tokens=30, temperature=2, seed=3, stop=("never so", string))
     texts = plan_texts(model, tokenizer, ["a", "b"], stopping)
     shown = {0: "", 1: ""}
-    for piece in write(Writer(model), tokenizer, texts, stopping, rows=2):
+    for piece in write(DecodeSession(model), tokenizer, texts, stopping, rows=2):
         shown[piece.text.number] += piece.piece
         if piece.whole is not None:
             assert piece.whole == shown[piece.text.number]
@@ -93,15 +93,15 @@ def test_a_text_ends_before_a_stop_string_and_only_its_own(model, tokenizer):
 
 
 def test_text_that_might_have_been_a_stop_string_is_given_in_the_end(model, tokenizer):
-    controls = Controls(max_tokens=12, temperature=2, seed=3)
+    controls = SamplingParams(max_tokens=12, temperature=2, seed=3)
     plain = "".join(sample_text(model, tokenizer, "a", controls))
-    begun = Controls(max_tokens=12, temperature=2, seed=3, stop=(plain[-2:] + "never so",))
+    begun = SamplingParams(max_tokens=12, temperature=2, seed=3, stop=(plain[-2:] + "never so",))
     assert "".join(sample_text(model, tokenizer, "a", begun)) == plain
 
 
 def test_sampling_leaves_the_model_as_it_is(model, tokenizer):
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    "".join(sample_text(model, tokenizer, "a", Controls(max_tokens=3)))
+    "".join(sample_text(model, tokenizer, "a", SamplingParams(max_tokens=3)))
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -148,7 +148,7 @@ def test_compiling_pays_where_its_seconds_are_saved():
 
 def test_compiling_is_for_long_texts_on_a_cpu_or_when_asked(model, tokenizer, monkeypatch):
     def decided(asked, limit, rows=1, count=1):
-        texts = plan_texts(model, tokenizer, ["a"] * count, Controls())
+        texts = plan_texts(model, tokenizer, ["a"] * count, SamplingParams())
         for text in texts:
             text.limit = limit
         return decide_compile(model, asked, texts, rows)
@@ -175,7 +175,7 @@ def test_a_compiled_step_writes_the_same(tokenizer, family, rows):
          "initializer_range": 0.3, "pad_token_id": None},
     )  # fmt: skip
     speed = resolve_speed(SpeedConfig(dtype="float32"), CPU, training=False)
-    controls = Controls(max_tokens=600, temperature=0)
+    controls = SamplingParams(max_tokens=600, temperature=0)
     made, said = [], []
     for compiled in (False, True):
         model = build_model(config, speed, CPU)
@@ -199,7 +199,7 @@ def test_a_cuda_graph_writes_the_same(tokenizer):
         pytest.skip("no CUDA device")
     cuda = torch.device("cuda")
     config = variant(preset("gemma3-tiny"), {"vocab_size": 320, "pad_token_id": None})
-    controls = Controls(max_tokens=60, temperature=0)
+    controls = SamplingParams(max_tokens=60, temperature=0)
     made = []
     for compiled in (False, True):
         model = build_model(config, resolve_speed(SpeedConfig(dtype="float32"), cuda), cuda)

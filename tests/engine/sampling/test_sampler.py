@@ -5,7 +5,13 @@ import importlib
 import pytest
 import torch
 
-from pretrain_cli.engine.sampling.sampler import Controls, choose, draw, probabilities, uniforms
+from pretrain_cli.engine.sampling.sampler import (
+    SamplingParams,
+    draw,
+    probabilities,
+    sample_next,
+    uniforms,
+)
 from pretrain_cli.errors import ConfigError
 
 
@@ -48,7 +54,7 @@ def test_each_control_leaves_what_transformers_leaves(controls, vocabulary):
     logits = 3 * torch.randn(3, vocabulary, generator=generator)
     prompt = torch.randint(0, vocabulary, (3, 12), generator=generator)
     expected = warped(logits.clone(), prompt, **controls)
-    settled = Controls(**controls)
+    settled = SamplingParams(**controls)
     present = torch.zeros(3, vocabulary, dtype=torch.bool).scatter(1, prompt, True)
     scores = logits
     penalty = settled.repetition_penalty
@@ -63,20 +69,20 @@ def test_each_control_leaves_what_transformers_leaves(controls, vocabulary):
     assert torch.equal(ours > 0, expected > 0)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-7)
     # and `choose` penalizes the same: greedily, and over a thousand draws
-    greedy = Controls(temperature=0, repetition_penalty=penalty)
-    assert torch.equal(choose(logits, greedy, torch.zeros(3), present).ids, scores.argmax(-1))
+    greedy = SamplingParams(temperature=0, repetition_penalty=penalty)
+    assert torch.equal(sample_next(logits, greedy, torch.zeros(3), present).ids, scores.argmax(-1))
     numbers = uniforms(5, 1000)
-    drawn = [choose(logits, settled, u.expand(3), present).ids for u in numbers]
+    drawn = [sample_next(logits, settled, u.expand(3), present).ids for u in numbers]
     for row in range(3):
         assert (expected[row, torch.stack(drawn)[:, row]] > 0).all()
 
 
 def test_tokens_as_likely_as_the_last_one_are_kept():
     logits = torch.tensor([[1.0, 2.0, 1.0, 0.0]])
-    assert (probabilities(logits, Controls(temperature=1, top_k=2)) > 0).tolist() == [
+    assert (probabilities(logits, SamplingParams(temperature=1, top_k=2)) > 0).tolist() == [
         [True, True, True, False]
     ]
-    assert (probabilities(logits, Controls(temperature=1, top_p=0.7)) > 0).tolist() == [
+    assert (probabilities(logits, SamplingParams(temperature=1, top_p=0.7)) > 0).tolist() == [
         [True, True, True, False]
     ]
 
@@ -102,7 +108,9 @@ def test_a_seeds_numbers_do_not_depend_on_how_many_are_drawn():
 
 def test_log_probabilities_are_the_models_own():
     logits = torch.tensor([[0.0, 3.0, 1.0]])
-    choice = choose(logits, Controls(temperature=0.1, top_k=1), torch.tensor([0.5]), None)
+    choice = sample_next(
+        logits, SamplingParams(temperature=0.1, top_k=1), torch.tensor([0.5]), None
+    )
     assert choice.ids.tolist() == [1]
     torch.testing.assert_close(choice.logprobs, logits.log_softmax(-1)[:, 1])
 
@@ -111,7 +119,9 @@ def test_log_probabilities_are_the_models_own():
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_logits_that_are_not_finite_give_no_token(broken, temperature):
     logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, broken, 2.0]])
-    choice = choose(logits, Controls(temperature=temperature), torch.tensor([0.1, 0.1]), None)
+    choice = sample_next(
+        logits, SamplingParams(temperature=temperature), torch.tensor([0.1, 0.1]), None
+    )
     assert (choice.ids >= 0).tolist() == [True, False]
 
 
@@ -124,4 +134,4 @@ def test_logits_that_are_not_finite_give_no_token(broken, temperature):
 )  # fmt: skip
 def test_controls_that_mean_nothing_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong)).replace("_", "-")):
-        Controls(**wrong)
+        SamplingParams(**wrong)

@@ -59,7 +59,7 @@ def failing(monkeypatch):
     """The writes of the checkpoints of these steps fail, in their middle and so often, of this."""
 
     def fail(error, *steps):
-        left, real = list(steps), checkpoint.seal
+        left, real = list(steps), checkpoint.write_checksums
 
         def seal(folder, sums):
             step = json.loads((folder / checkpoint.STATE).read_text())["step"]
@@ -68,7 +68,7 @@ def failing(monkeypatch):
                 raise error
             return real(folder, sums)
 
-        monkeypatch.setattr(checkpoint, "seal", seal)
+        monkeypatch.setattr(checkpoint, "write_checksums", seal)
 
     return fail
 
@@ -92,7 +92,7 @@ def test_a_checkpoint_is_of_its_step_though_training_went_on(
             written.set()
         if isinstance(event, Saved):
             assert event.path == tmp_path / f"run/checkpoints/step-{event.step:06d}"
-            assert checkpoint.damage(event.path) is None
+            assert checkpoint.find_damage(event.path) is None
 
     train(settings(**common), report)
     assert [event.step for event in events if isinstance(event, Saved)] == [2, 4, 6]
@@ -101,7 +101,7 @@ def test_a_checkpoint_is_of_its_step_though_training_went_on(
 
 
 def test_a_second_save_waits_for_the_first(settings, monkeypatch, held_back):
-    written, events, order, take = held_back(2), [], [], checkpoint.take_contents
+    written, events, order, take = held_back(2), [], [], checkpoint.take_snapshot
 
     def report(event):
         events.append(event)
@@ -114,7 +114,7 @@ def test_a_second_save_waits_for_the_first(settings, monkeypatch, held_back):
         order.append(("copied", state.step))
         return take(model, optimizer, state, **options)
 
-    monkeypatch.setattr(checkpoint, "take_contents", taking)
+    monkeypatch.setattr(checkpoint, "take_snapshot", taking)
     train(settings(train__checkpoint_every=2), report)
     assert order == [(what, step) for step in (2, 4, 6) for what in ("copied", "saved")]
     second = next(event for event in events if isinstance(event, Saved) and event.step == 4)
@@ -168,7 +168,7 @@ def test_a_stop_while_a_checkpoint_is_written_waits_for_it_and_saves_the_last_st
     common = {"train__eval_every": 3, "train__checkpoint_every": 2, "train__keep_checkpoints": 9}
     run(settings("straight", **common))
     with StopRequest() as request, monkeypatch.context() as patch:
-        real = checkpoint.seal
+        real = checkpoint.write_checksums
 
         def seal(folder, sums):
             if not request.reason:
@@ -176,7 +176,7 @@ def test_a_stop_while_a_checkpoint_is_written_waits_for_it_and_saves_the_last_st
                 time.sleep(0.2)
             return real(folder, sums)
 
-        patch.setattr(checkpoint, "seal", seal)
+        patch.setattr(checkpoint, "write_checksums", seal)
         events = run(settings("stopped", **common), stop=request)
     last = events[-1].step
     assert events[-1].reason == "stopped"
@@ -369,14 +369,14 @@ def test_a_run_whose_checkpoints_cannot_fit_is_refused_before_it_begins(
 def test_what_a_checkpoint_was_written_from_is_let_go_before_the_next_copy(
     settings, run, failing, monkeypatch
 ):
-    taken, real = [], checkpoint.take_contents
+    taken, real = [], checkpoint.take_snapshot
 
     def take(*arguments, **options):
         assert not any(contents.weights or contents.moments for contents in taken)
         taken.append(real(*arguments, **options))
         return taken[-1]
 
-    monkeypatch.setattr(checkpoint, "take_contents", take)
+    monkeypatch.setattr(checkpoint, "take_snapshot", take)
     failing(OSError(errno.EIO, "no luck"), 2, 3)
     run(settings(train__checkpoint_every=1))
     assert len(taken) == 6

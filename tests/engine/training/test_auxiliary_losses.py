@@ -12,9 +12,9 @@ from pretrain_cli.config.run_config import OptimizerSettings
 from pretrain_cli.engine.optim.optimizer import build_optimizer
 from pretrain_cli.engine.runs.events import Notice, StepMetrics
 from pretrain_cli.engine.runtime.distributed import Ranks
-from pretrain_cli.engine.training.auxiliary_losses import OtherTerms
+from pretrain_cli.engine.training.auxiliary_losses import AuxiliaryLosses
 from pretrain_cli.engine.training.step import add_gradients, train_step
-from pretrain_cli.model.decoder import Coefficients
+from pretrain_cli.model.decoder import LossWeights
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SPARSE = {
@@ -47,7 +47,7 @@ def test_a_balancing_loss_is_the_mean_of_those_of_the_micro_batches(tiny_model):
         (entropy / 3 + part).backward()
         expected += part.item()
 
-    terms = OtherTerms(Coefficients(0.0, 0.5))
+    terms = AuxiliaryLosses(LossWeights(0.0, 0.5))
     add_gradients(model, inputs, targets, micro_batch_size=2, terms=terms)
     numbers = terms.read(ALONE)
     assert numbers["balancing_loss"] == pytest.approx(expected, rel=1e-5)
@@ -68,7 +68,7 @@ def test_a_z_loss_does_not_depend_on_the_micro_batch(tiny_model, micro_batch_siz
     gradients = torch.autograd.grad(entropy + z_loss, list(model.parameters()))
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
 
-    terms = OtherTerms(Coefficients(0.01, 0.0))
+    terms = AuxiliaryLosses(LossWeights(0.01, 0.0))
     optimizer = build_optimizer(model, OptimizerSettings(), fused=True)
     options = {"micro_batch_size": micro_batch_size, "counted": int(counted.sum()), "clip": 1.0}
     loss, found = train_step(model, optimizer, inputs, targets, terms=terms, **options)
@@ -78,7 +78,7 @@ def test_a_z_loss_does_not_depend_on_the_micro_batch(tiny_model, micro_batch_siz
 
 
 def test_expert_load_is_each_experts_share_and_the_busiest_over_the_mean():
-    terms = OtherTerms(Coefficients(0.0, 0.1))
+    terms = AuxiliaryLosses(LossWeights(0.0, 0.1))
     terms.sums = torch.zeros(2)
     terms.choices = torch.tensor([[1.0, 1.0, 1.0, 5.0], [2.0, 2.0, 2.0, 2.0]])
     numbers = terms.read(ALONE)

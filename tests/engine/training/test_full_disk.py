@@ -16,7 +16,7 @@ import pytest
 from pretrain_cli.engine.runs import checkpoint, retention
 from pretrain_cli.engine.runs.events import (
     Evaluation,
-    Kept,
+    Logged,
     MetricsFile,
     Notice,
     Sample,
@@ -90,7 +90,7 @@ def test_a_run_goes_on_over_a_full_disk_and_saves_when_there_is_room_again(
     found = [row for row in numbers(disk / "run") if row["kind"] != "not_saved"]
     assert found == numbers(tmp_path / "straight")
     assert steps_of(disk / "run") == steps_of(tmp_path / "straight")
-    assert all(checkpoint.damage(path) is None for path in retention.checkpoints(disk / "run"))
+    assert all(checkpoint.find_damage(path) is None for path in retention.checkpoints(disk / "run"))
 
 
 def test_a_disk_that_fills_in_the_middle_of_a_write_costs_an_older_checkpoint(
@@ -103,7 +103,7 @@ def test_a_disk_that_fills_in_the_middle_of_a_write_costs_an_older_checkpoint(
     told = [event.text for event in events if isinstance(event, Notice)]
     assert any("No space left on device" in t and "removed step-000001" in t for t in told)
     assert [event.step for event in events if isinstance(event, Saved)] == [1, 2, 3, 4, 5, 6]
-    assert all(checkpoint.damage(path) is None for path in retention.checkpoints(disk / "run"))
+    assert all(checkpoint.find_damage(path) is None for path in retention.checkpoints(disk / "run"))
     assert not list((disk / "run/checkpoints").glob(".*"))
 
 
@@ -159,7 +159,7 @@ def test_lines_of_metrics_wait_for_room_and_one_notice_tells_of_it(tmp_path):
     metrics = MetricsFile(tmp_path / "metrics.jsonl", told.append, upto=0)
     metrics.file.close()
     file = metrics.file = Full(tmp_path / "metrics.jsonl", "ab")
-    written: list[Kept] = [Unsaved(step, 0.0, "no reason") for step in range(4)]
+    written: list[Logged] = [Unsaved(step, 0.0, "no reason") for step in range(4)]
     for event in written[:3]:
         metrics.write(event)
     assert len(told) == 1

@@ -102,13 +102,13 @@ def test_killed_at_any_instant_a_run_ends_as_the_one_that_was_not(
         assert_same_weights(folder / last, tmp_path / "straight" / last)
         assert not list((folder / "checkpoints").glob(".*"))
         for path in retention.checkpoints(folder):
-            assert checkpoint.damage(path) is None
+            assert checkpoint.find_damage(path) is None
 
 
 def signal_twice_while_saving(settings: RunConfig, run: Path) -> None:
     """The second checkpoint is almost there, and its writing would take long."""
     torch.set_num_threads(1)
-    real = checkpoint.seal
+    real = checkpoint.write_checksums
 
     def seal(folder, sums):
         if folder.name == ".step-000004.partial":
@@ -118,7 +118,7 @@ def signal_twice_while_saving(settings: RunConfig, run: Path) -> None:
             time.sleep(60)
         real(folder, sums)
 
-    checkpoint.seal = seal
+    checkpoint.write_checksums = seal
     with StopRequest() as request:
         train.train(settings, lambda event: None, stop=request)
 
@@ -135,7 +135,7 @@ def test_a_second_signal_while_saving_leaves_the_checkpoint_before_whole(
     process.join(timeout=60)
     assert process.exitcode == 128 + signal.SIGTERM
     [left] = retention.checkpoints(tmp_path / "left")
-    assert (left.name, checkpoint.damage(left)) == ("step-000002", None)
+    assert (left.name, checkpoint.find_damage(left)) == ("step-000002", None)
     resume(run, tmp_path / "left")
     assert numbers(tmp_path / "left") == numbers(tmp_path / "straight")
     assert not list((tmp_path / "left/checkpoints").glob(".*"))

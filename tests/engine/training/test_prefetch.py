@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pretrain_cli.data.batches import Batch
-from pretrain_cli.engine.training.prefetch import Feed
+from pretrain_cli.engine.training.prefetch import Prefetcher
 
 
 class Numbered:
@@ -26,7 +26,7 @@ class Numbered:
 
 @pytest.mark.parametrize("prefetch", [True, False])
 def test_steps_come_in_order_from_any_sample_on(prefetch):
-    feed = Feed(Numbered(), first_sample=40, device=torch.device("cpu"), prefetch=prefetch)
+    feed = Prefetcher(Numbered(), first_sample=40, device=torch.device("cpu"), prefetch=prefetch)
     for first in (40, 44, 48, 52):
         batch = feed.next()
         assert batch.inputs.tolist() == [[first] * 3] * 4
@@ -41,7 +41,9 @@ def test_a_batch_read_ahead_keeps_nobody_waiting():
     """Reading takes 0.1 s, and training 0.3 s."""
     waits = {}
     for prefetch in (True, False):
-        feed = Feed(Numbered(0.1), first_sample=0, device=torch.device("cpu"), prefetch=prefetch)
+        feed = Prefetcher(
+            Numbered(0.1), first_sample=0, device=torch.device("cpu"), prefetch=prefetch
+        )
         feed.next()
         time.sleep(0.3)
         feed.next()
@@ -56,7 +58,7 @@ def test_on_a_gpu_a_batch_comes_from_pinned_memory():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     device = torch.device("cuda")
-    feed = Feed(Numbered(), first_sample=0, device=device, prefetch=True)
+    feed = Prefetcher(Numbered(), first_sample=0, device=device, prefetch=True)
     read, batch = feed._read(0), feed.next()
     for name in ("inputs", "targets", "documents"):
         assert getattr(read, name).is_pinned()

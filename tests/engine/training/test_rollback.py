@@ -20,7 +20,7 @@ from pretrain_cli.engine.runs.checkpoint import read_state
 from pretrain_cli.engine.runs.events import RolledBack, Saved, Skipped, StepMetrics
 from pretrain_cli.engine.runs.run_yaml import read_record, resumed_settings
 from pretrain_cli.engine.training import trainer
-from pretrain_cli.engine.training.prefetch import Feed
+from pretrain_cli.engine.training.prefetch import Prefetcher
 from pretrain_cli.engine.training.train import train
 from pretrain_cli.errors import PretrainError
 
@@ -32,7 +32,7 @@ def poison(monkeypatch):
     """Steps whose first sample is in this set have a gradient that is not a number, as often as
     they are run."""
     poisoned, current = set(), {}
-    next_batch, batch_at, build = Feed.next, Feed.at, trainer.Trainer.__init__
+    next_batch, batch_at, build = Prefetcher.next, Prefetcher.at, trainer.Trainer.__init__
 
     def following(self):
         current["sample"] = self.sample
@@ -49,8 +49,8 @@ def poison(monkeypatch):
             lambda grad: grad * math.nan if current["sample"] in poisoned else grad
         )
 
-    monkeypatch.setattr(Feed, "next", following)
-    monkeypatch.setattr(Feed, "at", at)
+    monkeypatch.setattr(Prefetcher, "next", following)
+    monkeypatch.setattr(Prefetcher, "at", at)
     monkeypatch.setattr(trainer.Trainer, "__init__", init)
     return poisoned
 
@@ -117,14 +117,14 @@ def test_the_step_of_a_poisoned_sample_is_as_if_it_had_not_been(settings, run, p
     run(settings("poisoned", **common))
     poison.clear()
     with pytest.MonkeyPatch.context() as patch:
-        real = Feed.next
+        real = Prefetcher.next
 
         def skipping(self):
             if self.sample == 2 * PER_STEP:
                 self.go_to(3 * PER_STEP)
             return real(self)
 
-        patch.setattr(Feed, "next", skipping)
+        patch.setattr(Prefetcher, "next", skipping)
         run(settings("by-hand", train__steps=5, **common))
     assert_same_weights(
         tmp_path / "poisoned/checkpoints/step-000006", tmp_path / "by-hand/checkpoints/step-000005"
@@ -155,12 +155,12 @@ def test_a_run_goes_back_and_past_the_samples_that_led_astray(
     for step in (8, 9):
         shutil.rmtree(first / f"step-{step:06d}")
     with pytest.MonkeyPatch.context() as patch:
-        real = Feed.__init__
+        real = Prefetcher.__init__
 
         def further(self, batches, *, first_sample, **rest):
             real(self, batches, first_sample=28, **rest)
 
-        patch.setattr(Feed, "__init__", further)
+        patch.setattr(Prefetcher, "__init__", further)
         resume(run, tmp_path / "first")
     assert_same_weights(tmp_path / "run/checkpoints/step-000009", first / "step-000009")
     steps = rows(tmp_path / "run", "step")

@@ -12,7 +12,7 @@ from pretrain_cli.engine.optim.optimizer import build_optimizer, set_learning_ra
 from pretrain_cli.engine.runtime.distributed import Ranks
 from pretrain_cli.engine.runtime.speed import build_model, resolve_speed
 from pretrain_cli.engine.training.step import train_step
-from pretrain_cli.engine.training.step_guard import MEMORY, Guard
+from pretrain_cli.engine.training.step_guard import MEMORY, StepGuard
 from pretrain_cli.model.config import variant
 from pretrain_cli.model.presets import preset
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU)
 
 
-def decisions(guard: Guard, numbers: list[tuple[float, float]]) -> list[bool]:
+def decisions(guard: StepGuard, numbers: list[tuple[float, float]]) -> list[bool]:
     """Which steps of these losses and gradient norms change a weight."""
     parameter = nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.AdamW([parameter], fused=True)
@@ -57,7 +57,7 @@ def trained(make_optimizer, batches, *, broken=(), micro_batch_size=4):
     """A model, its optimizer's state and the verdicts, after a step on each batch; one gradient
     is not a number in the broken ones."""
     model = small_model()
-    optimizer, guard = make_optimizer(model), Guard(ALONE)
+    optimizer, guard = make_optimizer(model), StepGuard(ALONE)
     state = {"poison": False}
     victim = next(p for name, p in model.named_parameters() if name.endswith("mlp.down.weight"))
     victim.register_hook(lambda grad: grad * math.nan if state["poison"] else None)
@@ -112,7 +112,7 @@ def test_a_guard_does_not_change_a_sound_run():
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_skipped_and_named(number):
-    guard = Guard(ALONE)
+    guard = StepGuard(ALONE)
     assert decisions(guard, [(1.0, 1.0), (number, 1.0), (1.0, number), (1.0, 1.0)]) == [
         True, False, False, True,
     ]  # fmt: skip
@@ -147,7 +147,7 @@ def test_spikes_are_those_above_the_running_mean_by_so_many_deviations(which):
     expected = spikes_by_hand(series, 3.0)
     assert [n for n, spike in enumerate(expected) if spike][:4] == [60, 130, 131, 250]
     numbers = [(x, 1.0) if which == 0 else (1.0, x) for x in series]
-    guard = Guard(ALONE, skip_spikes=3.0)
+    guard = StepGuard(ALONE, skip_spikes=3.0)
     assert decisions(guard, numbers) == [not spike for spike in expected]
     reasons = [verdict.reason for verdict in guard.read()]
     assert "deviations above" in reasons[60]
@@ -155,16 +155,18 @@ def test_spikes_are_those_above_the_running_mean_by_so_many_deviations(which):
 
 
 def test_without_being_asked_for_spikes_are_taken():
-    assert all(decisions(Guard(ALONE), [(1.0, 1.0 + n % 2) for n in range(60)] + [(99.0, 99.0)]))
+    assert all(
+        decisions(StepGuard(ALONE), [(1.0, 1.0 + n % 2) for n in range(60)] + [(99.0, 99.0)])
+    )
 
 
 def test_a_guard_goes_on_from_what_it_saved_as_if_it_had_not_stopped():
     chance = random.Random(0)
     numbers = [(chance.gauss(3, 0.1), chance.gauss(1, 0.1)) for _ in range(200)]
-    straight = Guard(ALONE, skip_spikes=1.5, max_skips=99)
+    straight = StepGuard(ALONE, skip_spikes=1.5, max_skips=99)
     expected = decisions(straight, numbers)
     assert 0 < expected.count(False) < 50
-    first, second = (Guard(ALONE, skip_spikes=1.5, max_skips=99) for _ in range(2))
+    first, second = (StepGuard(ALONE, skip_spikes=1.5, max_skips=99) for _ in range(2))
     halves = decisions(first, numbers[:77])
     second.load_state_dict(first.state_dict())
     halves += decisions(second, numbers[77:])
@@ -173,7 +175,7 @@ def test_a_guard_goes_on_from_what_it_saved_as_if_it_had_not_stopped():
 
 
 def test_after_too_many_skips_in_a_row_nothing_is_taken_any_more():
-    guard = Guard(ALONE, max_skips=3)
+    guard = StepGuard(ALONE, max_skips=3)
     good, bad = (1.0, 1.0), (math.nan, 1.0)
     assert decisions(guard, [good, bad, bad, good, bad, bad, bad, good, good]) == [
         True, False, False, True, False, False, False, False, False,

@@ -11,7 +11,7 @@ from pretrain_cli.engine.runs.events import Evaluation, Started, StepMetrics
 from pretrain_cli.engine.runs.run_yaml import read_record, resumed_settings
 from pretrain_cli.engine.runtime.distributed import Ranks
 from pretrain_cli.engine.training import throughput as metering
-from pretrain_cli.engine.training.throughput import Meter
+from pretrain_cli.engine.training.throughput import ThroughputMeter
 from pretrain_cli.model.counting import Flops
 
 
@@ -46,7 +46,7 @@ def read(meter, step):
 
 
 def test_a_line_is_of_the_steps_since_the_last_one_and_of_the_whole_run(clock):
-    meter = Meter(
+    meter = ThroughputMeter(
         Ranks(0, 2, torch.device("cpu")),
         flops=Flops(exact=30.0, conventional=60.0),
         peak=40_000.0,

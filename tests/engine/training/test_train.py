@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from pretrain_cli.config.run_config import OptimizerSettings, SpeedConfig
-from pretrain_cli.data.batches import IGNORED
+from pretrain_cli.data.batches import IGNORE_INDEX
 from pretrain_cli.data.documents import document_numbers
 from pretrain_cli.engine.optim.optimizer import build_optimizer, set_learning_rate
 from pretrain_cli.engine.runs.events import Evaluation, Finished, Notice, Sample, Saved, StepMetrics
@@ -80,8 +80,8 @@ def test_what_is_not_counted_has_no_part_in_the_mean():
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(1, 64, (6, 17), generator=generator)
     inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
-    targets[0, 3:] = targets[2] = targets[5, :9] = IGNORED
-    counted = int((targets != IGNORED).sum())
+    targets[0, 3:] = targets[2] = targets[5, :9] = IGNORE_INDEX
+    counted = int((targets != IGNORE_INDEX).sum())
     assert counted == 3 + 3 * 16 + 7
     results = []
     for one, rows in ((model, 2), (whole, 6)):
@@ -90,7 +90,7 @@ def test_what_is_not_counted_has_no_part_in_the_mean():
         options = {"micro_batch_size": rows, "clip": 1.0, "counted": counted}
         with torch.no_grad():
             logits = one(inputs).flatten(0, 1)
-        expected = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED)
+        expected = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX)
         loss, norm = train_step(one, optimizer, inputs, targets, **options)
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
         results.append(norm.item())
@@ -102,8 +102,8 @@ def test_a_run_on_packed_documents_leaves_padding_out_of_its_loss(settings, run,
 
     def spied(model, optimizer, inputs, targets, **options):
         logits = model(inputs).flatten(0, 1)
-        mean = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED).item()
-        steps.append((int((targets == IGNORED).sum()), mean))
+        mean = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX).item()
+        steps.append((int((targets == IGNORE_INDEX).sum()), mean))
         return real(model, optimizer, inputs, targets, **options)
 
     monkeypatch.setattr(training, "train_step", spied)

@@ -7,7 +7,7 @@ from pretrain_cli.model.attention_backends import BACKENDS
 from pretrain_cli.model.config import FULL, SLIDING
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.inference.cpu_linear import SummedLinear, summed
-from pretrain_cli.model.inference.decode import CHUNK, Writer, attend, attend_by_sums
+from pretrain_cli.model.inference.decode import CHUNK, DecodeSession, attend, attend_by_sums
 from pretrain_cli.model.parameter_map import Merged
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -63,26 +63,26 @@ def compare(model, writer, prompts, new=NEW, capacity=None, **tolerance):
 @pytest.mark.parametrize("length", [1, W - 1, W, W + 1, 2 * W, 2 * W + 1, 30])
 @pytest.mark.parametrize("attention", BACKENDS)
 def test_a_step_gives_the_logits_of_the_whole_text(build, attention, length):
-    compare(build("eager"), Writer(build(attention)), draw(length))
+    compare(build("eager"), DecodeSession(build(attention)), draw(length))
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3", "moe"])
 @pytest.mark.parametrize("attention", BACKENDS)
 def test_texts_of_different_lengths_go_on_side_by_side(build, attention, family):
     prompts = draw(30, 1, W - 1, W, W + 1, 2 * W, 23)
-    compare(build("eager", family), Writer(build(attention, family)), prompts)
+    compare(build("eager", family), DecodeSession(build(attention, family)), prompts)
 
 
 @pytest.mark.parametrize("window", [1, 2, 40, 1000])
 def test_windows_may_be_one_or_longer_than_the_text(build, window):
     model = build(sliding_window=window)
-    compare(model, Writer(model), draw(30, 3))
+    compare(model, DecodeSession(model), draw(30, 3))
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_heads_share_keys_as_they_are_grouped(build, groups):
     model = build(num_key_value_heads=groups)
-    compare(model, Writer(model), draw(9, 20))
+    compare(model, DecodeSession(model), draw(9, 20))
 
 
 @pytest.mark.parametrize("merged", [Merged(), Merged(qkv=False, gate_up=False)])
@@ -94,7 +94,7 @@ def test_packed_matrices_give_the_same_logits(make_config, wide, merged, family)
     )
     for model in (plain, packed):
         wide(model)
-    compare(plain, Writer(packed, fast=True), draw(11, 4, 30))
+    compare(plain, DecodeSession(packed, fast=True), draw(11, 4, 30))
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
@@ -137,7 +137,7 @@ def test_one_text_compiled_gives_the_same_logits_and_holds_no_second_head(
     )
     for model in (plain, fast):
         wide(model)
-    writer = Writer(fast, fast=True, compiled=True, rows=1)
+    writer = DecodeSession(fast, fast=True, compiled=True, rows=1)
     assert isinstance(writer.head, SummedLinear)
     assert writer.head.weight.data_ptr() == fast.embedding.weight.data_ptr()
     compare(plain, writer, draw(11))
@@ -148,16 +148,16 @@ def test_a_long_prompt_goes_through_in_chunks(build, monkeypatch):
     model = build(layer_types=(SLIDING, FULL))
     for chunk in (3, W, 20):
         monkeypatch.setattr("pretrain_cli.model.inference.decode.CHUNK", chunk)
-        compare(model, Writer(model), draw(33), new=3)
+        compare(model, DecodeSession(model), draw(33), new=3)
         monkeypatch.setattr("pretrain_cli.model.inference.decode.CHUNK", 3 * chunk)
-        compare(model, Writer(model), draw(33, 32, 14), new=3)
+        compare(model, DecodeSession(model), draw(33, 32, 14), new=3)
     assert CHUNK >= 128
 
 
 def test_a_full_layer_grows_and_keeps_what_it_has(build, monkeypatch):
     monkeypatch.setattr("pretrain_cli.model.kv_cache.BLOCK", 4)
     model = build(layer_types=(SLIDING, FULL), sliding_window=W)
-    cache = compare(model, Writer(model), draw(5, 2), new=25, capacity=500)
+    cache = compare(model, DecodeSession(model), draw(5, 2), new=25, capacity=500)
     assert [layer.places for layer in cache.layers] == [W, 32]
 
 
@@ -165,4 +165,4 @@ def test_a_full_layer_grows_and_keeps_what_it_has(build, monkeypatch):
 def test_bfloat16_differs_by_its_rounding(make_config, wide, family):
     model = Decoder(make_config(family), dtype=torch.bfloat16)
     wide(model)
-    compare(model, Writer(model), draw(11, 25), rtol=0.1, atol=0.25)
+    compare(model, DecodeSession(model), draw(11, 25), rtol=0.1, atol=0.25)

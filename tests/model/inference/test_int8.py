@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from pretrain_cli.model.decoder import Decoder
-from pretrain_cli.model.inference.decode import Writer
+from pretrain_cli.model.inference.decode import DecodeSession
 from pretrain_cli.model.inference.int8 import (
     FEW,
     QuantizedLinear,
@@ -17,7 +17,7 @@ from pretrain_cli.model.inference.int8 import (
     no_quantizing,
     quantize,
 )
-from pretrain_cli.model.parameter_map import Merged, layout
+from pretrain_cli.model.parameter_map import Merged, parameter_map
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -40,7 +40,7 @@ def by_hand(model):
     its head too, but not its embedding."""
     out = copy.deepcopy(model)
     parameters = dict(out.named_parameters())
-    for piece in layout(out.config, merged=out.merged):
+    for piece in parameter_map(out.config, merged=out.merged):
         matrix = piece.of(parameters[piece.parameter])
         if len(piece.shape) == 2 and piece.name not in ("model.embed_tokens.weight",):
             matrix.copy_(rounded(matrix))
@@ -105,7 +105,7 @@ def test_a_quantized_model_is_the_rounded_one_by_any_way_through_it(model):
         torch.testing.assert_close(model(tokens), logits, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(model(tokens[:, :-1], tokens[:, 1:]), loss)
     assert not torch.allclose(plain, logits, rtol=1e-3, atol=1e-3)  # or nothing was seen
-    writer = Writer(model, fast=True)
+    writer = DecodeSession(model, fast=True)
     cache = writer.new_cache(batch=2, capacity=33)
     last = writer.prefill(cache, tokens[:, :20].tolist())
     torch.testing.assert_close(last, logits[:, 19], rtol=1e-4, atol=1e-4)
@@ -117,7 +117,7 @@ def test_a_quantized_model_is_the_rounded_one_by_any_way_through_it(model):
     assert not is_quantized(model)
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), logits, rtol=1e-4, atol=1e-4)
-    packed = Writer(model, fast=True)
+    packed = DecodeSession(model, fast=True)
     last = packed.prefill(packed.new_cache(batch=2, capacity=33), tokens.tolist())
     torch.testing.assert_close(last, logits[:, -1], rtol=1e-4, atol=1e-4)
 

@@ -13,7 +13,7 @@ OfProcess = Annotated[
     typer.Option(
         "--set",
         metavar="SPEED.NAME=VALUE",
-        help="A speed setting of the process, as speed.huge_pages. Repeatable.",
+        help="A speed setting of the process, such as speed.passive_threads=false. Repeatable.",
         rich_help_panel=SPEED,
     ),
 ]
@@ -28,4 +28,4 @@ def settle_process(assignments: Sequence[str] | None) -> None:
     )
 
     check_process_settings("--set", assignments or ())
-    set_env_before_torch(build_config({}, {}, assignments or ()).speed, writing=True)
+    set_env_before_torch(build_config({}, {}, assignments or ()).speed)

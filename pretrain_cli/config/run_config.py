@@ -204,8 +204,6 @@ class SpeedConfig(Section):
     keep_freed_memory: bool | Auto = "auto"
     """Keep freed memory for the next step instead of returning it to the kernel. auto: on a CPU
     with glibc."""
-    huge_pages: bool | Auto = "auto"
-    """Put large buffers in pages of 2 MB. auto: for sampling and evaluation on a CPU."""
     cudnn_benchmark: bool | Auto = "auto"
     """Let cuDNN time its convolutions. auto: false, as these models have none."""
     expandable_segments: bool | Auto = "auto"

@@ -88,7 +88,7 @@ def benchmark_sample(
             f"--seq-len: {prompt:,} and --max-tokens {max_tokens:,} are beyond the model's "
             f"{config.max_position_embeddings:,} positions"
         )
-    speed = resolve_speed(asked, place, training=False, writing=True)
+    speed = resolve_speed(asked, place, training=False)
     workload = Workload(
         model=config,
         prompt=prompt,

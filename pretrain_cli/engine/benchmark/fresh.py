@@ -31,7 +31,7 @@ def serve(ours: SpeedConfig | None, compiled: Path, arm: str, *arguments: Any) -
     """`writers.serve_arm` of an arm, in a process that was just started: ours, with these settings,
     as `pretrain sample` has it; or another program's."""
     if ours is not None:
-        set_env_before_torch(ours, writing=True)
+        set_env_before_torch(ours)
     set_compile_cache(compiled)
     importlib.import_module("pretrain_cli.engine.benchmark.writers").serve_arm(arm, *arguments)
 

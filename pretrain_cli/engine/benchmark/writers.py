@@ -75,7 +75,7 @@ def settings_of(workload: Workload, arm: str) -> SpeedConfig:
 
 def speed_of(workload: Workload, arm: str = OURS) -> Speed:
     place = find_device(workload.device)
-    return resolve_speed(settings_of(workload, arm), place, training=False, writing=True)
+    return resolve_speed(settings_of(workload, arm), place, training=False)
 
 
 def serve_arm(arm: str, folder: Path, pipe: Connection) -> None:

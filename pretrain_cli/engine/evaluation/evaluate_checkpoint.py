@@ -98,7 +98,7 @@ def evaluate_checkpoint(request: Request, notify: Callable[[str], None]) -> Resu
         config = read_config(folder)
         check_tokenizer(folder, data, say)
         seq_len = _seq_len(config, data, asked.data.seq_len, ranks.device)
-        speed = resolve_speed(asked.speed, ranks.device, training=False, writing=True)
+        speed = resolve_speed(asked.speed, ranks.device, training=False)
         for said in speed.departures():
             say(said)
         int8 = quantized(request.quantize, config)

@@ -99,7 +99,7 @@ def evaluate_tasks(request: TaskRequest, notify: Callable[[str], None]) -> TaskR
     tokenizer = folder_tokenizer(folder)
     flags = {"speed.dtype": request.dtype, "speed.attention": request.attention}
     asked = build_config(as_in_its_run(folder), flags, request.settings)
-    speed = resolve_speed(asked.speed, device, training=False, writing=True)
+    speed = resolve_speed(asked.speed, device, training=False)
     for said in speed.departures():
         notify(said)
     config = read_config(folder)

@@ -39,6 +39,8 @@ SAFE = {
     "train.sample_every",
     "train.log",
 }
+REMOVED_SPEED_SETTINGS = ("huge_pages",)
+"""Settings of earlier versions that changed nothing that is learned; dropped from old runs."""
 ORDER = "it decides which sample is the next, and some would come twice or never"
 REFUSED = {
     "model": "the weights are of that model",
@@ -78,6 +80,9 @@ def read_record(run: Path) -> RunRecord:
         data = raw["dataset"]["path"], raw["dataset"]["fingerprint"]
         machine = raw["machine"]["device"], raw["machine"]["micro_batch_size"]
         settings, asked = raw["settings"], raw["asked"]
+        for tree in (settings, asked):
+            for removed in REMOVED_SPEED_SETTINGS:
+                tree["speed"].pop(removed, None)
         if missing := set(FIELDS) - set(model):
             raise KeyError(missing)
     except (yaml.YAMLError, KeyError, TypeError, ValueError):

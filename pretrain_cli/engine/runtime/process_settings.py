@@ -7,14 +7,10 @@ passive_threads     OpenMP threads that wait for each other spin briefly and the
 keep_freed_memory   glibc keeps freed memory for the next step instead of giving it back to the
                     kernel and faulting it in again, page by page: a vocabulary's gradients are
                     hundreds of megabytes.
-huge_pages          Large buffers in pages of 2 MB, where the kernel gives them to whoever asks: a
-                    token reads every weight once, and by 4 KB at a time waits for addresses too.
-                    Taken by `auto` to write text and to evaluate, though they give little: of a
-                    gemma3-270m in float32 1.03 × the tokens, compiled 1.01 ×, both within the
-                    spread (`pretrain benchmark sample --vs speed.huge_pages=false`). A qwen3-small
-                    trains no faster with them, and takes 7 % more memory; where freed memory is
-                    given back, and comes again as zeros, a step takes 1.4 times as long (`pretrain
-                    benchmark --ablate`). Read by torch at its first buffer.
+
+Tried and removed: transparent huge pages for large buffers. Training was no faster and took 7 %
+more memory (0.72 × alone, where freed memory comes back as zeros); sampling gained 1.01 to 1.03 ×,
+within its spread.
 
 Tokenizing wants the opposite, `give_back_memory`: blocks of many sizes come and go there, and kept
 they leave ever more gaps.
@@ -41,7 +37,6 @@ PROCESS_SETTINGS = (
     "onednn_matmul",
     "passive_threads",
     "keep_freed_memory",
-    "huge_pages",
     "cudnn_benchmark",
     "expandable_segments",
     "deterministic",
@@ -50,9 +45,7 @@ PROCESS_SETTINGS = (
 LATE = "torch was loaded before it could be set"
 SPINS, BRIEF = "GOMP_SPINCOUNT", "1000"
 POLICY = "OMP_WAIT_POLICY"
-HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 KINETO_LEVEL = "KINETO_LOG_LEVEL"
-GIVEN = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 CGROUPS = Path("/sys/fs/cgroup")
 # mallopt's numbers, in glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
@@ -98,15 +91,14 @@ def _left_of(group: Path) -> float:
     return int(limit) - int(used) + int(cached[1] if cached else 0)
 
 
-def set_env_before_torch(asked: SpeedConfig, *, writing: bool = False) -> None:
-    """Set what torch reads when it is loaded, unless the environment says it or torch is there
-    already. `writing`: as in `huge_pages`."""
+def set_env_before_torch(asked: SpeedConfig) -> None:
+    """Set the environment variables that torch reads when it is loaded.
+
+    Does nothing if torch is loaded already, and keeps variables that are set."""
     if "torch" in sys.modules:
         return
     if asked.passive_threads is not False and POLICY not in os.environ:
         os.environ.setdefault(SPINS, BRIEF)
-    if _wants_huge_pages(asked.huge_pages, writing):
-        os.environ.setdefault(HUGE_PAGES, "1")
 
 
 def silence_kineto() -> None:
@@ -138,39 +130,6 @@ def keep_freed_memory(asked: bool | str, device_type: str) -> tuple[bool, str]:
     if platform.libc_ver()[0] != "glibc":
         return False, "this system's malloc is not glibc's"
     return True, "" if asked is True else "no memory is faulted in again at each step"
-
-
-def huge_pages(asked: bool | str, device_type: str, *, writing: bool) -> tuple[bool, str]:
-    """(whether large buffers are in huge pages, why where that is not what was asked). `writing`:
-    whether text is written, or evaluated, and nothing trained."""
-    if device_type != "cpu":
-        return False, "" if asked is False else "a setting of the CPU's memory"
-    given = _huge_pages_given()
-    if given == "always":
-        return True, "" if asked is True else "this system gives them unasked"
-    if given != "madvise":
-        return False, "" if asked is False else "this system gives none"
-    wanted, taken = _wants_huge_pages(asked, writing), os.environ.get(HUGE_PAGES) == "1"
-    if taken != wanted and HUGE_PAGES in os.environ:
-        return taken, f"{HUGE_PAGES} is set in the environment"
-    if taken != wanted:
-        return taken, LATE
-    if asked != "auto":
-        return taken, ""
-    return taken, "a token reads every weight once" if taken else "training is no faster with them"
-
-
-def _wants_huge_pages(asked: bool | str, writing: bool) -> bool:
-    return writing if asked == "auto" else bool(asked)
-
-
-def _huge_pages_given() -> str:
-    """always, madvise (to who asks) or never; nothing where the system has no such pages."""
-    try:
-        chosen = re.search(r"\[(\w+)\]", GIVEN.read_text())
-    except OSError:
-        return ""
-    return chosen[1] if chosen else ""
 
 
 def check_process_settings(option: str, assignments: Iterable[str]) -> None:

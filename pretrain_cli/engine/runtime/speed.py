@@ -75,11 +75,10 @@ class Speed:
         ]
 
 
-def resolve_speed(
-    asked: SpeedConfig, device: torch.device, *, training: bool = True, writing: bool = False
-) -> Speed:
-    """Decide every setting for this device; `writing`: for writing text, or evaluating it. Raises
-    ConfigError for a backend that can't train, and for float8 where it can't be used."""
+def resolve_speed(asked: SpeedConfig, device: torch.device, *, training: bool = True) -> Speed:
+    """Decide every setting for this device.
+
+    Raises ConfigError for a backend that can't train, and for float8 where it can't be used."""
     decide = {
         "attention": lambda asked, device: _attention(asked, device, training),
         "dtype": lambda value, device: _dtype(value, device, training, asked.compile),
@@ -90,9 +89,6 @@ def resolve_speed(
         "passive_threads": lambda asked, _: process_settings.passive_threads(asked),
         "keep_freed_memory": lambda asked, device: process_settings.keep_freed_memory(
             asked, device.type
-        ),
-        "huge_pages": lambda asked, device: process_settings.huge_pages(
-            asked, device.type, writing=writing
         ),
         "cudnn_benchmark": _cudnn_benchmark,
         "expandable_segments": _expandable_segments,

@@ -57,7 +57,7 @@ def open_for_sampling(
         refuse_int8_off_cpu(place)
     flags = {"speed.dtype": dtype, "speed.compile": False}
     asked = build_config({}, flags, settings).speed
-    speed = resolve_speed(asked, place, training=False, writing=True)
+    speed = resolve_speed(asked, place, training=False)
     for said in speed.departures():
         emit(said)
     return folder, open_to_write(folder, speed, place, emit, int8=int8), tokenizer

@@ -108,23 +108,12 @@ def test_what_has_no_effect_on_a_cpu_is_left_out_with_its_reason(workload):
 
 def test_what_only_a_fresh_process_can_set_is_an_arm_of_its_own(workload, monkeypatch):
     """These tests have loaded torch, so that here it is too late for them."""
-    for name in ("THP_MEM_ALLOC_ENABLE", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.setenv(name, "")  # so that it is undone
         monkeypatch.delenv(name)
-    monkeypatch.setattr(
-        "pretrain_cli.engine.runtime.process_settings._huge_pages_given", lambda: "madvise"
-    )
     found = by_name(arms.ablation(workload, SpeedConfig()))
-    assert not found["+ huge_pages"].left_out
     assert not found["+ passive_threads"].left_out
     assert not found["− passive_threads"].left_out
-    assert "− huge_pages" not in found  # training is without them
-    assert "− huge_pages" in by_name(arms.ablation(workload, SpeedConfig(huge_pages=True)))
-    monkeypatch.setattr(
-        "pretrain_cli.engine.runtime.process_settings._huge_pages_given", lambda: "never"
-    )
-    found = by_name(arms.ablation(workload, SpeedConfig()))
-    assert found["+ huge_pages"].left_out == "this system gives none"
 
 
 # --- a sweep -------------------------------------------------------------------------------------

@@ -70,6 +70,6 @@ def test_our_own_arm_has_another_setting_in_force():
     assert keeps[1]["in_force"] is False
     for each in (ours, other):
         assert each.speed["onednn_matmul"] == {"asked": False, "in_force": False}
-        assert each.speed["huge_pages"]["asked"] == "auto"
+        assert each.speed["passive_threads"]["asked"] == "auto"
     assert other.agreed == 12
     assert other.ratio == pytest.approx(ours.rounds[0][1] / other.rounds[0][1])

@@ -92,110 +92,22 @@ def test_memory_that_is_freed_is_given_back():
 def no_torch(monkeypatch):
     """As before torch is loaded, in an environment that says nothing."""
     monkeypatch.delitem(sys.modules, "torch")
-    for name in (process_settings.HUGE_PAGES, process_settings.SPINS, process_settings.POLICY):
+    for name in (process_settings.SPINS, process_settings.POLICY):
         monkeypatch.setenv(name, "")  # so that it is undone
         monkeypatch.delenv(name)
 
 
-@pytest.fixture
-def given(tmp_path, monkeypatch):
-    """Says to whom the system gives huge pages."""
-
-    def give(to):
-        choices = ("always", "madvise", "never")
-        words = (f"[{word}]" if word == to else word for word in choices)
-        (tmp_path / "enabled").write_text(" ".join(words) + "\n")
-        monkeypatch.setattr(process_settings, "GIVEN", tmp_path / "enabled")
-
-    return give
-
-
-@pytest.mark.parametrize(
-    ("asked", "writing", "taken"),
-    [("auto", True, "1"), ("auto", False, None), (True, False, "1"), (False, True, None)],
-)
-def test_huge_pages_are_asked_for_to_write_text_or_where_they_are_wanted(
-    no_torch, given, asked, writing, taken
-):
-    given("madvise")
-    process_settings.set_env_before_torch(SpeedConfig(huge_pages=asked), writing=writing)
-    assert os.environ.get(process_settings.HUGE_PAGES) == taken
-    in_force, reason = process_settings.huge_pages(asked, "cpu", writing=writing)
-    assert in_force is (taken == "1")
-    assert bool(reason) is (asked == "auto")
-
-
-def test_what_the_environment_says_of_huge_pages_holds(no_torch, given, monkeypatch):
-    given("madvise")
-    monkeypatch.setenv(process_settings.HUGE_PAGES, "0")
-    process_settings.set_env_before_torch(SpeedConfig(), writing=True)
-    assert os.environ[process_settings.HUGE_PAGES] == "0"
-    in_force, reason = process_settings.huge_pages("auto", "cpu", writing=True)
-    assert (in_force, reason) == (False, "THP_MEM_ALLOC_ENABLE is set in the environment")
-    monkeypatch.setenv(process_settings.HUGE_PAGES, "1")
-    assert process_settings.huge_pages(False, "cpu", writing=False)[0] is True
-
-
-def test_nothing_is_set_for_a_torch_that_is_there(given, monkeypatch):
-    given("madvise")
-    monkeypatch.setenv(process_settings.HUGE_PAGES, "")
-    monkeypatch.delenv(process_settings.HUGE_PAGES)
-    process_settings.set_env_before_torch(SpeedConfig(), writing=True)
-    assert process_settings.HUGE_PAGES not in os.environ
-    assert process_settings.huge_pages(True, "cpu", writing=False) == (False, process_settings.LATE)
-
-
-def test_whether_there_are_huge_pages_is_the_systems_to_say(given, monkeypatch, tmp_path):
-    monkeypatch.setenv(process_settings.HUGE_PAGES, "1")
-    given("never")
-    assert process_settings.huge_pages(True, "cpu", writing=True) == (
-        False,
-        "this system gives none",
-    )
-    given("always")
-    assert process_settings.huge_pages(False, "cpu", writing=True)[0] is True
-    monkeypatch.setattr(process_settings, "GIVEN", tmp_path / "not there")
-    assert process_settings.huge_pages("auto", "cpu", writing=True) == (
-        False,
-        "this system gives none",
-    )
-    assert process_settings.huge_pages(True, "cuda", writing=True)[0] is False
-
-
-PAGES = """
-import os, sys
-from pretrain_cli.config.run_config import SpeedConfig
-from pretrain_cli.engine.runtime.process_settings import before_torch
-
-before_torch(SpeedConfig(huge_pages={asked}))
-import torch
-
-buffer = torch.ones(2**24)
-lines = open("/proc/self/smaps").read().split("kB\\n")
-print(sum(int(line.split()[-1]) for line in lines if line.startswith("AnonHugePages")))
-"""
-
-
-@pytest.mark.skipif(
-    process_settings._huge_pages_given() != "madvise", reason="huge pages are not to be had"
-)
-def test_large_buffers_are_in_huge_pages():
-    """64 MB of them."""
-
-    def huge(asked):
-        clean = {k: v for k, v in os.environ.items() if k != process_settings.HUGE_PAGES}
-        out = subprocess.run(
-            [sys.executable, "-c", PAGES.format(asked=asked)],
-            capture_output=True, check=True, env=clean,
-        )  # fmt: skip
-        return int(out.stdout)
-
-    assert huge(False) < 2**14
-    assert huge(True) > 2**14
+def test_nothing_is_set_once_torch_is_loaded(monkeypatch):
+    for name in (process_settings.SPINS, process_settings.POLICY):
+        monkeypatch.setenv(name, "")  # so that it is undone
+        monkeypatch.delenv(name)
+    process_settings.set_env_before_torch(SpeedConfig())
+    assert process_settings.SPINS not in os.environ
+    assert process_settings.passive_threads(True) == (False, process_settings.LATE)
 
 
 PROFILED = """
-from pretrain_cli.engine.runtime.process_settings import hush_profiler
+from pretrain_cli.engine.runtime.process_settings import silence_kineto
 
 {hush}
 import torch
@@ -208,7 +120,7 @@ with torch.profiler.profile(acc_events=True):
 def test_a_profile_says_nothing_on_standard_error():
     clean = {k: v for k, v in os.environ.items() if k != process_settings.KINETO_LEVEL}
     done = subprocess.run(
-        [sys.executable, "-c", PROFILED.format(hush="hush_profiler()")],
+        [sys.executable, "-c", PROFILED.format(hush="silence_kineto()")],
         capture_output=True, check=True, env=clean, text=True,
     )  # fmt: skip
     assert done.stderr == ""
@@ -222,8 +134,13 @@ def test_what_the_environment_says_of_the_profiler_holds(monkeypatch):
 
 def test_only_settings_of_the_process_are_taken():
     process_settings.check_process_settings(
-        "--set", ["speed.huge_pages=false", "speed.passive_threads=no"]
+        "--set", ["speed.keep_freed_memory=false", "speed.passive_threads=no"]
     )
-    for wrong in ("speed.compile=true", "huge_pages=true", "speed.huge_pages", "train.steps=3"):
+    for wrong in (
+        "speed.compile=true",
+        "passive_threads=true",
+        "speed.passive_threads",
+        "train.steps=3",
+    ):
         with pytest.raises(ConfigError, match=f"^--set {wrong}: not NAME=VALUE of one of speed.fl"):
             process_settings.check_process_settings("--set", [wrong])

@@ -104,7 +104,7 @@ def _calibrated(plan: Any, config: Any, speed: Any, asked: Asked) -> Any:
     """The plan with the pace of real steps on the device that is here."""
     from dataclasses import replace
 
-    from pretrain_cli.engine.benchmark.calibration import calibrate
+    from pretrain_cli.engine.benchmark.rounds import calibrate
     from pretrain_cli.engine.benchmark.workload import Workload, usual_micro_batch
     from pretrain_cli.engine.planning.run_estimate import Throughput
     from pretrain_cli.engine.runtime.gpu_specs import called

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from pretrain_cli.commands.display import console, notice, remark
 from pretrain_cli.commands.evaluate_tasks import show_tasks
-from pretrain_cli.commands.settings import OfProcess, settle_process
+from pretrain_cli.commands.options import OfProcess, settle_process
 
 TASKS = "Tasks"
 

@@ -3,8 +3,10 @@
 `--attn ""`, as from a shell's variable that isn't set, would otherwise be as good as no option.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any
 
+import typer
 from typer.core import TyperCommand, TyperGroup
 
 from pretrain_cli.errors import ConfigError
@@ -33,3 +35,29 @@ def refuse_empty(context: Any) -> None:
         if "" in several and parameter.name not in MAY_BE_EMPTY:
             name = parameter.opts[0]  # of an argument, its name
             raise ConfigError(f"{name}: is empty; give a value, or leave it out")
+
+
+SPEED = "Speed"
+"""Panel of the help."""
+
+OfProcess = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="SPEED.NAME=VALUE",
+        help="A speed setting of the process, such as speed.passive_threads=false. Repeatable.",
+        rich_help_panel=SPEED,
+    ),
+]
+
+
+def settle_process(assignments: Sequence[str] | None) -> None:
+    """Set what has to be set before torch is loaded."""
+    from pretrain_cli.config.build import build_config
+    from pretrain_cli.engine.runtime.process_settings import (
+        check_process_settings,
+        set_env_before_torch,
+    )
+
+    check_process_settings("--set", assignments or ())
+    set_env_before_torch(build_config({}, {}, assignments or ()).speed)

@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from pretrain_cli.commands.display import console, error_console, notice, remark
-from pretrain_cli.commands.settings import SPEED, OfProcess, settle_process
+from pretrain_cli.commands.options import SPEED, OfProcess, settle_process
 
 BATCH = 8
 CHOOSING, SEVERAL = "How tokens are chosen", "Several texts"

@@ -156,7 +156,7 @@ def tokenize(
     from pretrain_cli.data.tokenizing.request import TokenizeRequest
     from pretrain_cli.data.tokenizing.tokenize import BPE_VOCAB_SIZE, demo_request
     from pretrain_cli.data.tokenizing.tokenize import tokenize as run
-    from pretrain_cli.engine.runtime.process_settings import give_back_memory
+    from pretrain_cli.engine.runtime.host_memory import give_back_memory
 
     if paths:
         request = TokenizeRequest(

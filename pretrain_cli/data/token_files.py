@@ -14,17 +14,21 @@ import hashlib
 import math
 import os
 import re
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from pretrain_cli.data.dataset import VERIFIED_WHEN_OPENED, Dataset, Split, text_bytes
-from pretrain_cli.data.llm_c import HEADER_BYTES, MAGIC, VERSION
-from pretrain_cli.data.shards import MANIFEST, TokenStream, token_dtype
+from pretrain_cli.data.shards import MANIFEST, Shard, TokenStream, token_dtype
 from pretrain_cli.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from pretrain_cli.errors import ConfigError, DataError
 
+MAGIC = 20240520
+VERSION = 1
+HEADER_BYTES = 1024
 BLOCK = 2**20
 """Bytes read at once when files are opened, and tokens looked through when counting documents."""
 SAMPLED = 2**30
@@ -288,3 +292,28 @@ def _read_through(rows: list[TokenStream], form: Format, key: str) -> tuple[str,
 def _split(row: TokenStream, tokenizer: Tokenizer, separator: int, *, leads: bool) -> Split:
     documents = SeparatedStarts(row, separator, leads=leads)
     return Split(row, documents, text_bytes(row, documents, tokenizer))
+
+
+def header(tokens: int) -> bytes:
+    """What stands before so many tokens."""
+    words = np.zeros(HEADER_BYTES // 4, dtype="<i4")
+    words[:3] = MAGIC, VERSION, tokens
+    return words.tobytes()
+
+
+def write_llm_c(folder: Path, shards: Sequence[Shard], *, name: str, separator: int | None) -> None:
+    """A file for each shard, in `llm.c/`: NAME_train_000001.bin, …; `separator` goes before the
+    first token of a split, where documents have no mark of their own at the beginning."""
+    target = folder / "llm.c"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    counts = {"train": 0, "val": 0}
+    for shard in sorted(shards, key=lambda shard: shard.file):
+        counts[shard.split] += 1
+        first = counts[shard.split] == 1 and separator is not None
+        path = target / f"{name}_{shard.split}_{counts[shard.split]:06d}.bin"
+        with path.open("wb") as file, (folder / shard.file).open("rb") as tokens:
+            file.write(header(shard.tokens + first))
+            if first:
+                file.write(np.array([separator], dtype="<u2").tobytes())
+            shutil.copyfileobj(tokens, file, 2**20)

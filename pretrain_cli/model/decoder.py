@@ -26,8 +26,8 @@ from pretrain_cli.model.layers import GatedMLP, Linear, RMSNorm, lookup
 from pretrain_cli.model.loss import IGNORE_INDEX, Loss, Softmax, softmax_, with_z_loss
 from pretrain_cli.model.moe import MixtureOfExperts, balancing_loss
 from pretrain_cli.model.parameter_map import EMBEDDING, Merged, PublishedTensor, parameter_map
-from pretrain_cli.model.parts import span
 from pretrain_cli.model.rope import rope_table
+from pretrain_cli.spans import span
 
 
 class Block(nn.Module):

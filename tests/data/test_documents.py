@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pretrain_cli.data.documents import document_numbers
+from pretrain_cli.data.batches import document_numbers
 
 END = 9
 

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pretrain_cli.commands.display import check_output, console, notice, write_json
-from pretrain_cli.commands.settings import OfProcess
+from pretrain_cli.commands.options import OfProcess
 from pretrain_cli.units import duration
 from pretrain_cli.units import size as in_bytes
 
@@ -75,7 +75,7 @@ def benchmark_sample(
     asked = build_config({}, {"speed.dtype": dtype}, set_ or ()).speed
 
     from pretrain_cli.engine.benchmark.sample import measure
-    from pretrain_cli.engine.benchmark.writers import Workload
+    from pretrain_cli.engine.benchmark.sample_arm import Workload
     from pretrain_cli.engine.runtime.distributed import device_name, find_device
     from pretrain_cli.engine.runtime.speed import resolve_speed
 

@@ -35,7 +35,7 @@ class OutputFiles:
         for name, path in vars(self).items():
             check_output(path, f"--{name}")
         if self.plot is not None:
-            from pretrain_cli.engine.benchmark.picture import need_matplotlib
+            from pretrain_cli.engine.benchmark.render import need_matplotlib
 
             need_matplotlib(self.plot)
 
@@ -48,12 +48,12 @@ class OutputFiles:
         if self.json is not None:
             write_json(self.json, written)
         if self.markdown is not None:
-            from pretrain_cli.engine.benchmark.markdown import to_markdown
+            from pretrain_cli.engine.benchmark.render import to_markdown
 
             self.markdown.write_text(to_markdown(written))
             console.print(f"Written to {escape(str(self.markdown))}", soft_wrap=True)
         if self.plot is not None:
-            from pretrain_cli.engine.benchmark.picture import draw
+            from pretrain_cli.engine.benchmark.render import draw
 
             draw(written, self.plot)
             console.print(f"Written to {escape(str(self.plot))}", soft_wrap=True)
@@ -85,9 +85,8 @@ def watch(measured: Any, interruption: Any) -> None:
     except KeyboardInterrupt:
         measured.cut(interruption.signal.name)
         notice(f"{measured.cut_short}: cut short; this is what is there")
-    from pretrain_cli.engine.benchmark.markdown import peaks
+    from pretrain_cli.engine.benchmark.render import LEGEND, peaks, remarks
     from pretrain_cli.engine.benchmark.results import ratios
-    from pretrain_cli.engine.benchmark.table import LEGEND, remarks
 
     results = measured.results()
     console.print(_table(measured))
@@ -120,7 +119,7 @@ def _measure(measured: Any) -> None:
 
 
 def _table(measured: Any) -> Table:
-    from pretrain_cli.engine.benchmark.table import COLUMNS, rows
+    from pretrain_cli.engine.benchmark.render import COLUMNS, rows
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column(COLUMNS[0], no_wrap=True)

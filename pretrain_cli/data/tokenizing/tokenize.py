@@ -18,8 +18,8 @@ from pathlib import Path
 
 from pretrain_cli.data.corpus.readers import DAMAGED, FileReader
 from pretrain_cli.data.corpus.source_files import STANDARD_INPUT, Corpus, find_corpus, legible
-from pretrain_cli.data.llm_c import write_llm_c
 from pretrain_cli.data.shards import FILES, Amount, Manifest, token_dtype
+from pretrain_cli.data.token_files import write_llm_c
 from pretrain_cli.data.tokenizers.tokenizer import (
     Tokenizer,
     load_tokenizer,

@@ -33,7 +33,7 @@ def serve(ours: SpeedConfig | None, compiled: Path, arm: str, *arguments: Any) -
     if ours is not None:
         set_env_before_torch(ours)
     set_compile_cache(compiled)
-    importlib.import_module("pretrain_cli.engine.benchmark.writers").serve_arm(arm, *arguments)
+    importlib.import_module("pretrain_cli.engine.benchmark.sample_arm").serve_arm(arm, *arguments)
 
 
 def _call(name: str, speed: SpeedConfig, compiled: Path, arguments: tuple[Any, ...]) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pretrain_cli.config.run_config import OptimizerSettings
 from pretrain_cli.engine.benchmark.workload import Workload
-from pretrain_cli.engine.evaluation.transformers import import_transformers
+from pretrain_cli.engine.evaluation.compare_transformers import import_transformers
 from pretrain_cli.engine.runtime.speed import Speed
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.model.decoder import draw

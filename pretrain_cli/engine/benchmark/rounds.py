@@ -12,9 +12,9 @@ import torch
 
 from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.engine.benchmark.fresh import in_a_fresh_process
-from pretrain_cli.engine.benchmark.results import Result, summarize
+from pretrain_cli.engine.benchmark.results import Figures, Result, summarize
 from pretrain_cli.engine.benchmark.timing import Round
-from pretrain_cli.engine.benchmark.workload import Arm, Repeats
+from pretrain_cli.engine.benchmark.workload import Arm, Repeats, Workload
 from pretrain_cli.engine.runtime.peak_flops import Peak
 from pretrain_cli.engine.runtime.profiler import Profile
 from pretrain_cli.engine.runtime.speed import resolve_speed
@@ -122,3 +122,17 @@ def _peak_dtype(arm: Arm) -> str:
     training, device = not arm.forward_only, torch.device(arm.workload.device)
     dtype = resolve_speed(arm.speed, device, training=training).compute_dtype
     return str(dtype).removeprefix("torch.")
+
+
+REPEATS = Repeats(rounds=1, steps=5, warmup=2)
+
+
+def calibrate(workload: Workload, asked: SpeedConfig, *, start: Start | None = None) -> Figures:
+    """Rates and peak memory of the training step, in a process of its own."""
+    rounds = Rounds([Arm(name=workload.name, workload=workload, speed=asked)], REPEATS, start=start)
+    for _ in rounds.go():
+        pass
+    (result,) = rounds.results()
+    if result.figures is None:
+        raise PretrainError(f"--calibrate: the steps could not be timed: {result.reason}")
+    return result.figures

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from pretrain_cli.engine.benchmark.fresh import serve
-from pretrain_cli.engine.benchmark.writers import (
+from pretrain_cli.engine.benchmark.sample_arm import (
     OURS,
     THEIRS,
     Ready,

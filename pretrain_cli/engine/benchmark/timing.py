@@ -13,7 +13,7 @@ from pretrain_cli.config.run_config import OptimizerSettings, SpeedConfig
 from pretrain_cli.engine.benchmark.peers import PEERS, Step
 from pretrain_cli.engine.benchmark.workload import Arm, Repeats, Workload
 from pretrain_cli.engine.optim.optimizer import build_optimizer, set_learning_rate
-from pretrain_cli.engine.runs.events import peak_memory, reset_peak_memory
+from pretrain_cli.engine.runs.metrics_file import peak_memory, reset_peak_memory
 from pretrain_cli.engine.runtime.distributed import Ranks, find_device
 from pretrain_cli.engine.runtime.peak_flops import Peak, find_peak
 from pretrain_cli.engine.runtime.profiler import Profile, profile_steps

@@ -25,7 +25,7 @@ from pretrain_cli.data.tokenizers.tokenizer import load_tokenizer
 from pretrain_cli.data.tokenizing.encoding import cores
 from pretrain_cli.data.tokenizing.request import TokenizeRequest
 from pretrain_cli.data.tokenizing.tokenize import demo_request, tokenize
-from pretrain_cli.engine.runtime.process_settings import give_back_memory
+from pretrain_cli.engine.runtime.host_memory import give_back_memory
 from pretrain_cli.errors import DataError
 
 

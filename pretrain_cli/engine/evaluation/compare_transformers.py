@@ -4,6 +4,7 @@ Both sides compute in float32 and read the weights as they are on disk. Two fold
 differ by rounding alone; where one holds rounded weights, the other by what the rounding costs.
 """
 
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from torch import Tensor
 
 from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.data.dataset import Dataset
-from pretrain_cli.engine.evaluation.transformers import import_transformers
 from pretrain_cli.engine.planning.data_and_model import check_tokenizer, open_mixture
 from pretrain_cli.engine.runs.retention import find_model_folder
 from pretrain_cli.engine.runtime.distributed import find_device
@@ -24,6 +24,7 @@ from pretrain_cli.engine.runtime.speed import resolve_speed
 from pretrain_cli.engine.sampling.open_model import folder_tokenizer, open_model
 from pretrain_cli.errors import CheckpointError, ConfigError, DataError
 from pretrain_cli.model.decoder import Decoder
+from pretrain_cli.model.float8 import quiet_torchao
 from pretrain_cli.model.formats.hf_config import read_config
 from pretrain_cli.model.formats.hf_weights import weight_types
 
@@ -219,3 +220,18 @@ def _tolerance(folder: Path, other: Path) -> float:
     if ours == theirs:
         return min(TOLERANCES.values())
     return max(TOLERANCES[kind] for kind in ours | theirs)
+
+
+def import_transformers(who: str) -> Any:
+    """The library, saying nothing of its own but errors; ConfigError where it is not installed.
+    `who` needs it: a command, or an option with its value."""
+    try:
+        library: Any = importlib.import_module("transformers")
+    except ImportError:
+        raise ConfigError(
+            f"{who}: the package transformers is not installed; pip install 'pretrain[verify]'"
+        ) from None
+    quiet_torchao()  # which it imports where that is installed
+    library.logging.set_verbosity_error()
+    library.logging.disable_progress_bar()
+    return library

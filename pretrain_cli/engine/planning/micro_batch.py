@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from pretrain_cli.engine.planning.memory_estimate import USABLE_FRACTION
-from pretrain_cli.engine.runtime.process_settings import available_memory
+from pretrain_cli.engine.runtime.host_memory import available_memory
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.files import write_whole
 from pretrain_cli.model.config import ModelConfig

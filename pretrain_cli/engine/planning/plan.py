@@ -12,35 +12,32 @@ and whatever can't work is refused.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from pretrain_cli.config.run_config import RunConfig
 from pretrain_cli.data.mixture import Mixture
-from pretrain_cli.engine.planning.data_and_model import find_architecture, find_data, fit_to_data
-from pretrain_cli.engine.planning.memory_estimate import StepShape, estimate, speed_settings
-from pretrain_cli.engine.planning.micro_batch import (
-    MicroBatch,
-    choose_micro_batch,
-    measured,
-    memory_here,
-    recall,
+from pretrain_cli.engine.planning.choices import (
+    CPU_RUN_FLOPS,
+    CPU_STEPS,
+    choose_checkpoint_interval,
+    choose_interval,
+    choose_micro_batch_size,
+    choose_samples_per_step,
+    choose_seq_len,
+    suggested_learning_rate,
 )
+from pretrain_cli.engine.planning.data_and_model import find_architecture, find_data, fit_to_data
 from pretrain_cli.engine.runs.events import Emit, Notice
 from pretrain_cli.engine.runs.run_yaml import RunRecord
 from pretrain_cli.engine.runs.trackers import check_trackers
-from pretrain_cli.engine.runtime.distributed import Ranks, device_name
+from pretrain_cli.engine.runtime.distributed import Ranks
 from pretrain_cli.engine.runtime.speed import Speed, resolve_speed
 from pretrain_cli.engine.runtime.stop import StopRequest
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.model import counting
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.decoder import LossWeights
-
-CPU_RUN_FLOPS = 1.2e13
-CPU_STEPS = 400
-CPU_SEQUENCES = 8
-GPU_TOKENS_PER_STEP = 2**18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,10 +116,10 @@ def make_plan(
                 f"{positions:,} positions; shorten it"
             )
 
-    seq_len = _seq_len(data.seq_len, config, mixture, on_cpu)
+    seq_len = choose_seq_len(data.seq_len, config, mixture, on_cpu)
     flops = counting.training_flops(config, seq_len).exact
-    samples = _samples_per_step(settings, ranks, seq_len, flops, on_cpu)
-    micro = _micro_batch_size(settings, ranks, config, seq_len, samples, speed, resumed)
+    samples = choose_samples_per_step(settings, ranks, seq_len, flops, on_cpu)
+    micro = choose_micro_batch_size(settings, ranks, config, seq_len, samples, speed, resumed)
     per_step = samples * seq_len
 
     parameters = counting.count_parameters(config)
@@ -141,7 +138,7 @@ def make_plan(
         steps = max(20, math.ceil(counting.suggested_tokens(config) / per_step))
         emit(Notice(f"{steps:,} steps: 20 tokens a parameter; --steps or --tokens sets it"))
 
-    eval_every = _interval(train.eval_every, steps, at_least=50)
+    eval_every = choose_interval(train.eval_every, steps, at_least=50)
     rate = optimizer.learning_rate
     if rate == "auto":
         rate = suggested_learning_rate(parameters.active - parameters.embeddings)
@@ -176,7 +173,7 @@ def make_plan(
         warmup_steps=warmup,
         log_every=(1 if on_cpu else 10) if train.log_every == "auto" else train.log_every,
         eval_every=eval_every,
-        checkpoint_every=_checkpoint_every(train.checkpoint_every, steps, eval_every),
+        checkpoint_every=choose_checkpoint_interval(train.checkpoint_every, steps, eval_every),
     )
 
 
@@ -198,116 +195,3 @@ def resolved(plan: Plan) -> RunConfig:
         "checkpoint_every": plan.checkpoint_every,
     }
     return RunConfig.model_validate(tree)
-
-
-def _seq_len(asked: int | str, config: ModelConfig, data: Mixture, on_cpu: bool) -> int:
-    shortest = min(data.trained_on, key=lambda source: len(source.dataset.train.tokens))
-    tokens = len(shortest.dataset.train.tokens)
-    if asked == "auto":
-        asked = max(1, min(512 if on_cpu else 1024, config.max_position_embeddings, tokens - 1))
-    assert isinstance(asked, int)
-    if asked > config.max_position_embeddings:
-        raise ConfigError(
-            f"data.seq_len: {asked:,} is beyond the model's {config.max_position_embeddings:,} "
-            "positions; give less, or --set model.max_position_embeddings"
-        )
-    if asked >= tokens:
-        raise ConfigError(
-            f"data.seq_len: {asked:,} is beyond the dataset {shortest.name}, whose training split "
-            f"has {tokens:,} tokens; give at most {max(tokens - 1, 0):,}, or more text"
-        )
-    return asked
-
-
-def _samples_per_step(
-    settings: RunConfig, ranks: Ranks, seq_len: int, flops: float, on_cpu: bool
-) -> int:
-    """Sequences a step, on all ranks."""
-    asked, micro = settings.train.tokens_per_step, settings.train.micro_batch_size
-    unit = ranks.world_size * (1 if micro == "auto" else micro)
-    if asked != "auto":
-        sequences, rest = divmod(asked, seq_len)
-        if rest or sequences % unit or not sequences:
-            parts = f"micro-batch {unit // ranks.world_size} × seq-len {seq_len}" + (
-                f" × {ranks.world_size} ranks" if ranks.world_size > 1 else ""
-            )
-            below = max(asked // (unit * seq_len), 1) * unit * seq_len
-            raise ConfigError(
-                f"train.tokens_per_step: {asked:,} is not a multiple of {unit * seq_len:,} "
-                f"({parts}); give for example {below:,}"
-            )
-        return sequences
-    if on_cpu:
-        # For about CPU_STEPS steps; a power of two, so that a smaller micro-batch divides it.
-        affordable = max(1.0, CPU_RUN_FLOPS / CPU_STEPS / (flops * seq_len))
-        sequences = min(CPU_SEQUENCES, 2 ** int(math.log2(affordable)))
-    else:
-        sequences = max(1, GPU_TOKENS_PER_STEP // seq_len)
-    return math.ceil(sequences / unit) * unit
-
-
-def _micro_batch_size(
-    settings: RunConfig,
-    ranks: Ranks,
-    config: ModelConfig,
-    seq_len: int,
-    samples_per_step: int,
-    speed: Speed,
-    resumed: RunRecord | None,
-) -> MicroBatch:
-    """Sequences a rank takes at once."""
-    share, rest = divmod(samples_per_step, ranks.world_size)
-    if rest:
-        raise ConfigError(
-            f"train.tokens_per_step: its {samples_per_step} sequences don't divide among "
-            f"{ranks.world_size} ranks; give a multiple of {ranks.world_size * seq_len:,}"
-        )
-    asked, train = settings.train.micro_batch_size, settings.train
-    if asked != "auto":
-        return MicroBatch(asked, "")
-
-    def bytes_of(size: int) -> int:
-        return estimate(
-            StepShape(
-                model=config,
-                seq_len=seq_len,
-                micro_batch_size=size,
-                is_accumulated=size < share,
-                document_mask=settings.data.document_mask,
-                device=ranks.device.type,
-                optimizer=settings.optimizer.name,
-                parallel=train.parallel if ranks.world_size > 1 else "alone",
-                ranks=ranks.world_size,
-                **speed_settings(speed),
-            )
-        ).peak
-
-    machine = device_name(ranks.device)
-    in_force = {name: decision.in_force for name, decision in speed.decisions.items()}
-    had = resumed.micro_batch_size if resumed and resumed.machine == machine else None
-    rates = recall(measured(machine, config, seq_len, in_force, {}))
-    choice = choose_micro_batch(share, bytes_of, memory_here(ranks.device), had=had, rates=rates)
-    return replace(choice, size=ranks.min(choice.size))
-
-
-def _interval(asked: int | str, steps: int, *, at_least: int) -> int:
-    """Every so many steps: a fifth of the run, but not more often than makes sense."""
-    return max(at_least, math.ceil(steps / 5)) if asked == "auto" else int(asked)
-
-
-def _checkpoint_every(asked: int | str, steps: int, eval_every: int) -> int:
-    """A fifth of the run, up to a step that is evaluated, so that the best can be told."""
-    every = _interval(asked, steps, at_least=100)
-    if asked != "auto" or eval_every > every:
-        return every
-    return math.ceil(every / eval_every) * eval_every
-
-
-def suggested_learning_rate(parameters: int) -> float:
-    """By parameters without embeddings, at most 4e-3.
-
-    The power law through GPT-3's table (Brown et al. 2020, table 2.1): 6e-4 at 125M, 2e-4 at 1.3B,
-    1e-4 at 13B. At the two small sizes it comes within what a short search finds.
-    """
-    rate = 6e-4 * (max(parameters, 1) / 125e6) ** -0.42
-    return float(f"{min(rate, 4e-3):.2g}")

@@ -37,8 +37,7 @@ from pretrain_cli.files import flush, sha256_of
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.formats.hf_config import to_config_json
-from pretrain_cli.model.formats.hf_weights import published_tensors, write_weights
-from pretrain_cli.model.formats.tensor_file import write_tensors
+from pretrain_cli.model.formats.hf_weights import published_tensors, write_tensors, write_weights
 from pretrain_cli.model.parameter_map import EMBEDDING, HEAD, Merged, parameter_map
 
 CHECKSUMS = Path("training/checksums.json")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 
-from pretrain_cli.model.parts import PREFIX, span
+from pretrain_cli.spans import PREFIX, span
 
 PARTS = ("data", "forward", "loss", "backward", "optimizer")
 STEP = "step"

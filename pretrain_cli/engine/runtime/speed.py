@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from pretrain_cli.config.run_config import SpeedConfig
-from pretrain_cli.engine.runtime import onednn, process_settings
+from pretrain_cli.engine.runtime import host_memory, onednn, process_settings
 from pretrain_cli.engine.runtime.gpu_specs import FLOAT8
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.model import float8
@@ -109,7 +109,7 @@ def resolve_speed(asked: SpeedConfig, device: torch.device, *, training: bool = 
 
 def apply_process_settings(speed: Speed) -> None:
     """Set what holds for the whole process. Before any tensor is made."""
-    process_settings.apply_memory(speed.keep_freed_memory)
+    host_memory.apply_memory(speed.keep_freed_memory)
     torch.set_float32_matmul_precision(speed.float32_matmul)
     onednn.apply(speed.onednn_matmul)
     torch.backends.cudnn.benchmark = speed.cudnn_benchmark

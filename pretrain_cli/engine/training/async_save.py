@@ -30,7 +30,7 @@ from pretrain_cli.engine.runs import checkpoint, retention
 from pretrain_cli.engine.runs.checkpoint import Snapshot, State
 from pretrain_cli.engine.runs.events import Emit, Event, Notice, Saved, Unsaved
 from pretrain_cli.engine.runtime.distributed import Ranks, is_sharded
-from pretrain_cli.engine.runtime.process_settings import available_memory
+from pretrain_cli.engine.runtime.host_memory import available_memory
 from pretrain_cli.errors import ConfigError, PretrainError
 from pretrain_cli.files import free_space, is_disk_full
 from pretrain_cli.model.decoder import Decoder

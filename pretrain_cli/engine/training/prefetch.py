@@ -15,7 +15,7 @@ from pretrain_cli.data.packing import Packed
 from pretrain_cli.engine.planning.plan import Plan
 from pretrain_cli.engine.runs.events import Emit, Notice
 from pretrain_cli.engine.runtime.distributed import Ranks
-from pretrain_cli.model.parts import span
+from pretrain_cli.spans import span
 
 
 def open_batches(plan: Plan, ranks: Ranks, emit: Emit) -> Batches:

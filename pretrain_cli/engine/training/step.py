@@ -10,7 +10,7 @@ from pretrain_cli.engine.runtime.distributed import sync_gradients
 from pretrain_cli.engine.runtime.stop import Stopped
 from pretrain_cli.engine.training.auxiliary_losses import AuxiliaryLosses
 from pretrain_cli.engine.training.step_guard import StepGuard
-from pretrain_cli.model.parts import span
+from pretrain_cli.spans import span
 
 
 def train_step(

@@ -9,7 +9,8 @@ import time
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from pretrain_cli.engine.runs.events import StepMetrics, peak_memory
+from pretrain_cli.engine.runs.events import StepMetrics
+from pretrain_cli.engine.runs.metrics_file import peak_memory
 from pretrain_cli.engine.runtime.distributed import Ranks
 from pretrain_cli.model.counting import Flops
 

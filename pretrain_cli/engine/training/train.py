@@ -29,9 +29,13 @@ from pretrain_cli.engine.runtime.speed import (
 )
 from pretrain_cli.engine.runtime.stop import StopRequest
 from pretrain_cli.engine.training.async_save import check_space, checkpoint_size
-from pretrain_cli.engine.training.changes import changed_settings
 from pretrain_cli.engine.training.prefetch import open_batches
-from pretrain_cli.engine.training.run_start import COMPILED, choose_folder, write_record
+from pretrain_cli.engine.training.run_start import (
+    COMPILED,
+    changed_settings,
+    choose_folder,
+    write_record,
+)
 from pretrain_cli.engine.training.trainer import Trainer
 from pretrain_cli.errors import CheckpointError, ConfigError, DataError
 from pretrain_cli.model.decoder import Decoder

@@ -33,8 +33,7 @@ from pretrain_cli.engine.training.auxiliary_losses import AuxiliaryLosses
 from pretrain_cli.engine.training.evaluate import evaluate
 from pretrain_cli.engine.training.prefetch import Prefetcher
 from pretrain_cli.engine.training.rollback import Rollback
-from pretrain_cli.engine.training.run_log import RunLog
-from pretrain_cli.engine.training.samples import SampleLog
+from pretrain_cli.engine.training.run_log import RunLog, SampleLog
 from pretrain_cli.engine.training.step import train_step
 from pretrain_cli.engine.training.step_guard import StepGuard
 from pretrain_cli.engine.training.throughput import ThroughputMeter

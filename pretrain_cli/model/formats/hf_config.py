@@ -14,8 +14,7 @@ from typing import Any
 
 from pretrain_cli.errors import CheckpointError, ConfigError
 from pretrain_cli.model.config import FULL, SLIDING, ModelConfig, checked
-from pretrain_cli.model.formats.hf_fields import check_fields
-from pretrain_cli.model.formats.hf_rope import read_rope
+from pretrain_cli.model.formats.hf_fields import check_fields, read_rope
 
 ARCHITECTURES = {
     "gemma3_text": "Gemma3ForCausalLM",

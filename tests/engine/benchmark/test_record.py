@@ -9,9 +9,9 @@ import torch
 
 import pretrain_cli
 from pretrain_cli.config.run_config import SpeedConfig
-from pretrain_cli.engine.benchmark import picture
-from pretrain_cli.engine.benchmark.markdown import to_markdown
+from pretrain_cli.engine.benchmark import render
 from pretrain_cli.engine.benchmark.record import commit, compare, record
+from pretrain_cli.engine.benchmark.render import to_markdown
 from pretrain_cli.engine.benchmark.rounds import Rounds
 from pretrain_cli.engine.benchmark.timing import Round
 from pretrain_cli.engine.benchmark.workload import Arm, Repeats, Workload
@@ -118,7 +118,7 @@ def test_markdown_has_the_command_a_row_an_arm_and_what_differs(made):
 @pytest.mark.parametrize(("name", "begins"), [("p.png", b"\x89PNG"), ("p.svg", b"<?xml")])
 def test_a_picture_is_drawn(made, tmp_path, name, begins):
     pytest.importorskip("matplotlib")
-    from pretrain_cli.engine.benchmark.picture import draw
+    from pretrain_cli.engine.benchmark.render import draw
 
     draw(made, tmp_path / name)
     assert (tmp_path / name).read_bytes().startswith(begins)
@@ -137,8 +137,8 @@ def test_a_picture_is_titled_by_what_its_arms_share(others, title):
     workload = {"name": "tiny", "micro_batch_size": 2, "seq_len": 32}
     results = [{"workload": workload}, {"workload": workload | others}]
     record = {"results": results, "machine": "here", "cut_short": ""}
-    assert picture._title(record) == title
-    assert picture._title(record | {"cut_short": "SIGINT"}) == f"{title}, cut short by SIGINT"
+    assert render._title(record) == title
+    assert render._title(record | {"cut_short": "SIGINT"}) == f"{title}, cut short by SIGINT"
 
 
 def test_what_was_cut_short_is_told_as_that(made):

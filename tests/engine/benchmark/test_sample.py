@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pretrain_cli.engine.benchmark.sample import copy_rate, measure, step_bytes
-from pretrain_cli.engine.benchmark.writers import Workload
+from pretrain_cli.engine.benchmark.sample_arm import Workload
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.model.config import variant
 from pretrain_cli.model.presets import preset

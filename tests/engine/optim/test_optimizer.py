@@ -5,7 +5,7 @@ import torch
 
 from pretrain_cli.config.run_config import OptimizerSettings
 from pretrain_cli.engine.optim.optimizer import build_optimizer, set_learning_rate
-from pretrain_cli.engine.planning.plan import suggested_learning_rate
+from pretrain_cli.engine.planning.choices import suggested_learning_rate
 from pretrain_cli.errors import ConfigError
 
 

@@ -12,8 +12,8 @@ from pretrain_cli.engine.benchmark import timing
 from pretrain_cli.engine.benchmark.workload import Arm, Repeats, Workload
 from pretrain_cli.engine.runs.events import Profiled, StepMetrics
 from pretrain_cli.errors import ConfigError
-from pretrain_cli.model.parts import span
 from pretrain_cli.model.presets import preset
+from pretrain_cli.spans import span
 
 
 def test_a_part_is_nothing_unless_a_profile_is_made():

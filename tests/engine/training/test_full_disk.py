@@ -14,15 +14,8 @@ import time
 import pytest
 
 from pretrain_cli.engine.runs import checkpoint, retention
-from pretrain_cli.engine.runs.events import (
-    Evaluation,
-    Logged,
-    MetricsFile,
-    Notice,
-    Sample,
-    Saved,
-    Unsaved,
-)
+from pretrain_cli.engine.runs.events import Evaluation, Logged, Notice, Sample, Saved, Unsaved
+from pretrain_cli.engine.runs.metrics_file import MetricsFile
 from pretrain_cli.engine.training import async_save
 from pretrain_cli.engine.training.train import train
 from pretrain_cli.errors import PretrainError

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from pretrain_cli.config.run_config import OptimizerSettings, SpeedConfig
-from pretrain_cli.data.batches import IGNORE_INDEX
-from pretrain_cli.data.documents import document_numbers
+from pretrain_cli.data.batches import IGNORE_INDEX, document_numbers
 from pretrain_cli.engine.optim.optimizer import build_optimizer, set_learning_rate
 from pretrain_cli.engine.runs.events import Evaluation, Finished, Notice, Sample, Saved, StepMetrics
 from pretrain_cli.engine.runtime.speed import build_model, resolve_speed

@@ -17,7 +17,7 @@ import torch
 
 from pretrain_cli.config.build import build_config
 from pretrain_cli.config.run_config import SpeedConfig
-from pretrain_cli.engine.evaluation.transformers import import_transformers
+from pretrain_cli.engine.evaluation.compare_transformers import import_transformers
 from pretrain_cli.engine.runtime.distributed import find_device
 from pretrain_cli.engine.runtime.speed import Speed, resolve_speed
 from pretrain_cli.engine.sampling.batch import Completion, ContinuousBatch

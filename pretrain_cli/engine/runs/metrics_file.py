@@ -1,0 +1,125 @@
+"""metrics.jsonl: one line an event, synced before a checkpoint counts on it, cut back on resume."""
+
+import contextlib
+import json
+import math
+import os
+import resource
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from pretrain_cli.engine.runs.events import KINDS, Evaluation, Logged, Started, StepMetrics
+from pretrain_cli.files import append_line, write_whole
+
+PROC_STATUS = Path("/proc/self/status")
+
+
+class MetricsFile:
+    """metrics.jsonl: a line for each start, each step reported, each evaluation, each save, each
+    step skipped and each way back.
+
+    While the disk takes no line they are kept here, and written before the next one."""
+
+    def __init__(
+        self, path: Path, notify: Callable[[str], None], *, upto: int, rollbacks: int = 0
+    ) -> None:
+        """Opens for appending; lines beyond step `upto` are of a future that was lost, and go. What
+        was skipped on the way to one of the `rollbacks` stays."""
+        self.path, self.say = path, notify
+        rows = truncate_after(path, upto, rollbacks)
+        self.evaluated = {row["step"] for row in rows if row["kind"] == KINDS[Evaluation]}
+        """Steps whose evaluation is in the file."""
+        steps = [row for row in rows if row["kind"] == KINDS[StepMetrics]]
+        self.before = (steps[-1]["tokens"], steps[-1]["seconds"]) if steps else (0, 0.0)
+        """Tokens and seconds of the run up to the last line."""
+        self.file: IO[bytes] = path.open("ab", buffering=0)
+        self.unwritten: deque[bytes] = deque()
+        self.lock = threading.Lock()
+        """A save brings the file onto the disk from a thread of its own."""
+
+    def write(self, event: Started | Logged) -> None:
+        row: dict[str, Any] = {"kind": KINDS[type(event)], **_in_json(asdict(event))}
+        if not row.get("sources", True):
+            del row["sources"]
+        for name in ("z_loss", "balancing_loss", "expert_load", "expert_overload"):
+            if row.get(name, 0) is None:
+                del row[name]
+        first = not self.unwritten
+        self.unwritten.append((json.dumps(row, default=str) + "\n").encode())
+        try:
+            self._write_out()
+        except OSError as error:
+            if first:
+                self.say(f"{self.path}: {error.strerror}; its lines wait in memory")
+
+    def _write_out(self) -> None:
+        with self.lock:
+            while self.unwritten:
+                append_line(self.file, self.unwritten[0])
+                self.unwritten.popleft()
+
+    def sync(self) -> None:
+        """Onto the disk, before a checkpoint that counts on it. Raises OSError."""
+        self._write_out()
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        try:
+            self._write_out()
+        except OSError as error:
+            lines = len(self.unwritten)
+            self.say(f"{self.path}: {error.strerror}; its last lines, {lines} of them, are lost")
+        self.file.close()
+
+
+def truncate_after(path: Path, step: int, rollbacks: int = 0) -> list[dict[str, Any]]:
+    """Cut a file of JSON lines to those up to this step, and give them. Those that count the
+    rollbacks before them order by these first. A kill can have cut the last line short."""
+    if not path.is_file():
+        return []
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    rows = [json.loads(line) for line in lines]
+    kept = [i for i, row in enumerate(rows) if _order(row, rollbacks) <= (rollbacks, step)]
+    write_whole(path, "".join(lines[i] for i in kept))
+    return [rows[i] for i in kept]
+
+
+def _order(row: dict[str, Any], rollbacks: int) -> tuple[int, int]:
+    return row.get("rollbacks", rollbacks), row["step"]
+
+
+def _in_json(value: Any) -> Any:
+    """With null for the numbers that JSON doesn't have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _in_json(part) for key, part in value.items()}
+    return [_in_json(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes: allocated on a GPU; resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if PROC_STATUS.is_file():  # getrusage's peak begins with that of the process that began this
+        for line in PROC_STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Count the peak anew from here; where the system can't, it stays that of the process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif PROC_STATUS.is_file():
+        with contextlib.suppress(OSError):
+            PROC_STATUS.with_name("clear_refs").write_text("5")

@@ -1,0 +1,58 @@
+"""Memory of the host: what this process may still take, and what glibc does with freed memory."""
+
+import ctypes
+import math
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+CGROUPS = Path("/sys/fs/cgroup")
+# mallopt's numbers, in glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
+
+
+def available_memory() -> int | None:
+    """Bytes that this process can still take, by the kernel and by its control groups; None where
+    the system doesn't say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    for line in groups:
+        if line.startswith("0::/"):  # version 2; a limit on any group above holds, too
+            group = CGROUPS / line[4:]
+            free += [_left_of(each) for each in (group, *group.parents) if each.is_dir()]
+    return int(min(free)) if free else None
+
+
+def _left_of(group: Path) -> float:
+    """Of a control group's limit; cached files count as free, as they make way."""
+    try:
+        limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
+        cached = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)
+    except OSError:
+        return math.inf
+    if limit.strip() == "max":
+        return math.inf
+    return int(limit) - int(used) + int(cached[1] if cached else 0)
+
+
+def apply_memory(keep: bool) -> None:
+    """Have glibc keep what is freed. It holds for the rest of the process."""
+    if keep:
+        libc: Any = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(_M_TOP_PAD, 64 * 2**20)
+
+
+def give_back_memory() -> None:
+    """Have glibc give back what is freed, rather than find out what size of it to keep. It holds
+    for the rest of the process, and for those that are forked from it."""
+    if platform.libc_ver()[0] == "glibc":
+        libc: Any = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**18)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**20)

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 
 class PretrainError(Exception):
-    """What is wrong, the value, what to do: in one line."""
+    """A mistake of the user's. The message is one line: the fault, the value, and what to do."""
 
 
 class ConfigError(PretrainError):
@@ -30,8 +30,8 @@ class CheckpointError(PretrainError):
 
 
 NEAR = 0.6
-"""Of the letters of two names, the share that they have in common in one order: fleks and flex have
-0.67, half a name and the whole one too; epochs and steps 0.55, fp16 and bfloat16 0.5."""
+"""Least similarity of two names: the share of letters they have in common in the same order. fleks
+and flex have 0.67; epochs and steps 0.55, fp16 and bfloat16 0.5."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

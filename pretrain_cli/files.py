@@ -11,7 +11,7 @@ from typing import Any
 
 
 def is_disk_full(error: OSError | sqlite3.Error) -> bool:
-    """Whether something could not be written for want of space."""
+    """Return whether an error means that the disk or quota is full."""
     if isinstance(error, sqlite3.Error):
         return error.sqlite_errorcode == sqlite3.SQLITE_FULL
     return error.errno in (errno.ENOSPC, errno.EDQUOT)

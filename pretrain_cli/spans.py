@@ -10,7 +10,7 @@ PREFIX = "pretrain: "
 
 
 def span(name: str) -> AbstractContextManager[object]:
-    """What goes on inside is a part of the step; that costs nothing unless a profile is made."""
+    """Record this block as a named part of the step. Costs nothing without a profiler."""
     profiled = torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
     return _recorded(name) if profiled else nullcontext()
 

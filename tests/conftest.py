@@ -1,4 +1,4 @@
-"""What all tests share: no network, one thread, and the program run as it is typed.
+"""Shared by all tests: no network, one thread, and the program run as it is typed.
 
 Commands run in this process, through typer's runner, in an empty folder of the test's own.
 """
@@ -37,7 +37,7 @@ TRAINED_STEPS = 60
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command did: its exit code, and what it wrote."""
+    """Outcome of a command: its exit code and its output."""
 
     code: int
     out: str

@@ -1,4 +1,4 @@
-"""What the commands show: on a terminal live and in colour, elsewhere plain lines."""
+"""Output shared by the commands: live and coloured on a terminal, plain lines elsewhere."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ error_console = Console(stderr=True, highlight=False, emoji=False)
 
 
 SECONDS_A_LINE = 2.0
-"""Where there is no live panel, a step is printed at most this often; the file has every one."""
+"""Least seconds between printed steps without a live panel; metrics.jsonl has every step."""
 
 
 def notice(text: str) -> None:
@@ -101,7 +101,7 @@ class Rate(ProgressColumn):
 
 
 def profile_table(title: str, profile: Any) -> RenderableType:
-    """Where a step's time goes, by part and by operator."""
+    """Return a table of a profile: time per part of a step and per operator."""
     whole = max(profile.seconds, 1e-9)
     parts = Table(
         box=SIMPLE_HEAD,

@@ -12,7 +12,7 @@ LINES = 20
 
 
 def refuse_meaningless(resume: Path | None, flags: dict[str, Any]) -> None:
-    """What has no meaning in a range test."""
+    """Refuse options that have no meaning in a learning-rate range test."""
     if resume is not None:
         raise ConfigError(f"--resume: {resume} does not go with --lr-find, which begins anew")
     for name in ("optimizer.learning_rate", "optimizer.schedule", "train.tokens"):

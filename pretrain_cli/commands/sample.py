@@ -192,7 +192,7 @@ class _InOrder(ABC):
 
     @abstractmethod
     def interrupted(self) -> None:
-        """What is shown ends here, in the middle of a text."""
+        """End the output in the middle of a text."""
 
     def prompt(self, text: Any) -> str:
         return self.prompts[text.number // self.n]
@@ -250,8 +250,8 @@ def _read_standard_input() -> str:
 
 
 def _is_waiting(stream: TextIO) -> bool:
-    """Whether something was piped in. A pipe that stays open and empty, as a program that starts
-    this one may leave, is not waited for; `--prompt -` waits."""
+    """Return whether something was piped in. A pipe that stays open and empty, as a program that
+    starts this one may leave, is not waited for; `--prompt -` waits."""
     if stream.isatty():
         return False
     try:

@@ -237,7 +237,7 @@ def tokenize(
 
 
 def _name(path: str) -> str:
-    """What its dataset is called: `input` of input.txt, `wiki.en` of the folder wiki.en."""
+    """Name the dataset of a path: `input` for input.txt, `wiki.en` for the folder wiki.en."""
     if path == "-":
         return "stdin"
     if glob.has_magic(path):

@@ -96,7 +96,7 @@ def _first_fault(failure: ValidationError) -> str:
 
 
 def _taken(branch: Any) -> str:
-    """What one branch of a setting's type takes, in words."""
+    """Return in words what one branch of a setting's type accepts."""
     if branch["type"] == "literal_error":
         choices = branch["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
         return f"one of {choices}" if "," in choices else choices

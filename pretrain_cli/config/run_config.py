@@ -120,8 +120,8 @@ class TrainSettings(Section):
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:N` or `mps`. auto: `cuda` if there is one, else `cpu`."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """How ranks share a model: `ddp` copies it to each, `fsdp` shards weights, gradients and
-    optimizer."""
+    """Sharing of the model among ranks: `ddp` copies it to each, `fsdp` shards weights, gradients
+    and optimizer."""
     out: Path | None = None
     """Run folder. None names it after model and dataset, in `runs/`."""
     log_every: PositiveInt | Auto = "auto"

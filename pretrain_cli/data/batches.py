@@ -1,4 +1,4 @@
-"""Which tokens a step trains on: a pure function of the datasets, the seed and the step's samples.
+"""Batches of a step: a pure function of the datasets, the seed and the step's sample numbers.
 
     k-th sample ── order ──> (source, number of one of its samples) ──> inputs and targets
 
@@ -22,12 +22,12 @@ class Samples(Protocol):
     """One source's samples by number: seq_len inputs each and, one token on, targets."""
 
     fingerprint: str
-    """Of the dataset: with the seed it fixes the order."""
+    """Fingerprint of the dataset; with the seed it fixes the order."""
 
     def __len__(self) -> int: ...
 
     def targets(self, numbers: np.ndarray) -> int:
-        """How many targets these samples have together that count."""
+        """Return the number of targets in these samples that count in the loss."""
         ...
 
     def fill(self, numbers: np.ndarray, rows: np.ndarray, batch: "Batch") -> None:
@@ -35,7 +35,7 @@ class Samples(Protocol):
         ...
 
     def stretches(self, number: int) -> list[tuple[int, int]]:
-        """Where in the dataset a sample's tokens are: (first, how many) of each stretch."""
+        """Return a sample's places in the dataset: (first token, count) of each stretch."""
         ...
 
 
@@ -90,7 +90,7 @@ class Batch:
     targets: np.ndarray
     """IGNORED where there is nothing to predict."""
     documents: np.ndarray | None
-    """Which document each input is of, where that is asked for."""
+    """Document number of each input; None unless requested."""
     counted: int = 0
     """Targets of the whole step, on all ranks, that are not IGNORED."""
 

@@ -38,7 +38,7 @@ class Split:
     tokens: TokenStream
     documents: DocumentStarts
     bytes: int
-    """Of the text, in UTF-8, without document marks."""
+    """Bytes of the text in UTF-8, without document marks."""
     left_out: int = 0
     """Tokens of the whole split behind these, where this is a prefix of it."""
 
@@ -58,7 +58,7 @@ class Dataset:
     path: Path
     """As it was given: a folder, or the file or pattern of another program's files."""
     name: str
-    """What a run on it is called after."""
+    """Name that runs on this dataset are named after."""
     tokenizer: Tokenizer
     separator: int
     """The token between two documents."""
@@ -70,9 +70,9 @@ class Dataset:
     unverified_bytes: int
     """Bytes of files whose sizes were checked, but not what is in them."""
     separator_leads: bool = False
-    """Whether the separator stands before each document, and not behind it."""
+    """True if the separator comes before each document, not after it."""
     notices: tuple[str, ...] = ()
-    """What was chosen in opening it that a person should know."""
+    """Choices made in opening the dataset that the user should know."""
 
 
 def open_dataset(folder: Path) -> Dataset:
@@ -97,8 +97,9 @@ def open_dataset(folder: Path) -> Dataset:
 
 
 def find_damage(folder: Path, manifest: Manifest, *, thoroughly: bool) -> Iterator[str]:
-    """What is wrong with a dataset's files, a line for each: by size, and thoroughly by every
-    checksum. A damage in a shard comes with its place, what was written there and what is found."""
+    """Yield one line for each fault of a dataset's files. Sizes are always checked, checksums if
+    `thoroughly`. A damaged shard is reported with the position, the recorded checksum and the
+    actual one."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         yield f"{path}: missing"
@@ -126,7 +127,7 @@ def find_damage(folder: Path, manifest: Manifest, *, thoroughly: bool) -> Iterat
 
 
 def _damaged_blocks(path: Path, checksum: str) -> Iterator[str]:
-    """Where a shard isn't what was written: one line for each row of damaged blocks."""
+    """Yield one line for each run of damaged blocks in a shard."""
     sums = Checksums()
     with path.open("rb") as file:
         while data := file.read(2**20):

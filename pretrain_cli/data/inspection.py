@@ -1,4 +1,4 @@
-"""What there is to see in a tokenized dataset: how long its documents are, and where they end."""
+"""Facts about a tokenized dataset: document lengths and boundaries."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Lengths:
 
 
 def document_lengths(split: Split) -> Lengths:
-    """How long a split's documents are; memory does not grow with their number."""
+    """Return statistics of a split's document lengths. Memory does not grow with their number."""
     total = len(split.tokens)
     counts: Counter[int] = Counter()
     shortest, longest, open_since = total, 0, 0

@@ -82,8 +82,8 @@ class Mixture:
         return Mixture(tuple(replace(source, dataset=dataset) for source, dataset in both))
 
     def weights(self, samples: Sequence[int]) -> list[int]:
-        """Of the sources that are trained on, in whole numbers: as given, or else the samples that
-        each has."""
+        """Return the integer weights of the sources that are trained on: as given, or each source's
+        number of samples."""
         given = [source.weight for source in self.trained_on if source.weight is not None]
         if not given:
             return list(samples)

@@ -1,4 +1,4 @@
-"""What --data names, opened: a dataset's folder, or other programs' token files; its samples."""
+"""Open what `--data` names: a dataset folder or token files of other programs, and its samples."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -43,7 +43,7 @@ SAMPLE = np.dtype([("end", "<u8"), ("targets", "<u8")])
 
 @dataclass(frozen=True)
 class Totals:
-    """What became of a split's tokens."""
+    """Token counts of a packed split."""
 
     tokens: int = 0
     samples: int = 0
@@ -53,7 +53,7 @@ class Totals:
     cut_documents: int = 0
     """Documents longer than a sample."""
     cut_tokens: int = 0
-    """Those of their tokens that come after the first piece, and don't see the beginning."""
+    """Tokens after the first piece of cut documents; they don't see the document's beginning."""
 
     def share_filled(self, seq_len: int) -> float:
         return self.filled / (self.samples * (seq_len + 1))

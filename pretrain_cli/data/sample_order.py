@@ -1,4 +1,4 @@
-"""Which sample is the k-th: computed from k, the seed and the dataset alone, and not stored.
+"""Order of samples: the k-th is computed from k, the seed and the dataset, and not stored.
 
     k ── interleaving ──> a source, and a number within it
          number // size ─> epoch       number % size ── the epoch's permutation ──> sample
@@ -23,7 +23,7 @@ two halves end where they began."""
 MIX = np.uint64(0x9E3779B97F4A7C15)
 HALF = np.uint64(32)
 LARGEST_TOTAL = 2**31
-"""Of weights: products with them stay within 63 bits."""
+"""Largest sum of weights; products with it stay within 63 bits."""
 
 Numbers = TypeVar("Numbers", int, np.ndarray)
 
@@ -89,13 +89,13 @@ Tree = int | tuple["Tree", "Tree", int, int]
 
 
 class Interleaving:
-    """Which source each sample is from, in proportion to weights and as evenly as can be.
+    """Source of each sample, in proportion to weights and as evenly spread as possible.
 
-    Samples are parted in two, and each part again, down to the sources: of the first n of a node,
-    n · weight / total go to its first branch, rounded. The lightest are joined first (Huffman's
-    tree), so roundings along a branch hardly add up: any number of samples from the start has,
-    from each source, its share within 1 for up to three sources and within 1.7 for any number.
-    After as many samples as the weights' sum, it is exact.
+    Samples are parted in two, and each part again, down to the sources: of the first n of a node, n
+    · weight / total go to its first branch, rounded. The lightest are joined first (Huffman's
+    tree), so roundings along a branch hardly add up: any number of samples from the start has, from
+    each source, its share within 1 for up to three sources and within 1.7 for any number. After as
+    many samples as the weights' sum, it is exact.
     """
 
     def __init__(self, weights: Sequence[int]) -> None:
@@ -130,7 +130,7 @@ class Interleaving:
         return sources, within
 
     def counts(self, samples: int) -> list[int]:
-        """How many of the first `samples` are from each source."""
+        """Return how many of the first `samples` come from each source."""
         counts = [0] * self.sources
         parts = [(self.tree, samples)]
         while parts:

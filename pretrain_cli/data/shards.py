@@ -47,16 +47,16 @@ class Shard(BaseModel):
     split: SplitName
     tokens: int
     documents: int
-    """That begin in it."""
+    """Documents that begin in this shard."""
     largest_token: int
     sha256: str
     index_sha256: str
     blocks_sha256: str
-    """Of the .crc file."""
+    """SHA-256 of the .crc file."""
 
 
 class Amount(BaseModel):
-    """How much text something is. `bytes` are of UTF-8, without document marks."""
+    """Amount of text; `bytes` are UTF-8, without document marks."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -85,7 +85,7 @@ class Manifest(BaseModel):
     paths: list[str]
     """As they were asked for; of an appended dataset, all of them."""
     options: dict[str, Any]
-    """What was asked for. The same options and files need no work."""
+    """Requested options. The same options and files need no work."""
     splits: dict[SplitName, Amount]
     sources: dict[str, Amount]
     duplicates: int
@@ -95,7 +95,7 @@ class Manifest(BaseModel):
     remarks: dict[str, int]
     """Documents that were left out or changed, by reason."""
     files_sha256: str
-    """Of files.jsonl."""
+    """SHA-256 of files.jsonl."""
     shards: list[Shard]
 
     @property
@@ -140,7 +140,7 @@ def token_dtype(vocab_size: int) -> TokenType:
 
 
 def index_path(shard: Path) -> Path:
-    """Where the documents of a shard begin."""
+    """Return the path of a shard's document index."""
     return shard.with_suffix(".idx")
 
 
@@ -150,13 +150,13 @@ def blocks_path(shard: Path) -> Path:
 
 
 class Checksums:
-    """Of a row of bytes: the SHA-256 of the whole, and the CRC-32 of each block of it."""
+    """Checksums of a stream of bytes: SHA-256 of the whole and CRC-32 of each block."""
 
     def __init__(self) -> None:
         self.whole = hashlib.sha256()
         self.blocks = array.array("I")
         self.filled = BLOCK_BYTES
-        """Of the last block."""
+        """Bytes in the last block."""
 
     def add(self, data: Any) -> None:
         view = memoryview(data).cast("B")
@@ -239,7 +239,7 @@ class TokenStream:
 
 
 class DocumentStarts(Protocol):
-    """Where one split's documents begin in its row of tokens, ascending."""
+    """Start positions of one split's documents among its tokens, ascending."""
 
     def __len__(self) -> int: ...
 

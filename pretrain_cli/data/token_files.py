@@ -32,9 +32,10 @@ HEADER_BYTES = 1024
 BLOCK = 2**20
 """Bytes read at once when files are opened, and tokens looked through when counting documents."""
 SAMPLED = 2**30
-"""Of files too large to be read whole when they are opened, about so many bytes are."""
+"""Bytes read for checking, about, from files too large to be read whole."""
 HELD_OUT = 100
-"""Where nothing else is there to validate on, one token in so many, the last ones."""
+"""Divisor of the held-out share: without validation files, the last 1/100 of the tokens validate.
+"""
 HELD_OUT_AT_MOST = 10_000_000
 
 TRAIN = re.compile(r"(?<![A-Za-z])train(?![A-Za-z])")
@@ -44,7 +45,7 @@ ANY_NUMBER = re.compile(r"(\d|[*?]|\[[^]]*\])+")
 
 @dataclass(frozen=True)
 class Format:
-    """How a file holds its tokens."""
+    """Layout of tokens in a file."""
 
     name: str
     dtype: str
@@ -90,7 +91,7 @@ class SeparatedStarts:
 
 
 def is_foreign(path: str) -> bool:
-    """Whether this names token files, by name, pattern or folder, rather than a dataset."""
+    """Return whether this path or pattern names token files rather than a dataset."""
     place = Path(path)
     if place.is_dir():
         return not (place / MANIFEST).is_file() and any(place.glob("*.bin"))
@@ -206,7 +207,7 @@ def _name(path: Path) -> str:
 
 
 def _common_format(files: list[Path], tokenizer: Tokenizer) -> Format:
-    """How all of these files hold their tokens."""
+    """Return the layout that all these files share."""
     first, *rest = files
     form = _format(first, tokenizer)
     for file in rest:
@@ -295,7 +296,7 @@ def _split(row: TokenStream, tokenizer: Tokenizer, separator: int, *, leads: boo
 
 
 def header(tokens: int) -> bytes:
-    """What stands before so many tokens."""
+    """Return llm.c's header for a file of this many tokens."""
     words = np.zeros(HEADER_BYTES // 4, dtype="<i4")
     words[:3] = MAGIC, VERSION, tokens
     return words.tobytes()

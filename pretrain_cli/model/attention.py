@@ -12,7 +12,7 @@ from pretrain_cli.model.rope import rotate
 
 
 class Attention(nn.Module):
-    """What every token takes from the tokens it may see. (B, T, D) -> (B, T, D).
+    """Grouped-query attention. (B, T, D) -> (B, T, D).
 
     q and k are normalized over Dh, by one weight vector for all heads, before they are turned.
     """

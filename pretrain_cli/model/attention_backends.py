@@ -112,10 +112,10 @@ class WindowBlocks(NamedTuple):
     block: int
     blocks: int
     first: Tensor | bool
-    """What the first `window` queries see: True for causal, or (B, 1, window, window)."""
+    """Mask of the first `window` queries: True for causal, or (B, 1, window, window)."""
     rest: Tensor
-    """What each block sees of the `window` keys before it and of itself: (block, window + block)
-    for all of them, or (B · blocks, 1, block, window + block)."""
+    """Mask of each later block on the `window` keys before it and on itself: (block, window +
+    block) shared by all, or (B · blocks, 1, block, window + block)."""
 
 
 def _sdpa_lower(
@@ -147,7 +147,7 @@ def _fold(mask: Mask, window: int, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """What added to the scores leaves those that are seen: 0, and −∞ elsewhere.
+    """Return the additive mask: 0 where a key is seen, −∞ elsewhere.
 
     PyTorch turns booleans into this, again in every layer, and keeps each for the backward pass.
     """
@@ -258,7 +258,7 @@ def _flex_unavailable(device: torch.device, training: bool) -> str | None:
 
 
 class BlockMaskArgs(NamedTuple):
-    """What a query sees, as in a Mask."""
+    """Arguments of flex's mask function, as in a Mask."""
 
     window: int | None
     documents: Tensor | None

@@ -77,7 +77,7 @@ def _weights(
 
 
 def _hidden(like: Tensor, *shape: int) -> Tensor:
-    """What added to scores hides their keys."""
+    """Return a block of −∞, which hides keys when added to scores."""
     return like.new_full(shape, float("-inf"))
 
 

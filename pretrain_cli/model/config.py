@@ -79,7 +79,7 @@ class ModelConfig:
         return self.rope_theta, self.rope_scaling_factor
 
     def is_sparse(self, layer: int) -> bool:
-        """Whether this layer's MLP is a mixture of experts."""
+        """Return whether this layer's MLP is a mixture of experts."""
         return (
             self.num_experts > 0
             and layer not in self.mlp_only_layers
@@ -149,8 +149,8 @@ class ModelConfig:
                 )
 
     def _check_family(self) -> None:
-        """What a family's config.json can't say must be as the family has it, or transformers would
-        open the checkpoint as another model."""
+        """Check that whatever a family's config.json can't say is as the family has it. Otherwise
+        transformers would open the checkpoint as another model."""
         is_gemma = self.model_type == "gemma3_text"
         for name in ("norm_is_zero_centered", "has_post_norms", "embedding_is_scaled"):
             if getattr(self, name) != is_gemma:

@@ -40,7 +40,7 @@ class ParameterCount:
     norms: int
     head: int
     inactive: int
-    """Those of `mlp` that a token does not meet: the experts not chosen for it."""
+    """MLP parameters that a token does not use: the experts not chosen for it."""
 
     @property
     def total(self) -> int:
@@ -115,8 +115,8 @@ def checkpoint_bytes(config: ModelConfig) -> int:
 
 
 def cache_bytes(config: ModelConfig, seq_len: int, compute_bytes: int) -> int:
-    """What sampling remembers of one text of this length: a key and a value of every key/value
-    head, for each of its tokens in full layers and for those of the window in sliding ones."""
+    """Return the bytes of one text's key/value cache: a key and a value per key/value head, for
+    every token in full layers and for the window in sliding layers."""
     windows = [config.window(kind) or seq_len for kind in config.layer_types]
     places = sum(min(window, seq_len) for window in windows)
     return 2 * places * config.num_key_value_heads * config.head_dim * compute_bytes

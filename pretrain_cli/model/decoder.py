@@ -68,21 +68,21 @@ class Block(nn.Module):
 
 
 class LossWeights(NamedTuple):
-    """Of what is minimized beside the cross entropy; 0 leaves it out."""
+    """Weights of the auxiliary losses; 0 leaves one out."""
 
     z_loss: float
     balancing: float
 
 
 class LossParts(NamedTuple):
-    """What is minimized, with gradients, and without them the parts that it is the sum of."""
+    """Loss to minimize, with gradients, and its parts without them."""
 
     minimized: Tensor
     cross_entropy: Tensor
     z_loss: Tensor
     balancing: Tensor
     choices: Tensor | None
-    """How often each expert of each sparse layer was chosen. (layers, E)"""
+    """Number of times each expert of each sparse layer was chosen. (layers, E)"""
 
 
 class Decoder(nn.Module):
@@ -203,9 +203,9 @@ class Decoder(nn.Module):
             )
 
     def _place_for_the_gradient(self, tokens: Tensor) -> list[Tensor] | None:
-        """Where the head's gradient waits for the embedding's, if they are one: see `lookup`. On a
-        GPU, whose memory is some hundred times as fast, autograd's own way costs nothing much, and
-        has a deterministic kernel."""
+        """Return the place where the head's gradient waits for the embedding's, if they are tied;
+        see `lookup`. On a GPU, whose memory is far faster, autograd's own way costs little and has
+        a deterministic kernel."""
         tied = self.config.tie_word_embeddings and self.chunked_loss
         return [] if tied and tokens.device.type == "cpu" and torch.is_grad_enabled() else None
 

@@ -28,7 +28,7 @@ from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.layers import GatedMLP, Product
 
 MULTIPLE = 16
-"""Of it are both sides of a matrix that a GPU multiplies in float8."""
+"""Both sides of a matrix must be multiples of this for float8 products on a GPU."""
 
 
 def no_float8(config: ModelConfig) -> str | None:

@@ -1,10 +1,9 @@
-"""What sampling remembers of the tokens so far: every layer's keys and values, for several texts
-each of its own length.
+"""Key/value cache of every layer, for several texts of different lengths.
 
 A sliding layer is a ring of `window` places, in which position p has place p mod window: a token is
 written over the one that has just left its window. A full layer remembers all, in a buffer that
-grows by an eighth, so that it's never much larger than the text and what is copied to grow it
-stays a small multiple of it.
+grows by an eighth, so that it's never much larger than the text and what is copied to grow it stays
+a small multiple of it.
 
     window 4, six tokens:    place  0  1  2  3
                           position  4  5  2  3
@@ -136,7 +135,8 @@ class KVCache:
 
 
 def seen_places(positions: Tensor, places: int) -> Tensor:
-    """Which places the token at each text's position sees, itself among them. (B,) -> (B, places).
+    """Return the cache places that each text's current token sees, itself included. (B,) -> (B,
+    places).
 
     Place s holds the last position up to p that has this place, p − (p − s) mod places; one below 0
     was never written. The same for a ring and for a buffer with a place for every position.

@@ -29,7 +29,7 @@ from pretrain_cli.model.counting import CHUNK_ELEMENTS, SOFTMAX_ELEMENTS
 
 IGNORE_INDEX = -100
 SLICE_ELEMENTS = 2**21
-"""Of the V × D gradient, added up at a time on a CPU: 4 MB in bfloat16."""
+"""Elements of the V × D gradient that are added up at a time on a CPU: 4 MB in bfloat16."""
 
 
 Softmax = Callable[[Tensor, Tensor, float], Tensor]

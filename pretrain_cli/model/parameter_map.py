@@ -1,4 +1,4 @@
-"""Where each published tensor lies in our parameters: one table, from the ModelConfig alone.
+"""Map of published tensors to our parameters: one table, from the ModelConfig alone.
 
 The published files hold q, k and v, gate and up, and every expert apart; in memory they may be rows
 of one matrix. A Piece names a published tensor and the part of our parameter that holds it. Weights
@@ -20,7 +20,7 @@ HEAD = "lm_head.weight"
 
 
 class Merged(NamedTuple):
-    """Which linear maps of the same input are one matrix product."""
+    """Choice of linear maps of the same input to merge into one product."""
 
     qkv: bool = True
     gate_up: bool = True

@@ -1,4 +1,4 @@
-"""What the tests of the commands share: a refusal, and that it left nothing behind."""
+"""Fixtures of the command tests: a refusal, and that it leaves nothing behind."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What holds for every command: help, version, errors in one line, and a quick start."""
+"""Every command: help, version, errors in one line, and a quick start."""
 
 import errno
 import inspect

@@ -79,7 +79,7 @@ def test_a_run_a_checkpoint_and_a_model_folder_have_the_same_loss(pretrain):
 
 @pytest.mark.usefixtures("trained")
 def test_the_best_checkpoint_is_the_one_of_lowest_validation_loss(pretrain, refused):
-    """Of a run that grows worse, from good weights at a rate that grows too high."""
+    """The run gets worse: good weights, and a learning rate that grows too high."""
     done = pretrain(
         f"train --init-from {CHECKPOINT} --seq-len 32 --tokens-per-step 128 --micro-batch-size 2 "
         "--dtype float32 --steps 4 --learning-rate 0.3 --keep 1 --out worse "

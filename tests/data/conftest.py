@@ -1,4 +1,4 @@
-"""What the tests of text, tokenizers, datasets and batches share."""
+"""Fixtures of the tests of text, tokenizers, datasets and batches."""
 
 import functools
 import hashlib
@@ -26,7 +26,7 @@ from pretrain_cli.data.tokenizing.writer import DatasetWriter
 
 
 class Outcome(NamedTuple):
-    """What a process did: its exit code, and what it wrote."""
+    """Outcome of a process: its exit code and its output."""
 
     code: int
     out: str
@@ -240,8 +240,8 @@ def read_back() -> Callable[[Path, str], list[list[int]]]:
 
 @pytest.fixture(scope="session")
 def contents() -> Callable[[Path], dict[str, Any]]:
-    """What every file below a folder holds; of a database its rows, since its bytes tell the
-    number of times that it was written too."""
+    """Return the content of every file in a folder. For a database: its rows, because its bytes
+    depend on the number of writes."""
 
     def read(folder: Path) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -279,8 +279,7 @@ def start() -> Callable[..., subprocess.Popen[str]]:
 def driven(
     start: Callable[..., subprocess.Popen[str]], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., Outcome]]:
-    """What `pretrain …` did in such a process; it is killed at a call of a function, by its name
-    and the number of the call."""
+    """Run `pretrain …` in a process that is killed at the n-th call of a named function."""
     place = tmp_path_factory.mktemp("driven")
     with start([], None, {}) as server:
         assert server.stdin

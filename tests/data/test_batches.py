@@ -1,4 +1,4 @@
-"""Which tokens a step trains on: a pure function, every window once an epoch, for any ranks."""
+"""Batches: a pure function, every window once per epoch, for any number of ranks."""
 
 import math
 

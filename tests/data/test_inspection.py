@@ -1,4 +1,4 @@
-"""What inspection counts is what a plain count over the documents gives."""
+"""Inspection's counts equal a plain count over the documents."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""What llm.c and modded-nanogpt read: a header of 256 words, and documents behind the separator."""
+"""Files for llm.c and modded-nanogpt: a header of 256 words, then documents."""
 
 import struct
 

@@ -157,7 +157,7 @@ def test_what_goes_on_behind_another_document_does_not_follow_from_it(stream):
 
 
 class Documents:
-    """Where documents begin, as a dataset gives it."""
+    """Document starts, as a dataset gives them."""
 
     def __init__(self, borders):
         self.starts = np.array(borders[:-1])

@@ -1,4 +1,4 @@
-"""Which sample is the k-th: every one once an epoch, sources by weight, from k alone."""
+"""Sample order: each sample once per epoch, sources by weight, from k alone."""
 
 from itertools import pairwise
 
@@ -38,7 +38,7 @@ def test_a_permutation_is_a_function_of_each_number_alone(size, data):
 
 
 def test_a_permutation_is_as_irregular_as_a_random_one():
-    """Of 10,000 numbers about one stays, and about 1 in 10,000 pairs of neighbours; each key
+    """Among 10,000 numbers about one stays, and about 1 in 10,000 pairs of neighbours; each key
     gives another order."""
     orders = [Permutation(10_000, f"key {number}")(np.arange(10_000)) for number in range(8)]
     for order in orders:
@@ -50,8 +50,8 @@ def test_a_permutation_is_as_irregular_as_a_random_one():
 
 
 def test_no_place_and_no_step_is_likelier_than_another():
-    """Where a number goes, by blocks of a sixteenth, and how far from its neighbour: χ² over 200
-    orders, whose mean is its degrees of freedom and whose variance is twice that."""
+    """The target of a number, by blocks of a sixteenth, and the distance to its neighbour: χ² over
+    200 orders, whose mean is its degrees of freedom and whose variance is twice that."""
     size, blocks = 9973, 16
     places, steps = [], []
     for number in range(200):

@@ -1,4 +1,4 @@
-"""What the model's tests share: small models made by transformers, and their exact answers.
+"""Fixtures of the model tests: small models made by transformers, with their exact answers.
 
 A reference folder is written by transformers' own save_pretrained; its logits, loss and gradients
 are transformers' own, in float32 with eager attention. Weights are drawn wide (0.15, not 0.02) and
@@ -67,11 +67,11 @@ class Reference:
     folder: Path
     tokens: Tensor
     logits: Tensor
-    """Of all tokens. (B, T, V)"""
+    """Logits of all tokens. (B, T, V)"""
     loss: Tensor
-    """Of every token but the last of each row, about the next one."""
+    """Mean loss of every token but the last of each row."""
     gradients: dict[str, Tensor]
-    """Of that loss, by published name."""
+    """Gradients of that loss, by published name."""
 
 
 def draw_wide(model: nn.Module) -> None:

@@ -31,7 +31,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2}  # a bfloat16 has 8 bi
 
 @pytest.fixture(autouse=True, scope="module")
 def small_blocks():
-    """Of five queries, so that these lengths are several blocks, and the last one is shorter."""
+    """Blocks of five queries: these lengths are several blocks, the last one shorter."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocked_attention, "BLOCK", 5)
         yield
@@ -237,7 +237,7 @@ def test_a_row_of_one_document_is_as_without_documents(backend, window):
 @pytest.mark.parametrize("backend", ["sdpa", "blocks"])
 @pytest.mark.parametrize("window", [None, 600])
 def test_documents_may_start_beyond_a_kernels_first_blocks_of_keys(backend, window, monkeypatch):
-    """Of those blocks the last queries see nothing at all, in a fused kernel too."""
+    """The last queries see nothing in those blocks, in a fused kernel too."""
     monkeypatch.setattr(blocked_attention, "BLOCK", 128)
     length = 1300
     q, k, v = made(length, length)

@@ -1,4 +1,4 @@
-"""What the decoder promises beyond parity: its first weights, its reach, its switches."""
+"""The decoder beyond parity: initial weights, reach, switches."""
 
 import pytest
 import torch
@@ -142,7 +142,7 @@ def test_a_full_layer_reaches_all_later_tokens_and_no_earlier_one(make_config, w
 
 
 LENGTHS = ((9, 1, 16, 14), (40,), (3, 37), (7, 7, 1, 1, 24))
-"""Of the documents in four rows of 40 tokens: shorter than the window of 7, as long, and longer."""
+"""Document lengths in four rows of 40 tokens: below, at and above the window of 7."""
 
 
 def packed(vocabulary=60):
@@ -153,7 +153,7 @@ def packed(vocabulary=60):
 
 
 def apart(rows):
-    """What each document has of these rows, alone: (1, its length) each."""
+    """Return each document's part of these rows: (1, its length) each."""
     return [part for row, lengths in zip(rows, LENGTHS, strict=True)
             for part in row.unsqueeze(0).split(lengths, dim=1)]  # fmt: skip
 

@@ -107,8 +107,7 @@ def test_loss_and_every_gradient_are_those_of_rounded_products(
 def test_beside_bfloat16_loss_and_gradients_are_off_by_the_rounding(
     make_config, our_gradients, relative_error, emulated, family
 ):
-    """Of weights as training begins with them. A rounding to three bits is off by 2 to 3 % of a
-    product's size, to two bits by 5 %."""
+    """Initial weights. Rounding to three bits changes a product by 2 to 3 %, to two bits by 5 %."""
     found = []
     for product in (emulated, layers.product):
         model = Decoder(make_config(family), dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""What is remembered: rings of a window, buffers that grow, and nothing of what pads a prompt."""
+"""Key/value caches: rings of a window, growing buffers, and no padding of a prompt."""
 
 import itertools
 

@@ -259,7 +259,7 @@ def test_the_z_loss_and_its_gradients_are_those_of_whole_logits(case, chunked, c
 
 
 def test_the_z_loss_of_logits_far_below_zero_has_a_gradient(case):
-    """Where 1 + 2 z · log Σ exp logits is negative."""
+    """Covers negative 1 + 2 z · log Σ exp logits."""
     hidden, weight, targets = case
     ones = torch.ones_like(weight, requires_grad=True)
     low = (-(hidden.detach().abs() + 1) * 100).requires_grad_()

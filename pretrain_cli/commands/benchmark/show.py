@@ -1,4 +1,4 @@
-"""What `pretrain benchmark` shows of its steps, and writes."""
+"""Show the results of `pretrain benchmark`, and write them to files."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -15,7 +15,8 @@ class Damaged(Exception):
 
 
 def signs_of_damage() -> tuple[type[Exception], ...]:
-    """What is raised in reading one. bz2 raises an OSError without a number besides."""
+    """Return the exceptions that a damaged compressed file raises. bz2 also raises an OSError
+    without a number."""
     zstd: Any = sys.modules.get("compression.zstd") or sys.modules.get("backports.zstd")
     signs = (Damaged, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
     return (*signs, zstd.ZstdError) if zstd else signs

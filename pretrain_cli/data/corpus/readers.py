@@ -39,16 +39,16 @@ Kind = Literal["auto", "text", "jsonl", "parquet"]
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How files are read."""
+    """Options of reading files."""
 
     text_key: str = "text"
     """The key of the text in JSON lines, and its column in Parquet."""
     separator: str | None = None
     """A line that equals this parts the documents of a plain file."""
     errors: Errors = "skip"
-    """Of a document that is not UTF-8, and of the rest of a damaged file."""
+    """Handling of a document that is not UTF-8, and of the rest of a damaged file."""
     kind: Kind = "auto"
-    """What files hold, where their names don't say it."""
+    """Kind of content in files whose names don't say it."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Document:
     size: int
     """Bytes of the text in UTF-8."""
     digest: bytes
-    """Of the text, 16 bytes."""
+    """Hash of the text, 16 bytes."""
     blocks: Iterable[bytes]
     """The text in UTF-8, in blocks of whole characters; to be read before the next document is."""
 
@@ -172,7 +172,7 @@ class FileReader:
         return Document(len(data), _digest(data), (data,)) if data else None
 
     def _replaces(self, where: str) -> bool:
-        """Whether bytes that are not UTF-8 are replaced; counts the document, or refuses it."""
+        """Return whether to replace bytes that are not UTF-8. Counts or refuses the document."""
         errors = self.reading.errors
         if errors == "fail":
             raise DataError(

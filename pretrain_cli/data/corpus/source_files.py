@@ -1,4 +1,4 @@
-"""Which files a corpus is: what is named, searched to the bottom, in an order that never varies.
+"""Files of a corpus: everything named, searched recursively, in a fixed order.
 
 A name is a file, a folder, a pattern (`'corpus/**/*.txt'`), a stream such as a FIFO, or `-` for
 standard input. Files are known by names that don't depend on where the corpus lies, so that a
@@ -35,8 +35,8 @@ class TextFile:
     name: str
     """The folder that was asked for, and the path inside it."""
     source: str
-    """What its share of a dataset is counted under: the folder or file asked for, and the folder
-    below that, where there is one."""
+    """Source that the file is counted under: the given folder or file, with the subfolder directly
+    below it, if any."""
     size: int = 0
     """In bytes, as it lies there; 0 of a stream, which has none."""
     modified: int = 0

@@ -1,4 +1,4 @@
-"""Where a long document may be cut so that its ids are those of encoding it whole.
+"""Find cuts in a long document that leave its token ids unchanged.
 
 A tokenizer takes 100 to 185 bytes of memory for each byte of a string, and is slower on long ones,
 so long documents are encoded in pieces. Most cuts change the ids; these don't, as a rule:
@@ -44,7 +44,7 @@ class Chunker:
 
     @cached_property
     def lead(self) -> tuple[str, int]:
-        """What is put before a piece that continues a document, and how many ids that adds."""
+        """Return the text put before a continuing piece, and the number of ids it adds."""
         left, right = "some words\n", "other words"
         if self._ids(left) + self._ids(right) == self._ids(left + right):
             return "", 0
@@ -92,8 +92,8 @@ class Chunker:
         return None
 
     def _holds(self, text: str, cut: int, *, thoroughly: bool) -> bool:
-        """Whether the text around a cut has the same ids whole and cut. Thoroughly: also with less
-        before it, which it hasn't where ids go by how often something is repeated."""
+        """Return whether the text around a cut has the same ids whole and cut. `thoroughly` also
+        tries a shorter context before it, because some tokenizers' ids depend on repetitions."""
         right = text[cut : cut + AROUND]
         after = self._continued(right)
         for reach in range(AROUND, AROUND - (PHASES if thoroughly else 1), -1):

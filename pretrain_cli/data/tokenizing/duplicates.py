@@ -12,7 +12,7 @@ SEEN = "seen.sqlite"
 
 
 class DuplicateIndex:
-    """Which documents there were; a file of a dataset that leaves duplicates out."""
+    """Index of documents seen so far, kept in a file of a dataset that drops duplicates."""
 
     def __init__(self, folder: Path, ordinal: int, request: TokenizeRequest) -> None:
         """In this folder, as it was before the document of this ordinal; where the request appends,
@@ -36,7 +36,7 @@ class DuplicateIndex:
         self.database.execute("DELETE FROM seen WHERE ordinal >= ?", (ordinal,))
 
     def has(self, document: Document, ordinal: int) -> bool:
-        """Whether a document with this text came before; from now on it has."""
+        """Return whether a document with this text was seen before, and remember it."""
         if self.database is None:
             return False
         added = self.database.execute(

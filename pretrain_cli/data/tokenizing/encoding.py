@@ -33,7 +33,7 @@ from pretrain_cli.errors import DataError
 PIECE = 2**13
 """Characters encoded at once; see cutting.py."""
 START = "fork" if sys.platform == "linux" else "spawn"
-"""How processes begin; a fork isn't safe elsewhere."""
+"""Start method of worker processes; a fork isn't safe outside Linux."""
 IN_FLIGHT_PER_WORKER = 3
 """Batches under way for each worker."""
 
@@ -52,7 +52,7 @@ class Encoded(NamedTuple):
 
     tokens: np.ndarray
     counts: list[int]
-    """How many are of each block."""
+    """Number of tokens of each block."""
 
 
 class Encoder:
@@ -91,7 +91,7 @@ class Encoder:
 
 
 def cores() -> int:
-    """That this process may use."""
+    """Return the number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # not on a Mac
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -155,8 +155,8 @@ _thread: ThreadPoolExecutor
 
 
 def _begin(encoder: Encoder, are_text: bool) -> None:
-    """What a worker process does first. `are_text` says what special tokens in texts are, which a
-    tokenizer forgets on its way to a process that was not forked."""
+    """Prepare a worker process. `are_text` says that special tokens in texts are text, which a
+    tokenizer forgets when it is pickled."""
     global _encoder, _thread
     _encoder, _thread = encoder, ThreadPoolExecutor(1)
     encoder.tokenizer.backend.encode_special_tokens = are_text

@@ -17,7 +17,7 @@ READ_BLOCK = 2**20
 
 @dataclass(frozen=True)
 class Extent:
-    """How far an unfinished shard goes."""
+    """Extent of an unfinished shard."""
 
     file: str
     tokens: int

@@ -39,7 +39,7 @@ Progress = Callable[[str, int, int, int], None]
 
 
 class Cursor(NamedTuple):
-    """Where in the order of text something begins, and what had come of what lies before."""
+    """Position in the corpus, with the counts of everything before it."""
 
     file: int = 0
     document: int = 0
@@ -58,31 +58,31 @@ class ResumePoint:
 
     place: Cursor
     of_file: Tally
-    """What the file at hand had given."""
+    """Text of the current file so far."""
     written: WriteState
 
 
 class SavedProgress(NamedTuple):
-    """What a run before this one noted."""
+    """Progress that an earlier run saved."""
 
     here: ResumePoint
-    """How far it was."""
+    """Point that the earlier run had reached."""
     file_began: ResumePoint
     shards: list[Shard]
-    """That were finished."""
+    """Finished shards."""
 
 
 class BlockRecord(NamedTuple):
-    """What is known of a block when it is handed on."""
+    """Facts about a block that are known when it is queued."""
 
     behind: Cursor
-    """Where the text behind it begins."""
+    """Position of the text after this block."""
     split: SplitName
     begins: bool
     document_bytes: int
-    """Of the document that ends here."""
+    """Bytes of the document that ends in this block."""
     raw_bytes: int
-    """Of the corpus, read so far."""
+    """Bytes of the corpus read so far."""
 
 
 class FileDone(NamedTuple):
@@ -113,7 +113,7 @@ class Pipeline:
         self.place, self.of_file = here.place, replace(here.of_file)
         self.file_began = earlier.file_began if earlier else here
         self.steps: deque[BlockRecord | FileDone] = deque()
-        """Of the blocks under way, and of the files that end behind them."""
+        """Records of the blocks in flight, and of the files that end after them."""
         self.seen = DuplicateIndex(writer.aside, self.place.ordinal, request)
         self.noted = time.perf_counter()
 
@@ -277,7 +277,7 @@ def _blocks(document: Document, cutter: Chunker) -> Iterator[tuple[bytes, bool, 
 
 
 def split_of(document: Document, fraction: float) -> SplitName:
-    """Which split a document is in, by a hash of its text alone."""
+    """Return a document's split, by a hash of its text alone."""
     held_out = int.from_bytes(document.digest[:8], "little") < fraction * 2**64
     return "val" if held_out else "train"
 

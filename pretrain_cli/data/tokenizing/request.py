@@ -1,4 +1,4 @@
-"""What can be asked of tokenizing."""
+"""Options of tokenizing."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +12,13 @@ from pretrain_cli.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeRequest:
-    """What to tokenize and how; the same request of the same files needs no second run."""
+    """Input and options of tokenizing. The same request on the same files needs no second run."""
 
     paths: tuple[str, ...]
     out: Path
     tokenizer: str
     vocab_size: int | None = None
-    """Of `bpe` alone."""
+    """Vocabulary size to train, with `bpe` only."""
     bos: str | None = None
     """The token that begins a document, 'none', or the tokenizer's own convention."""
     eos: str | None = None
@@ -38,7 +38,7 @@ class TokenizeRequest:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What decides what a dataset of given files holds."""
+        """Return the options that determine the content of a dataset."""
         return {
             "tokenizer": self.tokenizer,
             "vocab_size": self.vocab_size,

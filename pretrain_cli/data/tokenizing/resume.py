@@ -1,4 +1,4 @@
-"""What an earlier run left: a dataset that is whole, or a part of one to go on with."""
+"""Find what an earlier run left: a complete dataset, or part of one to continue."""
 
 import json
 from collections.abc import Iterator
@@ -61,8 +61,9 @@ def existing(request: TokenizeRequest, corpus: Corpus) -> Manifest | None:
 
 
 def _told_by_tokenizer(request: TokenizeRequest, manifest: Manifest) -> dict[str, bool]:
-    """Of the options that a tokenizer in a file answers, whether they are what the dataset was
-    made with: it may lie elsewhere, be the dataset's own, and have its marks recorded."""
+    """Return the options that a tokenizer file decides, as recorded in the dataset if the file is
+    the same tokenizer: it may have moved, be the dataset's own copy, or carry its document marks.
+    """
     tokenizer = load_tokenizer(request.tokenizer)
     if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
         return {"tokenizer": False}
@@ -121,8 +122,8 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def noted(request: TokenizeRequest, corpus: Corpus, there: Manifest | None) -> SavedProgress | None:
-    """What a run before this one noted, if it can be gone on with; from the beginning of the file
-    that was at hand, where that has changed."""
+    """Return an earlier run's progress if it can be continued. If the current file changed since,
+    progress goes back to that file's beginning."""
     progress = read_progress(request.out)
     if progress is None or corpus.has_streams:
         return None
@@ -133,7 +134,7 @@ def noted(request: TokenizeRequest, corpus: Corpus, there: Manifest | None) -> S
 
 
 def was_begun_with(request: TokenizeRequest, tokenizer: Tokenizer) -> bool:
-    """Whether what a run before this one noted is of this tokenizer, which may be in a file."""
+    """Return whether the saved progress is of this tokenizer, which may be a file."""
     path = staging_dir(request.out) / "tokenizer.json"
     return path.is_file() and sha256_of(path) == tokenizer.fingerprint
 
@@ -164,7 +165,7 @@ def _fitting(
 def _begins_with_the_same(
     request: TokenizeRequest, corpus: Corpus, count: int, written: WriteState
 ) -> bool:
-    """Whether the files that are done with are the first of the corpus still."""
+    """Return whether the finished files are still the first ones of the corpus."""
     with (staging_dir(request.out) / FILES).open("rb") as file:
         lines = file.read(written.files_bytes).splitlines()
     done = lines[len(lines) - count :]

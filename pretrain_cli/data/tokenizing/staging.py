@@ -1,4 +1,4 @@
-"""Where a dataset lies while it isn't whole: `NAME.partial`, with a note of how far it is."""
+"""Staging folder of an incomplete dataset, `NAME.partial`, and its progress file."""
 
 import json
 import shutil
@@ -31,17 +31,17 @@ is in nobody's way, whatever else lies beside the dataset."""
 
 @dataclass
 class Tally:
-    """How much text something is so far."""
+    """Running count of text."""
 
     documents: int = 0
     bytes: int = 0
-    """Of whole documents."""
+    """Bytes of complete documents."""
     tokens: int = 0
 
 
 @dataclass(frozen=True)
 class WriteState:
-    """What a dataset holds at one moment of its writing."""
+    """Content of a dataset at one moment of writing."""
 
     dtype: TokenType
     closed: int
@@ -53,12 +53,12 @@ class WriteState:
 
 
 def staging_dir(folder: Path) -> Path:
-    """Where a dataset is written before it is whole."""
+    """Return the folder in which a dataset is written until it is complete."""
     return folder.with_name(folder.name + PARTIAL)
 
 
 def read_progress(folder: Path) -> dict[str, Any] | None:
-    """What a writer of this dataset noted before it was ended, if one was."""
+    """Return the progress that an interrupted writer saved; None if there is none."""
     try:
         return json.loads((staging_dir(folder) / PROGRESS).read_text())
     except (OSError, ValueError):
@@ -71,7 +71,7 @@ def noted_shards(progress: dict[str, Any]) -> list[Shard]:
 
 
 def as_written(folder: Path, noted: dict[str, Any], shards: Sequence[Shard]) -> WriteState | None:
-    """What was noted; None where it isn't there."""
+    """Return the saved state of the writer; None if its files are missing."""
     extents = {split: Extent(**extent) for split, extent in noted["open"].items()}
     there = staging_dir(folder)
     sizes = {file: 0 for s in shards[: noted["closed"]] for file in files_of(there, s.file)}

@@ -37,7 +37,7 @@ from pretrain_cli.files import is_disk_full
 BPE_TRAINING_BYTES = 2**25
 """A BPE is trained on this much of the corpus, spread over it: more changes little, and costs."""
 BPE_VOCAB_SIZE = 8192
-"""Of a BPE that is trained, where nothing is asked for."""
+"""Vocabulary size of a trained BPE if none is given."""
 DEMO = Path("data/demo")
 DEMO_VOCAB_SIZE = 4096
 

@@ -67,7 +67,7 @@ class DatasetWriter:
         self.closed: list[Shard] = []
         self.splits: dict[SplitName, Tally] = {"train": Tally(), "val": Tally()}
         self.ending = ".bin"
-        """Of the names of shards."""
+        """Suffix of shard names."""
 
     def __enter__(self) -> "DatasetWriter":
         try:
@@ -167,7 +167,7 @@ class DatasetWriter:
         return sum(tally.tokens for tally in self.splits.values())
 
     def written(self) -> WriteState:
-        """What there is now."""
+        """Return the current state of writing."""
         return WriteState(
             dtype=self.name,
             closed=len(self.closed),
@@ -278,7 +278,7 @@ class DatasetWriter:
 
 
 def _is_locked(folder: int) -> bool:
-    """Whether this process now holds the lock on a folder."""
+    """Return whether this process now holds the lock on a folder."""
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""What is asked for, as arms: attention backends, an ablation, a sweep, or another program beside.
+"""Arms of a benchmark: attention backends, an ablation, a sweep, or another program.
 
 An ablation knows the settings by the fields of SpeedConfig alone, so that it can't forget one.
 """
@@ -24,8 +24,8 @@ BASELINE, ALL_ON = "baseline", "all on"
 NOT_IN_A_STEP = {"prefetch": "it reads the next batch during a step, and here no batch is read"}
 """Settings that these steps don't meet."""
 OTHER_DTYPE = {"bfloat16": "float8", "float8": "bfloat16"}
-"""What all on is measured with as well, where it can be: float8 is worth something only compiled,
-and beside bfloat16."""
+"""Second dtype for the arm with everything on: float8 pays only compiled, and is compared with
+bfloat16."""
 
 FindModel = Callable[[str], tuple[str, ModelConfig]]
 
@@ -205,7 +205,8 @@ def _vocab(workload: Workload, text: str, find: FindModel) -> Workload:
 
 
 def _window(workload: Workload, text: str, find: FindModel) -> Workload:
-    """Of the sliding layers; with none, every layer sees everything before it."""
+    """Return the workload with this window in its sliding layers; `none` makes every layer full
+    attention."""
     kinds = workload.model.layer_types
     if SLIDING not in kinds:
         raise ConfigError(f"--sweep: window {text}: {workload.name} has no sliding layers")

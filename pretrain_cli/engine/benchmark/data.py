@@ -1,4 +1,4 @@
-"""How fast batches are read: in order, as training does, and at random, as a resumed run begins.
+"""Benchmark of reading batches: in order, as training does, and at random, as a resumed run begins.
 
 The real `Batches`, on one thread, from a dataset or a made one, the page cache warm.
 """
@@ -30,7 +30,7 @@ DOCUMENT_TOKENS = 600
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What is read, and how."""
+    """Dataset to read, and how."""
 
     seq_len: int
     samples: int

@@ -13,8 +13,8 @@ from pretrain_cli.engine.runtime.process_settings import set_compile_cache, set_
 
 
 def in_a_fresh_process(name: str, speed: SpeedConfig, compiled: Path, *arguments: Any) -> Any:
-    """What `timing.NAME` gives for these arguments. What is compiled is kept in `compiled`. An
-    interrupt ends the process."""
+    """Return the result of `timing.NAME` with these arguments, computed in a fresh process.
+    Compiled kernels are cached in `compiled`. An interrupt kills the process."""
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=fresh) as process:
         try:

@@ -17,7 +17,7 @@ from pretrain_cli.engine.runtime.stop import SAME_REQUEST, SIGNALS
 
 
 class CutShort(KeyboardInterrupt):
-    """What is under way is given up."""
+    """The current measurement is abandoned."""
 
 
 class Interruption:

@@ -30,9 +30,9 @@ class Peer:
     """A program to be measured beside this one."""
 
     package: str
-    """What is imported."""
+    """Name of the package to import."""
     extra: str
-    """Of this package, that brings it."""
+    """Extra of this project that installs it."""
     build: Callable[[Workload, Speed, Tensor, Tensor, float], Step]
     """(workload, speed, inputs, targets, learning rate) -> its step."""
 
@@ -76,7 +76,7 @@ def require(name: str) -> None:
 
 
 def _weights(workload: Workload) -> dict[str, Tensor]:
-    """Those that our model begins with, by their published names."""
+    """Return our model's initial weights by their published names."""
     pieces = parameter_map(workload.model, merged=Merged(False, False))
     return {piece.name: draw(workload.model, piece, 0) for piece in pieces}
 

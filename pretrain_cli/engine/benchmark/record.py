@@ -20,7 +20,7 @@ from pretrain_cli.engine.runtime.distributed import device_name, find_device
 from pretrain_cli.errors import ConfigError
 
 ABOUT = ("command", "machine", "threads", "torch", "python", "pretrain", "commit", "repeats")
-"""What is compared of two records besides their arms."""
+"""Fields of a record that `--compare` compares besides its arms."""
 
 
 def record(rounds: Rounds, what: str, command: str) -> dict[str, Any]:
@@ -46,8 +46,8 @@ def record(rounds: Rounds, what: str, command: str) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Of the checkout that this package runs from, and whether it was changed since; empty where it
-    is installed."""
+    """Return the commit of the checkout that this package runs from, marked if files changed since;
+    empty for an installed package."""
     root = Path(pretrain_cli.__file__).parent.parent
     if not (root / ".git").exists():
         return ""
@@ -127,7 +127,7 @@ def compare(first: dict[str, Any], second: dict[str, Any]) -> Comparison:
 
 
 def _changes(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """Where an arm's workload and the settings in force differ."""
+    """Return the differences between two arms in workload and settings in force."""
     flat = [
         {f"workload.{name}": value for name, value in each["workload"].items() if name != "model"}
         | {f"model.{name}": value for name, value in each["workload"]["model"].items()}

@@ -34,7 +34,7 @@ def rows(results: list[dict[str, Any]]) -> list[Row]:
 
 
 def remarks(results: list[dict[str, Any]]) -> list[str]:
-    """What is to be said of single arms: differences first."""
+    """Return the notes on single arms, differing results first."""
     said = [f"{r['arm']} {r['differs']}" for r in results if r["differs"]]
     for result in results:
         if result["kind"] == "forward only":
@@ -119,7 +119,7 @@ def to_markdown(record: dict[str, Any]) -> str:
 
 
 def peaks(record: dict[str, Any]) -> str:
-    """What MFU is a share of, in each type."""
+    """Return a sentence with the peak FLOP/s that MFU refers to, for each type."""
     said = []
     for dtype, peak in record["peaks"].items():
         source = peak["source"]
@@ -144,7 +144,7 @@ COLORS = {
 OTHER, GRAVE, FAINT = "#5457c4", "#c2182b", "#6b7480"
 ROW_INCHES = 0.3
 CHARACTERS = 150
-"""Of the footnote, in a line."""
+"""Characters in a line of the footnote."""
 
 
 def need_matplotlib(path: Path) -> None:
@@ -219,7 +219,7 @@ def _places(results: list[dict[str, Any]]) -> list[float]:
 
 
 def _title(record: dict[str, Any]) -> str:
-    """What all arms have in common."""
+    """Return a title from what all arms share."""
     workloads = [result["workload"] for result in record["results"]]
     models = {workload["name"] for workload in workloads}
     sizes = {f"{each['micro_batch_size']} × {each['seq_len']}" for each in workloads}

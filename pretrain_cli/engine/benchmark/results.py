@@ -13,9 +13,9 @@ from pretrain_cli.engine.runtime.process_settings import PROCESS_SETTINGS
 from pretrain_cli.model import counting
 
 TOLERANCE = {"float32": 1e-4, "tf32": 2e-3, "bfloat16": 1e-2, "float8": 1e-1}
-"""How far an arm's loss after its steps may be from that of the arm that it must learn the same as,
-as a share, by the coarser of their types. Rounding in float8 is fed back by every step: what learns
-few tokens by heart, so that hardly any loss is left, may come to more than is allowed."""
+"""Largest relative difference of an arm's loss from that of the arm it must equal, by the coarser
+of their types. In float8 rounding is fed back by every step: an arm that memorizes few tokens, with
+hardly any loss left, may exceed it."""
 NORM_TOLERANCE = TOLERANCE | {"float8": 3e-2}
 """The same of the first gradient norm, which no step went before: float8 comes to 1e-2."""
 
@@ -30,7 +30,7 @@ class Figures:
     warmup: float
     """All warm-up steps of the first round."""
     compile_time: float
-    """What those took beyond as many steps of the median: compiling, where it compiles."""
+    """Seconds that warm-up took beyond as many median steps: the time of compiling."""
     tokens_per_second: float
     """By the median."""
     mfu: float
@@ -63,14 +63,14 @@ class Result:
     same_as: str
     beside: str
     differs: str
-    """How what it learned differs from that arm's, if it does."""
+    """Difference of what this arm learned from the arm it must equal; empty if there is none."""
     workload: dict[str, Any]
     tokens_per_step: int
     flops_per_token: float
     """By the exact mask; of a forward pass, a third."""
     flops_per_token_conventional: float
     peak_flops: float
-    """What MFU is a share of."""
+    """Peak FLOP/s that MFU refers to."""
     speed: dict[str, Any]
     figures: Figures | None
     rounds: list[Round]
@@ -133,7 +133,7 @@ def summarize(
 
 
 def coarser(one: Round, other: Round) -> str:
-    """Of their types, that in which rounding may come to more."""
+    """Return the coarser of two rounds' types, the one whose rounding is larger."""
     return max((_precision(one.speed), _precision(other.speed)), key=TOLERANCE.__getitem__)
 
 
@@ -145,7 +145,7 @@ def _precision(speed: dict[str, Any]) -> str:
 
 
 def _differences(one: Round, other: Round) -> tuple[float, float]:
-    """Of the losses after the last step, and of the first gradient norms."""
+    """Return the relative differences of the last losses and of the first gradient norms."""
     pairs = (
         (one.losses[-1], other.losses[-1]),
         (one.gradient_norms[0], other.gradient_norms[0]),
@@ -167,7 +167,7 @@ def _said(arm: Arm, loss: float | None, norm: float | None, kind: str) -> str:
 
 
 def _meant(arm: Arm, speed: dict[str, Any]) -> dict[str, Any]:
-    """Of a peer, the settings that mean something to it."""
+    """Return the settings that mean something to a peer."""
     if not arm.peer:
         return speed
     return {name: speed[name] for name in ("dtype", "compile", *PROCESS_SETTINGS)}
@@ -209,7 +209,7 @@ class Ratio:
 
 
 def ratios(results: list[Result]) -> list[Ratio]:
-    """Of every peer's arm that was run."""
+    """Return the ratios of our arms to every peer's arm that was run."""
     ours = {r.speed["compile"]["in_force"]: r for r in results if r.figures and not r.peer}
     found = []
     for result in results:

@@ -107,7 +107,7 @@ class Rounds:
         ]
 
     def answers(self) -> dict[str, Any]:
-        """What the results come to, where something was looked for."""
+        """Return the answers that the results give, if a search was made."""
         return {}
 
     def profile(self, arm: Arm, trace: Path) -> Profile:

@@ -1,4 +1,4 @@
-"""How fast text is written: a prompt's prefill, then tokens one after the other, greedily.
+"""Benchmark of sampling: a prompt's prefill, then greedy decoding, token by token.
 
 Each arm (writers.py) in a fresh process with the same random weights; what ours sets for its
 process, transformers' is without. They take turns, so that a machine that is busy for a while is so
@@ -117,7 +117,8 @@ def measure(workload: Workload, progress: Callable[[str], None]) -> Measured:
 
 
 def step_bytes(workload: Workload) -> float:
-    """What a step reads: the weights that a token meets, and what texts remember on average."""
+    """Return the bytes that a decoding step reads: the weights in use, and the average cache of the
+    texts."""
     config = workload.model
     size = speed_of(workload).compute_dtype.itemsize
     count = count_parameters(config)

@@ -42,7 +42,7 @@ class Workload:
     """As speed.dtype: auto is what suits the device."""
     compiled: bool | None
     settings: tuple[str, ...] = ()
-    """Of the process, as `speed.NAME=VALUE`."""
+    """Process settings as `speed.NAME=VALUE`."""
     vs: tuple[str, ...] = ()
     """transformers, or such settings, each by itself beside those."""
     quantize: str | None = None
@@ -63,11 +63,11 @@ class Round(NamedTuple):
     decode: float
     """Seconds for the others."""
     tokens: list[int]
-    """Of the first text."""
+    """Tokens of the first text."""
 
 
 def settings_of(workload: Workload, arm: str) -> SpeedConfig:
-    """What one of our arms is to have."""
+    """Return the speed settings of one of our arms."""
     flags = {"speed.dtype": workload.dtype, "speed.compile": False}
     own = () if arm in (OURS, THEIRS) else (arm,)
     return build_config({}, flags, (*workload.settings, *own)).speed

@@ -28,24 +28,24 @@ from pretrain_cli.engine.training.step import train_step
 from pretrain_cli.engine.training.step_guard import StepGuard
 
 LEARNING_RATE = 3e-4
-"""Of every arm: enough for the loss to fall in a few steps on the same tokens, so that what learns
-something else is seen."""
+"""Learning rate of every arm: high enough for the loss to fall in a few steps, so that an arm that
+learns something else shows."""
 PEAK_SECONDS = 1.0
 PROFILED_STEPS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """What one process measured. Times are seconds."""
+    """Measurements of one process; times in seconds."""
 
     tokens: int
     """A step."""
     times: list[float]
-    """Of each step that counts."""
+    """Time of each counted step."""
     warmup: list[float]
-    """Of each step before, with the compiling that it set off."""
+    """Time of each warm-up step, compilation included."""
     losses: list[float]
-    """Of every step from the first, warm-up among them. All take the same batch."""
+    """Loss of every step, warm-up included. All steps use the same batch."""
     gradient_norms: list[float]
     """Before clipping. None of a forward pass."""
     peak_memory: int
@@ -80,7 +80,7 @@ def measure_round(arm: Arm, repeats: Repeats) -> Round:
 
 
 def measure_peak(device: str, asked: SpeedConfig) -> Peak:
-    """What a matrix product reaches with these settings."""
+    """Measure the FLOP/s of a matrix product under these settings."""
     place = find_device(device)
     speed = resolve_speed(asked, place, training=False)
     apply_process_settings(speed)

@@ -1,11 +1,11 @@
-"""How fast text is tokenized, beside the library's own encoder.
+"""Benchmark of tokenizing, beside the tokenizers library's own encoder.
 
     ours       `tokenize`: files read, documents hashed and cut, encoded, written, checksummed
     library    `encode_batch_fast` of the tokenizers library, the same documents held in memory
 
 Both have the tokenizer loaded, and as many cores. They take turns, so that a machine that is busy
-for a while is so for both; each turn in a fresh process, since what the library leaves behind in
-a process's memory slows whatever it encodes there next, and every process forked from it.
+for a while is so for both; each turn in a fresh process, since what the library leaves behind in a
+process's memory slows whatever it encodes there next, and every process forked from it.
 """
 
 import multiprocessing
@@ -84,7 +84,7 @@ def measure(request: TokenizeRequest, rounds: int, progress: Callable[[str], Non
 class Turn(NamedTuple):
     seconds: float
     bytes: int
-    """Of text."""
+    """Bytes of text."""
     tokens: int
 
 

@@ -1,5 +1,5 @@
-"""What is measured. No torch here: a fresh process reads these before it loads torch, and how its
-threads wait is decided before that."""
+"""Workloads and arms, the input of a benchmark. No torch here: a fresh process reads these before
+it loads torch, because the behaviour of waiting threads is decided before that."""
 
 from dataclasses import dataclass
 
@@ -12,10 +12,10 @@ CPU_STEP_FLOPS = 1e12
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What a step computes: a model, and its tokens."""
+    """Work of a step: a model and its batch."""
 
     name: str
-    """Of the model, for people."""
+    """Name of the model, for people."""
     model: ModelConfig
     seq_len: int
     micro_batch_size: int
@@ -23,7 +23,7 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Of a step, which is one micro-batch."""
+        """Tokens of a step, which is one micro-batch."""
         return self.seq_len * self.micro_batch_size
 
 
@@ -58,10 +58,10 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Repeats:
-    """How often each arm is measured."""
+    """Repetitions of each arm."""
 
     rounds: int
     steps: int
-    """Of a round, that count."""
+    """Counted steps of a round."""
     warmup: int
     """Steps before them, timed apart."""

@@ -1,4 +1,4 @@
-"""Whether a folder is the same model in transformers' hands: logits, loss and greedy text.
+"""Compare a folder with the same model in transformers: logits, loss and greedy text.
 
 Both sides compute in float32 and read the weights as they are on disk. Two folders of one type may
 differ by rounding alone; where one holds rounded weights, the other by what the rounding costs.
@@ -29,8 +29,8 @@ from pretrain_cli.model.formats.hf_config import read_config
 from pretrain_cli.model.formats.hf_weights import weight_types
 
 TOLERANCES = {"F64": 1e-4, "F32": 1e-4, "F16": 5e-3, "BF16": 5e-2}
-"""Of the logits, |ours − theirs| / |theirs|, where a folder of this type stands against another;
-and of the loss. Two of the same type: the first."""
+"""Largest relative difference of logits, |ours − theirs| / |theirs|, and of the loss, by the type
+of the weights that were rounded. Two folders of one type: the first."""
 PROMPT = 16
 
 Logits = Callable[[Tensor], Tensor]
@@ -38,7 +38,7 @@ Logits = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """How far the two are apart."""
+    """Differences between the two models."""
 
     folder: Path
     against: Path
@@ -55,7 +55,7 @@ class Comparison:
     """Greedy tokens until the first that differs."""
     greedy: int
     is_tie: bool
-    """Whether the two that differ first are as likely, to the tolerance."""
+    """True if the first two tokens that differ are equally likely, to the tolerance."""
     text: str
     their_text: str
     tolerance: float

@@ -32,15 +32,15 @@ TOKENS_AT_ONCE = 8192
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to evaluate, and how. None is as in the checkpoint's run, or by the device."""
+    """Input of an evaluation. None means as in the checkpoint's run, or by the device."""
 
     where: Path | None = None
     best: bool = False
-    """Of a run, the checkpoint with the lowest validation loss, not the newest."""
+    """Use a run's checkpoint with the lowest validation loss instead of the newest."""
     data: tuple[str, ...] | None = None
     tokenizer: str | None = None
     eval_tokens: int | None = None
-    """Of each dataset, no more than the first so many targets."""
+    """Number of first targets to evaluate in each dataset; None means all."""
     seq_len: int | None = None
     document_mask: bool | None = None
     device: str = "auto"
@@ -50,12 +50,12 @@ class Request:
     quantize: str | None = None
     """int8: evaluate the weights as they are, and then in int8."""
     settings: tuple[str, ...] = ()
-    """Of speed, as `speed.NAME=VALUE`."""
+    """Speed settings as `speed.NAME=VALUE`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What came out, and the settings that it came out under."""
+    """Result of an evaluation, and the settings in force."""
 
     folder: Path
     data: str
@@ -148,7 +148,7 @@ def _checked(evaluation: Evaluation | None, folder: Path, data: Mixture) -> Eval
 
 
 def as_in_its_run(folder: Path) -> dict[str, dict[str, Any]]:
-    """Of the settings of the run that a checkpoint is of, those that its validation depends on."""
+    """Return the settings of a checkpoint's run that its validation depends on."""
     found = run_of(folder)
     if found is None:
         return {"data": {}, "speed": {"compile": False}}
@@ -180,4 +180,4 @@ def _seq_len(config: ModelConfig, data: Mixture, asked: int | str, device: torch
 
 
 def _silent(text: str) -> None:
-    """What ranks but the first report."""
+    """Ignore a message; for ranks other than the first."""

@@ -1,9 +1,9 @@
-"""How likely a model finds texts, and what it writes behind them: what benchmarks ask of it.
+"""Log-likelihoods of texts, and continuations of prompts, as evaluation tasks need them.
 
 A text is conditioned on what its tokenizer begins documents with (Tokenizer.encode_prompt). Texts
 go through the decoder together, the longest first, so that little of a batch is padding. Logits are
-made of the tokens asked for alone, and some rows at a time: those of a vocabulary of 262,144 are
-1 MB a token.
+made of the tokens asked for alone, and some rows at a time: those of a vocabulary of 262,144 are 1
+MB a token.
 """
 
 from collections.abc import Iterator
@@ -34,8 +34,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Found:
-    """Of the tokens asked about: the sum of their log-probabilities, and whether each was the
-    likeliest."""
+    """Log-probabilities of the requested tokens, summed, and whether each was the most likely."""
 
     logprob: float
     is_greedy: bool
@@ -119,7 +118,7 @@ class Reader:
                 yield number, Found(logprob, is_greedy)
 
     def write(self, prompts: list[str], controls: SamplingParams) -> Iterator[tuple[int, str]]:
-        """What follows each prompt, up to a stop text; each prompt's number and its text."""
+        """Yield each prompt's number and its continuation, up to a stop string."""
         limit = min(controls.max_tokens, self.positions - 1)
         room = self.positions - limit
         texts = [

@@ -29,14 +29,15 @@ from pretrain_cli.model.formats.hf_config import read_config
 from pretrain_cli.model.inference.int8 import as_floats
 
 MAX_TOKENS = 256
-"""Of an answer, where a task doesn't say."""
+"""Tokens of an answer if a task doesn't say."""
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""What tasks call it."""
+"""Names that tasks use for the length of an answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRequest:
-    """Which tasks, of which model, and how. None is as in the model's run, or by the device."""
+    """Tasks to run and the model to run them with. None means as in the model's run, or by the
+    device."""
 
     where: Path | None = None
     best: bool = False
@@ -45,7 +46,7 @@ class TaskRequest:
     include_path: Path | None = None
     """A folder of YAML files with tasks of one's own."""
     limit: int | None = None
-    """Of each task the first so many questions."""
+    """Number of first questions of each task; None means all."""
     seq_len: int | None = None
     """The longest text; what is longer loses its beginning. None: the model's positions."""
     device: str = "auto"
@@ -54,7 +55,7 @@ class TaskRequest:
     quantize: str | None = None
     """int8, or None for the weights as they are."""
     settings: tuple[str, ...] = ()
-    """Of speed, as `speed.NAME=VALUE`."""
+    """Speed settings as `speed.NAME=VALUE`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +165,8 @@ def _loaded_tasks(request: TaskRequest) -> Any:
 
 
 def _manager(request: TaskRequest) -> Any:
-    """What finds tasks by name. The harness's own are some thousand files, read where a task is
-    none of the user's."""
+    """Return the harness's task manager. Its own index is thousands of files, read only if a task
+    is not one of the user's."""
     make: Any = importlib.import_module("lm_eval.tasks").TaskManager
     own = str(request.include_path) if request.include_path else None
     manager = make(include_path=own, include_defaults=False)
@@ -210,7 +211,7 @@ def _asked_by_the_harness(reader: Reader) -> Any:
 
 
 def _controls(settings: dict[str, Any]) -> SamplingParams:
-    """How a task has its answers written, in our words."""
+    """Return a task's generation settings as SamplingParams."""
     given = dict(settings)
     until = given.pop("until", None) or []
     lengths = [value for name in LENGTHS if (value := given.pop(name, None)) is not None]

@@ -30,7 +30,7 @@ from pretrain_cli.model.formats.gguf import (
 from pretrain_cli.model.formats.hf_config import read_config
 
 TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-"""Of torch, and as GGUF calls them."""
+"""torch types, and their names in GGUF."""
 FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}
 
 

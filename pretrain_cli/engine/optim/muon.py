@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic iteration: steepest at zero, so that small singular values grow fast."""
+"""Coefficients of the quintic iteration: steepest at zero, so that small singular values grow fast.
+"""
 ITERATIONS = 5
 TINY = 1e-7
 

@@ -39,7 +39,7 @@ def build_optimizer(
 
 
 def parameter_groups(model: Decoder, settings: OptimizerSettings) -> Iterator[dict[str, Any]]:
-    """What the settings differ by:
+    """Return parameter groups, by the settings that differ:
 
     |            |                                               | decayed | rate ×               |
     |------------|-----------------------------------------------|---------|----------------------|
@@ -77,7 +77,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def state_names(optimizer: torch.optim.Optimizer) -> dict[Tensor, tuple[str, ...]]:
-    """What an optimizer keeps for each parameter, in its shape: names in its state."""
+    """Return the names of an optimizer's state tensors for each parameter that have its shape."""
     return {
         parameter: ("momentum_buffer",) if "momentum" in group else ("exp_avg", "exp_avg_sq")
         for group in optimizer.param_groups

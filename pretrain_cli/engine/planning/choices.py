@@ -1,4 +1,4 @@
-"""What `auto` becomes: length, batch, intervals and learning rate of a run, by device and model."""
+"""Resolve `auto`: length, batch, intervals and learning rate of a run, by device and model."""
 
 import math
 from dataclasses import replace

@@ -1,5 +1,5 @@
-"""What a run is made from, found before anything is computed: its datasets, which may have to be
-made, and its model, with a vocabulary that goes with them."""
+"""Find a run's datasets, which may have to be made, and its model, with a vocabulary that fits
+them, before anything is computed."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -80,7 +80,7 @@ def _make_demo(stop: StopRequest) -> None:
 
 
 def open_path(path: str, tokenizer: str | None, notify: Callable[[str], None]) -> Dataset:
-    """What one path of data.path names."""
+    """Open what one path of data.path names."""
     dataset = open_data(path, tokenizer)
     for notice in dataset.notices:
         notify(notice)

@@ -1,5 +1,5 @@
-"""What a training step takes of memory, by part and by moment, from numbers alone: no torch here,
-and nothing is allocated. Micro-batches are chosen by it, and runs planned.
+"""Estimate the memory of a training step, by part and by phase, from numbers alone: no torch, no
+allocation. It chooses micro-batches and plans runs.
 
     forward ──────────── loss ── backward ───────────── gradients ── step
     activations grow     all,    all, and a block's     all, no      what the optimizer
@@ -30,26 +30,27 @@ PARTS = (
     "process", "lost",
 )  # fmt: skip
 USABLE_FRACTION = 0.9
-"""Of what is there, to be taken: the estimate may be a tenth short."""
+"""Share of the available memory to use: the estimate may be a tenth short."""
 PROCESS = 331_000_000
 """Resident on a CPU before a model is made: Python and the libraries."""
 HEAP_OVERHEAD = {True: 0.2, False: 0.14}
-"""What glibc's heap takes beyond what is in it, as a share of what a step allocates, by
-keep_freed_memory: resident memory at its peak, less all that is counted here."""
+"""Overhead of glibc's heap as a share of what a step allocates, by keep_freed_memory. Measured:
+resident memory at its peak, less everything that is counted here
+(tests/engine/planning/test_memory_estimate.py)."""
 BACKWARD = 0.5
-"""What a block's backward pass has of gradients, as a share of what the block kept."""
+"""Gradients inside a block's backward pass, as a share of what the block kept. Measured by the same
+test."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepShape:
-    """What is trained and how, as far as its memory goes. What SpeedConfig has is meant as there,
-    in force."""
+    """Inputs of the memory estimate. Speed fields hold their values in force."""
 
     model: ModelConfig
     seq_len: int
     micro_batch_size: int
     is_accumulated: bool = False
-    """Whether gradients of an earlier micro-step are there."""
+    """True if gradients of an earlier micro-step are accumulated."""
     document_mask: bool = False
     device: str
     """cpu, cuda or mps."""
@@ -68,7 +69,7 @@ class StepShape:
 
     @property
     def compute_bytes(self) -> int:
-        """Of what stands between products, which of float8 is bfloat16."""
+        """Bytes of an activation; with float8 activations are bfloat16."""
         return {"float32": 4, "bfloat16": 2, "float8": 2}[self.dtype]
 
     @property
@@ -98,7 +99,7 @@ class Estimate:
 
     @property
     def parts(self) -> dict[str, int]:
-        """Of that moment."""
+        """Bytes of the largest phase by part."""
         return self.phases[self.moment]
 
     @property
@@ -106,12 +107,12 @@ class Estimate:
         return sum(self.parts.values())
 
     def most(self, part: str) -> int:
-        """Of a part, in whatever moment."""
+        """Return the largest size of a part over all phases."""
         return max(parts.get(part, 0) for parts in self.phases.values())
 
 
 def estimate(t: StepShape) -> Estimate:
-    """What a step takes."""
+    """Estimate the memory of a step."""
     m, count, c = t.model, count_parameters(t.model), t.compute_bytes
     hidden, depth = t.tokens * m.hidden_size, m.num_hidden_layers
     kept = [kept_by_block(t, layer) for layer in range(depth)]
@@ -186,7 +187,7 @@ def largest(bytes_of: Callable[[int], int], room: float) -> int:
 
 
 def logits_bytes(t: StepShape) -> int:
-    """What the loss holds of logits at a time."""
+    """Return the bytes of logits that the loss holds at once."""
     V, c = t.model.vocab_size, t.compute_bytes
     if not t.chunked_loss:
         return 12 * t.tokens * V  # in float32 with their softmax's and their own gradient

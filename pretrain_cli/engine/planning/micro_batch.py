@@ -1,5 +1,5 @@
-"""How many sequences a rank takes at once. It changes time and memory, and what is learned by
-rounding alone: a step's loss is the mean over its tokens, however they are parted.
+"""Choose the micro-batch: the sequences that a rank computes at once. It changes time and memory,
+and the result by rounding alone, since a step's loss is the mean over its tokens.
 
     as asked
     else what the run had, where it goes on on the same machine: it repeats bit for bit
@@ -53,8 +53,8 @@ def choose_micro_batch(
     had: int | None = None,
     rates: dict[int, float] | None = None,
 ) -> MicroBatch:
-    """Of a rank's share of a step; `rates` are tokens/s that were measured, `had` what the run had
-    on this machine."""
+    """Choose from a rank's share of a step. `rates` are measured tokens/s by size; `had` is the
+    run's earlier size on this machine."""
     sizes = [size for size in range(1, share + 1) if share % size == 0]
     if had in sizes:
         return MicroBatch(had, "as before")
@@ -126,7 +126,7 @@ def remember(found: Measured) -> None:
 
 
 def recall(like: Measured) -> dict[int, float]:
-    """What was measured of the same; nothing where nothing was."""
+    """Return measured tokens/s by micro-batch for the same workload; empty if there are none."""
     return next(
         (each.tokens_per_second for each in read_measured() if each.is_of_the_same(like)), {}
     )

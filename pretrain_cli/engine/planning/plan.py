@@ -1,5 +1,5 @@
-"""What a run will do, decided before its first second of compute: every `auto` becomes a number,
-and whatever can't work is refused.
+"""Make the plan of a run before its first second of compute: every `auto` becomes a number, and
+whatever can't work is refused.
 
     data.path               the only dataset in data/, or a demo of Python's own sources
     model.vocab_size        the published one where the dataset's tokenizer is the model's own,
@@ -67,7 +67,7 @@ class Plan:
 
     @property
     def coefficients(self) -> LossWeights | None:
-        """Of what is minimized beside the cross entropy, where there is anything, or experts."""
+        """Weights of the auxiliary losses; None if there are none and the model has no experts."""
         z_loss = self.settings.optimizer.z_loss
         if not z_loss and not self.model.num_experts:
             return None

@@ -37,8 +37,8 @@ GPU_SETTINGS = {
     "fused_optimizer": True,
     "keep_freed_memory": False,
 }
-"""What `auto` becomes on every GPU of the table; what is false has no effect there. (Where one is
-here, engine/runtime/speed.py decides.)"""
+"""Values of `auto` on every GPU of the table; false has no effect there. (For a GPU that is
+present, engine/runtime/speed.py decides.)"""
 KEPT = TrainSettings()
 CHECKPOINTS = KEPT.keep_checkpoints + KEPT.keep_best + 1
 """On the disk at a time, where nothing else is asked for: the newest, the best, the one written."""
@@ -46,7 +46,7 @@ CHECKPOINTS = KEPT.keep_checkpoints + KEPT.keep_best + 1
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a run is planned for."""
+    """Machine that a run is planned for."""
 
     name: str
     device: str
@@ -55,7 +55,7 @@ class Machine:
     memory: int
     """Bytes of each that a run may take."""
     peak_flops: float | None
-    """Of each, dense bfloat16; None where no maker states it."""
+    """Peak FLOP/s of each GPU in dense bfloat16; None if no maker states it."""
     speed: dict[str, Any]
     """The settings that memory depends on, in force."""
 
@@ -71,7 +71,7 @@ class Parallelism:
 
 @dataclass(frozen=True)
 class Throughput:
-    """How fast, all GPUs together, and how that is known."""
+    """Throughput of all GPUs together, and its source."""
 
     tokens_per_second: float
     mfu: float
@@ -80,7 +80,7 @@ class Throughput:
 
 @dataclass(frozen=True, kw_only=True)
 class RunEstimate:
-    """What a run would take."""
+    """Estimated needs of a run."""
 
     model: str
     parameters: int

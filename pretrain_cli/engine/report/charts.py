@@ -49,7 +49,7 @@ class _Kind:
     fields: dict[str, str]
     """Field → what its curve is called, beside others."""
     expected: bool = False
-    """Whether it is missed where no run has it."""
+    """True if it is missed where no run has it."""
 
 
 KINDS: dict[Table, list[_Kind]] = {

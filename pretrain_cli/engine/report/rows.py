@@ -39,7 +39,7 @@ class Rows:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether JSON's value is a number that a float holds; NaN and Infinity are."""
+    """Return whether JSON's value is a number that a float holds; NaN and Infinity are."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return isinstance(value, float) or abs(value) < 2**1000

@@ -51,25 +51,25 @@ SAVED_PER_SECOND = 2e8
 
 @dataclass(frozen=True)
 class State:
-    """Where a run stands."""
+    """Position and counters of a run."""
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     best_step: int | None = None
     best_loss: float | None = None
-    """Of the checkpoint with the lowest validation loss so far, among those that were evaluated."""
+    """Lowest validation loss of a checkpoint so far, among evaluated ones."""
     finite: bool = True
-    """Whether the last step was taken, as its loss and gradient norm were. Weights and moments that
+    """True if the last step was taken, as its loss and gradient norm were. Weights and moments that
     are not finite are never saved."""
     skipped: int = 0
     """Steps that changed nothing. The optimizer has counted the others."""
     rollbacks: int = 0
-    """How often the run has gone back to a checkpoint."""
+    """Rollbacks so far."""
     passed: tuple[tuple[int, int], ...] = ()
     """Samples that are not in these weights: the first of each stretch, and the one behind it."""
     guard: dict[str, Any] = field(default_factory=dict)
-    """What a `Guard` remembers of the steps before."""
+    """State of the StepGuard: statistics of earlier steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +92,11 @@ def take_snapshot(
     ranks: Ranks,
     copy: bool = True,
 ) -> Snapshot | None:
-    """What a checkpoint of this instant holds. Every rank calls this; the first one gets it.
+    """Take a snapshot of everything a checkpoint holds. Every rank must call this; the first one
+    gets the snapshot.
 
-    Training goes on without changing it, but where `copy` is false on a CPU: there it is the
-    model's own memory.
+    Training may continue without changing it, unless `copy` is false on a CPU: then it shares the
+    model's memory.
     """
     if not ranks.is_first and not is_sharded(model):  # nothing that this rank has is needed
         return None
@@ -235,8 +236,8 @@ def _flush_folder(folder: Path) -> None:
 
 
 def find_damage(folder: Path, *, model_only: bool = False) -> str | None:
-    """What is wrong with a checkpoint, or None; `model_only` leaves unread what only training
-    needs."""
+    """Return what is wrong with a checkpoint, or None. `model_only` skips the files that only
+    training needs."""
     try:
         text = (folder / CHECKSUMS).read_text()
         sums = json.loads(text)

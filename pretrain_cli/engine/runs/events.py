@@ -1,4 +1,4 @@
-"""What a run reports while it goes: events, and the numbers in them.
+"""Events that a run emits, and the numbers in them.
 
 `train` and `benchmark` know no terminal. They hand events to one callback, `emit`; the command
 shows them, and metrics.jsonl keeps those that are numbers.
@@ -24,7 +24,7 @@ class Started:
     """The run as it was resolved, before this process's first step."""
 
     step: int
-    """Those done before."""
+    """Steps done before."""
     time: float
     run: Path
     model: str
@@ -38,7 +38,7 @@ class Started:
     """By the exact mask, a sample taken as one document."""
     flops_per_token_conventional: float
     peak_flops: float
-    """Of one device: what MFU is a share of."""
+    """Peak FLOP/s of one device, which MFU refers to."""
     peak_source: str
     peak_measured: float
 
@@ -77,7 +77,7 @@ class StepMetrics:
     sources: dict[str, int]
     """Tokens seen so far from each of several datasets, by name."""
     z_loss: float | None = None
-    """What is minimized is the sum: loss + z_loss + balancing_loss. None where there is none."""
+    """Z-loss; the sum loss + z_loss + balancing_loss is minimized. None without one."""
     balancing_loss: float | None = None
     expert_load: list[float] | None = None
     """The share of the step's choices that fell on each expert, in all layers."""
@@ -87,14 +87,14 @@ class StepMetrics:
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """Of a validation split, every token once; or of its first ones, with train.eval_tokens."""
+    """Loss of a validation split, every token once, or its first ones with train.eval_tokens."""
 
     loss: float
     perplexity: float
     bits_per_byte: float
     tokens: int
     split_tokens: int
-    """Of the whole split."""
+    """Tokens of the whole split."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,13 +121,13 @@ class Skipped:
     samples: tuple[int, int]
     """The first, and the one behind the last."""
     worst_samples: list[dict[str, Any]]
-    """Those of the highest loss: number, source, loss, head of the text."""
+    """Samples with the highest loss: number, source, loss, start of the text."""
     worst_gradients: dict[str, float]
     """The largest norms of gradients, by the tensors' published names."""
     same_weights: bool
-    """Whether no step was taken between this one and the look into it."""
+    """True if no step was taken between this one and its diagnosis."""
     rollbacks: int
-    """How often the run had gone back by then."""
+    """Rollbacks before this step."""
 
 
 @dataclass(frozen=True)
@@ -135,13 +135,13 @@ class RolledBack:
     """The run goes on from a checkpoint, with the samples behind those that led astray."""
 
     step: int
-    """Of the checkpoint."""
+    """Step of the checkpoint."""
     from_step: int
     reason: str
     samples: tuple[int, int]
     """Passed over: the first, and the one that the run goes on with."""
     rollbacks: int
-    """How often the run has gone back, with this time."""
+    """Rollbacks including this one."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which checkpoints a run has, which of them is meant, and which are kept.
+"""Find a run's checkpoints, and decide which of them to keep.
 
 A checkpoint is removed as it was written, in one rename: what is called step-… is whole. A run that
 is killed while it writes or removes leaves a folder behind whose name begins with a dot, and the
@@ -152,7 +152,7 @@ def remove(folder: Path) -> None:
 
 
 def _kept(found: list[Path], train: TrainSettings, newest: int) -> set[Path]:
-    """Of the checkpoints found, newest first, those to keep."""
+    """Return the checkpoints to keep, from a list that is newest first."""
     states = {folder: _state(folder) for folder in found}
     kept = set(found[:newest])
     kept |= set([folder for folder, state in states.items() if state and state.finite][:1])

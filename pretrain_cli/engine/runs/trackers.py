@@ -44,7 +44,7 @@ def check_trackers(names: Sequence[str]) -> None:
 def open_trackers(
     names: Sequence[str], run: Path, settings: dict[str, Any], emit: Emit, *, step: int
 ) -> list[Tracker]:
-    """Those asked for, of a run that goes on from this step."""
+    """Open the requested trackers for a run that continues from this step."""
     opened: list[Tracker] = []
     for name in names:
         if name == "tensorboard":

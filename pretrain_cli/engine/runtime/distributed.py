@@ -45,7 +45,7 @@ class Ranks:
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true on any rank."""
+        """Return whether the flag is true on any rank."""
         if self.world_size == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
@@ -115,7 +115,7 @@ def find_device(name: str, local_rank: int | None = None) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What a person would call the device."""
+    """Return a device's name for people."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
@@ -161,7 +161,7 @@ def sync_gradients(model: nn.Module, *, last: bool) -> Iterator[None]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether each rank holds only a part of every parameter."""
+    """Return whether each rank holds only a part of every parameter."""
     return isinstance(model, FSDPModule)
 
 

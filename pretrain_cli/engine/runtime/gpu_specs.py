@@ -1,4 +1,4 @@
-"""What the makers of GPUs state of them, for MFU and for plans of runs on a GPU that is not here.
+"""Figures that GPU makers state, for MFU and for plans of runs on a GPU that is not here.
 
 Without torch: a plan is arithmetic.
 """
@@ -41,7 +41,7 @@ LESS = re.compile(r"\b(Laptop|MIG|D)\b")
 
 
 def stated_for(name: str) -> Stated | None:
-    """What is stated of a device that calls itself so."""
+    """Return the stated figures of a device by its own name; None if it is not in the table."""
     if LESS.search(name):
         return None
     return next((s for part, s in STATED.items() if re.search(rf"\b{part}\b", name)), None)

@@ -29,7 +29,8 @@ def available_memory() -> int | None:
 
 
 def _left_of(group: Path) -> float:
-    """Of a control group's limit; cached files count as free, as they make way."""
+    """Return the bytes left of a control group's limit. Cached files count as free, because the
+    kernel drops them."""
     try:
         limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
         cached = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)

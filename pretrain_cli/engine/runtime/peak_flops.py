@@ -20,7 +20,7 @@ class Peak:
     """FLOP/s of one device."""
 
     flops: float
-    """What MFU is a share of: stated where the device is in the table, else measured."""
+    """FLOP/s that MFU refers to: stated if the device is in the table, else measured."""
     source: str
     measured: float
 

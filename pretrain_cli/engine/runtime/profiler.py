@@ -25,7 +25,7 @@ from pretrain_cli.spans import PREFIX, span
 PARTS = ("data", "forward", "loss", "backward", "optimizer")
 STEP = "step"
 WARMUP_STEPS = 3
-"""Of a run, before those that are profiled: memory is faulted in, and compiling is done."""
+"""Steps before those that are profiled: memory is faulted in, and kernels are compiled."""
 TOP = 12
 
 
@@ -42,7 +42,7 @@ class Operator:
 
 @dataclass(frozen=True)
 class Profile:
-    """Of some steps; seconds are a step's, on average, as they were while profiled."""
+    """Profile of some steps; seconds are the average of a step, while profiled."""
 
     steps: int
     seconds: float

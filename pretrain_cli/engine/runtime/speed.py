@@ -55,7 +55,7 @@ class Speed:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Of activations, and of all products that are not in float8."""
+        """Type of activations, and of all products that are not in float8."""
         return torch.bfloat16 if self.dtype == "float8" else getattr(torch, self.dtype)
 
     def record(self) -> dict[str, dict[str, Any]]:

@@ -31,11 +31,11 @@ T = TypeVar("T")
 
 
 class Stopped(Exception):
-    """What was under way is abandoned, as a stop was asked for."""
+    """The current work is abandoned because a stop was requested."""
 
 
 class Several(Protocol):
-    """What of `Ranks` is needed here."""
+    """The part of `Ranks` that is needed here."""
 
     @property
     def world_size(self) -> int: ...
@@ -44,8 +44,8 @@ class Several(Protocol):
 
 
 class StopRequest:
-    """Whether to stop: on a signal; when the process is as old as `limit`, a time as train.max_time
-    has it; once a run has `after_step` steps."""
+    """Request to stop: by a signal, at a process age of `limit` (a time as in train.max_time), or
+    after step `after_step`."""
 
     def __init__(self, *, limit: str | None = None, after_step: int | None = None) -> None:
         self.limit, self.after_step = limit, after_step
@@ -55,7 +55,7 @@ class StopRequest:
         self.ranks: Several | None = None
         self.agreed = False
         self.save_seconds = 0.0
-        """What the last save took; until there is one, an estimate."""
+        """Seconds of the last save; an estimate until there is one."""
         self.gap, self.looked = 0.0, time.perf_counter()
         self.polls, self.polls_between, self.agreed_at = 0, 1, time.perf_counter()
         self.restore: dict[int, object] = {}
@@ -102,7 +102,7 @@ class StopRequest:
         self.save_seconds = seconds
 
     def paused(self) -> None:
-        """What went by since the last look was not training."""
+        """Leave the time since the last look at the clock out of account: it was not training."""
         self.looked = time.perf_counter()
 
     @property
@@ -122,12 +122,13 @@ class StopRequest:
 
     @property
     def asked(self) -> bool:
-        """Whether this rank was asked to."""
+        """True if this rank was asked to stop."""
         self._look_at_the_clock()
         return bool(self.reason)
 
     def agree(self) -> bool:
-        """Whether any rank was asked to. Every rank must call it, and waits for the others."""
+        """Return whether any rank was asked to stop. Every rank must call it, and waits for the
+        others."""
         asked = self.asked
         if self.ranks is None or self.ranks.world_size == 1:
             self.agreed = asked

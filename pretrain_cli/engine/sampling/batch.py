@@ -79,7 +79,7 @@ class ContinuousBatch:
         self.positions = torch.zeros(rows, dtype=torch.long, device=self.device)
         self.drawn = torch.zeros(rows, capacity, dtype=torch.float64, device=self.device)
         self.index = torch.zeros_like(self.positions)
-        """Of the next number of `drawn`."""
+        """Index of the next number in `drawn`."""
         self.present: Tensor | None = None
         if controls.repetition_penalty != 1:
             self.present = torch.zeros(rows, known, dtype=torch.bool, device=self.device)

@@ -19,15 +19,15 @@ class TextStream:
         self.tokenizer = tokenizer
         self.ids = prompt[-CONTEXT:]
         self.known = len(self.ids)
-        """Of these ids, those whose text was given or is the prompt's."""
+        """Number of ids whose text was returned or is the prompt's."""
 
     def add(self, token: int) -> str:
-        """What can now be said to follow."""
+        """Return the text that is now certain."""
         self.ids.append(token)
         return self._new(held_back=True)
 
     def end(self) -> str:
-        """What was still held back."""
+        """Return the text that was held back."""
         return self._new(held_back=False)
 
     def _new(self, *, held_back: bool) -> str:
@@ -49,7 +49,7 @@ class StopStrings:
         self.found = False
 
     def add(self, piece: str) -> str:
-        """What of the text so far can be given. Sets `found` where one of the strings ends it."""
+        """Return the text that can be released. Sets `found` if a stop string ends it."""
         text = self.held + piece
         ends = [place for string in self.strings if (place := text.find(string)) >= 0]
         if ends:
@@ -60,7 +60,7 @@ class StopStrings:
         return text[: len(text) - keep]
 
     def end(self) -> str:
-        """What was held back for a string that did not come."""
+        """Return the text held back for a stop string that did not come."""
         text, self.held = self.held, ""
         return text
 

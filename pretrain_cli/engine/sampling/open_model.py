@@ -36,7 +36,7 @@ def open_model(
 
 
 def quantized(asked: str | None, config: ModelConfig) -> bool:
-    """Whether --quantize asks for int8. ConfigError for what is not to be had."""
+    """Return whether `--quantize` asks for int8. Raises ConfigError if int8 is unavailable."""
     if asked is None:
         return False
     if asked != "int8":

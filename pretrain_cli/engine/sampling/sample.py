@@ -86,7 +86,7 @@ def refuse_int8_off_cpu(device: torch.device) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TextDelta:
-    """What came of a text: characters, and with the last of them that it is whole."""
+    """New characters of a text; the last delta carries the finished completion."""
 
     text: Completion
     piece: str

@@ -1,4 +1,4 @@
-"""Which token comes next, for every text of a batch at once and on the logits' own device.
+"""Sample the next token, for every text of a batch at once, on the device of the logits.
 
 What each control does, in this order, as in transformers:
 
@@ -29,7 +29,7 @@ waiting, sorts all."""
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How tokens are chosen, and when a text ends."""
+    """Parameters of choosing tokens, and of ending a text."""
 
     max_tokens: int = 200
     temperature: float = 0.8
@@ -39,7 +39,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int = 0
-    """Of the first text; the k-th after it has the seed + k."""
+    """Seed of the first text; the k-th after it has the seed + k."""
 
     def __post_init__(self) -> None:
         for name, value, fits, wanted in (
@@ -98,8 +98,8 @@ def sample_next(
 
 
 def probabilities(scores: Tensor, controls: SamplingParams) -> Tensor:
-    """What a token is drawn by: 0 for those that the controls leave out. (B, V) -> (B, V), whose
-    sum need not be 1."""
+    """Return the probabilities to draw from, 0 for tokens that the parameters exclude. (B, V) ->
+    (B, V), not normalized."""
     scores = scores / controls.temperature
     if controls.top_k is not None and controls.top_k < scores.shape[-1]:
         least = scores.topk(controls.top_k).values[:, -1:]

@@ -53,11 +53,11 @@ class AsyncSaver:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="saving")
         self.writing: Future[list[Event]] | None = None
         self.state = State()
-        """Of the save that is under way, or was the last."""
+        """State of the save in progress, or of the last one."""
         self.failed: Unsaved | None = None
         """The last save, where it failed."""
         self.seconds = 0.0
-        """What the last one took, from the copy to the end."""
+        """Seconds of the last save, from the copy to the end."""
         self.waits_told = False
 
     def begin(
@@ -82,7 +82,7 @@ class AsyncSaver:
             self._join()
 
     def _has_memory(self) -> bool:
-        """Whether a copy fits the memory of a CPU. What is a GPU's is copied in any case."""
+        """Return whether a copy fits the memory of a CPU. A GPU's tensors are always copied."""
         if self.ranks.device.type != "cpu":
             return True
         free = available_memory() if self.ranks.is_first else None
@@ -121,7 +121,7 @@ class AsyncSaver:
             pass
 
     def _is_busy(self) -> bool:
-        """Whether one still is, after a while."""
+        """Return whether a save is still in progress, after a short wait."""
         if self.writing is None:
             return False
         return bool(wait([self.writing], timeout=SECONDS_BETWEEN_POLLS).not_done)

@@ -1,4 +1,4 @@
-"""What a step minimizes beside the cross entropy, as numbers, and how its experts were used."""
+"""Auxiliary losses of a step as numbers, and the load of its experts."""
 
 from typing import Any
 
@@ -10,11 +10,13 @@ from pretrain_cli.model.decoder import LossParts, LossWeights
 
 
 class AuxiliaryLosses:
-    """Of one step, added up over its micro-steps on the device; the CPU waits in `read` alone.
+    """Auxiliary losses of one step, summed over its micro-steps on the device. Only `read` makes
+    the CPU wait.
 
     The z-loss is a mean over the step's tokens, like the loss. The balancing loss is not: f and P
     are those of a micro-step's tokens on one rank, as transformers has them, and what is minimized
-    is the mean of these losses, by tokens. A larger micro-batch balances less strictly."""
+    is the mean of these losses, by tokens. A larger micro-batch balances less strictly.
+    """
 
     def __init__(self, coefficients: LossWeights) -> None:
         self.coefficients = coefficients

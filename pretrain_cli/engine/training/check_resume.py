@@ -37,7 +37,7 @@ SECONDS_BETWEEN_LOOKS = 0.2
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of a run straight through with one that was resumed."""
+    """Comparison of an uninterrupted run with a resumed one."""
 
     numbers: int
     tensors: int
@@ -137,7 +137,7 @@ def _read(path: Path, name: str) -> Tensor:
 
 
 def _first_difference(name: str, one: Tensor, other: Tensor) -> str:
-    """Where two tensors first differ, bit for bit; nothing where they don't."""
+    """Return where two tensors first differ, bit for bit; empty if they don't."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         shapes = f"{tuple(one.shape)} straight, {tuple(other.shape)} resumed"
         return f"{name}: {one.dtype} {shapes}, {other.dtype}"

@@ -28,7 +28,7 @@ from pretrain_cli.files import write_whole
 LOWEST, HIGHEST = 1e-6, 1.0
 FEWEST_STEPS = 10
 SMOOTHING = 0.8
-"""Of the loss before, in each smoothed one: that of about the last five steps."""
+"""Weight of the previous loss in the smoothed one: an average over about the last five steps."""
 TOLERANCE = 0.1
 """A smoothed loss above the lowest by this share of the first, and by half of what was gained, has
 diverged."""
@@ -42,7 +42,7 @@ Progress = Callable[[int, int, float, float], None]
 
 @dataclass(frozen=True)
 class RangeTest:
-    """What the test found, step by step."""
+    """Results of the range test, step by step."""
 
     model: str
     optimizer: str
@@ -79,7 +79,7 @@ def find_learning_rate(
 
 
 def _silent(event: Event) -> None:
-    """What ranks but the first report."""
+    """Ignore an event; for ranks other than the first."""
 
 
 def _train(

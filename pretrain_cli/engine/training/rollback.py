@@ -1,4 +1,4 @@
-"""What is done about steps that were skipped: a record of each, and after too many the way back.
+"""Handle skipped steps: record each, and roll back after too many.
 
 … 100 saved … 146 taken │ 147 ✗ 148 ✗ 149 ✗ … 156 ✗     ten in a row
    └──────────────────── back to here, and on with the samples behind those of 156
@@ -92,7 +92,8 @@ class Rollback:
             self.rollback_reason = f"{self.guard.max_skips} steps in a row were skipped{last}"
 
     def can_be_saved(self, state: State) -> bool:
-        """Whether all that a checkpoint would hold is finite; else the run is astray."""
+        """Return whether everything a checkpoint would hold is finite. If not, sets
+        `rollback_reason`."""
         if is_finite(self.optimizer, self.ranks):
             return True
         self.rollback_reason = "weights or the optimizer's moments are not finite"
@@ -249,7 +250,7 @@ def _norm_of_each(decoder: Decoder) -> dict[str, float]:
 
 
 def _worst(numbers: dict[Any, float], count: int) -> list[Any]:
-    """Those that are not finite, and then the largest."""
+    """Return the keys of numbers that are not finite, then of the largest."""
     return sorted(numbers, key=lambda name: _size(numbers[name]), reverse=True)[:count]
 
 

@@ -1,4 +1,4 @@
-"""What a run writes while it trains: metrics.jsonl, samples.jsonl and the trackers.
+"""Files that a run writes while it trains: metrics.jsonl, samples.jsonl, and its trackers.
 
 The first rank writes. Samples use a random generator of their own, seeded alike at every step, so
 that only the model changes between them and the run's own random state is left alone.
@@ -36,7 +36,7 @@ class RunLog:
 
     @property
     def before(self) -> tuple[int, float]:
-        """What earlier processes of the run did; see MetricsFile."""
+        """Tokens and seconds of earlier processes of the run; see MetricsFile."""
         return self.metrics.before if self.metrics else (0, 0.0)
 
     def open(self, state: State) -> None:
@@ -64,7 +64,7 @@ class RunLog:
         return self.metrics is not None and step in self.metrics.evaluated
 
     def flush(self) -> None:
-        """What trackers hold, before a checkpoint counts on it."""
+        """Flush the trackers, before a checkpoint counts on it."""
         have_each(self.trackers, lambda tracker: tracker.flush(), self.tell)
 
     def sync(self) -> None:
@@ -97,15 +97,15 @@ class SampleLog:
         self.taken = {(row["step"], row["prompt"]) for row in rows}
 
     def due(self, step: int) -> bool:
-        """Whether there are samples of this step. The last one always has them."""
+        """Return whether samples are due at this step. The last step always has them."""
         if not self.possible or step == 0:
             return False
         every = self.settings.sample_every
         return step == self.plan.steps or (every > 0 and step % every == 0)
 
     def take(self, decoder: Decoder, step: int, stop: StopRequest) -> None:
-        """Those of this step that are not there yet; every rank calls this. Raises Stopped, on
-        every rank, where a stop is asked for; what is missing is taken when the run goes on."""
+        """Take the samples of this step that are missing. Every rank must call this. Raises Stopped
+        on every rank if a stop is requested; missing samples are taken when the run resumes."""
         if self.ranks.is_first:
             decoder.eval()
             with contextlib.suppress(Stopped):

@@ -1,4 +1,4 @@
-"""Which steps are taken: one whose loss or gradients can't be believed changes nothing.
+"""Skip steps whose loss or gradients are not finite, or spike.
 
     loss, gradient norm ──> finite? no spike? ──> a flag ──> the optimizer steps or leaves all as is
 
@@ -26,7 +26,7 @@ NAMES = ("loss", "gradient norm")
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What became of a step."""
+    """Outcome of a step."""
 
     loss: float
     """The mean over all its tokens, on all ranks."""
@@ -34,7 +34,7 @@ class StepOutcome:
     reason: str
     """Why it was skipped; empty where it was taken."""
     in_a_row: int
-    """How many steps up to this one were skipped, without one between that was taken."""
+    """Consecutive skipped steps up to this one."""
 
 
 class StepGuard:
@@ -89,7 +89,7 @@ class StepGuard:
         self.variance = torch.where(skip, self.variance, variance.clamp(max=largest))
 
     def read(self) -> list[StepOutcome]:
-        """What became of the steps since this was last asked. Waits for the device."""
+        """Return the outcomes of the steps since the last call. Waits for the device."""
         rows = torch.stack(self.unread).tolist() if self.unread else []
         self.unread = []
         verdicts = [_verdict(row) for row in rows]
@@ -160,9 +160,11 @@ def step_unless(skip: Tensor, optimizer: Optimizer) -> None:
 
 @torch.no_grad()
 def is_finite(optimizer: Optimizer, ranks: Ranks) -> bool:
-    """Whether every weight and all that the optimizer keeps are, on every rank. Waits for it.
+    """Return whether every weight and every optimizer tensor is finite, on every rank. Waits for
+    the device.
 
-    The smallest and the largest tell, in one pass that writes nothing: a NaN is either."""
+    The smallest and the largest value tell, in one pass that writes nothing: a NaN is either.
+    """
     ends = [
         torch.stack(torch.aminmax(tensor)).to(ranks.device)
         for tensor in _tensors(optimizer).values()

@@ -1,4 +1,4 @@
-"""Where the numbers of a run are taken: the loop tells what happens, a line is read when due.
+"""Measure a run: the loop reports what happens, and a line is read when one is due.
 
 began ── step step step ── line ── evaluating ── step step ── saving ── step ── line
          └── interval ───┘                      └─ interval, what held it up left out ─┘
@@ -49,7 +49,7 @@ class ThroughputMeter:
 
     @contextlib.contextmanager
     def held_up(self, by: Literal["save", "evaluation"]) -> Iterator[None]:
-        """What goes on inside is not training."""
+        """Leave the time inside this block out of training."""
         began = time.perf_counter()
         try:
             yield

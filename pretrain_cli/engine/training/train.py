@@ -151,4 +151,4 @@ def set_weights(decoder: Decoder, plan: Plan, start: Path | None, emit: Emit) ->
 
 
 def _silent(event: Event) -> None:
-    """What ranks but the first report."""
+    """Ignore an event; for ranks other than the first."""

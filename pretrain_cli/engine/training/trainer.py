@@ -272,7 +272,7 @@ class Trainer:
         return state
 
     def _missed_evaluation(self, state: State) -> bool:
-        """Whether this run was stopped at a step whose evaluation was due, and is resumed there."""
+        """Return whether this run was stopped at a step whose evaluation was due."""
         last = state.step == self.plan.steps
         due = state.step > 0 and (last or state.step % self.plan.eval_every == 0)
         done = self.outputs.has_evaluated(state.step)

@@ -49,7 +49,7 @@ NORM_NAMES = {
     },
     False: {"post_attention_layernorm": "ffn_norm"},
 }
-"""Of the norms that mean different things in the families, by `has_post_norms`."""
+"""GGUF names of the norms that differ between the families, by `has_post_norms`."""
 BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
 EXPERT = re.compile(r"experts\.\d+\.")
 

@@ -29,7 +29,7 @@ from pretrain_cli.model.parameter_map import EMBEDDING, HEAD, PublishedTensor, p
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TEXT_PREFIXES = ("language_model.model.", "model.language_model.", "model.")
-"""Where published folders keep the decoder, the multimodal ones first."""
+"""Prefixes of the decoder's tensors in published folders, multimodal ones first."""
 FLOATS = ("F32", "BF16", "F16", "F64")
 DECODER = re.compile(r"model\.(layers|embed_tokens|norm)\.")
 
@@ -180,7 +180,7 @@ def _read(path: Path, name: str) -> Tensor:
 
 
 def _by_text_name(files: dict[Path, list[str]]) -> dict[str, tuple[Path, str]]:
-    """Where each tensor lies, by the name that it has in a text model."""
+    """Return the file and the name of each tensor, by its name in a text model."""
     where: dict[str, tuple[Path, str]] = {}
     for path, names in files.items():
         for name in names:
@@ -227,7 +227,7 @@ TYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""Of torch, and as the format calls them; widest first, so that each tensor is aligned."""
+"""torch types and their safetensors names, widest first, so that each tensor is aligned."""
 PART = 2**24
 
 

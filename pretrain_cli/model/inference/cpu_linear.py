@@ -52,7 +52,8 @@ torch.library.register_fake("pretrain::packed_linear", _shape, lib=_library)
 
 
 def faster_linear(device: torch.device, rows: int | None, compiled: bool) -> MakeLinear | None:
-    """What is faster than the library's own product of so many rows (None: of any few)."""
+    """Return a linear map that is faster than PyTorch's for this number of rows (None: any small
+    number), or None."""
     if device.type != "cpu":
         return None
     if compiled and rows == 1:

@@ -32,13 +32,13 @@ scale) -> (B, H, Dh). Heads that share keys are taken as queries of one head: (B
 
 
 class Parts(NamedTuple):
-    """What a step calls, as it is or compiled."""
+    """Functions that a decoding step calls, plain or compiled."""
 
     block: Callable[..., Tensor]
     logits: Callable[..., Tensor]
     attend: Attend
     apart: bool = False
-    """Whether they are compiled each by itself."""
+    """True if each is compiled on its own."""
 
 
 class DecodeSession:
@@ -175,7 +175,7 @@ def _block(
     keys: Tensor,
     values: Tensor,
 ) -> Tensor:
-    """What a Block computes, of one token a text. (B, D) -> (B, D)."""
+    """Compute a Block for one token of each text. (B, D) -> (B, D)."""
     attention = block.attention
     parts = attention.qkv(block.attention_norm(x))
     q, k, v = (part.unflatten(-1, (-1, attention.head_dim)) for part in parts)  # (B, heads, Dh)

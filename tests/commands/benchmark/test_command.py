@@ -79,7 +79,7 @@ def test_a_backend_that_cannot_train_here_is_timed_forward_only(pretrain, monkey
 
 @pytest.mark.slow
 def test_the_settings_of_a_process_are_not_the_next_ones(pretrain):
-    """What one arm sets for its process is not in force in the other's."""
+    """An arm's process settings must not be in force in the other's."""
     line = f"benchmark --sweep micro-batch=1,2 {TINY} --dtype float32 --json %s.json"
     on = "--set speed.keep_freed_memory=true --set speed.deterministic=true"
     for name, options in (("on", on), ("off", "")):
@@ -232,7 +232,7 @@ def test_a_second_signal_leaves_at_once_and_an_echo_of_the_first_does_not(monkey
 
 
 def running(processes):
-    """Those that have not ended, though nobody may have asked how yet."""
+    """Return the processes that have not ended, reaping those that have."""
     found = []
     for process in processes:
         with contextlib.suppress(FileNotFoundError):

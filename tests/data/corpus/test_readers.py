@@ -459,7 +459,7 @@ def test_of_a_damaged_file_what_came_before_is_kept(tmp_path, ending, how):
 
 
 def read_unfinished(path):
-    """Of a file that breaks off: it is not read to its end."""
+    """Read a truncated file, without reaching its end."""
     (file,) = find_corpus([str(path)]).files
     reader = FileReader(file, ReadOptions())
     return [b"".join(document.blocks).decode() for document in reader.documents()], reader.remarks

@@ -222,7 +222,7 @@ def test_a_split_that_llama_cpp_does_not_have_is_refused(tmp_path, parts, said):
 
 @pytest.fixture
 def llama_tokens(tmp_path: Path) -> Callable[[dict[str, Any]], Callable[[str], list[int]]]:
-    """What llama.cpp makes of a text, with a vocabulary alone and special tokens taken as text."""
+    """Tokenize with llama.cpp, from a vocabulary alone, special tokens taken as text."""
     gguf = pytest.importorskip("gguf")
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     values = gguf.GGUFValueType

@@ -159,7 +159,7 @@ def test_whether_there_is_space_goes_by_what_is_new(
 
 @pytest.fixture
 def refusal(tmp_path, make, contents):
-    """What is said; and nothing was changed."""
+    """Return the error message, and check that nothing was changed."""
 
     def check(corpus, **options):
         before = contents(tmp_path)

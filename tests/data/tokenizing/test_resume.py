@@ -75,7 +75,7 @@ def corpus(tmp_path, monkeypatch):
 
 @pytest.fixture
 def straight(pretrain, corpus, small, contents):
-    """What a run that nothing happens to makes, with these options."""
+    """Return the dataset that an uninterrupted run makes with these options."""
 
     def run(*options, out="straight/made"):
         done = pretrain(" ".join(["tokenize", "corpus", "--out", out, *OPTIONS, *options]))
@@ -385,7 +385,7 @@ def test_a_bpe_is_trained_once(straight, killed, again, monkeypatch, size):
 
 @pytest.mark.parametrize("left", ["{}", "{", '{"options": 1, "here": []}'])
 def test_a_note_that_is_not_understood_starts_over(straight, killed, again, left):
-    """Of another version, perhaps."""
+    """The progress file may be of another version."""
     assert killed(NOTE, 20)
     Path("killed/made.partial/progress.json").write_text(left)
     assert again() == (straight(), False)
@@ -447,7 +447,7 @@ def test_twenty_kills_at_random_instants_change_nothing(
     arguments = ["tokenize", "corpus", *OPTIONS, "--shard-tokens", "300000", *options, "--out"]
 
     def run(out, seconds=None):
-        """Whether the command comes to its end in so many seconds; killed where it does not."""
+        """Return whether the command ends within `seconds`; kill it otherwise."""
         with start([*arguments, out], tmp_path, changes) as process:
             try:
                 _, err = process.communicate(timeout=seconds)

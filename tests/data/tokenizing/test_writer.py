@@ -1,4 +1,4 @@
-"""What is written is what was given, in shards of a size; what is noted can be gone on with."""
+"""The writer: documents in shards of a size, and progress that can be resumed."""
 
 import errno
 import hashlib
@@ -215,7 +215,7 @@ def interrupted(folder, split="train", noted=3, lost=2):
 
 
 def found(folder):
-    """What was noted, as the next writer finds it."""
+    """Return the saved progress, as the next writer finds it."""
     progress = read_progress(folder)
     assert progress is not None
     shards = noted_shards(progress)

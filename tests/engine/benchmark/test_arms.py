@@ -1,4 +1,4 @@
-"""What an ablation, a sweep and a comparison measure, by the names and settings of their arms."""
+"""Arms of an ablation, a sweep and a comparison: names and settings."""
 
 import pytest
 

@@ -39,7 +39,7 @@ IN_FORCE = {
 
 
 def here(name, speed, folder, *arguments):
-    """What a fresh process would do, in this one."""
+    """Run in this process what a fresh one would."""
     return getattr(timing, name)(*arguments)
 
 

@@ -1,4 +1,4 @@
-"""What is measured of writing text: the same work on both sides, and the right limit."""
+"""Benchmark of sampling: the same work on both sides, and the right limit."""
 
 import pytest
 import torch

@@ -22,7 +22,7 @@ SPEED = {
 
 
 def machine(seconds_of, bytes_of, out_of_memory=None):
-    """What a process of its own would measure; and the sizes that were, in order."""
+    """Return a fake measurement, and the list of sizes measured, in order."""
     tried = []
 
     def start(name, speed, folder, *arguments):

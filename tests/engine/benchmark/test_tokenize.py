@@ -1,4 +1,4 @@
-"""What is timed side by side is the same text, encoded whole by both, by as many cores."""
+"""Benchmark of tokenizing: both sides encode the same text, with as many cores."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""How likely texts are: transformers' logits, summed by hand; and what is written behind them."""
+"""Log-likelihoods against sums of transformers' logits, and continuations."""
 
 import importlib
 from dataclasses import replace

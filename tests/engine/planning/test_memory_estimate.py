@@ -128,7 +128,7 @@ def test_what_a_block_keeps_with_documents_masked_is_counted_to_the_byte(attenti
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("seq_len", [30, 48, 100, 144])
 def test_the_masks_that_sdpa_makes_are_counted_to_the_byte(seq_len, masked, dtype):
-    """Of a full layer and of one with a window of 48."""
+    """A full layer, and one with a window of 48."""
     config, rows = small("gemma3-tiny"), 3
     parted = documents(rows, seq_len) if masked else None
     made = [

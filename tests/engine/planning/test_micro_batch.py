@@ -1,5 +1,4 @@
-"""Which micro-batch is taken: as asked, as before, the fastest that was measured, or the largest
-that fits."""
+"""Choice of the micro-batch: as given, as before, the fastest measured, or the largest that fits"""
 
 import dataclasses
 import json
@@ -27,7 +26,7 @@ from pretrain_cli.model.presets import preset
 
 @pytest.fixture(autouse=True)
 def _apart(tmp_path, monkeypatch):
-    """What was measured is in a folder of the test's own."""
+    """Keep measured micro-batches in a folder of the test's own."""
     monkeypatch.setattr(micro_batch, "MEASURED", tmp_path / "found" / "micro-batches.json")
 
 

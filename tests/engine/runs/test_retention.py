@@ -1,4 +1,4 @@
-"""Which checkpoints are kept: the newest, the best, one every so often, the last finite."""
+"""Retention: the newest checkpoints, the best, one every N steps, the last finite."""
 
 import dataclasses
 import json

@@ -63,8 +63,9 @@ def test_tensorboard_shows_each_step_once_with_its_numbers(settings, run, tmp_pa
 
 
 def kept_records(file):
-    """What W&B keeps offline: after seven bytes LevelDB's log, blocks of 32 KiB in which a record
-    is a checksum, a length, a kind (whole, first, middle, last) and that part of it."""
+    """Return W&B's offline records. After seven bytes comes LevelDB's log: blocks of 32 KiB in
+    which a record is a checksum, a length, a kind (whole, first, middle, last) and that part of it.
+    """
     place, record = 7, b""
     while place + 7 <= len(file):
         if 2**15 - place % 2**15 < 7:  # no room for a header: the block ends

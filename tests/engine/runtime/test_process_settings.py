@@ -1,4 +1,4 @@
-"""What this process may take of the machine."""
+"""Settings of the process, and the memory it may take."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""Which token comes next: every control against transformers' own, and draws by a seed alone."""
+"""Sampling against transformers' own processors, and draws by a seed alone."""
 
 import importlib
 

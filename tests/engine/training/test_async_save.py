@@ -383,7 +383,7 @@ def test_what_a_checkpoint_was_written_from_is_let_go_before_the_next_copy(
 
 
 def test_moments_of_a_checkpoint_are_those_of_the_optimizer(settings, run, tmp_path):
-    """Of a first step from zero: (1 − β₁) g and (1 − β₂) g²."""
+    """After a first step from zero: (1 − β₁) g and (1 − β₂) g²."""
     run(settings(train__steps=1, optimizer__betas=[0.9, 0.95]))
     moments = load_file(tmp_path / "run/checkpoints/step-000001/training/optimizer.safetensors")
     first = {n.removeprefix("exp_avg."): t for n, t in moments.items() if n.startswith("exp_avg.")}

@@ -91,7 +91,7 @@ def test_a_run_validates_on_the_prefix_that_is_asked_for(settings, run):
 
 
 def test_masked_validation_is_that_of_each_document_by_itself(dataset):
-    """Of each part of one, that is, that a window of validation holds."""
+    """Each window of validation holds parts of documents."""
     model = small_model("gemma3-tiny")
     opened = open_dataset(dataset)
     stream = opened.val.tokens

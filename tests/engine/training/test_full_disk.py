@@ -23,7 +23,7 @@ from pretrain_cli.files import append_line
 from tests.engine.training.test_resume import numbers, resume
 
 SIZE = 4_000_000
-"""Of the disk; a checkpoint of the tests' model takes about 1.2 MB."""
+"""Bytes of the disk; a checkpoint of the tests' model takes about 1.2 MB."""
 
 
 @pytest.fixture

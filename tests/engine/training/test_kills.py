@@ -19,7 +19,7 @@ from pretrain_cli.engine.training import evaluate, train, trainer
 from tests.engine.training.test_resume import assert_same_weights, numbers, resume
 
 KILLS = 25
-"""Of each model."""
+"""Kills for each model."""
 PHASES = {
     "training": (trainer, "train_step", 12),
     "copying": (checkpoint, "take_contents", 5),
@@ -29,7 +29,7 @@ PHASES = {
     "evaluating": (evaluate, "validation_batches", 3),
     "logging": (events, "append_line", 12),
 }
-"""Where a timer is started: what is called then, and at most the how-manieth time."""
+"""Calls at which a timer starts, and the latest occurrence."""
 
 
 def die_after(phase: str, count: int, seconds: float) -> None:

@@ -21,8 +21,8 @@ NUMBERS = ("step", "loss", "learning_rate", "gradient_norm", "tokens", "bits_per
 
 
 def numbers(run: Path) -> list[dict]:
-    """What a metrics file says of the mathematics: everything but starts, saves, times and
-    memory."""
+    """Return the numbers of a metrics file that must repeat: everything but starts, saves, times
+    and memory."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["kind"] not in ("start", "saved")]
     return [{key: row[key] for key in ("kind", *NUMBERS) if key in row} for row in rows]

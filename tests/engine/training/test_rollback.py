@@ -170,7 +170,7 @@ def test_a_run_goes_back_and_past_the_samples_that_led_astray(
 
 
 def test_a_run_goes_back_to_a_checkpoint_that_is_still_being_written(settings, poison, monkeypatch):
-    """Of step 4, until steps 5 and 6 were skipped and a while longer."""
+    """The checkpoint of step 4 is written until steps 5 and 6 were skipped, and a while longer."""
     skipped, kinds, real = threading.Event(), [], checkpoint.write_checkpoint
 
     def slow(folder, contents, **options):

@@ -1,4 +1,4 @@
-"""Which steps are skipped, and that those change nothing."""
+"""The step guard: skipped steps change nothing."""
 
 import math
 import random
@@ -21,7 +21,7 @@ ALONE = Ranks(0, 1, CPU)
 
 
 def decisions(guard: StepGuard, numbers: list[tuple[float, float]]) -> list[bool]:
-    """Which steps of these losses and gradient norms change a weight."""
+    """Return for each loss and gradient norm whether the step changes a weight."""
     parameter = nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.AdamW([parameter], fused=True)
     taken = []
@@ -122,7 +122,8 @@ def test_what_is_not_finite_is_skipped_and_named(number):
 
 
 def spikes_by_hand(numbers: list[float], deviations: float) -> list[bool]:
-    """Those so many standard deviations above the weighted mean of those before that were not."""
+    """Return the spikes: numbers so many standard deviations above the weighted mean of earlier
+    accepted ones."""
     seen, weights, spikes = [], [], []
     for number in numbers:
         spike = False

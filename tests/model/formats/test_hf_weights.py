@@ -123,7 +123,7 @@ def test_a_folder_of_ours_is_read_back_as_it_was(make_config, wide, tmp_path, ca
 
 
 def test_each_parameter_is_asked_for_once_and_its_parts_share_its_memory(make_config):
-    """Of stacked experts a value for each part would be hundreds of copies of them all."""
+    """For stacked experts, a value per part would be hundreds of copies of them all."""
     model, asked = Decoder(make_config("moe")), []
 
     def copied(parameter):
@@ -166,7 +166,7 @@ def test_transformers_reads_from_config_json_what_the_preset_says(name, tmp_path
 
 
 def test_both_spellings_of_each_number_are_written():
-    """What transformers 4 and 5 call differently."""
+    """transformers 4 and 5 use different names."""
     written = to_config_json(preset("gemma3-4b"), "float32")
     assert written["rope_theta"] == 1_000_000.0
     assert written["rope_local_base_freq"] == 10_000.0
@@ -544,7 +544,7 @@ def test_an_untied_model_without_a_head_is_refused(folder):
 
 
 def test_a_tied_model_with_a_head_of_its_own_is_refused(folder):
-    """Where transformers 5 would use the one and transformers 4 the other."""
+    """transformers 5 would use one head, and transformers 4 the other."""
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
     save_file(tensors, folder / "model.safetensors")

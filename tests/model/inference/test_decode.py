@@ -33,7 +33,7 @@ def draw(*lengths):
 
 @torch.no_grad()
 def last_logits(model, texts):
-    """Of each whole text by itself, without a cache."""
+    """Return the last logits of each whole text alone, without a cache."""
     return torch.cat([model(torch.tensor([ids]), last_only=True)[0] for ids in texts])
 
 
@@ -144,7 +144,7 @@ def test_one_text_compiled_gives_the_same_logits_and_holds_no_second_head(
 
 
 def test_a_long_prompt_goes_through_in_chunks(build, monkeypatch):
-    """Of less than the window, of more, and in both kinds of layer."""
+    """Prompts shorter than the window, longer, and in both kinds of layer."""
     model = build(layer_types=(SLIDING, FULL))
     for chunk in (3, W, 20):
         monkeypatch.setattr("pretrain_cli.model.inference.decode.CHUNK", chunk)

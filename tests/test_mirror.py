@@ -1,0 +1,66 @@
+"""The tests mirror the package, and the package keeps the shape that ARCHITECTURE.md draws."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "pretrain_cli"
+MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
+FOLDERS = sorted({path.parent for path in MODULES})
+SHORT = 60
+"""Lines of a module that needs no test file of its own name."""
+TESTED_ELSEWHERE: dict[str, str] = {}
+
+
+def name(path):
+    return path.relative_to(PACKAGE).as_posix()
+
+
+@pytest.mark.parametrize("module", MODULES, ids=name)
+def test_every_module_has_a_test_file_of_its_name(module):
+    """Modules of up to 60 lines may be tested through the modules that use them."""
+    test = ROOT / "tests" / module.relative_to(PACKAGE).parent / f"test_{module.name}"
+    if name(module) in TESTED_ELSEWHERE:
+        assert not test.exists(), "it has a test file now; take it off the list"
+        return
+    lines = len(module.read_text().splitlines())
+    assert test.exists() or lines <= SHORT, f"{lines} lines and no {test.relative_to(ROOT)}"
+
+
+def test_modules_tested_elsewhere_exist():
+    assert set(TESTED_ELSEWHERE) <= {name(module) for module in MODULES}
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=name)
+def test_a_folder_has_at_most_16_modules_and_says_what_it_is_for(folder):
+    assert len(list(folder.glob("*.py"))) <= 17  # __init__.py among them
+    doc = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+    assert doc
+    assert 1 <= len(doc.splitlines()) <= 5
+
+
+def test_engine_holds_folders_only():
+    assert [path.name for path in (PACKAGE / "engine").glob("*.py")] == ["__init__.py"]
+
+
+@pytest.mark.parametrize("path", [*MODULES, *sorted(ROOT.glob("tests/**/*.py"))], ids=str)
+def test_docstrings_begin_with_a_verb_or_a_noun(path):
+    """STYLE: a docstring's first word is never Of, What, Whether, Those, That, Which or Where."""
+    wrong = ("Of ", "What ", "Whether ", "Those ", "That ", "Which ", "Where ", "How ")
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            text = node.value.value
+            assert not (isinstance(text, str) and text.startswith(wrong)), (node.lineno, text)
+
+
+def test_names_of_tests_have_at_most_65_characters():
+    long = [
+        f"{path.name}: {node.name}"
+        for path in ROOT.glob("tests/**/*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        if node.name.startswith("test_") and len(node.name) > 65
+    ]
+    assert not long

@@ -149,7 +149,7 @@ def test_json_lines_say_what_was_made_and_why_it_ended(pretrain):
 
 @pytest.mark.usefixtures("trained")
 def test_an_interrupted_text_ends_with_its_line(pretrain, monkeypatch):
-    choose, turns = importlib.import_module("pretrain_cli.engine.sampling.batch").choose, []
+    choose, turns = importlib.import_module("pretrain_cli.engine.sampling.batch").sample_next, []
 
     def interrupted(*args):
         turns.append(args)
@@ -158,7 +158,7 @@ def test_an_interrupted_text_ends_with_its_line(pretrain, monkeypatch):
         return choose(*args)
 
     whole = pretrain(f"sample {GREEDY}").out
-    monkeypatch.setattr("pretrain_cli.engine.sampling.batch.choose", interrupted)
+    monkeypatch.setattr("pretrain_cli.engine.sampling.batch.sample_next", interrupted)
     outcome = pretrain(f"sample {GREEDY}")
     assert outcome.code == 130
     assert outcome.out == whole[: len("green bottles") + 5] + "\n"

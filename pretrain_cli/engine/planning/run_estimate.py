@@ -104,12 +104,13 @@ class RunEstimate:
         return None if self.pace is None else self.tokens / self.pace.tokens_per_second
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
-        found: dict[str, Any] = asdict(self) | {"seconds": self.seconds}
+        """Return the estimate for JSON, with `phases` under its published key, `moments`."""
+        record: dict[str, Any] = asdict(self) | {"seconds": self.seconds}
         for name, way in self.ways.items():
-            memory = way.memory
-            found["ways"][name]["memory"] |= {"peak_moment": memory.moment, "peak": memory.peak}
-        return found
+            memory = record["ways"][name]["memory"]
+            memory["moments"] = memory.pop("phases")
+            memory |= {"peak_moment": way.memory.moment, "peak": way.memory.peak}
+        return record
 
 
 def forecast(

@@ -1,4 +1,4 @@
-"""Choice of the micro-batch: as given, as before, the fastest measured, or the largest that fits"""
+"""Choice of the micro-batch: as given, as before, the fastest, or the largest that fits."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from pretrain_cli.config.build import check_config
-from pretrain_cli.engine.planning import micro_batch, plan
+from pretrain_cli.engine.planning import choices, micro_batch
 from pretrain_cli.engine.planning.micro_batch import (
     choose_micro_batch,
     fastest,
@@ -128,7 +128,7 @@ def test_a_run_takes_what_was_measured_and_keeps_it_when_it_goes_on(
     assert machine["micro_batch_size"] == 2
     assert machine["micro_batch_is"] == "the fastest measured here"
 
-    monkeypatch.setattr(plan, "memory_here", lambda device: 0)
+    monkeypatch.setattr(choices, "memory_here", lambda device: 0)
     micro_batch.MEASURED.unlink()
     record = read_record(tmp_path / "run")
     longer = check_config(record.settings | {"train": record.settings["train"] | {"steps": 5}})

@@ -49,13 +49,13 @@ def calling_at(function, count: int, action):
 # whole one. A step is two micro-steps; evaluations are at 3 and 6, saves at 4 and 6,
 # samples of 8 tokens at 2, 4 and 6.
 PHASES = {
-    "the very first micro-step": (step, "gradients_kept", 1, 0),
-    "the first micro-step of step 3": (step, "gradients_kept", 5, 2),
-    "the last micro-step of step 3": (step, "gradients_kept", 6, 3),
+    "the very first micro-step": (step, "sync_gradients", 1, 0),
+    "the first micro-step of step 3": (step, "sync_gradients", 5, 2),
+    "the last micro-step of step 3": (step, "sync_gradients", 6, 3),
     "an evaluation": (evaluate, "validation_batches", 1, 3),
     "the last evaluation": (evaluate, "validation_batches", 2, 6),
-    "sampling": (batch, "choose", 2, 2),
-    "the last sampling": (batch, "choose", 18, 6),
+    "sampling": (batch, "sample_next", 2, 2),
+    "the last sampling": (batch, "sample_next", 18, 6),
 }
 
 
@@ -234,7 +234,7 @@ def test_a_limit_stops_a_run_with_room_for_a_save(settings, tmp_path, monkeypatc
     """A hundred seconds a step, by a clock of the test's own. A save is thought to take two minutes
     until there was one."""
     clock = [0.0]
-    monkeypatch.setattr(stop, "age", lambda: clock[0])
+    monkeypatch.setattr(stop, "process_age", lambda: clock[0])
 
     def tick(event):
         events.append(event)

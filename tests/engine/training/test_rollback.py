@@ -304,9 +304,9 @@ def test_tensorboard_is_told_to_forget_what_the_run_went_back_from(settings, run
 TWO_RANKS = """
 import math, sys
 from pretrain_cli.engine.training import trainer
-from pretrain_cli.engine.training.prefetch import Feed
+from pretrain_cli.engine.training.prefetch import Prefetcher
 
-current, next_batch, batch_at, build = {}, Feed.next, Feed.at, trainer.Trainer.__init__
+current, next_batch, batch_at, build = {}, Prefetcher.next, Prefetcher.at, trainer.Trainer.__init__
 
 def following(self):
     current["sample"] = self.sample
@@ -325,7 +325,7 @@ def init(self, plan, run, ranks, report, batches, decoder, *rest):
         return loss * math.nan if spoilt else loss
     decoder.forward = forward
 
-Feed.next, Feed.at, trainer.Trainer.__init__ = following, at, init
+Prefetcher.next, Prefetcher.at, trainer.Trainer.__init__ = following, at, init
 from pretrain_cli.cli import app
 app()
 """

@@ -103,7 +103,7 @@ def test_a_seed_gives_a_text_and_n_gives_several(pretrain):
 
 @pytest.mark.usefixtures("trained")
 def test_prompts_of_a_file_are_written_in_order_and_as_one_by_one(pretrain):
-    """Prompts of different lengths, beyond windows of 8, in batches that don't divide them."""
+    """Of different lengths, over windows of 8, in batches that do not divide them."""
     prompts = ["And if one green bottle " * k + "x" * k for k in range(1, 6)] + ["a", "green"]
     Path("prompts.txt").write_text("\n\n".join(prompts) + "\n")
     line = "sample --max-tokens 30 --dtype float32 --json"
@@ -149,16 +149,17 @@ def test_json_lines_say_what_was_made_and_why_it_ended(pretrain):
 
 @pytest.mark.usefixtures("trained")
 def test_an_interrupted_text_ends_with_its_line(pretrain, monkeypatch):
-    choose, turns = importlib.import_module("pretrain_cli.engine.sampling.batch").sample_next, []
+    batch, turns = importlib.import_module("pretrain_cli.engine.sampling.batch"), []
+    sample_next = batch.sample_next
 
     def interrupted(*args):
         turns.append(args)
         if len(turns) == 6:
             raise KeyboardInterrupt
-        return choose(*args)
+        return sample_next(*args)
 
     whole = pretrain(f"sample {GREEDY}").out
-    monkeypatch.setattr("pretrain_cli.engine.sampling.batch.sample_next", interrupted)
+    monkeypatch.setattr(batch, "sample_next", interrupted)
     outcome = pretrain(f"sample {GREEDY}")
     assert outcome.code == 130
     assert outcome.out == whole[: len("green bottles") + 5] + "\n"

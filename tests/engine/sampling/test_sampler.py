@@ -68,7 +68,7 @@ def test_each_control_leaves_what_transformers_leaves(controls, vocabulary):
     ours = ours / ours.sum(-1, keepdim=True)
     assert torch.equal(ours > 0, expected > 0)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-7)
-    # and `choose` penalizes the same: greedily, and over a thousand draws
+    # and `sample_next` penalizes the same: greedily, and over a thousand draws
     greedy = SamplingParams(temperature=0, repetition_penalty=penalty)
     assert torch.equal(sample_next(logits, greedy, torch.zeros(3), present).ids, scores.argmax(-1))
     numbers = uniforms(5, 1000)

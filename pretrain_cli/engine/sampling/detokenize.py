@@ -1,4 +1,15 @@
-"""Tokens to text as they come: whole characters, and nothing of what a stop string begins with."""
+"""Convert tokens to text as they arrive: whole characters, and no part of a stop string.
+
+TextStream is the algorithm of `tokenizers.decoders.DecodeStream`, which was tried in its place:
+
+- It never returns bytes at the end that form no character. transformers decodes them to U+FFFD.
+- With byte fallback (Gemma 3, Llama 2) an invalid byte makes the byte tokens before it invalid too.
+  If their character was already returned, `step` raises "Invalid prefix" for that token and all
+  later ones. An untrained model writes such bytes.
+
+For everything else it gives the same pieces. Handling these two around it takes more code than
+TextStream itself.
+"""
 
 from pretrain_cli.data.tokenizers.tokenizer import Tokenizer
 
@@ -8,11 +19,11 @@ CONTEXT = 8
 
 
 class TextStream:
-    """The text of tokens, in pieces that are whole characters.
+    """Text of one completion, returned in pieces that are whole characters.
 
-    A character may take several tokens, as bytes, and a token's text depends on those before it. So
-    the last tokens are decoded with and without the new one, and what that adds is given once it
-    ends in no broken character. Bytes that never become one are given as what they decode to.
+    A character may take several tokens, and a token's text depends on those before it. So the last
+    tokens are decoded with and without the new one, and the difference is returned once it ends in
+    a whole character.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
@@ -24,24 +35,21 @@ class TextStream:
     def add(self, token: int) -> str:
         """Return the text that is now certain."""
         self.ids.append(token)
-        return self._new(held_back=True)
+        text = self.end()
+        if not text or text.endswith(BROKEN):
+            return ""
+        self.ids = self.ids[self.known :]
+        self.known = len(self.ids)
+        return text
 
     def end(self) -> str:
-        """Return the text that was held back."""
-        return self._new(held_back=False)
-
-    def _new(self, *, held_back: bool) -> str:
+        """Return the text that is held back, broken characters included."""
         decode = self.tokenizer.decode
-        given, whole = decode(self.ids[: self.known]), decode(self.ids)
-        if len(whole) <= len(given) or (held_back and whole.endswith(BROKEN)):
-            return ""
-        self.ids = self.ids[self.known :] if held_back else []
-        self.known = len(self.ids)
-        return whole[len(given) :]
+        return decode(self.ids)[len(decode(self.ids[: self.known])) :]
 
 
 class StopStrings:
-    """Text up to the first of some strings, of which nothing is given out that may begin one."""
+    """Text up to the first stop string. Text that may begin one is held back."""
 
     def __init__(self, strings: tuple[str, ...]) -> None:
         self.strings = strings
@@ -51,10 +59,10 @@ class StopStrings:
     def add(self, piece: str) -> str:
         """Return the text that can be released. Sets `found` if a stop string ends it."""
         text = self.held + piece
-        ends = [place for string in self.strings if (place := text.find(string)) >= 0]
-        if ends:
+        starts = [start for string in self.strings if (start := text.find(string)) >= 0]
+        if starts:
             self.found, self.held = True, ""
-            return text[: min(ends)]
+            return text[: min(starts)]
         keep = max((_overlap(text, string) for string in self.strings), default=0)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]
@@ -66,6 +74,6 @@ class StopStrings:
 
 
 def _overlap(text: str, string: str) -> int:
-    """The longest beginning of the string, short of the whole, that the text ends in."""
+    """Return the length of the longest proper prefix of the string that the text ends with."""
     longest = min(len(text), len(string) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(string[:n])), 0)

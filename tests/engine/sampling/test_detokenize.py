@@ -1,4 +1,4 @@
-"""Tokens to text: whole characters, every byte in the end, and nothing of a stop string."""
+"""Detokenizing: whole characters, every byte by the end, and no part of a stop string."""
 
 import json
 
@@ -21,7 +21,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def byte_fallback(tmp_path_factory):
-    """A tokenizer as llama2's and gemma3's: words, and bytes for all else."""
+    """A tokenizer with byte fallback, as llama2's and gemma3's: bytes for all but a few words."""
     vocab = {"<unk>": 0, "</s>": 1, "▁": 2, "a": 3, "b": 4, "▁a": 5}
     vocab |= {f"<0x{byte:02X}>": 6 + byte for byte in range(256)}
     backend = tokenizers.Tokenizer(
@@ -55,21 +55,21 @@ def tokenizer(request):
     try:
         return load_tokenizer(request.param)
     except Exception as error:
-        pytest.skip(f"{request.param} is not here: {error}")
+        pytest.skip(f"{request.param} is unavailable: {error}")
 
 
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("prompt", ["", "The start"])
-def test_pieces_make_up_the_text(tokenizer, prompt, text):
+def test_pieces_join_to_the_decoded_text(tokenizer, prompt, text):
     before = tokenizer.encode_prompt(prompt)
     ids = tokenizer.encode_prompt(prompt + text)
     if ids[: len(before)] != before:
-        pytest.skip("the prompt's last token goes on into the text")
+        pytest.skip("the prompt's last token continues into the text")
     pieces = streamed(tokenizer, before, ids[len(before) :])
     assert "".join(pieces) == tokenizer.decode(ids)[len(tokenizer.decode(before)) :]
 
 
-def test_a_character_of_several_tokens_comes_whole(byte_fallback):
+def test_a_character_of_several_tokens_is_returned_whole(byte_fallback):
     for tokenizer in (load_tokenizer("bytes"), byte_fallback):
         pieces = streamed(tokenizer, tokenizer.encode_prompt("a"), ids_of(tokenizer, "é😀b"))
         assert [piece for piece in pieces if piece] == ["é", "😀", "b"]
@@ -82,34 +82,41 @@ def ids_of(tokenizer, text):
 
 
 @pytest.mark.parametrize("broken", [b"\xf0\x9f", b"\xff", b"\xc3\xc3"])
-def test_bytes_that_never_become_a_character_are_given_all_the_same(broken):
+def test_bytes_that_form_no_character_are_returned_at_the_end(broken):
     tokenizer = load_tokenizer("bytes")
     prompt = tokenizer.encode_prompt("a")
     expected = (b"a" + broken).decode(errors="replace")[1:]
     assert "".join(streamed(tokenizer, prompt, list(broken))) == expected
-    goes_on = (b"a" + broken + b"xyz").decode(errors="replace")[1:]
-    assert "".join(streamed(tokenizer, prompt, list(broken + b"xyz"))) == goes_on
+    continued = (b"a" + broken + b"xyz").decode(errors="replace")[1:]
+    assert "".join(streamed(tokenizer, prompt, list(broken + b"xyz"))) == continued
+
+
+def test_an_invalid_byte_after_a_returned_character_stops_no_stream(byte_fallback):
+    """DecodeStream raises here: byte fallback replaces all bytes of a run that is not UTF-8."""
+    ids = [*ids_of(byte_fallback, "é"), 6 + 0xFF, *ids_of(byte_fallback, "bé")]
+    pieces = streamed(byte_fallback, byte_fallback.encode_prompt("a"), ids)
+    assert [piece for piece in pieces if piece] == ["é", "\ufffd\ufffdb", "é"]
 
 
 @given(
     pieces=st.lists(st.text("ab", max_size=4), max_size=12),
     strings=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
 )
-@example(pieces=["aa", "b"], strings=["aab"])  # what is held back must be the longest beginning
+@example(pieces=["aa", "b"], strings=["aab"])  # the longest possible beginning is held back
 @example(pieces=["b", "ab", "a", "c"], strings=["abac", "bb"])
-def test_text_ends_before_the_first_stop_string_whatever_the_pieces(pieces, strings):
-    """Against a search in the text as far as it had come when one was found."""
+def test_text_ends_before_the_first_stop_string(pieces, strings):
+    """Compared with a search in the text received so far."""
     stop = StopStrings(tuple(strings))
-    given_out, seen = "", ""
+    released, seen = "", ""
     for piece in pieces:
         seen += piece
-        given_out += stop.add(piece)
-        places = [seen.find(string) for string in strings if string in seen]
-        assert stop.found == bool(places)
-        if places:
-            assert given_out == seen[: min(places)]
+        released += stop.add(piece)
+        starts = [seen.find(string) for string in strings if string in seen]
+        assert stop.found == bool(starts)
+        if starts:
+            assert released == seen[: min(starts)]
             return
-        assert seen.startswith(given_out)
-        kept = seen[len(given_out) :]
-        assert not kept or any(string.startswith(kept) for string in strings)
-    assert given_out + stop.end() == seen
+        assert seen.startswith(released)
+        held = seen[len(released) :]
+        assert not held or any(string.startswith(held) for string in strings)
+    assert released + stop.end() == seen

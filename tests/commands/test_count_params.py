@@ -131,7 +131,7 @@ def test_what_does_not_fit_is_told(pretrain):
     assert "Micro-batch 1 does not fit: it takes 131.1 GB, more than the 72.0 GB" in outcome.out
 
 
-def test_on_a_cpu_a_plan_says_that_its_time_can_be_measured_and_measures_it(pretrain, monkeypatch):
+def test_a_cpu_plan_offers_to_calibrate_and_calibrates(pretrain, monkeypatch):
     monkeypatch.setattr(timing, "PEAK_SECONDS", 0.01)
     here = lambda name, speed, folder, *arguments: getattr(timing, name)(*arguments)  # noqa: E731
     monkeypatch.setattr(rounds, "in_a_fresh_process", here)

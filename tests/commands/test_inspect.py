@@ -75,7 +75,7 @@ def test_lengths_are_counted_by_powers_of_two(pretrain, dataset):
     assert "█" in shown
 
 
-def test_the_samples_of_an_epoch_are_its_windows_in_the_order_of_the_seed(pretrain, dataset):
+def test_an_epochs_samples_are_its_windows_in_seed_order(pretrain, dataset):
     tokens = np.fromfile(dataset / "train-00000.bin", "<u2")
     windows = (len(tokens) - 1) // 32
     seen = []

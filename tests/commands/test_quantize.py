@@ -38,7 +38,7 @@ def rounded_folder(trained):
     return Path("rounded")
 
 
-def test_the_loss_is_that_of_the_rounded_weights_beside_that_of_the_others(
+def test_quantized_loss_is_reported_beside_the_original_loss(
     pretrain, rounded_folder
 ):
     plain = evaluated(pretrain, "")
@@ -65,7 +65,7 @@ def test_text_is_that_of_the_rounded_weights(pretrain, rounded_folder):
 
 
 @pytest.mark.usefixtures("trained")
-def test_where_floats_are_faster_that_is_said_and_the_text_is_the_same(pretrain):
+def test_where_floats_are_faster_a_notice_says_so_and_text_is_equal(pretrain):
     line = "sample --quantize int8 --temperature 0 --max-tokens 20 --dtype float32"
     one = pretrain(f"{line} --prompt '1 green'")
     apart = pretrain(f"{line} --prompt '1 green' --no-compile")

@@ -49,7 +49,7 @@ def test_greedy_text_is_what_transformers_generates(pretrain):
     assert pretrain(f"sample {GREEDY}").out == f"{text}\n"
 
 
-def test_a_folder_that_transformers_made_writes_what_transformers_generates(pretrain, tmp_path):
+def test_a_transformers_folder_samples_what_transformers_generates(pretrain, tmp_path):
     transformers = importlib.import_module("transformers")
     config = transformers.Qwen3Config(
         vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2,

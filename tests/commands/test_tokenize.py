@@ -182,7 +182,7 @@ def test_standard_input_is_that_of_the_process(pretrain, tmp_path):
     assert tokens("data/stdin") == row(text)
 
 
-def test_a_pattern_is_searched_by_the_program_where_the_shell_does_not(pretrain, corpus):
+def test_a_quoted_pattern_is_expanded_by_the_program(pretrain, corpus):
     outcome = pretrain(f"tokenize {ALL_TRAIN} 'corpus/**/*-2[89].txt'")
     assert outcome.code == 0, outcome.err
     assert tokens() == row(*[(corpus / f"more/verse-{n}.txt").read_text() for n in (28, 29)])

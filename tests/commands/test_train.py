@@ -162,7 +162,7 @@ def test_with_no_dataset_the_demo_is_made_and_announced(pretrain, tiny, tmp_path
     assert Path("runs/gemma3-tiny-demo/checkpoints/step-000001").is_dir()
 
 
-def test_a_stop_while_the_demo_is_made_is_gone_on_from_by_the_same_command(
+def test_the_same_command_continues_after_a_stop_during_the_demo(
     pretrain, tiny, tmp_path, monkeypatch
 ):
     (tmp_path / "python").mkdir()

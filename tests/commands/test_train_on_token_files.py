@@ -86,7 +86,7 @@ def test_a_run_is_gone_on_with_as_it_would_have_gone(pretrain, tiny):
 
 
 @pytest.mark.usefixtures("files")
-def test_a_run_goes_on_where_files_and_tokenizer_have_moved_and_with_no_others(
+def test_a_run_resumes_with_moved_token_files_but_not_with_others(
     pretrain, refused, tiny
 ):
     line = f"train {tiny} --data 'song_train_*.bin' --tokenizer bytes --out run"

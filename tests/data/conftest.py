@@ -97,6 +97,13 @@ def _loaded(kind: str) -> Tokenizer:
     return load_tokenizer(kind)
 
 
+def encode_documents(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Return each text's ids with its document marks, encoded whole."""
+    before = [] if tokenizer.bos is None else [tokenizer.bos]
+    encoded = tokenizer.backend.encode_batch(texts, add_special_tokens=False)
+    return [[*before, *encoding.ids, tokenizer.eos] for encoding in encoded]
+
+
 @pytest.fixture(scope="session")
 def load() -> Callable[[str], Tokenizer]:
     """A tokenizer by name; a published one from $PRETRAIN_TOKENIZERS, or the test is skipped."""

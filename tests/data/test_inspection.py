@@ -30,7 +30,7 @@ def split(tmp_path_factory):
     lengths=st.lists(st.integers(1, 300), min_size=1, max_size=40),
     at_once=st.sampled_from([1, 7, 64, 10_000]),
 )
-def test_lengths_are_those_of_the_documents_however_much_is_read_at_once(split, lengths, at_once):
+def test_document_lengths_do_not_depend_on_the_read_size(split, lengths, at_once):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inspection, "READ_AT_ONCE", at_once)
         found = inspection.document_lengths(split(lengths))

@@ -89,7 +89,7 @@ def test_one_datasets_fingerprint_is_the_mixtures():
 
 
 @given(one=st.integers(1, 99), other=st.integers(1, 99), scale=st.integers(1, 9))
-def test_a_mixtures_fingerprint_is_that_of_its_datasets_in_their_proportion(one, other, scale):
+def test_a_mixtures_fingerprint_covers_its_datasets_and_weights(one, other, scale):
     fingerprint = mixture(f"a:{one}", f"b:{other}").fingerprint
     assert mixture(f"a:{one * scale}", f"b:{other * scale}").fingerprint == fingerprint
     for another in (

@@ -239,7 +239,7 @@ def test_an_index_that_can_not_be_relied_on_is_built_again(dataset, change):
     assert path.read_bytes() == intact
 
 
-def test_where_the_datasets_folder_can_not_be_written_the_index_is_kept_elsewhere(
+def test_the_packing_index_goes_elsewhere_for_a_read_only_dataset(
     dataset, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -258,7 +258,7 @@ def test_where_the_datasets_folder_can_not_be_written_the_index_is_kept_elsewher
 
 
 @given(world_size=st.sampled_from([1, 2, 4, 8]), first=st.integers(0, 10**9))
-def test_a_steps_samples_and_its_count_of_targets_are_the_same_for_any_ranks(
+def test_samples_and_target_count_are_equal_for_any_world_size(
     stream, world_size, first
 ):
     rng = np.random.default_rng(1)

@@ -15,6 +15,7 @@ from pretrain_cli.data.batches import Batches, Windows, validation_batches
 from pretrain_cli.data.opening import open_data
 from pretrain_cli.data.token_files import open_foreign
 from pretrain_cli.errors import ConfigError, DataError
+from tests.data.conftest import encode_documents
 
 END = 256  # of a document, of the tokenizer `bytes`
 
@@ -238,7 +239,7 @@ def test_the_bytes_of_the_text_are_known(tmp_path, load, name, magic):
     tokenizer.save(tmp_path)
     tokens = []
     for text in TEXTS:
-        *ids, end = tokenizer.encode_documents([text])[0]
+        *ids, end = encode_documents(tokenizer, [text])[0]
         tokens += [end, *ids] if magic else [*ids, end]
     for split in ("train", "val"):
         write(tmp_path / f"{split}.bin", tokens, magic=magic)
@@ -247,7 +248,7 @@ def test_the_bytes_of_the_text_are_known(tmp_path, load, name, magic):
     assert (opened.train.bytes, opened.val.bytes) == (size, size)
 
 
-def test_a_space_that_a_tokenizer_puts_before_each_document_is_not_of_its_text(tmp_path):
+def test_a_tokenizers_leading_space_does_not_count_as_text(tmp_path):
     backend = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({"<eos>": 0, "▁green": 1, "▁bottles": 2}, "<eos>")
     )
@@ -272,7 +273,7 @@ def test_the_bytes_of_a_long_text_are_estimated_from_parts_of_it(tmp_path, monke
 # --- the fingerprint -----------------------------------------------------------------------------
 
 
-def test_the_fingerprint_is_of_what_is_trained_on_and_not_of_the_place(tmp_path, load):
+def test_the_fingerprint_covers_the_training_tokens_not_the_path(tmp_path, load):
     def fingerprint(train, val=(1, 2, 3), tokenizer="bytes", folder="a", **header):
         shutil.rmtree(tmp_path / folder, ignore_errors=True)
         write(tmp_path / folder / "train.bin", train, **header)
@@ -322,7 +323,7 @@ def test_of_large_files_first_last_and_evenly_spaced_blocks_count(tmp_path, smal
 # --- ids that the tokenizer doesn't have ---------------------------------------------------------
 
 
-def test_an_id_beyond_the_vocabulary_is_found_when_the_files_are_opened(tmp_path, monkeypatch):
+def test_an_id_beyond_the_vocabulary_is_refused_at_opening(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "DECODED", 8)
     monkeypatch.setattr(datasets, "DECODED_AT_ONCE", 8)
     write(tmp_path / "x_1.bin", range(50))

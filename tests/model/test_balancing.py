@@ -25,7 +25,7 @@ def pair(request, make_transformers_model, tmp_path):
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
-def test_what_is_minimized_and_every_gradient_are_those_of_transformers(
+def test_minimized_loss_and_every_gradient_equal_transformers(
     pair, padded, checkpointing, our_gradients, relative_error
 ):
     theirs, folder = pair

@@ -130,7 +130,7 @@ def test_depth_and_layer_types_must_agree_where_both_are_given():
     assert agreed.layer_types == (FULL, SLIDING)
 
 
-def test_the_attention_scale_of_qwen_follows_its_head_dim_and_of_gemma_stays():
+def test_qwen_attention_scale_follows_head_dim_gemma_keeps_its_own():
     assert variant(preset("qwen3"), {"head_dim": 64}).query_pre_attn_scalar == 64
     assert variant(preset("gemma3"), {"head_dim": 64}).query_pre_attn_scalar == 256
 

@@ -142,7 +142,7 @@ def test_keys_seen_are_those_of_the_mask(window):
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3"])
-def test_flops_are_those_that_torch_counts_and_of_them_the_scores_under_the_mask(make_config, name):
+def test_flops_equal_torchs_count_and_scores_count_unmasked_keys(make_config, name):
     """Eager attention multiplies every query by every key, which is the conventional count."""
     config, rows, length = make_config(name), 2, 20
     model = Decoder(config, attention="eager")

@@ -44,7 +44,7 @@ def test_no_two_matrices_start_alike(make_config):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_matrices_are_normal_with_the_published_deviation_and_norms_neutral(make_config, family):
+def test_initial_matrices_have_published_deviation_norms_neutral(make_config, family):
     """0.02 for every matrix, whatever its depth or width; 0 for Gemma's norms and 1 for Qwen's."""
     wide = make_config(family, hidden_size=256, intermediate_size=512, vocab_size=500)
     for name, values in initialized(wide).items():

@@ -152,7 +152,7 @@ def test_places_seen_as_small_literal_rows():
     assert ring.int().tolist() == [[1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
 
 
-def test_a_ring_has_a_windows_places_and_a_full_layer_grows_to_the_capacity(make_config):
+def test_ring_cache_holds_a_window_and_full_cache_grows_to_capacity(make_config):
     config = make_config(layer_types=(SLIDING, FULL), sliding_window=W)
     cache = new_cache(config, capacity=5000)
     sliding, full = cache.layers

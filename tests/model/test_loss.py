@@ -186,7 +186,7 @@ def test_the_loss_without_gradients_is_the_same(case, chunked):
 
 
 @pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "whole"])
-def test_bfloat16_hidden_states_keep_a_float32_loss_and_weight_gradient(
+def test_bfloat16_hidden_states_give_float32_loss_and_weight_gradient(
     case, chunked, relative_error
 ):
     hidden, weight, targets = case

@@ -80,12 +80,6 @@ class Tokenizer:
             raise ConfigError(f"{option}: '{token}' is no token of {self.name}; name one that is")
         return found
 
-    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
-        """Each text's ids with its document marks, in parallel."""
-        before = [] if self.bos is None else [self.bos]
-        encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [[*before, *encoding.ids, self.eos] for encoding in encoded]
-
     def encode_prompt(self, text: str) -> list[int]:
         """The ids that a document beginning with this text begins with.
 

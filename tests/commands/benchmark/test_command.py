@@ -219,7 +219,7 @@ def test_nothing_is_kept_of_a_search_that_is_stopped(pretrain, stopped_at, monke
     assert not Path("runs").exists()
 
 
-def test_a_second_signal_leaves_at_once_and_an_echo_of_the_first_does_not(monkeypatch):
+def test_a_second_signal_exits_at_once_but_an_echo_does_not(monkeypatch):
     left = []
     monkeypatch.setattr("os._exit", left.append)
     with Interruption() as interruption:
@@ -308,7 +308,7 @@ def test_a_machine_that_has_no_room_for_one_sample_is_told_so(refused, monkeypat
 
 
 @pytest.mark.usefixtures("here", "room")
-def test_a_search_that_measures_nothing_gives_exit_code_1_and_keeps_nothing(pretrain, monkeypatch):
+def test_a_search_without_a_measurement_exits_1_and_stores_nothing(pretrain, monkeypatch):
     def broken(arm, repeats):
         raise torch.OutOfMemoryError
 

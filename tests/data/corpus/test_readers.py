@@ -261,7 +261,7 @@ def test_a_document_too_long_to_hold_is_as_a_short_one(way, monkeypatch, block, 
 
 
 @pytest.mark.parametrize("broken", [b"\xe9", b"\xf0\x9f\x91"])
-def test_a_long_document_that_breaks_at_its_very_end_is_left_out_whole(way, monkeypatch, broken):
+def test_a_long_document_broken_at_its_end_is_dropped_whole(way, monkeypatch, broken):
     monkeypatch.setattr(module, "BLOCK", 16)
     monkeypatch.setattr(module, "MAX_IN_MEMORY", 40)
     long = b"words and words " * 30 + broken

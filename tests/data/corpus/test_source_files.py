@@ -84,7 +84,7 @@ def test_a_pattern_that_matches_nothing_is_refused(files):
         names("c/*.md")
 
 
-def test_include_and_exclude_choose_among_what_folders_and_patterns_give(files):
+def test_include_and_exclude_filter_folders_and_patterns(files):
     files("c/a.py", "c/a.txt", "c/sub/b.py", "c/sub/test_b.py", "c/sub/c.txt")
     assert names("c", include=["*.py"]) == ["c/a.py", "c/sub/b.py", "c/sub/test_b.py"]
     assert names("c", include=["*.py"], exclude=["test_*"]) == ["c/a.py", "c/sub/b.py"]
@@ -96,7 +96,7 @@ def test_include_and_exclude_choose_among_what_folders_and_patterns_give(files):
         names("c", include=["*.rs"])
 
 
-def test_archives_and_what_is_no_file_are_left_out_of_folders_with_the_reason(files):
+def test_archives_and_non_files_in_folders_are_skipped_with_a_reason(files):
     files("c/a.txt", "c/b.zip", "c/c.tar.gz", "c/D.TAR", "c/e.txt.gz")
     os.mkfifo("c/pipe")
     os.symlink("nowhere", "c/broken")
@@ -150,7 +150,7 @@ def test_datasets_and_runs_are_not_part_of_a_corpus(files):
         find_corpus(["c/data"])
 
 
-def test_a_source_is_a_folder_below_the_one_asked_for_or_what_was_asked_for(files):
+def test_a_source_is_the_named_path_or_a_folder_directly_below_it(files):
     files("c/a.txt", "c/books/b.txt", "c/books/deep/c.txt", "c/web/d.txt", "single.txt")
     found = find_corpus(["c", "single.txt", "c/w*/*.txt"]).files
     assert [file.source for file in found] == [

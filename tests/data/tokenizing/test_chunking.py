@@ -13,6 +13,7 @@ from pretrain_cli.data.tokenizers.tokenizer import load_tokenizer
 from pretrain_cli.data.tokenizing import encoding, pipeline
 from pretrain_cli.data.tokenizing.chunking import Chunker
 from pretrain_cli.data.tokenizing.encoding import Block, Encoder
+from tests.data.conftest import encode_documents
 
 KINDS = ["bytes", "bpe", "gpt2", "qwen3", "gemma3", "llama2"]
 FRAGMENTS = [
@@ -81,7 +82,7 @@ def cut_in_blocks(tokenizer, text, size, parts):
 
 
 def check(tokenizer, text, piece, size, parts):
-    (whole,) = tokenizer.encode_documents([text])
+    (whole,) = encode_documents(tokenizer, [text])
     assert cut_in_pieces(tokenizer, text, piece) == whole
     blocks, exact = cut_in_blocks(tokenizer, text, size, parts)
     assert b"".join(block.text for block in blocks) == text.encode()
@@ -152,9 +153,9 @@ def test_a_text_that_fits_is_not_cut(tokenizer, kind):
 
 
 @pytest.mark.parametrize(("kind", "lead"), [("gpt2", ""), ("llama2", "\n")])
-def test_what_a_tokenizer_puts_before_every_text_is_put_before_documents_alone(
+def test_a_tokenizers_leading_space_is_added_to_documents_only(
     tokenizer, kind, lead
 ):
     assert Chunker(tokenizer(kind)).lead[0] == lead
     text = "words " * 400
-    assert cut_in_pieces(tokenizer(kind), text, 100) == tokenizer(kind).encode_documents([text])[0]
+    assert cut_in_pieces(tokenizer(kind), text, 100) == encode_documents(tokenizer(kind), [text])[0]

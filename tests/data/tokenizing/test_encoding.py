@@ -26,7 +26,7 @@ def busy(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe", "gpt2", "llama2"])
-def test_a_batch_is_encoded_block_by_block_with_marks_where_documents_begin_and_end(load, kind):
+def test_a_batch_is_encoded_by_block_with_document_marks(load, kind):
     tokenizer = load(kind)
     blocks = [Block(b"One.", True, True), Block(b"Two, ", True, False), Block(b"", True, True)]
     tokens, counts = Encoder(tokenizer, DTYPE)(blocks)
@@ -65,7 +65,7 @@ def dirtied(batch):
     encoding.START != "fork" or not Path("/proc/self/smaps_rollup").is_file(),
     reason="nothing is shared, or it can't be told",
 )
-def test_what_is_shared_with_workers_stays_so_when_garbage_is_collected(load, monkeypatch):
+def test_memory_shared_with_workers_survives_garbage_collection(load, monkeypatch):
     monkeypatch.setattr(encoding, "_encode", dirtied)
     shared = [[] for _ in range(500_000)]  # 36 MB
     with encoders(load("bytes"), DTYPE, 2) as several:
@@ -98,7 +98,7 @@ def test_special_tokens_are_text_in_processes_that_were_not_forked(load, monkeyp
     assert [batch.tokens.tolist() for batch in encoded] == [[*text, 256] for text in texts]
 
 
-def test_cores_are_counted_where_a_system_does_not_tell_which_may_be_used(monkeypatch):
+def test_cores_are_counted_on_systems_without_cpu_affinity(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     assert encoding.cores() == os.cpu_count()
 

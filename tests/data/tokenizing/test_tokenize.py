@@ -25,6 +25,7 @@ from pretrain_cli.data.tokenizers.tokenizer import load_tokenizer, read_tokenize
 from pretrain_cli.data.tokenizing import encoding, pipeline
 from pretrain_cli.data.tokenizing.tokenize import demo_request, tokenize
 from pretrain_cli.errors import ConfigError, DataError, PretrainError
+from tests.data.conftest import encode_documents
 
 TEXTS = [f"Document {number}: äöü, {'words ' * (number % 7)}\n" for number in range(40)]
 
@@ -156,7 +157,7 @@ def test_long_documents_give_the_same_tokens_as_short_ones(
 
 
 @pytest.mark.parametrize("ending", ["", ".gz"])
-def test_of_a_long_document_that_is_not_utf8_at_its_end_nothing_is_written(
+def test_nothing_is_written_of_a_long_document_with_a_non_utf8_end(
     tmp_path, make, read_back, long_documents_are_short, ending
 ):
     data = "\n---\n".join(["first", LONG[0]]).encode() + b"\xff\n---\nlast"
@@ -329,7 +330,7 @@ def test_special_tokens_in_a_text_are_text_unless_allowed(
         ({"bos": "none", "eos": "<sep>"}, None, 259),
     ],
 )
-def test_marks_can_be_chosen_and_are_known_to_whoever_opens_the_dataset(
+def test_chosen_document_marks_are_stored_with_the_dataset(
     tmp_path, make, marked, read_back, marks, begin, end
 ):
     (tmp_path / "a.txt").write_text("text")
@@ -346,7 +347,7 @@ def test_marks_can_be_chosen_and_are_known_to_whoever_opens_the_dataset(
         load_tokenizer(str(tmp_path / "saved")),
     ):
         assert (tokenizer.bos, tokenizer.eos) == (begin, end)
-        assert tokenizer.encode_documents(["text"]) == [expected]
+        assert encode_documents(tokenizer, ["text"]) == [expected]
 
 
 def test_a_tokenizers_own_beginning_can_be_left_out(tmp_path, make, marked, read_back):

@@ -345,7 +345,7 @@ def test_what_lies_beside_a_dataset_stays_when_it_is_replaced(tmp_path, write):
 
 
 @pytest.mark.parametrize("renames", [0, 1])
-def test_a_dataset_that_was_whole_when_its_writer_was_killed_gets_into_place(
+def test_a_complete_staged_dataset_is_moved_into_place_after_a_kill(
     tmp_path, write, monkeypatch, renames
 ):
     """Killed before the old one was moved away, or behind that."""

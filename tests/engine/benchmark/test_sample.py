@@ -54,7 +54,7 @@ def test_the_memorys_rate_is_a_rate():
         ("speed.compile=true", "--vs speed.compile=true: not NAME=VALUE of one of speed."),
     ],
 )
-def test_it_is_measured_against_transformers_or_another_setting_of_its_process(arm, said):
+def test_a_sampling_arm_is_transformers_or_a_process_setting(arm, said):
     with pytest.raises(ConfigError) as error:
         measure(workload(vs=(arm,)), print)
     assert str(error.value).startswith(said)

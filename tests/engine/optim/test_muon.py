@@ -50,7 +50,7 @@ def test_each_published_matrix_is_stepped_as_by_torchs_muon(
         torch.testing.assert_close(tensor, apart[name].detach(), rtol=1e-4, atol=4e-4)
 
 
-def test_a_matrix_becomes_nearly_orthogonal_with_its_singular_vectors_kept():
+def test_muon_orthogonalizes_a_matrix_and_keeps_singular_vectors():
     generator = torch.Generator().manual_seed(0)
     for rows, columns in ((24, 40), (40, 24), (16, 16)):
         stack = torch.randn(3, rows, columns, generator=generator)

@@ -62,7 +62,7 @@ def test_matrices_are_decayed_and_norms_are_not(tiny_model):
         assert (id(parameter) in decayed) == ("norm" not in name), name
 
 
-def test_a_rate_of_its_own_for_a_head_that_is_the_embedding_is_refused(settings, run):
+def test_head_rate_scale_is_refused_for_a_tied_head(settings, run):
     with pytest.raises(ConfigError, match=r"optimizer.head_rate_scale: 2, and this model's head"):
         run(settings(optimizer__head_rate_scale=2.0))
 

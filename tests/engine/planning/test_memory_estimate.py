@@ -116,7 +116,7 @@ def test_what_a_block_keeps_is_counted_to_the_byte(name, dtype, attention, merge
 
 
 @pytest.mark.parametrize("attention", ["blocks", "sdpa", "eager"])
-def test_what_a_block_keeps_with_documents_masked_is_counted_to_the_byte(attention):
+def test_memory_of_a_block_with_a_document_mask_is_exact_to_the_byte(attention):
     config, rows, seq_len = small("gemma3-tiny"), 2, 144
     speed = in_force(dtype="bfloat16", attention=attention)
     counted = training(config, rows, seq_len, speed, document_mask=True)

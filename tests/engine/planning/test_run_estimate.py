@@ -15,7 +15,7 @@ from pretrain_cli.errors import ConfigError
 from pretrain_cli.model.presets import preset
 
 
-def test_auto_is_on_a_gpu_of_the_table_what_training_makes_of_it_there(monkeypatch):
+def test_auto_values_for_a_listed_gpu_match_training_on_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
     found = resolve_speed(SpeedConfig(), torch.device("cuda", 0))
@@ -46,7 +46,7 @@ def test_what_is_asked_of_a_setting_holds_on_a_gpu_that_is_not_here():
     assert (speed["recompute_cheap"], speed["keep_freed_memory"]) == (False, False)
 
 
-def test_float8_is_planned_as_bfloat16_and_refused_where_training_would_be():
+def test_float8_is_planned_as_bfloat16_and_refused_like_in_training():
     for_both = [find_machine("h200", 1, SpeedConfig(dtype=d)) for d in ("float8", "bfloat16")]
     assert for_both[0].speed["dtype"] == "float8"
     found = [forecast("qwen3-0.6b", preset("qwen3"), 1024, machine) for machine in for_both]

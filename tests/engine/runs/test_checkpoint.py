@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("model", ["gemma3-tiny", "qwen3-tiny"])
 @pytest.mark.parametrize("shard", ["5GB", "60KB"])
-def test_transformers_opens_a_checkpoint_with_the_same_logits_and_tokens(
+def test_transformers_opens_a_checkpoint_with_equal_logits_and_ids(
     settings, run, tmp_path, model, shard
 ):
     transformers = pytest.importorskip("transformers")
@@ -88,7 +88,7 @@ def test_a_checkpoint_with_one_flipped_byte_is_not_sampled_from(settings, run, t
 
 
 @pytest.mark.parametrize("name", ["optimizer.safetensors", "state.json", "checksums.json"])
-def test_a_flipped_byte_of_what_training_needs_has_an_older_checkpoint_resumed_from(
+def test_a_flipped_byte_in_training_state_falls_back_to_an_older_save(
     settings, run, tmp_path, name
 ):
     run(settings(train__checkpoint_every=2))
@@ -112,7 +112,7 @@ def test_a_size_of_files_that_is_none_is_refused(settings, size):
         settings(train__max_shard_size=size)
 
 
-def test_a_checkpoint_of_several_files_is_resumed_evaluated_and_sampled(settings, run, tmp_path):
+def test_a_sharded_checkpoint_is_resumed_evaluated_and_sampled(settings, run, tmp_path):
     common = {"train__eval_every": 3}
     run(settings("whole", **common))
     run(settings("parts", train__max_shard_size="60KB", train__checkpoint_every=3, **common))

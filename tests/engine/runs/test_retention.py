@@ -64,7 +64,7 @@ def test_the_last_checkpoint_known_finite_is_never_rotated_away(tmp_path):
     assert steps(tmp_path) == [20, 11]
 
 
-def test_room_is_made_by_what_a_rotation_would_remove_but_the_last_intact_one_stays(tmp_path):
+def test_room_is_made_without_removing_the_last_intact_checkpoint(tmp_path):
     make(tmp_path, *[State(step) for step in (1, 2, 3)])
     retention.make_room(tmp_path, TrainSettings(keep_checkpoints=3))
     assert steps(tmp_path) == [3, 2]

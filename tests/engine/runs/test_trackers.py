@@ -126,7 +126,7 @@ def test_another_name_is_refused(settings):
         settings(train__log="tensorbord")
 
 
-def test_a_tracker_that_the_disk_is_too_full_for_is_left_out_and_the_run_goes_on(
+def test_a_tracker_on_a_full_disk_is_dropped_and_training_continues(
     settings, run, monkeypatch
 ):
     class Broken:

@@ -31,7 +31,7 @@ def test_a_gpu_has_the_peak_of_its_own_name_or_none(name, teraflops):
     assert (stated and stated.flops) == (teraflops and teraflops * 1e12)
 
 
-def test_a_device_that_is_not_in_the_table_has_the_peak_that_is_measured():
+def test_an_unknown_device_gets_its_measured_peak():
     before = torch.get_rng_state()
     peak = find_peak(torch.device("cpu"), torch.float32, seconds=0.05)
     assert peak.flops == peak.measured

@@ -60,7 +60,7 @@ PHASES = {
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_run_that_is_asked_to_stop_saves_its_last_whole_step_and_goes_on_exactly(
+def test_a_stopped_run_saves_its_last_step_and_resumes_exactly(
     settings, run, tmp_path, monkeypatch, phase
 ):
     module, name, count, last = PHASES[phase]
@@ -141,7 +141,7 @@ class Pair:
         return mean
 
 
-def test_several_ranks_stop_at_the_same_poll_and_agree_only_once_in_a_while(monkeypatch):
+def test_ranks_stop_at_the_same_poll_and_agree_rarely(monkeypatch):
     monkeypatch.setattr(stop, "BETWEEN_AGREEMENTS", 0.1)
     pair, ended = Pair(), {}
 
@@ -254,6 +254,6 @@ def test_a_limit_stops_a_run_with_room_for_a_save(settings, tmp_path, monkeypatc
     assert (request.save_seconds < 120.0) == (every == 1)
 
 
-def test_a_limit_that_admits_no_step_is_refused_rather_than_queued_again(settings, run):
+def test_a_time_limit_too_short_for_a_step_is_refused(settings, run):
     with pytest.raises(ConfigError, match=r"max_time: 2s is too short: no step .* give more"):
         run(settings(train__max_time="2s"))

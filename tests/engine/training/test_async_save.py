@@ -141,7 +141,7 @@ def test_what_is_a_bug_in_the_background_ends_the_run(settings, run, failing):
         run(settings(train__checkpoint_every=2))
 
 
-def test_without_memory_for_a_copy_training_waits_and_that_is_said_once(
+def test_without_memory_for_a_copy_training_waits_with_one_notice(
     settings, run, tmp_path, monkeypatch
 ):
     common = {"train__checkpoint_every": 2, "train__keep_checkpoints": 9}
@@ -162,7 +162,7 @@ def test_without_memory_for_a_copy_training_waits_and_that_is_said_once(
 # --- signals -------------------------------------------------------------------------------------
 
 
-def test_a_stop_while_a_checkpoint_is_written_waits_for_it_and_saves_the_last_step(
+def test_a_stop_during_a_save_waits_and_then_saves_the_last_step(
     settings, run, tmp_path, monkeypatch
 ):
     common = {"train__eval_every": 3, "train__checkpoint_every": 2, "train__keep_checkpoints": 9}
@@ -339,7 +339,7 @@ def test_the_size_of_a_checkpoint_is_known_before_there_is_one(settings, run, mo
     assert 0 <= known[0] - saved.bytes < 250_000
 
 
-def test_a_run_whose_checkpoints_cannot_fit_is_refused_before_it_begins(
+def test_a_run_whose_checkpoints_cannot_fit_is_refused_at_start(
     settings, run, tmp_path, monkeypatch
 ):
     size = []
@@ -366,7 +366,7 @@ def test_a_run_whose_checkpoints_cannot_fit_is_refused_before_it_begins(
     assert resume(run, tmp_path / "run", train__steps=8)[-1].step == 8
 
 
-def test_what_a_checkpoint_was_written_from_is_let_go_before_the_next_copy(
+def test_a_snapshot_is_freed_before_the_next_one_is_taken(
     settings, run, failing, monkeypatch
 ):
     taken, real = [], checkpoint.take_snapshot

@@ -77,7 +77,7 @@ def test_a_z_loss_does_not_depend_on_the_micro_batch(tiny_model, micro_batch_siz
     assert found.item() == pytest.approx(norm.item(), rel=1e-4)
 
 
-def test_expert_load_is_each_experts_share_and_the_busiest_over_the_mean():
+def test_expert_load_is_each_share_and_overload_is_max_over_mean():
     terms = AuxiliaryLosses(LossWeights(0.0, 0.1))
     terms.sums = torch.zeros(2)
     terms.choices = torch.tensor([[1.0, 1.0, 1.0, 5.0], [2.0, 2.0, 2.0, 2.0]])
@@ -108,7 +108,7 @@ def test_a_dense_run_has_none_of_these_numbers(settings, run, tmp_path):
         assert not {"z_loss", "balancing_loss", "expert_load", "expert_overload"} & row.keys()
 
 
-def test_without_a_coefficient_experts_are_not_balanced_and_it_is_said(settings, run):
+def test_without_a_coefficient_experts_are_unbalanced_with_a_notice(settings, run):
     events = run(settings(**SPARSE, model__router_aux_loss_coef=0.0))
     assert any("without a balancing loss" in e.text for e in events if isinstance(e, Notice))
     assert all(e.balancing_loss == 0 for e in events if isinstance(e, StepMetrics))

@@ -32,7 +32,7 @@ def steps(settings, run, monkeypatch):
     return go
 
 
-def test_the_mask_changes_what_is_seen_and_neither_samples_nor_targets(steps, dataset):
+def test_document_mask_changes_attention_but_not_samples_or_targets(steps, dataset):
     plain, plain_losses = steps("plain")
     masked, masked_losses = steps("masked", data__document_mask=True)
     end = open_dataset(dataset).tokenizer.eos

@@ -54,7 +54,7 @@ def steps_of(run):
     return [retention.step_of(folder) for folder in retention.checkpoints(run)]
 
 
-def test_a_run_goes_on_over_a_full_disk_and_saves_when_there_is_room_again(
+def test_training_continues_on_a_full_disk_and_saves_after_room(
     settings, run, tmp_path, disk
 ):
     """Full from step 3 until the save of step 4 has failed: lines wait, and step 6 has them all."""
@@ -86,7 +86,7 @@ def test_a_run_goes_on_over_a_full_disk_and_saves_when_there_is_room_again(
     assert all(checkpoint.find_damage(path) is None for path in retention.checkpoints(disk / "run"))
 
 
-def test_a_disk_that_fills_in_the_middle_of_a_write_costs_an_older_checkpoint(
+def test_a_disk_that_fills_during_a_write_costs_an_older_checkpoint(
     settings, run, disk, monkeypatch
 ):
     """It has room for three, and three are kept: the fourth meets its end where nobody foresaw."""
@@ -100,7 +100,7 @@ def test_a_disk_that_fills_in_the_middle_of_a_write_costs_an_older_checkpoint(
     assert not list((disk / "run/checkpoints").glob(".*"))
 
 
-def test_a_run_that_ends_on_a_full_disk_says_what_is_not_saved_and_goes_on_later(
+def test_a_run_ending_on_a_full_disk_warns_and_can_be_resumed(
     settings, run, tmp_path, disk
 ):
     common = {"train__checkpoint_every": 3, "train__keep_checkpoints": 1}

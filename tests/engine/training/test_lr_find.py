@@ -99,7 +99,7 @@ def test_a_loss_that_does_not_fall_suggests_nothing():
         ([8.0, 7.8, 8.7], True),
     ],
 )
-def test_it_has_diverged_a_tenth_above_and_with_half_of_what_was_gained(losses, diverged):
+def test_lr_find_stops_when_half_of_the_improvement_is_lost(losses, diverged):
     assert has_diverged(losses) is diverged
 
 

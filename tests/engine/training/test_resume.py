@@ -74,7 +74,7 @@ def test_resuming_gives_the_same_losses_and_weights(settings, run, tmp_path, mod
 
 
 @pytest.mark.parametrize("packing", ["concat", "best-fit"])
-def test_resuming_a_mixture_goes_on_in_the_middle_of_each_sources_epoch(
+def test_resuming_a_mixture_continues_each_sources_epoch(
     settings, run, tmp_path, dataset, other_dataset, packing
 ):
     common = {
@@ -92,7 +92,7 @@ def test_resuming_a_mixture_goes_on_in_the_middle_of_each_sources_epoch(
     assert_same_weights(tmp_path / "cut" / last, tmp_path / "straight" / last)
 
 
-def test_resuming_with_other_speed_settings_keeps_the_optimizers_moments(settings, run, tmp_path):
+def test_resuming_with_other_speed_settings_keeps_the_moments(settings, run, tmp_path):
     run(settings("straight"))
     run(settings("changed", train__checkpoint_every=3, train__keep_checkpoints=5))
     (tmp_path / "changed/checkpoints/step-000006").rename(tmp_path / "aside")
@@ -121,7 +121,7 @@ def test_resuming_a_finished_run_says_so_and_adds_nothing(settings, run, tmp_pat
     assert len((tmp_path / "run/samples.jsonl").read_text().splitlines()) == 1
 
 
-def test_a_damaged_checkpoint_is_skipped_by_name_and_an_older_one_taken(settings, run, tmp_path):
+def test_a_damaged_checkpoint_is_named_and_an_older_one_used(settings, run, tmp_path):
     run(settings(train__checkpoint_every=2, train__keep_checkpoints=3))
     weights = tmp_path / "run/checkpoints/step-000006/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -168,7 +168,7 @@ def test_what_would_change_the_run_is_refused_on_resume(settings, run, tmp_path,
      ("train.tokens_per_step", 256, True), ("optimizer.name", "muon", False),
      ("train.seed", 5, False), ("data.seq_len", 16, False), ("model.hidden_size", 64, False)],
 )  # fmt: skip
-def test_what_is_learned_may_change_where_that_is_allowed_and_what_the_run_is_never(
+def test_resume_allows_a_new_learning_rate_and_refuses_a_new_model(
     settings, run, tmp_path, setting, value, allowed
 ):
     run(settings(train__steps=1))
@@ -226,7 +226,7 @@ def test_a_mixture_is_resumed_with_the_same_weights_alone(
     assert resume(run, tmp_path / "run", data__path=path, train__steps=2)[-1].step == 2
 
 
-def test_going_on_from_an_earlier_checkpoint_leaves_the_later_ones_aside(settings, run, tmp_path):
+def test_resuming_an_earlier_checkpoint_sets_later_ones_aside(settings, run, tmp_path):
     run(settings("straight", train__steps=4, train__checkpoint_every=1, train__keep_checkpoints=9))
     folder = tmp_path / "straight"
     before = numbers(folder)

@@ -89,7 +89,7 @@ def assert_same_weights(one, other):
             assert torch.equal(ours[key], theirs[key]), key
 
 
-def test_a_skipped_step_is_recorded_with_its_samples_text_and_gradients(
+def test_a_skipped_step_is_logged_with_samples_text_and_gradients(
     settings, run, poison, tmp_path
 ):
     poison.add(2 * PER_STEP)
@@ -194,7 +194,7 @@ def test_a_run_goes_back_to_a_checkpoint_that_is_still_being_written(settings, p
 @pytest.mark.parametrize(
     "cut", [8, *(pytest.param(cut, marks=pytest.mark.slow) for cut in (2, 5, 7, 9, 12))]
 )
-def test_a_run_with_skips_that_is_cut_anywhere_ends_as_the_one_that_was_not(
+def test_a_resumed_run_with_skipped_steps_ends_the_same(
     settings, run, poison, tmp_path, cut
 ):
     """Killed in the cut-th step that is tried, those that are done again among them."""

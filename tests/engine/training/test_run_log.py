@@ -26,7 +26,7 @@ def resume(run, folder):
     )
 
 
-def test_samples_come_at_their_steps_and_change_nothing_that_is_learned(settings, run, tmp_path):
+def test_sampling_happens_at_its_steps_and_changes_no_loss(settings, run, tmp_path):
     plain = run(settings("plain", train__sample_tokens=0))
     sampled = run(settings("sampled", **SAMPLED))
     losses, expected = (

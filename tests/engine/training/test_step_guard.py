@@ -140,7 +140,7 @@ def spikes_by_hand(numbers: list[float], deviations: float) -> list[bool]:
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_spikes_are_those_above_the_running_mean_by_so_many_deviations(which):
+def test_spikes_are_k_deviations_above_the_running_mean(which):
     chance = random.Random(which)
     series = [3 + 20 / (n + 10) + chance.gauss(0, 0.1) for n in range(300)]
     for place in (20, 60, 130, 131, 250):

@@ -45,7 +45,7 @@ def read(meter, step):
     )
 
 
-def test_a_line_is_of_the_steps_since_the_last_one_and_of_the_whole_run(clock):
+def test_a_logged_line_covers_steps_since_the_last_and_the_whole_run(clock):
     meter = ThroughputMeter(
         Ranks(0, 2, torch.device("cpu")),
         flops=Flops(exact=30.0, conventional=60.0),

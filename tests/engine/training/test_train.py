@@ -112,7 +112,7 @@ def test_a_run_on_packed_documents_leaves_padding_out_of_its_loss(settings, run,
     assert losses(events) == pytest.approx(means, rel=1e-5)
 
 
-def test_a_step_is_torchs_own_adamw_on_the_mean_loss_with_clipped_gradients():
+def test_a_step_equals_torchs_adamw_on_the_clipped_mean_loss():
     model = small_model("qwen3-tiny")
     reference = copy.deepcopy(model)
     tokens = torch.randint(1, 64, (4, 17), generator=torch.Generator().manual_seed(0))

@@ -221,7 +221,7 @@ def test_a_multimodal_config_that_ties_and_does_not_is_refused():
         from_config_json(outer)
 
 
-def test_what_a_multimodal_config_says_outside_of_its_text_is_not_overlooked():
+def test_multimodal_config_fields_outside_the_text_part_are_read():
     text = to_config_json(preset("gemma3-4b"), "float32")
     outer = {"model_type": "gemma3", "text_config": text, "quantization_config": {"bits": 8}}
     with pytest.raises(ConfigError, match="quantization_config is"):
@@ -235,7 +235,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
-def test_every_field_of_transformers_configs_is_read_plain_or_harmless(model_type):
+def test_every_transformers_config_field_is_read_or_harmless(model_type):
     """One that a later version adds has to be classified before a folder with it is read."""
     config = getattr(importlib.import_module("transformers"), CONFIGS[model_type])
     names = {field.name for field in dataclasses.fields(config)} | set(config().to_dict())

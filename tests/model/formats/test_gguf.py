@@ -12,7 +12,7 @@ S, F = SLIDING, FULL
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_every_published_size_has_the_names_that_the_gguf_package_has_for_it(name):
+def test_every_published_size_has_the_gguf_packages_tensor_names(name):
     gguf = pytest.importorskip("gguf")
     config = preset(name)
     family = next(iter(gguf_metadata(config))).split(".")[0]

@@ -122,7 +122,7 @@ def test_a_folder_of_ours_is_read_back_as_it_was(make_config, wide, tmp_path, ca
         assert torch.equal(values, after[name]), name
 
 
-def test_each_parameter_is_asked_for_once_and_its_parts_share_its_memory(make_config):
+def test_each_parameter_is_read_once_and_its_parts_share_its_memory(make_config):
     """For stacked experts, a value per part would be hundreds of copies of them all."""
     model, asked = Decoder(make_config("moe")), []
 
@@ -530,7 +530,7 @@ def test_more_layers_than_the_weights_hold_are_missed_by_name(folder):
         opened_by_us(folder)
 
 
-def test_fewer_layers_than_the_weights_hold_leave_the_rest_out_by_name(folder):
+def test_a_shallower_model_ignores_the_other_layers_weights_by_name(folder):
     edit_config(folder, num_hidden_layers=2, layer_types=[SLIDING] * 2)
     _, left_out = opened_by_us(folder)
     assert len(left_out) == 13

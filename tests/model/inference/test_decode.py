@@ -128,7 +128,7 @@ def test_attention_by_sums_is_softmax_of_scores_over_values(dtype, rounding, gro
 @pytest.mark.parametrize(
     ("family", "merged"), [("gemma3", Merged()), ("qwen3", Merged(qkv=False, gate_up=False))]
 )
-def test_one_text_compiled_gives_the_same_logits_and_holds_no_second_head(
+def test_one_compiled_text_has_equal_logits_without_a_second_head(
     make_config, wide, family, merged
 ):
     plain, fast = (

@@ -129,7 +129,7 @@ def sample(
             raise ConfigError(f"--{name}: {value} is not at least 1")
     if prompt is not None and prompts is not None:
         raise ConfigError("--prompts: has prompts, and --prompt is one; leave one of them out")
-    controls = SamplingParams(
+    params = SamplingParams(
         max_tokens=max_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -150,18 +150,18 @@ def sample(
         where,
         device=device,
         dtype=dtype,
-        emit=report,
+        notify=report,
         best=best,
         quantize=quantize,
         settings=set_ or (),
     )
     error_console.print(f"[dim]{escape(str(folder))}[/]", soft_wrap=True)
-    texts = engine.plan_texts(model, tokenizer, asked, controls, n)
+    texts = engine.plan_completions(model, tokenizer, asked, params, n)
     show = _JsonLines(asked, n) if as_json else _Written(asked, n)
     try:
-        writer = engine.make_writer(model, compile_, texts, batch_size, report)
-        for piece in engine.write(writer, tokenizer, texts, controls, rows=batch_size):
-            show(piece)
+        writer = engine.open_session(model, compile_, texts, batch_size, report)
+        for delta in engine.generate_text(writer, tokenizer, texts, params, rows=batch_size):
+            show(delta)
     except KeyboardInterrupt:
         show.interrupted()
         raise typer.Exit(130) from None
@@ -177,18 +177,18 @@ class _InOrder(ABC):
         self.turn = 0
         self.kept: dict[int, list[Any]] = {}
 
-    def __call__(self, piece: Any) -> None:
-        self.kept.setdefault(piece.text.number, []).append(piece)
-        while pieces := self.kept.pop(self.turn, None):
-            for piece in pieces:
-                self.show(piece)
-            if pieces[-1].whole is None:
+    def __call__(self, delta: Any) -> None:
+        self.kept.setdefault(delta.completion.number, []).append(delta)
+        while deltas := self.kept.pop(self.turn, None):
+            for delta in deltas:
+                self.show(delta)
+            if deltas[-1].full_text is None:
                 return
             self.turn += 1
 
     @abstractmethod
-    def show(self, piece: Any) -> None:
-        """A piece of the text whose turn it is."""
+    def show(self, delta: Any) -> None:
+        """A delta of the text whose turn it is."""
 
     @abstractmethod
     def interrupted(self) -> None:
@@ -203,16 +203,16 @@ class _Written(_InOrder):
 
     begun = -1
 
-    def show(self, piece: Any) -> None:
-        number = piece.text.number
+    def show(self, delta: Any) -> None:
+        number = delta.completion.number
         if number != self.begun:
             self.begun = number
             if self.count > 1:
                 console.rule(f"{number + 1} of {self.count}")
-            prompt = self.prompt(piece.text)
+            prompt = self.prompt(delta.completion)
             _write(typer.style(prompt, dim=True) if console.is_terminal else prompt)
-        _write(piece.piece)
-        if piece.whole is not None:
+        _write(delta.text)
+        if delta.full_text is not None:
             console.print()
 
     def interrupted(self) -> None:
@@ -222,13 +222,13 @@ class _Written(_InOrder):
 class _JsonLines(_InOrder):
     """A line for each text, once it is whole."""
 
-    def show(self, piece: Any) -> None:
-        if piece.whole is None:
+    def show(self, delta: Any) -> None:
+        if delta.full_text is None:
             return
-        text = piece.text
+        text = delta.completion
         line = {
             "prompt": self.prompt(text),
-            "text": piece.whole,
+            "text": delta.full_text,
             "tokens": text.tokens,
             "logprobs": text.logprobs,
             "stopped": text.stopped,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pretrain_cli.engine.evaluation.likelihood import Reader
-from pretrain_cli.engine.evaluation.lm_eval import _controls
+from pretrain_cli.engine.evaluation.lm_eval import _sampling_params
 from pretrain_cli.engine.sampling.sampler import SamplingParams
 from pretrain_cli.errors import ConfigError
 
@@ -221,11 +221,11 @@ def test_without_the_harness_it_says_what_to_install(refused, monkeypatch):
 
 
 def test_how_a_task_has_answers_written_is_understood_or_refused():
-    assert _controls({"until": ["\n", ""], "max_gen_toks": 5}) == SamplingParams(
+    assert _sampling_params({"until": ["\n", ""], "max_gen_toks": 5}) == SamplingParams(
         max_tokens=5, temperature=0.0, stop=("\n",)
     )
-    hot = _controls({"until": "Q:", "do_sample": True, "temperature": 0.6, "top_p": 0.9})
+    hot = _sampling_params({"until": "Q:", "do_sample": True, "temperature": 0.6, "top_p": 0.9})
     assert (hot.temperature, hot.top_p, hot.stop, hot.max_tokens) == (0.6, 0.9, ("Q:",), 256)
-    assert _controls({"temperature": 0.6}).temperature == 0.0  # not asked to sample
+    assert _sampling_params({"temperature": 0.6}).temperature == 0.0  # not asked to sample
     with pytest.raises(ConfigError, match="a task sets num_beams of its answers"):
-        _controls({"num_beams": 4})
+        _sampling_params({"num_beams": 4})

@@ -36,7 +36,7 @@ from pretrain_cli.engine.benchmark.sample_arm import (
 from pretrain_cli.engine.runtime.distributed import find_device
 from pretrain_cli.engine.runtime.process_settings import check_process_settings
 from pretrain_cli.engine.runtime.speed import build_model
-from pretrain_cli.engine.sampling.open_model import quantized
+from pretrain_cli.engine.sampling.open_model import wants_int8
 from pretrain_cli.engine.sampling.sample import refuse_int8_off_cpu
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.model.counting import cache_bytes, count_parameters
@@ -88,7 +88,7 @@ def measure(workload: Workload, progress: Callable[[str], None]) -> Measured:
         if arm != THEIRS and not arm.startswith("speed."):
             raise ConfigError(f"--vs: '{arm}' is not {THEIRS}, and not speed.NAME=VALUE")
     check_process_settings("--vs", (arm for arm in workload.vs if arm != THEIRS))
-    if quantized(workload.quantize, workload.model):
+    if wants_int8(workload.quantize, workload.model):
         refuse_int8_off_cpu(find_device(workload.device))
     arms = [OURS, *dict.fromkeys(workload.vs)]
     turns: dict[str, list[Round]] = {arm: [] for arm in arms}

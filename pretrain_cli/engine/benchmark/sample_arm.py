@@ -21,7 +21,7 @@ from pretrain_cli.engine.evaluation.compare_transformers import import_transform
 from pretrain_cli.engine.runtime.distributed import find_device
 from pretrain_cli.engine.runtime.speed import Speed, resolve_speed
 from pretrain_cli.engine.sampling.batch import Completion, ContinuousBatch
-from pretrain_cli.engine.sampling.sample import make_writer, open_to_write
+from pretrain_cli.engine.sampling.sample import open_for_decoding, open_session
 from pretrain_cli.engine.sampling.sampler import SamplingParams
 from pretrain_cli.model.config import ModelConfig
 
@@ -104,7 +104,7 @@ def _prompts(workload: Workload) -> torch.Tensor:
 def _ours(workload: Workload, arm: str, folder: Path) -> tuple[Ready, Callable[[int], Round]]:
     began = time.perf_counter()
     speed = speed_of(workload, arm)
-    model = open_to_write(
+    model = open_for_decoding(
         folder,
         speed,
         find_device(workload.device),
@@ -113,30 +113,30 @@ def _ours(workload: Workload, arm: str, folder: Path) -> tuple[Ready, Callable[[
     )
     load = time.perf_counter() - began
     prompts = _prompts(workload).tolist()
-    controls = SamplingParams(temperature=0, max_tokens=workload.tokens)
+    params = SamplingParams(temperature=0, max_tokens=workload.tokens)
 
     def texts(tokens: int) -> list[Completion]:
         return [Completion(i, ids, tokens, "max-tokens", i) for i, ids in enumerate(prompts)]
 
     began = time.perf_counter()
     said = speed.departures()
-    writer = make_writer(
+    writer = open_session(
         model, workload.compiled, texts(workload.tokens), workload.batch, said.append
     )
 
     def one_round(tokens: int) -> Round:
         began = time.perf_counter()
-        generation = ContinuousBatch(
+        batch = ContinuousBatch(
             writer,
-            controls,
+            params,
             rows=workload.batch,
             capacity=workload.prompt + workload.tokens,
-            end=-1,
-            known=workload.model.vocab_size,
+            eos=-1,
+            vocab_size=workload.model.vocab_size,
         )
         asked = texts(tokens)
         first = None
-        for _ in generation.run(asked):
+        for _ in batch.run(asked):
             first = first or time.perf_counter()
         ended = time.perf_counter()
         return Round((first or ended) - began, ended - (first or ended), asked[0].tokens)

@@ -20,7 +20,7 @@ from pretrain_cli.engine.runs.events import Evaluation
 from pretrain_cli.engine.runs.retention import find_model_folder
 from pretrain_cli.engine.runtime.distributed import open_ranks
 from pretrain_cli.engine.runtime.speed import resolve_speed
-from pretrain_cli.engine.sampling.open_model import open_model, quantized, run_of
+from pretrain_cli.engine.sampling.open_model import open_model, run_of, wants_int8
 from pretrain_cli.engine.training.evaluate import evaluate
 from pretrain_cli.errors import CheckpointError, ConfigError, DataError
 from pretrain_cli.model.config import ModelConfig
@@ -101,7 +101,7 @@ def evaluate_checkpoint(request: Request, notify: Callable[[str], None]) -> Resu
         speed = resolve_speed(asked.speed, ranks.device, training=False)
         for said in speed.departures():
             say(said)
-        int8 = quantized(request.quantize, config)
+        int8 = wants_int8(request.quantize, config)
         model = open_model(folder, speed, ranks.device, say)
 
         def measured() -> Evaluation:

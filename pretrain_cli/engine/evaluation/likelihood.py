@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from pretrain_cli.data.tokenizers.tokenizer import Tokenizer
 from pretrain_cli.engine.sampling.batch import Completion
-from pretrain_cli.engine.sampling.sample import write
+from pretrain_cli.engine.sampling.sample import generate_text
 from pretrain_cli.engine.sampling.sampler import SamplingParams
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.inference.decode import DecodeSession
@@ -117,9 +117,9 @@ class Reader:
             for number, logprob, is_greedy in zip(numbers, sums, whether, strict=True):
                 yield number, Found(logprob, is_greedy)
 
-    def write(self, prompts: list[str], controls: SamplingParams) -> Iterator[tuple[int, str]]:
+    def generate(self, prompts: list[str], params: SamplingParams) -> Iterator[tuple[int, str]]:
         """Yield each prompt's number and its continuation, up to a stop string."""
-        limit = min(controls.max_tokens, self.positions - 1)
+        limit = min(params.max_tokens, self.positions - 1)
         room = self.positions - limit
         texts = [
             Completion(
@@ -127,13 +127,13 @@ class Reader:
                 prompt=self.tokenizer.encode_prompt(prompt)[-room:],
                 limit=limit,
                 reason="max-tokens",
-                seed=(controls.seed + number) % 2**63,
+                seed=(params.seed + number) % 2**63,
             )
             for number, prompt in enumerate(prompts)
         ]
-        controls = replace(controls, max_tokens=limit)
-        for piece in write(
-            DecodeSession(self.model), self.tokenizer, texts, controls, rows=TEXTS_AT_ONCE
+        params = replace(params, max_tokens=limit)
+        for delta in generate_text(
+            DecodeSession(self.model), self.tokenizer, texts, params, rows=TEXTS_AT_ONCE
         ):
-            if piece.whole is not None:
-                yield piece.text.number, piece.whole
+            if delta.full_text is not None:
+                yield delta.completion.number, delta.full_text

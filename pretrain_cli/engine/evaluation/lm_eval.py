@@ -20,8 +20,8 @@ from pretrain_cli.engine.evaluation.likelihood import Reader
 from pretrain_cli.engine.runs.retention import find_model_folder
 from pretrain_cli.engine.runtime.distributed import find_device
 from pretrain_cli.engine.runtime.speed import resolve_speed
-from pretrain_cli.engine.sampling.open_model import folder_tokenizer, quantized
-from pretrain_cli.engine.sampling.sample import open_to_write
+from pretrain_cli.engine.sampling.open_model import folder_tokenizer, wants_int8
+from pretrain_cli.engine.sampling.sample import open_for_decoding
 from pretrain_cli.engine.sampling.sampler import SamplingParams
 from pretrain_cli.errors import ConfigError, DataError, did_you_mean
 from pretrain_cli.model.float8 import quiet_torchao
@@ -104,7 +104,7 @@ def evaluate_tasks(request: TaskRequest, notify: Callable[[str], None]) -> TaskR
     for said in speed.departures():
         notify(said)
     config = read_config(folder)
-    int8 = quantized(request.quantize, config)
+    int8 = wants_int8(request.quantize, config)
     positions = config.max_position_embeddings
     if request.seq_len is not None and request.seq_len > positions:
         raise ConfigError(
@@ -112,7 +112,7 @@ def evaluate_tasks(request: TaskRequest, notify: Callable[[str], None]) -> TaskR
             "less"
         )
     loaded = _loaded_tasks(request)
-    model = open_to_write(folder, speed, device, notify, int8=int8)
+    model = open_for_decoding(folder, speed, device, notify, int8=int8)
     if int8:
         as_floats(model)  # which are faster with several texts at a time
     reader = Reader(model, tokenizer, request.seq_len or positions)
@@ -199,18 +199,18 @@ def _asked_by_the_harness(reader: Reader) -> Any:
         def generate_until(self, requests: list[Any]) -> list[str]:
             asked: dict[SamplingParams, list[int]] = {}
             for number, request in enumerate(requests):
-                asked.setdefault(_controls(request.args[1]), []).append(number)
+                asked.setdefault(_sampling_params(request.args[1]), []).append(number)
             out = [""] * len(requests)
-            for controls, numbers in asked.items():
+            for params, numbers in asked.items():
                 prompts = [requests[number].args[0] for number in numbers]
-                for place, text in reader.write(prompts, controls):
+                for place, text in reader.generate(prompts, params):
                     out[numbers[place]] = text
             return out
 
     return OurModel()
 
 
-def _controls(settings: dict[str, Any]) -> SamplingParams:
+def _sampling_params(settings: dict[str, Any]) -> SamplingParams:
     """Return a task's generation settings as SamplingParams."""
     given = dict(settings)
     until = given.pop("until", None) or []

@@ -1,22 +1,23 @@
-"""Many texts at once: rows of a batch that are filled anew as texts end.
+"""Continuous batching: many completions at once, in rows that are refilled as completions end.
 
-Every turn is one step for all rows (model/inference/decode.py), then one choice for all rows
-(sampler.py), both on the device. Texts wait in a queue; a row whose text has ended takes the next
-one, prefilled apart, so a short text keeps none waiting. The same prompt several times in a row is
-prefilled once.
+Every turn is one decoding step for all rows (model/inference/decode.py), then one sampled token for
+all rows (sampler.py), both on the device. Completions wait in a queue. A row whose completion ended
+takes the next one, whose prompt is prefilled separately, so short completions do not wait for long
+ones. Equal prompts in succession are prefilled once.
 
-On a GPU the chosen tokens are looked at a few turns late, while the next are already being made: no
-turn waits for the CPU. What was made beyond a text's end in the meantime is thrown away. That a
-text has as many tokens as it may is known without looking.
+On a GPU sampled tokens are fetched FETCH_LAG turns late, while the next ones are computed, so that
+no turn waits for the CPU. Tokens sampled after a completion's end are dropped. Reaching the token
+limit needs no fetch: the number of tokens is known.
 
-What a text is does not depend on the others in the batch, but for rounding: its logits are computed
-in products with more or fewer rows, in whose sums the library may take another order. With greedy
-choice or equal uniforms the token is another only where two are as likely to within that rounding.
+A completion depends on the others in its batch only by rounding: matrix products of another number
+of rows may sum in another order. With greedy sampling, or equal uniforms, another token is chosen
+only where two are equally likely to within that rounding.
 """
 
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,188 +27,212 @@ from pretrain_cli.errors import CheckpointError
 from pretrain_cli.model.inference.decode import DecodeSession
 from pretrain_cli.model.kv_cache import KVCache
 
-LATE = 4
-"""Turns by which tokens are looked at late on a GPU."""
-PADDED = 0.25
-"""Prompts of different lengths are prefilled together while padding is at most this share."""
+FETCH_LAG = 4
+"""Turns between sampling a token and reading it on the CPU, if the device is a GPU."""
+MAX_PADDING = 0.25
+"""Largest fraction of padding among prompts that are prefilled together."""
 
 
 @dataclass
 class Completion:
-    """One text: its prompt, and what is made of it."""
+    """A prompt and the tokens generated for it."""
 
     number: int
     prompt: list[int]
     limit: int
-    """Tokens that there is room for or that were asked for."""
+    """Maximum number of tokens: as requested, or as many as there are positions for."""
     reason: str
-    """Why it ends at the limit: max-tokens, or positions."""
+    """Value of `stopped` at the limit: max-tokens or positions."""
     seed: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stopped: str = ""
-    """Why it ended: end, max-tokens, positions, or what whoever reads it sets."""
+    """Reason of the end: end, max-tokens, positions, or one the consumer sets; empty until then."""
 
 
 @dataclass
 class Row:
-    """A row of the batch: the text that is in it, and how many of its tokens were begun."""
+    """A row of the batch: its completion, None if free, and the tokens sampled for it."""
 
-    text: Completion | None = None
-    begun: int = 0
+    completion: Completion | None = None
+    sampled: int = 0
+
+
+class Prefilled(NamedTuple):
+    """A prompt, its row in the cache that holds it, and the logits after its last token. (V,)"""
+
+    prompt: list[int]
+    cache: KVCache
+    row: int
+    logits: Tensor
+
+
+class Fetch(NamedTuple):
+    """Sampled tokens on their way to the CPU, and the completion of each row."""
+
+    ids: Tensor
+    logprobs: Tensor
+    copied: torch.cuda.Event | None
+    """Event after the copy; None if the device is not a GPU."""
+    completions: list[Completion | None]
 
 
 class ContinuousBatch:
-    """Texts of one model, so many at a time."""
+    """Completions of one model, `rows` at a time."""
 
     def __init__(
         self,
-        writer: DecodeSession,
-        controls: SamplingParams,
+        session: DecodeSession,
+        params: SamplingParams,
         *,
         rows: int,
         capacity: int,
-        end: int,
-        known: int,
+        eos: int,
+        vocab_size: int,
     ) -> None:
-        """`capacity`: the longest text with its prompt. `end` ends a text; ids from `known` on are
-        rows that pad the vocabulary, and are never chosen."""
-        self.writer, self.controls, self.end, self.known = writer, controls, end, known
-        self.device = writer.device
+        """Allocate the cache. `capacity`: tokens of the longest completion with its prompt. Ids
+        from `vocab_size` on only pad the model's embedding and are never sampled."""
+        self.session, self.params, self.eos, self.vocab_size = session, params, eos, vocab_size
+        self.device = session.device
         self.rows = [Row() for _ in range(rows)]
-        self.cache = writer.new_cache(batch=rows, capacity=capacity)
+        self.cache = session.new_cache(batch=rows, capacity=capacity)
         self.positions = torch.zeros(rows, dtype=torch.long, device=self.device)
-        self.drawn = torch.zeros(rows, capacity, dtype=torch.float64, device=self.device)
+        self.uniforms = torch.zeros(rows, capacity, dtype=torch.float64, device=self.device)
         self.index = torch.zeros_like(self.positions)
-        """Index of the next number in `drawn`."""
+        """Index of each row's next number in `uniforms`. (rows,)"""
         self.present: Tensor | None = None
-        if controls.repetition_penalty != 1:
-            self.present = torch.zeros(rows, known, dtype=torch.bool, device=self.device)
-        self.logits = torch.zeros(rows, known, device=self.device)
-        self.late = LATE if self.device.type == "cuda" else 0
-        self.prefilled: tuple[list[int], KVCache, int, Tensor] | None = None
+        if params.repetition_penalty != 1:
+            self.present = torch.zeros(rows, vocab_size, dtype=torch.bool, device=self.device)
+        self.logits = torch.zeros(rows, vocab_size, device=self.device)
+        self.fetch_lag = FETCH_LAG if self.device.type == "cuda" else 0
+        self.prefilled: Prefilled | None = None
+        """Newest prompt, kept while queued completions may share it."""
 
     @torch.no_grad()
-    def run(self, texts: Iterable[Completion]) -> Iterator[tuple[Completion, int | None]]:
-        """Each token as it is made, with its text; None for an end without one. Whoever reads may
-        set `stopped`, which ends that text."""
-        queue = deque(texts)
-        waiting: deque[tuple[Tensor, Tensor, object, list[Completion | None]]] = deque()
+    def run(self, completions: Iterable[Completion]) -> Iterator[tuple[Completion, int | None]]:
+        """Yield each completion's tokens as they are sampled; None for its end-of-document token.
+        The consumer may set `stopped` to end a completion. Raises CheckpointError if logits are not
+        finite."""
+        queue = deque(completions)
+        waiting: deque[Fetch] = deque()
         ids: Tensor | None = None
         while True:
-            if ids is not None and any(row.text for row in self.rows):
+            if ids is not None and any(row.completion for row in self.rows):
                 self._step(ids)
             self._fill(queue)
-            if any(row.text for row in self.rows):
-                choice = sample_next(self.logits, self.controls, self._uniforms(), self.present)
-                ids = choice.ids.clamp(min=0)
+            if any(row.completion for row in self.rows):
+                next_token = sample_next(
+                    self.logits, self.params, self._next_uniforms(), self.present
+                )
+                ids = next_token.ids.clamp(min=0)
                 if self.present is not None:
                     self.present.scatter_(1, ids.unsqueeze(-1), True)
-                waiting.append(self._fetch(choice))
-                self._count()
+                waiting.append(self._fetch(next_token))
+                self._free_finished_rows()
             elif not waiting:
                 return
-            busy = any(row.text for row in self.rows)
-            while waiting and (len(waiting) > self.late or not busy):
-                yield from self._look(*waiting.popleft())
-                busy = any(row.text for row in self.rows)
+            busy = any(row.completion for row in self.rows)
+            while waiting and (len(waiting) > self.fetch_lag or not busy):
+                yield from self._collect(waiting.popleft())
+                busy = any(row.completion for row in self.rows)
 
     def _step(self, ids: Tensor) -> None:
-        needed = max(len(r.text.prompt) + r.begun for r in self.rows if r.text)
-        self.cache.reserve(needed)
-        logits = self.writer.step(self.cache, ids, self.positions)
-        self.logits = logits[:, : self.known].float()
-        self.positions += 1  # in rows without a text it means nothing
+        self.cache.reserve(
+            max(len(r.completion.prompt) + r.sampled for r in self.rows if r.completion)
+        )
+        logits = self.session.step(self.cache, ids, self.positions)
+        self.logits = logits[:, : self.vocab_size].float()
+        self.positions += 1  # meaningless in free rows
 
-    def _uniforms(self) -> Tensor:
-        chosen = self.drawn.gather(1, self.index.unsqueeze(-1)).squeeze(-1)
-        self.index = (self.index + 1).clamp(max=self.drawn.shape[1] - 1)
-        return chosen
+    def _next_uniforms(self) -> Tensor:
+        numbers = self.uniforms.gather(1, self.index.unsqueeze(-1)).squeeze(-1)
+        self.index = (self.index + 1).clamp(max=self.uniforms.shape[1] - 1)
+        return numbers
 
     def _fill(self, queue: deque[Completion]) -> None:
-        """Give rows without a text the next ones."""
-        free = [row for row in range(len(self.rows)) if self.rows[row].text is None]
-        taken = [(row, queue.popleft()) for row in free[: len(queue)]]
-        if not taken:
+        """Put the next completions into the free rows, prefilling their prompts."""
+        free = [number for number, row in enumerate(self.rows) if row.completion is None]
+        starting = [(row, queue.popleft()) for row in free[: len(queue)]]
+        if not starting:
             return
-        texts = {tuple(text.prompt): text for _, text in taken}
-        made = {} if self.prefilled is None else {tuple(self.prefilled[0]): self.prefilled}
-        for group in _groups([text.prompt for key, text in texts.items() if key not in made]):
-            cache = self.writer.new_cache(
+        ready = {} if self.prefilled is None else {tuple(self.prefilled.prompt): self.prefilled}
+        prompts = {tuple(completion.prompt): completion.prompt for _, completion in starting}
+        for group in _groups([prompt for key, prompt in prompts.items() if key not in ready]):
+            cache = self.session.new_cache(
                 batch=len(group), capacity=len(group[0]), ends=[len(prompt) for prompt in group]
             )
-            logits = self.writer.prefill(cache, group)[:, : self.known].float()
-            for place, prompt in enumerate(group):
-                made[tuple(prompt)] = prompt, cache, place, logits[place]
-        self.logits = self.logits.clone()  # may be what a CUDA graph writes into
-        for row, text in taken:
-            self._begin(row, text, *made[tuple(text.prompt)][1:])
-        self.prefilled = made[tuple(taken[-1][1].prompt)] if queue else None
+            logits = self.session.prefill(cache, group)[:, : self.vocab_size].float()
+            for row, prompt in enumerate(group):
+                ready[tuple(prompt)] = Prefilled(prompt, cache, row, logits[row])
+        self.logits = self.logits.clone()  # may be the output buffer of a CUDA graph
+        for row, completion in starting:
+            self._begin(row, completion, ready[tuple(completion.prompt)])
+        self.prefilled = ready[tuple(starting[-1][1].prompt)] if queue else None
 
-    def _begin(
-        self, row: int, text: Completion, prompt: KVCache, place: int, logits: Tensor
-    ) -> None:
-        self.rows[row] = Row(text)
-        self.cache.take(row, prompt, place, len(text.prompt))
-        self.logits[row] = logits
-        self.positions[row] = len(text.prompt)
+    def _begin(self, row: int, completion: Completion, prefilled: Prefilled) -> None:
+        prompt = completion.prompt
+        self.rows[row] = Row(completion)
+        self.cache.take(row, prefilled.cache, prefilled.row, len(prompt))
+        self.logits[row] = prefilled.logits
+        self.positions[row] = len(prompt)
         self.index[row] = 0
-        if self.controls.temperature > 0:
-            numbers = uniforms(text.seed, text.limit)
-            self.drawn[row, : text.limit] = numbers.to(self.device)
+        if self.params.temperature > 0:
+            numbers = uniforms(completion.seed, completion.limit)
+            self.uniforms[row, : completion.limit] = numbers.to(self.device)
         if self.present is not None:
             self.present[row] = False
-            self.present[row, torch.tensor(text.prompt, device=self.device)] = True
+            self.present[row, torch.tensor(prompt, device=self.device)] = True
 
-    def _fetch(self, choice: NextToken) -> tuple[Tensor, Tensor, object, list[Completion | None]]:
-        """Begin to copy a choice to the CPU: for which texts, and what says that it is there."""
-        texts = [row.text for row in self.rows]
+    def _fetch(self, next_token: NextToken) -> Fetch:
+        """Start to copy sampled tokens to the CPU."""
+        completions = [row.completion for row in self.rows]
         if self.device.type != "cuda":
-            return choice.ids.cpu(), choice.logprobs.cpu(), None, texts
-        ids, logprobs = (x.to("cpu", non_blocking=True) for x in choice)
-        there = torch.cuda.Event()
-        there.record()
-        return ids, logprobs, there, texts
+            return Fetch(next_token.ids.cpu(), next_token.logprobs.cpu(), None, completions)
+        ids, logprobs = (x.to("cpu", non_blocking=True) for x in next_token)
+        copied = torch.cuda.Event()
+        copied.record()
+        return Fetch(ids, logprobs, copied, completions)
 
-    def _count(self) -> None:
-        """A token of every text was begun; a text that has all of its own gives up its row."""
-        for place, row in enumerate(self.rows):
-            row.begun += row.text is not None
-            if row.text and row.begun == row.text.limit:
-                self.rows[place] = Row()
+    def _free_finished_rows(self) -> None:
+        """Count the token sampled for each completion; free the rows of those at their limit."""
+        for number, row in enumerate(self.rows):
+            row.sampled += row.completion is not None
+            if row.completion and row.sampled == row.completion.limit:
+                self.rows[number] = Row()
 
-    def _look(
-        self, ids: Tensor, logprobs: Tensor, there: object, texts: list[Completion | None]
-    ) -> Iterator[tuple[Completion, int | None]]:
-        if isinstance(there, torch.cuda.Event):
-            there.synchronize()
-        for text, token, logprob in zip(texts, ids.tolist(), logprobs.tolist(), strict=True):
-            if text is None or text.stopped:
+    def _collect(self, fetch: Fetch) -> Iterator[tuple[Completion, int | None]]:
+        """Append fetched tokens to their completions; free the rows of those that ended."""
+        if fetch.copied is not None:
+            fetch.copied.synchronize()
+        for completion, token, logprob in zip(
+            fetch.completions, fetch.ids.tolist(), fetch.logprobs.tolist(), strict=True
+        ):
+            if completion is None or completion.stopped:
                 continue
             if token < 0:
                 raise CheckpointError(
                     "the model's logits are not finite: its training diverged; take an earlier "
                     "checkpoint"
                 )
-            if token == self.end:
-                text.stopped = "end"
+            if token == self.eos:
+                completion.stopped = "end"
             else:
-                text.tokens.append(token)
-                text.logprobs.append(logprob)
-                if len(text.tokens) == text.limit:
-                    text.stopped = text.reason
-            yield text, None if token == self.end else token
-            if text.stopped:
-                for place, row in enumerate(self.rows):
-                    if row.text is text:
-                        self.rows[place] = Row()
+                completion.tokens.append(token)
+                completion.logprobs.append(logprob)
+                if len(completion.tokens) == completion.limit:
+                    completion.stopped = completion.reason
+            yield completion, None if token == self.eos else token
+            if completion.stopped:
+                for number, row in enumerate(self.rows):
+                    if row.completion is completion:
+                        self.rows[number] = Row()
 
 
 def _groups(prompts: list[list[int]]) -> Iterator[list[list[int]]]:
-    """Prompts that are prefilled together, the longest of each group first."""
+    """Yield prompts to prefill together, the longest of each group first."""
     group: list[list[int]] = []
     for prompt in sorted(prompts, key=len, reverse=True):
-        if group and len(prompt) < (1 - PADDED) * len(group[0]):
+        if group and len(prompt) < (1 - MAX_PADDING) * len(group[0]):
             yield group
             group = []
         group.append(prompt)

@@ -1,4 +1,4 @@
-"""A model folder opened to be used, not trained: by sample, evaluate, verify and export."""
+"""Open a model folder for use without training: by sample, evaluate, verify and export."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ from pretrain_cli.model.inference.int8 import no_quantizing
 def open_model(
     folder: Path, speed: Speed, device: torch.device, notify: Callable[[str], None]
 ) -> Decoder:
-    """The model of a folder, its weights set. What the folder holds beyond it is reported."""
+    """Open a folder's model with its weights. Reports tensors that the model has no place for."""
     config = read_config(folder)
     apply_process_settings(speed)
     model = build_model(config, speed, device)
@@ -35,19 +35,19 @@ def open_model(
     return model.eval()
 
 
-def quantized(asked: str | None, config: ModelConfig) -> bool:
+def wants_int8(quantize: str | None, config: ModelConfig) -> bool:
     """Return whether `--quantize` asks for int8. Raises ConfigError if int8 is unavailable."""
-    if asked is None:
+    if quantize is None:
         return False
-    if asked != "int8":
-        raise ConfigError(f"--quantize: '{asked}' is not int8")
+    if quantize != "int8":
+        raise ConfigError(f"--quantize: '{quantize}' is not int8")
     if reason := no_quantizing(config):
         raise ConfigError(f"--quantize: not of this model: {reason}; leave it out")
     return True
 
 
 def folder_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer that lies beside a folder's weights."""
+    """Read the tokenizer beside a folder's weights. Raises CheckpointError if there is none."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise CheckpointError(f"{folder}: no tokenizer.json; put the model's beside its weights")
@@ -55,7 +55,7 @@ def folder_tokenizer(folder: Path) -> Tokenizer:
 
 
 def run_of(folder: Path) -> tuple[Path, RunRecord] | None:
-    """The run that a checkpoint is of, and its run.yaml; None for any other model folder."""
+    """Return the run folder of a checkpoint and its run.yaml; None for any other model folder."""
     run = folder.resolve().parent.parent
     if folder.resolve().parent.name != "checkpoints" or not (run / RUN_YAML).is_file():
         return None

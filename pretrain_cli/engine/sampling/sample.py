@@ -1,4 +1,4 @@
-"""Text from a model: prompts in, pieces of text out as they are made."""
+"""Generate text with a model: prompts in, pieces of text out as they are sampled."""
 
 import json
 import time
@@ -16,7 +16,7 @@ from pretrain_cli.engine.runtime.distributed import find_device
 from pretrain_cli.engine.runtime.speed import Speed, resolve_speed
 from pretrain_cli.engine.sampling.batch import Completion, ContinuousBatch
 from pretrain_cli.engine.sampling.detokenize import StopStrings, TextStream
-from pretrain_cli.engine.sampling.open_model import folder_tokenizer, open_model, quantized
+from pretrain_cli.engine.sampling.open_model import folder_tokenizer, open_model, wants_int8
 from pretrain_cli.engine.sampling.sampler import SamplingParams
 from pretrain_cli.errors import ConfigError, DataError
 from pretrain_cli.model.config import ModelConfig
@@ -26,15 +26,15 @@ from pretrain_cli.model.inference.decode import DecodeSession
 from pretrain_cli.model.inference.int8 import FEW, as_floats, is_quantized
 from pretrain_cli.model.inference.int8 import quantize as quantize_model
 
-Emit = Callable[[str], None]
+Notify = Callable[[str], None]
 CPU = torch.device("cpu")
 
-COMPILING = 6.0
-"""Seconds that compiling takes on two CPU cores for each kind of layer: 7 for one, 11 for two."""
-SAVED = 0.6e-3
-"""Seconds that it then saves of a layer's step, at least: 0.6 ms of one text of gemma3-tiny in
-float32 (163 and 403 tokens/s), 0.9 of gemma3-270m in bfloat16 (24.8 and 42.1), by pretrain
-benchmark sample with --no-compile and --compile. With several texts it's no less."""
+COMPILE_SECONDS = 6.0
+"""Compile time for each kind of layer; seconds on two CPU cores (7 for one kind, 11 for two)."""
+SECONDS_SAVED = 0.6e-3
+"""Time that compiling saves in each layer of a step; seconds, a lower bound. By `pretrain benchmark
+sample` with --no-compile and --compile, one text: 0.6 ms for gemma3-tiny in float32 (163 and 403
+tokens/s), 0.9 ms for gemma3-270m in bfloat16 (24.8 and 42.1). Several texts save no less."""
 
 
 def open_for_sampling(
@@ -42,32 +42,33 @@ def open_for_sampling(
     *,
     device: str,
     dtype: str,
-    emit: Emit,
+    notify: Notify,
     best: bool = False,
     quantize: str | None = None,
     settings: Iterable[str] = (),
 ) -> tuple[Path, Decoder, Tokenizer]:
-    """The model and tokenizer of a run, a checkpoint or a Hugging Face folder. `settings`: as
-    `speed.NAME=VALUE`."""
-    place = find_device(device)
-    folder = find_model_folder(where, emit, best=best)
+    """Open the folder, model and tokenizer of a run, a checkpoint or a Hugging Face folder.
+    `settings`: speed settings as `speed.NAME=VALUE`."""
+    torch_device = find_device(device)
+    folder = find_model_folder(where, notify, best=best)
     tokenizer = folder_tokenizer(folder)
-    int8 = quantized(quantize, read_config(folder))
+    int8 = wants_int8(quantize, read_config(folder))
     if int8:
-        refuse_int8_off_cpu(place)
+        refuse_int8_off_cpu(torch_device)
     flags = {"speed.dtype": dtype, "speed.compile": False}
-    asked = build_config({}, flags, settings).speed
-    speed = resolve_speed(asked, place, training=False)
-    for said in speed.departures():
-        emit(said)
-    return folder, open_to_write(folder, speed, place, emit, int8=int8), tokenizer
+    requested = build_config({}, flags, settings).speed
+    speed = resolve_speed(requested, torch_device, training=False)
+    for message in speed.departures():
+        notify(message)
+    model = open_for_decoding(folder, speed, torch_device, notify, int8=int8)
+    return folder, model, tokenizer
 
 
-def open_to_write(
-    folder: Path, speed: Speed, device: torch.device, emit: Emit, *, int8: bool = False
+def open_for_decoding(
+    folder: Path, speed: Speed, device: torch.device, notify: Notify, *, int8: bool = False
 ) -> Decoder:
-    """The model of a folder, its matrices cast or quantized once, and not again at every token."""
-    model = open_model(folder, speed, device, emit)
+    """Open a folder's model, its matrices cast or quantized once instead of at every token."""
+    model = open_model(folder, speed, device, notify)
     if int8:
         quantize_model(model)
     for parameter in model.parameters():
@@ -77,6 +78,7 @@ def open_to_write(
 
 
 def refuse_int8_off_cpu(device: torch.device) -> None:
+    """Raise ConfigError for a device without int8 products."""
     if device.type != "cpu":
         raise ConfigError(
             f"--quantize: int8 is for writing text on a CPU, and the device is {device}; leave it "
@@ -86,21 +88,21 @@ def refuse_int8_off_cpu(device: torch.device) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TextDelta:
-    """New characters of a text; the last delta carries the finished completion."""
+    """New characters of a completion."""
 
-    text: Completion
-    piece: str
-    whole: str | None
-    """All that was made of it, once it ended."""
+    completion: Completion
+    text: str
+    full_text: str | None
+    """All text of the completion; None until it ends."""
 
 
-def plan_texts(
-    model: Decoder, tokenizer: Tokenizer, prompts: list[str], controls: SamplingParams, n: int = 1
+def plan_completions(
+    model: Decoder, tokenizer: Tokenizer, prompts: list[str], params: SamplingParams, n: int = 1
 ) -> list[Completion]:
-    """`n` texts of each prompt, in order. Raises ConfigError for a prompt that is no text, or that
-    has no room behind it."""
+    """Return `n` completions to generate for each prompt, in order. Raises ConfigError for a prompt
+    that is not Unicode text, or that fills the model's positions."""
     positions = model.config.max_position_embeddings
-    texts = []
+    completions = []
     for number, prompt in enumerate(prompts):
         which = "" if len(prompts) == 1 else f" (number {number + 1})"
         if not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
@@ -115,102 +117,110 @@ def plan_texts(
                 "positions; shorten it"
             )
         for _ in range(n):
-            texts.append(
+            completions.append(
                 Completion(
-                    number=len(texts),
+                    number=len(completions),
                     prompt=ids,
-                    limit=min(controls.max_tokens, room),
-                    reason="max-tokens" if controls.max_tokens <= room else "positions",
-                    seed=(controls.seed + len(texts)) % 2**63,
+                    limit=min(params.max_tokens, room),
+                    reason="max-tokens" if params.max_tokens <= room else "positions",
+                    seed=(params.seed + len(completions)) % 2**63,
                 )
             )
-    return texts
+    return completions
 
 
-def write(
-    writer: DecodeSession,
+def generate_text(
+    session: DecodeSession,
     tokenizer: Tokenizer,
-    texts: list[Completion],
-    controls: SamplingParams,
+    completions: list[Completion],
+    params: SamplingParams,
     *,
     rows: int,
 ) -> Iterator[TextDelta]:
-    """Pieces of all texts, each as it comes; of several they come mixed."""
-    rows = min(rows, len(texts))
-    generation = ContinuousBatch(
-        writer,
-        controls,
-        rows=rows,
-        capacity=max(len(text.prompt) + text.limit for text in texts),
-        end=tokenizer.eos,
-        known=min(tokenizer.vocab_size, writer.model.config.vocab_size),
+    """Yield the text of all completions as it is sampled, `rows` of them at a time, interleaved."""
+    batch = ContinuousBatch(
+        session,
+        params,
+        rows=min(rows, len(completions)),
+        capacity=_capacity(completions),
+        eos=tokenizer.eos,
+        vocab_size=min(tokenizer.vocab_size, session.model.config.vocab_size),
     )
-    streams = [TextStream(tokenizer, text.prompt) for text in texts]
-    stops = [StopStrings(controls.stop) for _ in texts]
-    whole = ["" for _ in texts]
-    for text, token in generation.run(texts):
-        stream, stop = streams[text.number], stops[text.number]
-        piece = "" if token is None else stop.add(stream.add(token))
-        if text.stopped and not stop.found:
-            piece += stop.add(stream.end())
+    streams = [TextStream(tokenizer, completion.prompt) for completion in completions]
+    stops = [StopStrings(params.stop) for _ in completions]
+    full_texts = ["" for _ in completions]
+    for completion, token in batch.run(completions):
+        number = completion.number
+        stream, stop = streams[number], stops[number]
+        text = "" if token is None else stop.add(stream.add(token))
+        if completion.stopped and not stop.found:
+            text += stop.add(stream.end())
             if not stop.found:
-                piece += stop.end()
+                text += stop.end()
         if stop.found:
-            text.stopped = "stop"
-        whole[text.number] += piece
-        yield TextDelta(text=text, piece=piece, whole=whole[text.number] if text.stopped else None)
+            completion.stopped = "stop"
+        full_texts[number] += text
+        full_text = full_texts[number] if completion.stopped else None
+        yield TextDelta(completion=completion, text=text, full_text=full_text)
 
 
 def sample_text(
-    model: Decoder, tokenizer: Tokenizer, prompt: str, controls: SamplingParams
+    model: Decoder, tokenizer: Tokenizer, prompt: str, params: SamplingParams
 ) -> Iterator[str]:
-    """The text that follows the prompt, in pieces that are whole characters. The model is left as
-    it is."""
-    texts = plan_texts(model, tokenizer, [prompt], controls)
-    for piece in write(DecodeSession(model), tokenizer, texts, controls, rows=1):
-        if piece.piece:
-            yield piece.piece
+    """Yield a continuation of the prompt in pieces of whole characters. The model is unchanged."""
+    completions = plan_completions(model, tokenizer, [prompt], params)
+    for delta in generate_text(DecodeSession(model), tokenizer, completions, params, rows=1):
+        if delta.text:
+            yield delta.text
 
 
-def make_writer(
-    model: Decoder, asked: bool | None, texts: list[Completion], rows: int, emit: Emit
+def open_session(
+    model: Decoder,
+    compile_: bool | None,
+    completions: list[Completion],
+    rows: int,
+    notify: Notify,
 ) -> DecodeSession:
-    """The model made ready to write these texts; it can do nothing else afterwards. Compiles a step
-    where that was asked for or pays, and says so."""
-    if is_quantized(model) and (why := no_int8_steps(model, asked, min(rows, len(texts)))):
+    """Prepare the model for generating these completions; it can do nothing else afterwards.
+    `compile_`: whether to compile a step; None compiles if it pays (`decide_compile`)."""
+    rows = min(rows, len(completions))
+    if is_quantized(model) and (why := no_int8_steps(model, compile_, rows)):
         as_floats(model)
-        emit(f"The int8 weights are read as {str(model.dtype).removeprefix('torch.')}: {why}")
-    compiled, reason = decide_compile(model, asked, texts, rows)
-    if asked and not compiled:
-        emit(f"Not compiled: {reason}")
-    rows = min(rows, len(texts))
-    writer = DecodeSession(model, fast=True, compiled=compiled, rows=rows)
+        notify(f"The int8 weights are read as {str(model.dtype).removeprefix('torch.')}: {why}")
+    compiled, reason = decide_compile(model, compile_, completions, rows)
+    if compile_ and not compiled:
+        notify(f"Not compiled: {reason}")
+    session = DecodeSession(model, fast=True, compiled=compiled, rows=rows)
     if compiled or is_quantized(model):
         began = time.perf_counter()
-        capacity = max(len(text.prompt) + text.limit for text in texts)
-        writer.warm_up(rows=rows, capacity=capacity)
-        reason = reason if compiled else "products of int8"
-        why = "" if asked else f" ({reason}; --no-compile leaves it out)"
-        emit(f"Compiled in {time.perf_counter() - began:.0f} s{why}")
-    return writer
+        session.warm_up(rows=rows, capacity=_capacity(completions))
+        reason = reason if compiled else "int8 products"
+        why = "" if compile_ else f" ({reason}; --no-compile leaves it out)"
+        notify(f"Compiled in {time.perf_counter() - began:.0f} s{why}")
+    return session
 
 
-def no_int8_steps(model: Decoder, asked: bool | None, rows: int) -> str:
-    """Why steps of so many texts are taken with floats of an int8 model's values; else nothing."""
-    if asked is False:
-        return "products of int8 are compiled"
+def _capacity(completions: list[Completion]) -> int:
+    """Return the tokens of the longest completion with its prompt."""
+    return max(len(completion.prompt) + completion.limit for completion in completions)
+
+
+def no_int8_steps(model: Decoder, compile_: bool | None, rows: int) -> str:
+    """Return why an int8 model is to compute steps of `rows` texts in floats; empty for int8."""
+    if compile_ is False:
+        return "int8 products are always compiled"
     if rows > FEW[model.dtype]:
         return f"with {rows} texts at a time that is faster (up to {FEW[model.dtype]}, int8 is)"
     possible = resolve_speed(SpeedConfig(compile=True), CPU, training=False).decisions["compile"]
-    return "" if possible.in_force else f"{possible.reason}, which products of int8 need"
+    return "" if possible.in_force else f"{possible.reason}, which int8 products need"
 
 
 def decide_compile(
-    model: Decoder, asked: bool | None, texts: list[Completion], rows: int
+    model: Decoder, requested: bool | None, completions: list[Completion], rows: int
 ) -> tuple[bool, str]:
-    """(whether to compile a step, why). Without being asked, on a GPU, and on a CPU where so many
-    steps could be needed that it pays."""
-    if asked is False:
+    """Return whether to compile a step, and why. If None is requested: on a GPU always; on a CPU
+    if the completions may take as many steps as `worth_compiling` says."""
+    if requested is False:
         return False, ""
     device = model.embedding.weight.device
     possible = resolve_speed(SpeedConfig(compile=True), device, training=False).decisions["compile"]
@@ -218,22 +228,24 @@ def decide_compile(
         return False, possible.reason
     if model.config.num_experts and model.dtype == torch.float32:
         return False, "PyTorch doesn't compile products of experts in float32"
-    if asked or device.type != "cpu":
-        return True, "steps are short, and what starts them is saved"
-    steps = sum(text.limit for text in texts) / min(rows, len(texts))
+    if requested or device.type != "cpu":
+        return True, "starting the operations of a step takes longer than computing them"
+    steps = sum(completion.limit for completion in completions) / min(rows, len(completions))
     if steps < worth_compiling(model.config):
         return False, "the text is short"
     return True, f"up to {steps:,.0f} steps"
 
 
 def worth_compiling(config: ModelConfig) -> float:
-    """Steps from which compiling pays on a CPU, for one text or several."""
-    return COMPILING * len(set(config.layer_types)) / (SAVED * config.num_hidden_layers)
+    """Return the number of steps from which compiling pays on a CPU, for one text or several."""
+    return (
+        COMPILE_SECONDS * len(set(config.layer_types)) / (SECONDS_SAVED * config.num_hidden_layers)
+    )
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts of a file: of a .jsonl file each line's "prompt", of any other the lines themselves.
-    Empty lines are passed over."""
+    """Read the prompts of a file: each line's "prompt" in a .jsonl file, else the lines themselves.
+    Empty lines are skipped. Raises DataError for a file that can't be read or holds no prompt."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,16 +1,16 @@
-"""Sample the next token, for every text of a batch at once, on the device of the logits.
+"""Sample the next token of every text in a batch, on the device of the logits.
 
-What each control does, in this order, as in transformers:
+The parameters apply in this order, as in transformers:
 
-    repetition_penalty   logits of tokens that are in the text: divided by it above 0, else times it
-    temperature          logits divided by it; 0 takes the likeliest, and nothing below matters
-    top_k                of the K likeliest tokens only, and those as likely as the K-th
-    top_p                of the fewest likeliest tokens whose probabilities reach P
-    min_p                of tokens at least P times as likely as the likeliest
+    repetition_penalty   divide positive logits of tokens already in the text by it, multiply others
+    temperature          divide logits by it; 0 takes the most likely token and ignores the rest
+    top_k                keep the K most likely tokens, and those as likely as the K-th
+    top_p                keep the fewest most likely tokens whose probabilities sum to P or more
+    min_p                keep tokens at least P times as likely as the most likely
 
-A draw is one number in [0, 1) against the sums of the probabilities in the vocabulary's order. Each
-text has its own such numbers, drawn on the CPU from its own seed before it begins: given the same
-logits it draws the same tokens, whatever else is in the batch and on whatever device.
+A draw compares one uniform number in [0, 1) with the cumulative probabilities in vocabulary order.
+Each text has its own numbers, drawn on the CPU from its own seed before it begins. So equal logits
+give equal tokens, whatever else is in the batch and on every device.
 """
 
 from dataclasses import dataclass
@@ -22,9 +22,8 @@ from torch import Tensor
 from pretrain_cli.errors import ConfigError
 
 NUCLEUS = 1024
-"""Tokens that mostly hold a top-p nucleus. On a CPU finding these takes a small part of the time
-that sorting a vocabulary of 262,144 does; a GPU, where looking whether they do would keep the CPU
-waiting, sorts all."""
+"""Tokens that usually contain a top-p nucleus. On a CPU, finding them is much faster than sorting a
+vocabulary of 262,144. A GPU sorts all: checking whether they suffice would make the CPU wait."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,71 +62,74 @@ class SamplingParams:
 
 
 class NextToken(NamedTuple):
-    """One token for each text."""
+    """Sampled tokens, one for each text."""
 
     ids: Tensor
     """(B,); −1 where the logits are not finite."""
     logprobs: Tensor
-    """Its log-probability by the model itself, before any control, among the tokens that there
-    are. (B,)"""
+    """Log-probabilities by the model itself, over the tokenizer's vocabulary, before any parameter
+    applies. (B,)"""
 
 
 def uniforms(seed: int, count: int) -> Tensor:
-    """The numbers that a text's tokens are drawn with, in float64."""
+    """Draw the numbers that a text's tokens are sampled with. -> (count,), float64."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(count, generator=generator, dtype=torch.float64)
 
 
 def sample_next(
-    logits: Tensor, controls: SamplingParams, drawn: Tensor, present: Tensor | None
+    logits: Tensor, params: SamplingParams, numbers: Tensor, present: Tensor | None
 ) -> NextToken:
-    """One token for each text. (B, V), float32; `drawn` (B,), one of its uniforms; with a
-    repetition penalty `present` (B, V), true for the tokens of its prompt and text."""
+    """Sample one token for each text. logits (B, V), float32; numbers (B,), each text's next
+    uniform. With a repetition penalty, present (B, V) is true for tokens of the prompt and text."""
     scores = logits
     if present is not None:
-        penalty = controls.repetition_penalty
+        penalty = params.repetition_penalty
         scores = torch.where(
             present, torch.where(logits > 0, logits / penalty, logits * penalty), logits
         )
-    if controls.temperature == 0:
+    if params.temperature == 0:
         ids = scores.argmax(-1)
     else:
-        ids = draw(probabilities(scores, controls), drawn)
+        ids = draw(probabilities(scores, params), numbers)
     logprobs = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
     return NextToken(torch.where(logits.amax(-1).isfinite(), ids, -1), logprobs)
 
 
-def probabilities(scores: Tensor, controls: SamplingParams) -> Tensor:
+def probabilities(scores: Tensor, params: SamplingParams) -> Tensor:
     """Return the probabilities to draw from, 0 for tokens that the parameters exclude. (B, V) ->
     (B, V), not normalized."""
-    scores = scores / controls.temperature
-    if controls.top_k is not None and controls.top_k < scores.shape[-1]:
-        least = scores.topk(controls.top_k).values[:, -1:]
-        scores = scores.masked_fill(scores < least, float("-inf"))
-    likely = scores.softmax(-1)
-    if controls.top_p is not None and controls.top_p < 1:
-        likely = torch.where(likely < _least_of_nucleus(likely, controls.top_p), 0.0, likely)
-    if controls.min_p is not None:
-        least = controls.min_p * likely.amax(-1, keepdim=True)
-        likely = torch.where(likely < least, 0.0, likely)
-    return likely
+    scores = scores / params.temperature
+    if params.top_k is not None and params.top_k < scores.shape[-1]:
+        threshold = scores.topk(params.top_k).values[:, -1:]
+        scores = scores.masked_fill(scores < threshold, float("-inf"))
+    probs = scores.softmax(-1)
+    if params.top_p is not None and params.top_p < 1:
+        probs = torch.where(probs < _nucleus_threshold(probs, params.top_p), 0.0, probs)
+    if params.min_p is not None:
+        threshold = params.min_p * probs.amax(-1, keepdim=True)
+        probs = torch.where(probs < threshold, 0.0, probs)
+    return probs
 
 
-def _least_of_nucleus(likely: Tensor, top_p: float) -> Tensor:
-    """The smallest probability among the fewest that reach top_p. (B, V) -> (B, 1)."""
-    on_cpu = likely.device.type == "cpu"
-    ordered = likely.topk(min(NUCLEUS, likely.shape[-1])).values if on_cpu else None
+def _nucleus_threshold(probs: Tensor, top_p: float) -> Tensor:
+    """Return the smallest probability in the top-p nucleus. (B, V) -> (B, 1)."""
+    on_cpu = probs.device.type == "cpu"
+    ordered = probs.topk(min(NUCLEUS, probs.shape[-1])).values if on_cpu else None
     if ordered is None or bool((ordered.sum(-1) < top_p).any()):
-        ordered = likely.sort(-1, descending=True).values
+        ordered = probs.sort(-1, descending=True).values
     before = ordered.cumsum(-1) - ordered
     inside = (before < top_p).sum(-1, keepdim=True)
     return ordered.gather(-1, inside - 1)
 
 
-def draw(likely: Tensor, drawn: Tensor) -> Tensor:
-    """The token at which the running sum passes its share of the whole. (B, V), (B,) -> (B,)."""
-    running = likely.cumsum(-1, dtype=torch.float64)
-    share = drawn.unsqueeze(-1) * running[:, -1:]
+def draw(weights: Tensor, numbers: Tensor) -> Tensor:
+    """Return the tokens at which the cumulative weights, scaled to 1, exceed the numbers.
+    (B, V), (B,) -> (B,)."""
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    thresholds = numbers.unsqueeze(-1) * cumulative[:, -1:]
     return (
-        torch.searchsorted(running, share, right=True).squeeze(-1).clamp(max=likely.shape[-1] - 1)
+        torch.searchsorted(cumulative, thresholds, right=True)
+        .squeeze(-1)
+        .clamp(max=weights.shape[-1] - 1)
     )

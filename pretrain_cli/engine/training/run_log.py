@@ -117,8 +117,8 @@ class SampleLog:
             raise Stopped
 
     def _take(self, decoder: Decoder, step: int, prompt: str, stop: StopRequest) -> None:
-        controls = SamplingParams(max_tokens=self.settings.sample_tokens, seed=self.settings.seed)
-        pieces = sample_text(decoder, self.plan.data.tokenizer, prompt, controls)
+        params = SamplingParams(max_tokens=self.settings.sample_tokens, seed=self.settings.seed)
+        pieces = sample_text(decoder, self.plan.data.tokenizer, prompt, params)
         try:
             with torch.compiler.set_stance("force_eager"):  # each length would compile anew
                 sample = Sample(step, prompt, "".join(stop.until_asked(pieces)))

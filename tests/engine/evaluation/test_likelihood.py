@@ -39,7 +39,9 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def reader(theirs: Any) -> Reader:
     where = Path(theirs.folder)
     said: list[str] = []
-    _, model, tokenizer = open_for_sampling(where, device="cpu", dtype="float32", emit=said.append)
+    _, model, tokenizer = open_for_sampling(
+        where, device="cpu", dtype="float32", notify=said.append
+    )
     return Reader(model, tokenizer, POSITIONS)
 
 
@@ -135,8 +137,8 @@ def test_what_is_written_is_transformers_greedy_text_up_to_a_stop(theirs, reader
             pad_token_id=0,
         )[0, len(ids) :].tolist()  # fmt: skip
         expected.append(reader.tokenizer.decode(out[: out.index(END)] if END in out else out))
-    controls = SamplingParams(max_tokens=limit, temperature=0)
-    assert [text for _, text in sorted(reader.write(prompts, controls))] == expected
+    params = SamplingParams(max_tokens=limit, temperature=0)
+    assert [text for _, text in sorted(reader.generate(prompts, params))] == expected
     stop = expected[0][3:5]
-    [(_, text)] = reader.write(prompts[:1], replace(controls, stop=(stop,)))
+    [(_, text)] = reader.generate(prompts[:1], replace(params, stop=(stop,)))
     assert text == expected[0][: expected[0].index(stop)]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from pretrain_cli.data.tokenizers.tokenizer import load_tokenizer
 from pretrain_cli.engine.export.gguf import export_gguf
-from pretrain_cli.engine.sampling.sample import open_for_sampling, plan_texts, write
+from pretrain_cli.engine.sampling.sample import generate_text, open_for_sampling, plan_completions
 from pretrain_cli.engine.sampling.sampler import SamplingParams
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.model.inference.decode import DecodeSession
@@ -198,11 +198,11 @@ def test_llama_cpp_computes_the_same_logits(folder, export, llama, dtype):
 def test_llama_cpp_chooses_the_same_tokens(folder, export, llama):
     prompt = "ten green bottles"
     _, ours, tokenizer = open_for_sampling(
-        folder, device="cpu", dtype="float32", emit=lambda _: None
+        folder, device="cpu", dtype="float32", notify=lambda _: None
     )
-    controls = SamplingParams(max_tokens=12, temperature=0)
-    [text] = texts = plan_texts(ours, tokenizer, [prompt], controls)
-    list(write(DecodeSession(ours), tokenizer, texts, controls, rows=1))
+    params = SamplingParams(max_tokens=12, temperature=0)
+    [text] = texts = plan_completions(ours, tokenizer, [prompt], params)
+    list(generate_text(DecodeSession(ours), tokenizer, texts, params, rows=1))
     model = llama(export(folder))
     ids = model.tokenize(prompt.encode(), add_bos=True, special=False)
     assert ids == text.prompt

@@ -84,7 +84,7 @@ def test_a_checkpoint_with_one_flipped_byte_is_not_sampled_from(settings, run, t
     (folder / victim).write_bytes(bytes(data))
     assert victim in (checkpoint.find_damage(folder) or "")
     with pytest.raises(CheckpointError, match=victim):
-        open_for_sampling(folder, device="cpu", dtype="float32", emit=print)
+        open_for_sampling(folder, device="cpu", dtype="float32", notify=print)
 
 
 @pytest.mark.parametrize("name", ["optimizer.safetensors", "state.json", "checksums.json"])
@@ -130,7 +130,7 @@ def test_a_sharded_checkpoint_is_resumed_evaluated_and_sampled(settings, run, tm
     found = evaluate_checkpoint(Request(where=tmp_path / "parts", device="cpu"), print)
     assert found.evaluation.loss == pytest.approx(evaluation.loss, rel=1e-6)
     sampled = [
-        open_for_sampling(where, device="cpu", dtype="float32", emit=print)[1].state_dict()
+        open_for_sampling(where, device="cpu", dtype="float32", notify=print)[1].state_dict()
         for where in (last, tmp_path / "whole")
     ]
     assert all(torch.equal(sampled[0][name], sampled[1][name]) for name in sampled[1])

@@ -35,13 +35,13 @@ def texts_of(prompts, limit=20, seed=0, reason="max-tokens"):
     return [Completion(i, ids, limit, reason, seed + i) for i, ids in enumerate(prompts)]
 
 
-def finish(model, texts, controls, *, rows, end=-1, known=V, until=None):
+def finish(model, texts, params, *, rows, end=-1, known=V, until=None):
     capacity = max(len(text.prompt) + text.limit for text in texts)
-    generation = ContinuousBatch(
-        DecodeSession(model), controls, rows=rows, capacity=capacity, end=end, known=known
+    running = ContinuousBatch(
+        DecodeSession(model), params, rows=rows, capacity=capacity, eos=end, vocab_size=known
     )
     told: dict[int, list] = {text.number: [] for text in texts}
-    for text, token in generation.run(texts):
+    for text, token in running.run(texts):
         told[text.number].append(token)
         if until is not None and until(text):
             text.stopped = "stop"
@@ -80,9 +80,9 @@ def test_greedy_texts_of_a_ragged_batch_are_those_without_a_cache(model, rows):
         assert text.stopped == "max-tokens"
 
 
-@pytest.mark.parametrize("controls", [{}, {"top_p": 0.9, "repetition_penalty": 1.3}], ids=str)
-def test_a_text_is_its_seeds_whatever_else_is_in_the_batch(model, controls):
-    hot = SamplingParams(temperature=1.5, **controls)
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.9, "repetition_penalty": 1.3}], ids=str)
+def test_a_text_is_its_seeds_whatever_else_is_in_the_batch(model, params):
+    hot = SamplingParams(temperature=1.5, **params)
     together = finish(model, texts_of(PROMPTS, seed=40), hot, rows=6)
     for text in together[::3]:
         alone = Completion(0, text.prompt, 20, "max-tokens", text.seed)
@@ -146,7 +146,7 @@ def test_tokens_looked_at_late_make_the_same_texts(model, monkeypatch):
 
     def late(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        self.late = 4
+        self.fetch_lag = 4
 
     monkeypatch.setattr(ContinuousBatch, "__init__", late)
     texts = finish(model, texts_of(PROMPTS[:6]), SamplingParams(temperature=0), rows=2, end=end)

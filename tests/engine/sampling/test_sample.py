@@ -11,11 +11,11 @@ from pretrain_cli.engine.runtime.speed import build_model, resolve_speed
 from pretrain_cli.engine.sampling import sample
 from pretrain_cli.engine.sampling.sample import (
     decide_compile,
-    plan_texts,
+    generate_text,
+    plan_completions,
     read_prompts,
     sample_text,
     worth_compiling,
-    write,
 )
 from pretrain_cli.engine.sampling.sampler import SamplingParams
 from pretrain_cli.errors import ConfigError, DataError
@@ -45,47 +45,47 @@ def tokenizer():
 
 def test_the_same_seed_gives_the_same_text(model, tokenizer):
     def text(seed):
-        controls = SamplingParams(max_tokens=20, temperature=2, seed=seed)
-        return "".join(sample_text(model, tokenizer, "def", controls))
+        params = SamplingParams(max_tokens=20, temperature=2, seed=seed)
+        return "".join(sample_text(model, tokenizer, "def", params))
 
     assert text(1) == text(1)
     assert text(1) != text(2)
 
 
 def test_texts_are_planned_in_order_each_with_its_seed_and_its_room(model, tokenizer):
-    controls = SamplingParams(max_tokens=30, seed=5)
-    texts = plan_texts(model, tokenizer, ["a" * 10, "b" * 50], controls, n=2)
+    params = SamplingParams(max_tokens=30, seed=5)
+    texts = plan_completions(model, tokenizer, ["a" * 10, "b" * 50], params, n=2)
     assert [text.prompt[0] for text in texts] == [97, 97, 98, 98]
     assert [text.seed for text in texts] == [5, 6, 7, 8]
     assert [(text.limit, text.reason) for text in texts] == [
         (30, "max-tokens"), (30, "max-tokens"), (14, "positions"), (14, "positions"),
     ]  # fmt: skip
     with pytest.raises(ConfigError, match=r"--prompt: its 64 tokens fill the model's 64 positions"):
-        plan_texts(model, tokenizer, ["x" * 64], controls)
+        plan_completions(model, tokenizer, ["x" * 64], params)
     with pytest.raises(ConfigError, match=r"--prompt \(number 2\): its 70 tokens"):
-        plan_texts(model, tokenizer, ["x", "x" * 70], controls)
+        plan_completions(model, tokenizer, ["x", "x" * 70], params)
     for half in ("\ud83d", b"\xff".decode(errors="surrogateescape")):
         with pytest.raises(
             ConfigError, match=r"--prompt \(number 2\): not UTF-8, or half of a char"
         ):
-            plan_texts(model, tokenizer, ["x", "a" + half], controls)
+            plan_completions(model, tokenizer, ["x", "a" + half], params)
 
 
 def test_a_text_ends_before_a_stop_string_and_only_its_own(model, tokenizer):
-    controls = SamplingParams(max_tokens=30, temperature=2, seed=3)
-    texts = plan_texts(model, tokenizer, ["a", "b"], controls)
+    params = SamplingParams(max_tokens=30, temperature=2, seed=3)
+    texts = plan_completions(model, tokenizer, ["a", "b"], params)
     whole = {}
-    for piece in write(DecodeSession(model), tokenizer, texts, controls, rows=2):
-        if piece.whole is not None:
-            whole[piece.text.number] = piece.whole
+    for delta in generate_text(DecodeSession(model), tokenizer, texts, params, rows=2):
+        if delta.full_text is not None:
+            whole[delta.completion.number] = delta.full_text
     string = whole[0][6:8]
     stopping = SamplingParams(max_tokens=30, temperature=2, seed=3, stop=("never so", string))
-    texts = plan_texts(model, tokenizer, ["a", "b"], stopping)
+    texts = plan_completions(model, tokenizer, ["a", "b"], stopping)
     shown = {0: "", 1: ""}
-    for piece in write(DecodeSession(model), tokenizer, texts, stopping, rows=2):
-        shown[piece.text.number] += piece.piece
-        if piece.whole is not None:
-            assert piece.whole == shown[piece.text.number]
+    for delta in generate_text(DecodeSession(model), tokenizer, texts, stopping, rows=2):
+        shown[delta.completion.number] += delta.text
+        if delta.full_text is not None:
+            assert delta.full_text == shown[delta.completion.number]
     assert shown[0] == whole[0][: whole[0].find(string)]
     assert texts[0].stopped == "stop"
     assert len(texts[0].tokens) < 30
@@ -93,8 +93,8 @@ def test_a_text_ends_before_a_stop_string_and_only_its_own(model, tokenizer):
 
 
 def test_text_that_might_have_been_a_stop_string_is_given_in_the_end(model, tokenizer):
-    controls = SamplingParams(max_tokens=12, temperature=2, seed=3)
-    plain = "".join(sample_text(model, tokenizer, "a", controls))
+    params = SamplingParams(max_tokens=12, temperature=2, seed=3)
+    plain = "".join(sample_text(model, tokenizer, "a", params))
     begun = SamplingParams(max_tokens=12, temperature=2, seed=3, stop=(plain[-2:] + "never so",))
     assert "".join(sample_text(model, tokenizer, "a", begun)) == plain
 
@@ -148,7 +148,7 @@ def test_compiling_pays_where_its_seconds_are_saved():
 
 def test_compiling_is_for_long_texts_on_a_cpu_or_when_asked(model, tokenizer, monkeypatch):
     def decided(asked, limit, rows=1, count=1):
-        texts = plan_texts(model, tokenizer, ["a"] * count, SamplingParams())
+        texts = plan_completions(model, tokenizer, ["a"] * count, SamplingParams())
         for text in texts:
             text.limit = limit
         return decide_compile(model, asked, texts, rows)
@@ -175,18 +175,18 @@ def test_a_compiled_step_writes_the_same(tokenizer, family, rows):
          "initializer_range": 0.3, "pad_token_id": None},
     )  # fmt: skip
     speed = resolve_speed(SpeedConfig(dtype="float32"), CPU, training=False)
-    controls = SamplingParams(max_tokens=600, temperature=0)
+    params = SamplingParams(max_tokens=600, temperature=0)
     made, said = [], []
     for compiled in (False, True):
         model = build_model(config, speed, CPU)
         model.initialize(0)
-        texts = plan_texts(model.eval(), tokenizer, ["ab", "def", "x" * 40], controls)
+        texts = plan_completions(model.eval(), tokenizer, ["ab", "def", "x" * 40], params)
         torch._dynamo.utils.counters.clear()
-        writer = sample.make_writer(model, compiled, texts, rows, said.append)
+        writer = sample.open_session(model, compiled, texts, rows, said.append)
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         assert graphs == compiled * (3 if "gemma" in family else 2)  # a block of a kind, the head
         with torch.compiler.set_stance("fail_on_recompile" if compiled else "default"):
-            for _ in write(writer, tokenizer, texts, controls, rows=rows):
+            for _ in generate_text(writer, tokenizer, texts, params, rows=rows):
                 pass
         made.append([text.tokens for text in texts])
     assert "Compiled in" in said[0]
@@ -199,14 +199,14 @@ def test_a_cuda_graph_writes_the_same(tokenizer):
         pytest.skip("no CUDA device")
     cuda = torch.device("cuda")
     config = variant(preset("gemma3-tiny"), {"vocab_size": 320, "pad_token_id": None})
-    controls = SamplingParams(max_tokens=60, temperature=0)
+    params = SamplingParams(max_tokens=60, temperature=0)
     made = []
     for compiled in (False, True):
         model = build_model(config, resolve_speed(SpeedConfig(dtype="float32"), cuda), cuda)
         model.initialize(0)
-        texts = plan_texts(model.eval(), tokenizer, ["ab", "def", "x" * 40], controls)
-        writer = sample.make_writer(model, compiled, texts, 2, print)
-        for _ in write(writer, tokenizer, texts, controls, rows=2):
+        texts = plan_completions(model.eval(), tokenizer, ["ab", "def", "x" * 40], params)
+        writer = sample.open_session(model, compiled, texts, 2, print)
+        for _ in generate_text(writer, tokenizer, texts, params, rows=2):
             pass
         made.append([text.tokens for text in texts])
     assert made[0] == made[1]

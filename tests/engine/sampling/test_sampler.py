@@ -15,7 +15,7 @@ from pretrain_cli.engine.sampling.sampler import (
 from pretrain_cli.errors import ConfigError
 
 
-def warped(logits, prompt, **controls):
+def warped(logits, prompt, **params):
     """The probabilities that transformers' processors and warpers leave."""
     transformers = importlib.import_module("transformers")
     makers = {
@@ -26,14 +26,14 @@ def warped(logits, prompt, **controls):
         "min_p": transformers.MinPLogitsWarper,
     }
     for name, make in makers.items():
-        if name in controls:
-            logits = make(controls[name])(prompt, logits)
+        if name in params:
+            logits = make(params[name])(prompt, logits)
     return logits.softmax(-1)
 
 
 @pytest.mark.parametrize("vocabulary", [40, 5000])
 @pytest.mark.parametrize(
-    "controls",
+    "params",
     [
         {"temperature": 0.7},
         {"temperature": 1.3, "top_k": 5},
@@ -49,12 +49,12 @@ def warped(logits, prompt, **controls):
     ],
     ids=str,
 )
-def test_each_control_leaves_what_transformers_leaves(controls, vocabulary):
+def test_each_control_leaves_what_transformers_leaves(params, vocabulary):
     generator = torch.Generator().manual_seed(1)
     logits = 3 * torch.randn(3, vocabulary, generator=generator)
     prompt = torch.randint(0, vocabulary, (3, 12), generator=generator)
-    expected = warped(logits.clone(), prompt, **controls)
-    settled = SamplingParams(**controls)
+    expected = warped(logits.clone(), prompt, **params)
+    settled = SamplingParams(**params)
     present = torch.zeros(3, vocabulary, dtype=torch.bool).scatter(1, prompt, True)
     scores = logits
     penalty = settled.repetition_penalty

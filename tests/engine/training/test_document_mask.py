@@ -59,7 +59,7 @@ def test_a_masked_runs_validation_is_masked(settings, run, dataset, tmp_path):
     events = run(settings("masked", data__document_mask=True))
     (reported,) = (event.loss for event in events if isinstance(event, Evaluation))
     checkpoint = tmp_path / "masked/checkpoints/step-000006"
-    _, model, _ = open_for_sampling(checkpoint, device="cpu", dtype="float32", emit=print)
+    _, model, _ = open_for_sampling(checkpoint, device="cpu", dtype="float32", notify=print)
     plain, masked = (
         evaluate(
             model,

@@ -125,9 +125,12 @@ def evaluate(
             settings=tuple(set_ or ()),
         )
         return
-    from pretrain_cli.engine.evaluation.evaluate_checkpoint import Request, evaluate_checkpoint
+    from pretrain_cli.engine.evaluation.evaluate_checkpoint import (
+        EvaluateRequest,
+        evaluate_checkpoint,
+    )
 
-    request = Request(
+    request = EvaluateRequest(
         where=where,
         best=best,
         data=tuple(data) if data else None,

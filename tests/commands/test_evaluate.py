@@ -165,7 +165,7 @@ def test_what_can_not_be_evaluated_is_refused(refused, line, said):
 @pytest.mark.usefixtures("trained")
 def test_a_folder_of_no_run_needs_a_dataset(refused):
     shutil.copytree(CHECKPOINT, "elsewhere")
-    assert "elsewhere is of no run" in refused("evaluate elsewhere")
+    assert "elsewhere belongs to no run" in refused("evaluate elsewhere")
 
 
 @pytest.mark.usefixtures("trained")

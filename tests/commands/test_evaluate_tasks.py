@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from pretrain_cli.engine.evaluation.likelihood import Reader
+from pretrain_cli.engine.evaluation.likelihood import Scorer
 from pretrain_cli.engine.evaluation.lm_eval import _sampling_params
 from pretrain_cli.engine.sampling.sampler import SamplingParams
 from pretrain_cli.errors import ConfigError
@@ -78,14 +78,14 @@ def likelihood(theirs, context, text):
 @quietly
 def test_accuracy_and_likelihoods_are_transformers(pretrain, tasks, theirs, monkeypatch):
     told = {}
-    ours = Reader.likelihoods
+    ours = Scorer.likelihoods
 
     def watched(self, spans):
         found = dict(ours(self, spans))
         told.update({bytes(spans[n].tokens): each.logprob for n, each in found.items()})
         return found.items()
 
-    monkeypatch.setattr(Reader, "likelihoods", watched)
+    monkeypatch.setattr(Scorer, "likelihoods", watched)
     line = f"evaluate --tasks bottles --include-path {tasks} --dtype float32 --json"
     outcome = pretrain(line)
     assert outcome.code == 0, outcome.err
@@ -129,14 +129,14 @@ def test_examples_are_shown_before_a_question(pretrain, tasks, theirs, monkeypat
         + "num_fewshot: 2\nfewshot_split: train\nfewshot_config: {sampler: first_n}\n"
     )
     told = []
-    ours = Reader.likelihoods
+    ours = Scorer.likelihoods
 
     def watched(self, spans):
         found = dict(ours(self, spans))
         told.extend((bytes(spans[n].tokens).decode(), each.logprob) for n, each in found.items())
         return found.items()
 
-    monkeypatch.setattr(Reader, "likelihoods", watched)
+    monkeypatch.setattr(Scorer, "likelihoods", watched)
     outcome = pretrain(f"evaluate --tasks {tasks}/shown.yaml --dtype float32 --json")
     assert outcome.code == 0, outcome.err
     before = "7 green bottles hanging on the wall\n\nAnd if one green bottle\n\n"
@@ -227,5 +227,5 @@ def test_how_a_task_has_answers_written_is_understood_or_refused():
     hot = _sampling_params({"until": "Q:", "do_sample": True, "temperature": 0.6, "top_p": 0.9})
     assert (hot.temperature, hot.top_p, hot.stop, hot.max_tokens) == (0.6, 0.9, ("Q:",), 256)
     assert _sampling_params({"temperature": 0.6}).temperature == 0.0  # not asked to sample
-    with pytest.raises(ConfigError, match="a task sets num_beams of its answers"):
+    with pytest.raises(ConfigError, match="a task sets num_beams for its answers"):
         _sampling_params({"num_beams": 4})

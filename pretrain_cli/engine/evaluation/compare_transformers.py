@@ -1,7 +1,7 @@
 """Compare a folder with the same model in transformers: logits, loss and greedy text.
 
-Both sides compute in float32 and read the weights as they are on disk. Two folders of one type may
-differ by rounding alone; where one holds rounded weights, the other by what the rounding costs.
+Both sides compute in float32 with the weights on disk. Two folders of one weight type may differ
+only by the order of sums; if one folder holds rounded weights, by the rounding of the weights too.
 """
 
 import importlib
@@ -31,9 +31,11 @@ from pretrain_cli.model.formats.hf_weights import weight_types
 TOLERANCES = {"F64": 1e-4, "F32": 1e-4, "F16": 5e-3, "BF16": 5e-2}
 """Largest relative difference of logits, |ours − theirs| / |theirs|, and of the loss, by the type
 of the weights that were rounded. Two folders of one type: the first."""
-PROMPT = 16
+PROMPT_TOKENS = 16
+"""Tokens of the prompt for greedy text."""
 
 Logits = Callable[[Tensor], Tensor]
+"""tokens (1, T) -> logits (1, T, V)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,17 +45,19 @@ class Comparison:
     folder: Path
     against: Path
     tokens: int
-    """Compared, in all windows."""
+    """Number of tokens compared, in all windows."""
     source: str
+    """Dataset of the windows, or `random tokens`."""
     logits: float
-    """|ours − theirs| / |theirs|, the worst window's."""
+    """|ours − theirs| / |theirs|; maximum over the windows."""
     largest: float
-    """The largest difference of two logits."""
+    """Largest difference between two logits."""
     loss: float
     their_loss: float
     agreed: int
-    """Greedy tokens until the first that differs."""
+    """Number of equal greedy tokens before the first different one."""
     greedy: int
+    """Number of greedy tokens compared."""
     is_tie: bool
     """True if the first two tokens that differ are equally likely, to the tolerance."""
     text: str
@@ -62,6 +66,7 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
+        """True if logits, loss and greedy tokens agree to the tolerance."""
         loss = abs(self.loss - self.their_loss) <= self.tolerance * max(1.0, self.their_loss)
         greedy = self.agreed == self.greedy or self.is_tie
         return self.logits <= self.tolerance and loss and greedy
@@ -79,29 +84,31 @@ def verify(
     best: bool,
     notify: Callable[[str], None],
 ) -> Comparison:
-    """Open both and compare them on windows of a validation split, or on random tokens."""
-    for name, value, least in (
+    """Compare a folder with transformers' model of `against`, or of the same folder, on windows of
+    a dataset or on random tokens. Raises CheckpointError for different shapes or NaN logits."""
+    for name, value, minimum in (
         ("windows", windows, 1),
         ("seq-len", seq_len, 2),
         ("greedy", greedy, 1),
     ):
-        if value < least:
-            raise ConfigError(f"--{name}: {value} is not at least {least}")
-    place = find_device(device)
+        if value < minimum:
+            raise ConfigError(f"--{name}: {value} is not at least {minimum}")
+    torch_device = find_device(device)
     folder = find_model_folder(where, notify, best=best)
-    other = find_model_folder(against, notify) if against is not None else folder
+    reference_folder = find_model_folder(against, notify) if against is not None else folder
     config = read_config(folder)
-    if max(seq_len, PROMPT + greedy) > config.max_position_embeddings:
+    if max(seq_len, PROMPT_TOKENS + greedy) > config.max_position_embeddings:
         raise ConfigError(
             f"--seq-len: {seq_len:,}, and the model has {config.max_position_embeddings:,} "
             "positions; give less"
         )
     batch, source = _windows(folder, data, windows, seq_len, config.vocab_size, notify)
-    asked = SpeedConfig(dtype="float32", attention="eager", compile=False, float32_matmul="highest")
-    model = open_model(folder, resolve_speed(asked, place, training=False), place, notify)
-    reference = open_with_transformers(other, place)
-    tolerance = _tolerance(folder, other)
-    batch = batch.to(place)
+    exact = SpeedConfig(dtype="float32", attention="eager", compile=False, float32_matmul="highest")
+    speed = resolve_speed(exact, torch_device, training=False)
+    model = open_model(folder, speed, torch_device, notify)
+    reference = open_with_transformers(reference_folder, torch_device)
+    tolerance = _tolerance(folder, reference_folder)
+    batch = batch.to(torch_device)
 
     def theirs(tokens: Tensor) -> Tensor:
         return reference(input_ids=tokens, use_cache=False).logits
@@ -112,7 +119,7 @@ def verify(
             ours, their = (side(window[None, :-1])[0].float() for side in (model, theirs))
             if ours.shape != their.shape:
                 raise CheckpointError(
-                    f"{other}: logits for {their.shape[-1]:,} tokens, and {folder} has "
+                    f"{reference_folder}: logits for {their.shape[-1]:,} tokens, and {folder} has "
                     f"{ours.shape[-1]:,}; they are different models"
                 )
             difference = ours - their
@@ -120,18 +127,24 @@ def verify(
             largest = max(largest, difference.abs().max().item())
             for side, logits in enumerate((ours, their)):
                 losses[side] += F.cross_entropy(logits, window[1:]).item() / len(batch)
-        prompt = batch[0, :PROMPT].tolist()
-        mine, his = (_greedy(side, prompt, greedy, place) for side in (model, theirs))
-        agreed = next((i for i in range(greedy) if mine[i] != his[i]), greedy)
+        prompt = batch[0, :PROMPT_TOKENS].tolist()
+        our_tokens, their_tokens = (
+            _greedy(side, prompt, greedy, torch_device) for side in (model, theirs)
+        )
+        agreed = next((i for i in range(greedy) if our_tokens[i] != their_tokens[i]), greedy)
         is_tie = agreed < greedy and _is_tie(
-            model, prompt + mine[:agreed], (mine[agreed], his[agreed]), tolerance, place
+            model,
+            prompt + our_tokens[:agreed],
+            (our_tokens[agreed], their_tokens[agreed]),
+            tolerance,
+            torch_device,
         )
     if not math.isfinite(worst):
         raise CheckpointError(f"{folder}: its logits are not finite; take an earlier checkpoint")
     tokenizer = folder_tokenizer(folder)
     return Comparison(
         folder=folder,
-        against=other,
+        against=reference_folder,
         tokens=batch[:, 1:].numel(),
         source=source,
         logits=worst,
@@ -141,14 +154,15 @@ def verify(
         agreed=agreed,
         greedy=greedy,
         is_tie=is_tie,
-        text=tokenizer.decode(mine),
-        their_text=tokenizer.decode(his),
+        text=tokenizer.decode(our_tokens),
+        their_text=tokenizer.decode(their_tokens),
         tolerance=tolerance,
     )
 
 
 def open_with_transformers(folder: Path, device: torch.device) -> Any:
-    """transformers' model of a folder, in float32; CheckpointError where it misses weights."""
+    """Open a folder with transformers, in float32. Raises CheckpointError if weights are missing,
+    which transformers would initialize at random."""
     transformers = import_transformers("verify")
     try:
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -159,8 +173,8 @@ def open_with_transformers(folder: Path, device: torch.device) -> Any:
             output_loading_info=True,
         )
     except (ValueError, OSError, RuntimeError, KeyError) as error:
-        said = " ".join(str(error).split())
-        raise CheckpointError(f"{folder}: transformers doesn't open it ({said})") from None
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder}: transformers doesn't open it ({reason})") from None
     model, info = loaded
     missing = sorted([*info["missing_keys"], *info["mismatched_keys"]])
     if missing:
@@ -179,8 +193,8 @@ def _windows(
     vocabulary: int,
     notify: Callable[[str], None],
 ) -> tuple[Tensor, str]:
-    """(windows, seq_len + 1) tokens, evenly spaced in the validation split or else in the training
-    split, or drawn at random; and what they are of."""
+    """Return (windows, seq_len + 1) tokens and their source: evenly spaced in the validation split,
+    in the training split if that is too short, or random if there is no dataset."""
     if data is None:
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randint(0, vocabulary, (windows, seq_len + 1), generator=generator)
@@ -188,19 +202,20 @@ def _windows(
     mixture = open_mixture((data,), None, notify)
     check_tokenizer(folder, mixture, notify)
     dataset: Dataset = mixture.sources[0].dataset
-    row = max((dataset.val.tokens, dataset.train.tokens), key=lambda row: len(row) > seq_len)
-    if len(row) <= seq_len:
+    splits = (dataset.val.tokens, dataset.train.tokens)
+    tokens = max(splits, key=lambda split: len(split) > seq_len)  # the first that is long enough
+    if len(tokens) <= seq_len:
         raise DataError(f"{data}: holds less than {seq_len + 1} tokens; give a smaller --seq-len")
     if dataset.largest_token >= vocabulary:
         raise DataError(f"{data}: holds tokens beyond the model's {vocabulary:,}")
-    last = len(row) - seq_len - 1
+    last = len(tokens) - seq_len - 1
     starts = [last * i // max(windows - 1, 1) for i in range(windows)]
-    rows = [torch.from_numpy(row.read(start, seq_len + 1)) for start in starts]
+    rows = [torch.from_numpy(tokens.read(start, seq_len + 1)) for start in starts]
     return torch.stack(rows), data
 
 
 def _greedy(logits: Logits, prompt: list[int], count: int, device: torch.device) -> list[int]:
-    """The likeliest token, so many times, without a cache."""
+    """Return `count` greedy tokens, each computed from the whole text without a cache."""
     tokens = list(prompt)
     for _ in range(count):
         tokens.append(int(logits(torch.tensor([tokens], device=device))[0, -1].argmax()))
@@ -210,12 +225,14 @@ def _greedy(logits: Logits, prompt: list[int], count: int, device: torch.device)
 def _is_tie(
     model: Decoder, tokens: list[int], pair: tuple[int, int], tolerance: float, device: torch.device
 ) -> bool:
+    """Return whether two tokens are equally likely, to twice the tolerance."""
     logits = model(torch.tensor([tokens], device=device), last_only=True)[0, -1]
     gap = (logits[pair[0]] - logits[pair[1]]).abs()
     return bool(gap <= 2 * tolerance * logits.abs().max())
 
 
 def _tolerance(folder: Path, other: Path) -> float:
+    """Return the tolerance for the weight types of two folders."""
     ours, theirs = weight_types(folder), weight_types(other)
     if ours == theirs:
         return min(TOLERANCES.values())
@@ -223,15 +240,15 @@ def _tolerance(folder: Path, other: Path) -> float:
 
 
 def import_transformers(who: str) -> Any:
-    """The library, saying nothing of its own but errors; ConfigError where it is not installed.
-    `who` needs it: a command, or an option with its value."""
+    """Import transformers, with its messages and progress bars off. Raises ConfigError if it is not
+    installed. `who`: the command or option that needs it, for the message."""
     try:
         library: Any = importlib.import_module("transformers")
     except ImportError:
         raise ConfigError(
             f"{who}: the package transformers is not installed; pip install 'pretrain[verify]'"
         ) from None
-    quiet_torchao()  # which it imports where that is installed
+    quiet_torchao()  # imported by transformers if installed
     library.logging.set_verbosity_error()
     library.logging.disable_progress_bar()
     return library

@@ -1,8 +1,8 @@
-"""A run's own validation, on any checkpoint or model folder and any dataset of its tokenizer.
+"""Evaluate any checkpoint or model folder on any dataset of its tokenizer, as training validates.
 
-What is not asked for is as in the run that the checkpoint is of: its datasets, the length of its
-samples, its document mask, its backend and compute type. So a checkpoint has the loss that
-metrics.jsonl has for its step.
+Settings that are not given come from the run of the checkpoint: datasets, sample length, document
+mask, attention backend and compute type. So a checkpoint gets the loss that metrics.jsonl has for
+its step.
 """
 
 import math
@@ -27,12 +27,13 @@ from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.formats.hf_config import read_config
 from pretrain_cli.model.inference.int8 import as_floats, quantize
 
-TOKENS_AT_ONCE = 8192
+BATCH_TOKENS = 8192
+"""Tokens in a batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """Input of an evaluation. None means as in the checkpoint's run, or by the device."""
+class EvaluateRequest:
+    """Inputs of an evaluation. None takes the setting of the checkpoint's run, or the device's."""
 
     where: Path | None = None
     best: bool = False
@@ -48,14 +49,14 @@ class Request:
     attention: str | None = None
     compile: bool | None = None
     quantize: str | None = None
-    """int8: evaluate the weights as they are, and then in int8."""
+    """int8 evaluates the weights unchanged, then in int8; None only unchanged."""
     settings: tuple[str, ...] = ()
     """Speed settings as `speed.NAME=VALUE`."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
-    """Result of an evaluation, and the settings in force."""
+class EvaluateResult:
+    """EvaluateResult of an evaluation, and the settings in force."""
 
     folder: Path
     data: str
@@ -68,15 +69,18 @@ class Result:
     unquantized: Evaluation | None = None
 
 
-def evaluate_checkpoint(request: Request, notify: Callable[[str], None]) -> Result | None:
-    """Evaluate; None on every rank but the first, which has the result of all."""
+def evaluate_checkpoint(
+    request: EvaluateRequest, notify: Callable[[str], None]
+) -> EvaluateResult | None:
+    """Evaluate a checkpoint. Every rank must call this; all but the first return None. Raises
+    ConfigError, DataError or CheckpointError for what can't be evaluated."""
     for name, value in (("eval-tokens", request.eval_tokens), ("seq-len", request.seq_len)):
         if value is not None and value < 1:
             raise ConfigError(f"--{name}: {value} is not at least 1")
     with open_ranks(request.device) as ranks:
-        say = notify if ranks.is_first else _silent
-        folder = find_model_folder(request.where, say, best=request.best)
-        settings = as_in_its_run(folder)
+        notify = notify if ranks.is_first else _silent
+        folder = find_model_folder(request.where, notify, best=request.best)
+        settings = run_settings(folder)
         flags = {
             "data.path": request.data,
             "data.tokenizer": request.tokenizer,
@@ -88,46 +92,46 @@ def evaluate_checkpoint(request: Request, notify: Callable[[str], None]) -> Resu
             "speed.compile": request.compile,
         }
         if request.data is not None:
-            settings["data"].pop("tokenizer", None)  # which says what made the run's own files
-        asked = build_config(settings, flags, request.settings)
-        if asked.data.path is None:
-            raise ConfigError(f"--data: {folder} is of no run that names one; give a dataset")
-        data = open_mixture(asked.data.path, asked.data.tokenizer, say)
-        if asked.train.eval_tokens is not None:
-            data = data.validated_on(asked.train.eval_tokens)
-        config = read_config(folder)
-        check_tokenizer(folder, data, say)
-        seq_len = _seq_len(config, data, asked.data.seq_len, ranks.device)
-        speed = resolve_speed(asked.speed, ranks.device, training=False)
-        for said in speed.departures():
-            say(said)
-        int8 = wants_int8(request.quantize, config)
-        model = open_model(folder, speed, ranks.device, say)
+            settings["data"].pop("tokenizer", None)  # it belongs to the run's own token files
+        config = build_config(settings, flags, request.settings)
+        if config.data.path is None:
+            raise ConfigError(f"--data: {folder} belongs to no run that names one; give a dataset")
+        data = open_mixture(config.data.path, config.data.tokenizer, notify)
+        if config.train.eval_tokens is not None:
+            data = data.validated_on(config.train.eval_tokens)
+        model_config = read_config(folder)
+        check_tokenizer(folder, data, notify)
+        seq_len = _seq_len(model_config, data, config.data.seq_len, ranks.device)
+        speed = resolve_speed(config.speed, ranks.device, training=False)
+        for message in speed.departures():
+            notify(message)
+        int8 = wants_int8(request.quantize, model_config)
+        model = open_model(folder, speed, ranks.device, notify)
 
-        def measured() -> Evaluation:
-            found = evaluate(
+        def measure() -> Evaluation:
+            evaluation = evaluate(
                 model,
                 data,
                 step=0,
                 seq_len=seq_len,
-                batch_size=max(1, TOKENS_AT_ONCE // seq_len),
+                batch_size=max(1, BATCH_TOKENS // seq_len),
                 ranks=ranks,
-                document_mask=asked.data.document_mask,
+                document_mask=config.data.document_mask,
             )
-            return _checked(found, folder, data)
+            return _checked(evaluation, folder, data)
 
-        evaluation, unquantized = measured(), None
+        evaluation, unquantized = measure(), None
         if int8:
             quantize(model)
             as_floats(model)
-            evaluation, unquantized = measured(), evaluation
+            evaluation, unquantized = measure(), evaluation
         if not ranks.is_first:
             return None
-        return Result(
+        return EvaluateResult(
             folder=folder,
             data=data.name,
             seq_len=seq_len,
-            document_mask=asked.data.document_mask,
+            document_mask=config.data.document_mask,
             dtype=speed.dtype,
             attention=speed.attention,
             evaluation=evaluation,
@@ -137,6 +141,7 @@ def evaluate_checkpoint(request: Request, notify: Callable[[str], None]) -> Resu
 
 
 def _checked(evaluation: Evaluation | None, folder: Path, data: Mixture) -> Evaluation:
+    """Return the evaluation; refuse a missing validation split and a loss that is not finite."""
     if evaluation is None:
         raise DataError(f"{data.name}: no validation split; tokenize with --val-fraction above 0")
     if not math.isfinite(evaluation.loss):
@@ -147,36 +152,37 @@ def _checked(evaluation: Evaluation | None, folder: Path, data: Mixture) -> Eval
     return evaluation
 
 
-def as_in_its_run(folder: Path) -> dict[str, dict[str, Any]]:
+def run_settings(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the settings of a checkpoint's run that its validation depends on."""
-    found = run_of(folder)
-    if found is None:
+    run = run_of(folder)
+    if run is None:
         return {"data": {}, "speed": {"compile": False}}
-    settings = found[1].settings
+    settings = run[1].settings
     data = {key: settings["data"][key] for key in ("path", "tokenizer", "seq_len", "document_mask")}
     speed = {key: settings["speed"][key] for key in ("attention", "dtype", "float32_matmul")}
-    if speed["dtype"] == "float8":  # a way to train; what it validates it computes in this
+    if speed["dtype"] == "float8":  # float8 is for training; validation computes in bfloat16
         speed["dtype"] = "bfloat16"
     train = {"eval_tokens": settings["train"].get("eval_tokens")}
     return {"data": data, "speed": {**speed, "compile": False}, "train": train}
 
 
-def _seq_len(config: ModelConfig, data: Mixture, asked: int | str, device: torch.device) -> int:
-    """Tokens a window; refuse what the model has no positions or no rows for."""
+def _seq_len(config: ModelConfig, data: Mixture, requested: int | str, device: torch.device) -> int:
+    """Return the sample length. Refuses more than the model has positions for, and token ids
+    beyond its vocabulary."""
     positions = config.max_position_embeddings
     if config.vocab_size <= data.largest_token:
         raise DataError(
             f"{data.name}: holds token {data.largest_token:,}, and the model has "
             f"{config.vocab_size:,}; tokenize for this model"
         )
-    if asked == "auto":
+    if requested == "auto":
         return min(512 if device.type == "cpu" else 1024, positions)
-    assert isinstance(asked, int)
-    if asked > positions:
+    assert isinstance(requested, int)
+    if requested > positions:
         raise ConfigError(
-            f"--seq-len: {asked:,} is beyond the model's {positions:,} positions; give less"
+            f"--seq-len: {requested:,} is beyond the model's {positions:,} positions; give less"
         )
-    return asked
+    return requested
 
 
 def _silent(text: str) -> None:

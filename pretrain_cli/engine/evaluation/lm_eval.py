@@ -1,8 +1,7 @@
-"""Tasks of lm-evaluation-harness, answered by our model in this process.
+"""Run tasks of lm-evaluation-harness with our model, in this process.
 
-The harness has the tasks: questions, how they are put, and the measures. It asks for three things
-(`_asked_by_the_harness`), which likelihood.py gives. A task whose data are on this machine needs no
-network.
+The harness provides questions, prompts and metrics. It asks a model for three things, which
+likelihood.py computes (`_harness_model`). A task whose data are on this machine needs no network.
 """
 
 import importlib
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pretrain_cli.config.build import build_config
-from pretrain_cli.engine.evaluation.evaluate_checkpoint import as_in_its_run
-from pretrain_cli.engine.evaluation.likelihood import Reader
+from pretrain_cli.engine.evaluation.evaluate_checkpoint import run_settings
+from pretrain_cli.engine.evaluation.likelihood import Scorer
 from pretrain_cli.engine.runs.retention import find_model_folder
 from pretrain_cli.engine.runtime.distributed import find_device
 from pretrain_cli.engine.runtime.speed import resolve_speed
@@ -29,9 +28,9 @@ from pretrain_cli.model.formats.hf_config import read_config
 from pretrain_cli.model.inference.int8 import as_floats
 
 MAX_TOKENS = 256
-"""Tokens of an answer if a task doesn't say."""
-LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""Names that tasks use for the length of an answer."""
+"""Maximum length of an answer if a task sets none; tokens."""
+LENGTH_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""Names in tasks for the maximum length of an answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,25 +41,25 @@ class TaskRequest:
     where: Path | None = None
     best: bool = False
     tasks: tuple[str, ...]
-    """Names that the harness knows, or YAML files."""
+    """Names known to the harness, or YAML files."""
     include_path: Path | None = None
-    """A folder of YAML files with tasks of one's own."""
+    """Folder with YAML files of the user's tasks; None if there is none."""
     limit: int | None = None
     """Number of first questions of each task; None means all."""
     seq_len: int | None = None
-    """The longest text; what is longer loses its beginning. None: the model's positions."""
+    """Maximum tokens of a text; longer ones lose their beginning. None: the model's positions."""
     device: str = "auto"
     dtype: str | None = None
     attention: str | None = None
     quantize: str | None = None
-    """int8, or None for the weights as they are."""
+    """int8; None leaves the weights unchanged."""
     settings: tuple[str, ...] = ()
     """Speed settings as `speed.NAME=VALUE`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskScore:
-    """One measure of one task."""
+    """One metric of one task."""
 
     task: str
     measure: str
@@ -73,18 +72,20 @@ class TaskScore:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
+    """Scores of all tasks, and the settings in force."""
+
     folder: Path
     seq_len: int
     dtype: str
     quantize: str | None
     scores: list[TaskScore]
     harness: str
-    """Its version."""
+    """Version of lm-eval."""
 
 
 def evaluate_tasks(request: TaskRequest, notify: Callable[[str], None]) -> TaskResult:
-    """Every measure of every task. Raises ConfigError for a task that there is not, DataError for
-    one whose data can't be had."""
+    """Compute all metrics of all tasks. Raises ConfigError for an unknown task, DataError for one
+    whose data can't be loaded."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("--tasks: runs in one process; start it without torchrun")
     if not all(request.tasks):
@@ -99,45 +100,47 @@ def evaluate_tasks(request: TaskRequest, notify: Callable[[str], None]) -> TaskR
     folder = find_model_folder(request.where, notify, best=request.best)
     tokenizer = folder_tokenizer(folder)
     flags = {"speed.dtype": request.dtype, "speed.attention": request.attention}
-    asked = build_config(as_in_its_run(folder), flags, request.settings)
-    speed = resolve_speed(asked.speed, device, training=False)
-    for said in speed.departures():
-        notify(said)
-    config = read_config(folder)
-    int8 = wants_int8(request.quantize, config)
-    positions = config.max_position_embeddings
+    config = build_config(run_settings(folder), flags, request.settings)
+    speed = resolve_speed(config.speed, device, training=False)
+    for message in speed.departures():
+        notify(message)
+    model_config = read_config(folder)
+    int8 = wants_int8(request.quantize, model_config)
+    positions = model_config.max_position_embeddings
     if request.seq_len is not None and request.seq_len > positions:
         raise ConfigError(
             f"--seq-len: {request.seq_len:,} is beyond the model's {positions:,} positions; give "
             "less"
         )
-    loaded = _loaded_tasks(request)
+    tasks = _load_tasks(request)
     model = open_for_decoding(folder, speed, device, notify, int8=int8)
     if int8:
-        as_floats(model)  # which are faster with several texts at a time
-    reader = Reader(model, tokenizer, request.seq_len or positions)
+        as_floats(model)  # faster with several texts at a time
+    scorer = Scorer(model, tokenizer, request.seq_len or positions)
     harness = importlib.import_module("lm_eval")
-    found: Any = importlib.import_module("lm_eval.evaluator").evaluate(
-        lm=_asked_by_the_harness(reader), task_dict=loaded, limit=request.limit, log_samples=False
+    results: Any = importlib.import_module("lm_eval.evaluator").evaluate(
+        lm=_harness_model(scorer), task_dict=tasks, limit=request.limit, log_samples=False
     )
     return TaskResult(
         folder=folder,
-        seq_len=reader.positions,
+        seq_len=scorer.positions,
         dtype=speed.dtype,
         quantize=request.quantize,
-        scores=_scores(found),
+        scores=_scores(results),
         harness=harness.__version__,
     )
 
 
-def _loaded_tasks(request: TaskRequest) -> Any:
-    """The harness's tasks, with their data."""
+def _load_tasks(request: TaskRequest) -> Any:
+    """Return the harness's tasks with their data loaded."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
             "--tasks: the package lm-eval is not installed; pip install 'pretrain[eval]'"
         )
     if request.include_path is not None and not request.include_path.is_dir():
-        raise ConfigError(f"--include-path: {request.include_path} is no folder; give the tasks'")
+        raise ConfigError(
+            f"--include-path: {request.include_path} is no folder; give the folder of the tasks"
+        )
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     quiet_torchao()
     importlib.import_module("datasets").disable_progress_bars()
@@ -151,11 +154,11 @@ def _loaded_tasks(request: TaskRequest) -> Any:
             raise ConfigError(f"--tasks: '{name}' is no task that lm-eval knows{near}")
     try:
         loaded = manager.load(list(request.tasks))
-    except Exception as error:  # of the task's file, the datasets library, the network
+    except Exception as error:  # from the task's file, the datasets library or the network
         reason = str(error).split("\n")[0]
         raise DataError(
             f"--tasks: {', '.join(request.tasks)}: can't be loaded ({type(error).__name__}: "
-            f"{reason}); the data must be on this machine or to be had from the hub"
+            f"{reason}); the data must be on this machine or on the hub"
         ) from None
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
@@ -167,60 +170,61 @@ def _loaded_tasks(request: TaskRequest) -> Any:
 def _manager(request: TaskRequest) -> Any:
     """Return the harness's task manager. Its own index is thousands of files, read only if a task
     is not one of the user's."""
-    make: Any = importlib.import_module("lm_eval.tasks").TaskManager
+    manager_class: Any = importlib.import_module("lm_eval.tasks").TaskManager
     own = str(request.include_path) if request.include_path else None
-    manager = make(include_path=own, include_defaults=False)
+    manager = manager_class(include_path=own, include_defaults=False)
     named = {name for name in request.tasks if not name.endswith((".yaml", ".yml"))}
     if named <= set(manager.all_tasks):
         return manager
-    return make(include_path=own)
+    return manager_class(include_path=own)
 
 
-def _asked_by_the_harness(reader: Reader) -> Any:
-    """The model as the harness asks it. Its base class is the harness's, which is imported when
-    tasks are asked for."""
+def _harness_model(scorer: Scorer) -> Any:
+    """Return the scorer as a model of the harness. The class is made here because its base class
+    is imported only when tasks run."""
     base: Any = importlib.import_module("lm_eval.api.model").LM
 
     class OurModel(base):
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-            spans = [reader.continuation(*request.args) for request in requests]
-            found = dict(reader.likelihoods(spans))
-            return [(found[n].logprob, found[n].is_greedy) for n in range(len(spans))]
+            spans = [scorer.continuation(*request.args) for request in requests]
+            likelihoods = dict(scorer.likelihoods(spans))
+            return [(likelihoods[n].logprob, likelihoods[n].is_greedy) for n in range(len(spans))]
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-            windows = [reader.windows(request.args[0]) for request in requests]
-            found = dict(reader.likelihoods([span for spans in windows for span in spans]))
+            windows = [scorer.windows(request.args[0]) for request in requests]
+            likelihoods = dict(scorer.likelihoods([span for spans in windows for span in spans]))
             sums, first = [], 0
             for spans in windows:
-                sums.append(sum(found[n].logprob for n in range(first, first + len(spans))))
+                sums.append(sum(likelihoods[n].logprob for n in range(first, first + len(spans))))
                 first += len(spans)
             return sums
 
         def generate_until(self, requests: list[Any]) -> list[str]:
-            asked: dict[SamplingParams, list[int]] = {}
+            numbers_of: dict[SamplingParams, list[int]] = {}
             for number, request in enumerate(requests):
-                asked.setdefault(_sampling_params(request.args[1]), []).append(number)
-            out = [""] * len(requests)
-            for params, numbers in asked.items():
+                numbers_of.setdefault(_sampling_params(request.args[1]), []).append(number)
+            answers = [""] * len(requests)
+            for params, numbers in numbers_of.items():
                 prompts = [requests[number].args[0] for number in numbers]
-                for place, text in reader.generate(prompts, params):
-                    out[numbers[place]] = text
-            return out
+                for index, text in scorer.generate(prompts, params):
+                    answers[numbers[index]] = text
+            return answers
 
     return OurModel()
 
 
 def _sampling_params(settings: dict[str, Any]) -> SamplingParams:
     """Return a task's generation settings as SamplingParams."""
-    given = dict(settings)
-    until = given.pop("until", None) or []
-    lengths = [value for name in LENGTHS if (value := given.pop(name, None)) is not None]
-    samples = given.pop("do_sample", False)
-    temperature = given.pop("temperature", None)
-    known = {name: given.pop(name) for name in ("top_k", "top_p", "min_p", "repetition_penalty")
-             if name in given}  # fmt: skip
-    if given:
-        raise ConfigError(f"--tasks: a task sets {', '.join(given)} of its answers, unknown here")
+    unknown = dict(settings)
+    until = unknown.pop("until", None) or []
+    lengths = [value for name in LENGTH_KEYS if (value := unknown.pop(name, None)) is not None]
+    samples = unknown.pop("do_sample", False)
+    temperature = unknown.pop("temperature", None)
+    known = {name: unknown.pop(name) for name in ("top_k", "top_p", "min_p", "repetition_penalty")
+             if name in unknown}  # fmt: skip
+    if unknown:
+        names = ", ".join(unknown)
+        raise ConfigError(f"--tasks: a task sets {names} for its answers, which is not supported")
     return SamplingParams(
         max_tokens=int(lengths[0]) if lengths else MAX_TOKENS,
         temperature=(1.0 if temperature is None else temperature) if samples else 0.0,
@@ -229,10 +233,10 @@ def _sampling_params(settings: dict[str, Any]) -> SamplingParams:
     )
 
 
-def _scores(found: dict[str, Any]) -> list[TaskScore]:
-    """The harness's results, `acc,none` and `acc_stderr,none` of a task being one measure."""
+def _scores(results: dict[str, Any]) -> list[TaskScore]:
+    """Return the harness's results; `acc,none` and `acc_stderr,none` of a task make one score."""
     scores = []
-    for task, measures in found["results"].items():
+    for task, measures in results["results"].items():
         for key, value in measures.items():
             measure, _, filter_name = key.partition(",")
             if not filter_name or measure.endswith("_stderr"):
@@ -245,8 +249,8 @@ def _scores(found: dict[str, Any]) -> list[TaskScore]:
                     filter=filter_name,
                     value=float(value),
                     stderr=None if stderr in (None, "N/A") else float(stderr),
-                    questions=found["n-samples"].get(task, {}).get("effective", 0),
-                    shots=found["n-shot"].get(task, 0),
+                    questions=results["n-samples"].get(task, {}).get("effective", 0),
+                    shots=results["n-shot"].get(task, 0),
                 )
             )
     return scores

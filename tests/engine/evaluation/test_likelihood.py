@@ -10,7 +10,7 @@ import torch
 
 from pretrain_cli.data.tokenizers.tokenizer import load_tokenizer
 from pretrain_cli.engine.evaluation import likelihood
-from pretrain_cli.engine.evaluation.likelihood import Reader, Span
+from pretrain_cli.engine.evaluation.likelihood import Scorer, Span
 from pretrain_cli.engine.sampling.sample import open_for_sampling
 from pretrain_cli.engine.sampling.sampler import SamplingParams
 from tests.model.conftest import GEMMA, draw_wide
@@ -36,13 +36,13 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture
-def reader(theirs: Any) -> Reader:
+def scorer(theirs: Any) -> Scorer:
     where = Path(theirs.folder)
     said: list[str] = []
     _, model, tokenizer = open_for_sampling(
         where, device="cpu", dtype="float32", notify=said.append
     )
-    return Reader(model, tokenizer, POSITIONS)
+    return Scorer(model, tokenizer, POSITIONS)
 
 
 def by_hand(theirs: Any, tokens: list[int], asked: int) -> tuple[float, bool]:
@@ -54,79 +54,79 @@ def by_hand(theirs: Any, tokens: list[int], asked: int) -> tuple[float, bool]:
     return chosen.sum().item(), bool((logits.argmax(-1) == targets).all())
 
 
-def found(reader: Reader, spans: list[Span]) -> list[tuple[float, bool]]:
-    out = dict(reader.likelihoods(spans))
+def found(scorer: Scorer, spans: list[Span]) -> list[tuple[float, bool]]:
+    out = dict(scorer.likelihoods(spans))
     return [(out[n].logprob, out[n].is_greedy) for n in range(len(spans))]
 
 
 @pytest.mark.parametrize("begins", [False, True])
-def test_a_continuation_is_as_likely_as_transformers_has_it(theirs, reader, begins):
+def test_a_continuation_is_as_likely_as_transformers_has_it(theirs, scorer, begins):
     if begins:
-        reader.tokenizer = replace(reader.tokenizer, bos=BEGIN)
+        scorer.tokenizer = replace(scorer.tokenizer, bos=BEGIN)
     mark = [BEGIN] if begins else []
     pairs = [("the cat", " sat on the mat"), ("", "a word"), ("x", "y"), ("a ", "b"), ("long", "é")]
     expected = [
         by_hand(theirs, [*(mark or ([] if context else [END])), *(context + text).encode()], asked)
         for (context, text), asked in zip(pairs, (15, 6, 1, 2, 2), strict=True)
     ]
-    spans = [reader.continuation(*pair) for pair in pairs]
+    spans = [scorer.continuation(*pair) for pair in pairs]
     for (logprob, is_greedy), (theirs_logprob, theirs_greedy) in zip(
-        found(reader, spans), expected, strict=True
+        found(scorer, spans), expected, strict=True
     ):
         assert logprob == pytest.approx(theirs_logprob, rel=1e-5)
         assert is_greedy == theirs_greedy
 
 
-def test_what_is_greedy_is_known(theirs, reader):
+def test_what_is_greedy_is_known(theirs, scorer):
     prompt = list(b"the cat")
     with torch.no_grad():
         best = int(theirs(torch.tensor([prompt])).logits[0, -1].argmax())
         other = (best + 1) % 256
         then = int(theirs(torch.tensor([[*prompt, other]])).logits[0, -1].argmax())
     spans = [Span([*prompt, *more], len(more)) for more in ([best], [other], [other, then])]
-    assert [is_greedy for _, is_greedy in found(reader, spans)] == [True, False, False]
+    assert [is_greedy for _, is_greedy in found(scorer, spans)] == [True, False, False]
 
 
-def test_what_no_token_is_asked_about_is_certain(reader):
-    assert found(reader, [reader.continuation("the cat", "")]) == [(0.0, True)]
+def test_what_no_token_is_asked_about_is_certain(scorer):
+    assert found(scorer, [scorer.continuation("the cat", "")]) == [(0.0, True)]
 
 
-def test_batches_change_nothing_and_choices_are_read_once(theirs, reader, monkeypatch):
-    monkeypatch.setattr(likelihood, "TOKENS_AT_ONCE", 40)
+def test_batches_change_nothing_and_choices_are_read_once(theirs, scorer, monkeypatch):
+    monkeypatch.setattr(likelihood, "BATCH_TOKENS", 40)
     monkeypatch.setattr(likelihood, "ROWS_OF_LOGITS", 3)
     texts = ["a", " lot of different texts", "of several lengths, one after the other", "b", "c"]
-    spans = [reader.continuation("question:", text) for text in texts]
+    spans = [scorer.continuation("question:", text) for text in texts]
     read = []
-    hidden = reader.model.hidden
+    hidden = scorer.model.hidden
     monkeypatch.setattr(
-        reader.model, "hidden", lambda tokens, *a: read.append(tokens.shape) or hidden(tokens, *a)
+        scorer.model, "hidden", lambda tokens, *a: read.append(tokens.shape) or hidden(tokens, *a)
     )
-    for (logprob, _), span in zip(found(reader, spans), spans, strict=True):
-        assert logprob == pytest.approx(by_hand(theirs, span.tokens, span.asked)[0], rel=1e-5)
+    for (logprob, _), span in zip(found(scorer, spans), spans, strict=True):
+        assert logprob == pytest.approx(by_hand(theirs, span.tokens, span.scored)[0], rel=1e-5)
     assert sum(rows for rows, _ in read) == 3  # "a", "b" and "c" follow the same
 
 
-def test_a_long_context_loses_its_beginning(theirs, reader):
-    span = reader.continuation("x" * 100, "yz")
-    [(logprob, _)] = found(reader, [span])
+def test_a_long_context_loses_its_beginning(theirs, scorer):
+    span = scorer.continuation("x" * 100, "yz")
+    [(logprob, _)] = found(scorer, [span])
     assert logprob == pytest.approx(by_hand(theirs, span.tokens[-POSITIONS - 1 :], 2)[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("length", [1, POSITIONS - 1, POSITIONS, POSITIONS + 1, 2 * POSITIONS + 5])
-def test_every_token_of_a_whole_text_is_asked_about_once(theirs, reader, length):
+def test_every_token_of_a_whole_text_is_asked_about_once(theirs, scorer, length):
     text = "the quick brown fox jumps over the lazy dog; " * 3
     text = text[:length]
-    spans = reader.windows(text)
-    assert sum(span.asked for span in spans) == length
+    spans = scorer.windows(text)
+    assert sum(span.scored for span in spans) == length
     tokens, expected, known = [END, *text.encode()], 0.0, 1
     while known < len(tokens):  # as the harness: the last window is as long as the others
         end = min(known + POSITIONS, len(tokens))
         expected += by_hand(theirs, tokens[max(0, end - POSITIONS - 1) : end], end - known)[0]
         known = end
-    assert sum(logprob for logprob, _ in found(reader, spans)) == pytest.approx(expected, rel=1e-5)
+    assert sum(logprob for logprob, _ in found(scorer, spans)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_what_is_written_is_transformers_greedy_text_up_to_a_stop(theirs, reader):
+def test_what_is_written_is_transformers_greedy_text_up_to_a_stop(theirs, scorer):
     prompts = ["the cat sat", "y" * 70, "a"]
     limit = 10
     expected = []
@@ -136,9 +136,9 @@ def test_what_is_written_is_transformers_greedy_text_up_to_a_stop(theirs, reader
             torch.tensor([ids]), max_new_tokens=limit, do_sample=False, eos_token_id=END,
             pad_token_id=0,
         )[0, len(ids) :].tolist()  # fmt: skip
-        expected.append(reader.tokenizer.decode(out[: out.index(END)] if END in out else out))
+        expected.append(scorer.tokenizer.decode(out[: out.index(END)] if END in out else out))
     params = SamplingParams(max_tokens=limit, temperature=0)
-    assert [text for _, text in sorted(reader.generate(prompts, params))] == expected
+    assert [text for _, text in sorted(scorer.generate(prompts, params))] == expected
     stop = expected[0][3:5]
-    [(_, text)] = reader.generate(prompts[:1], replace(params, stop=(stop,)))
+    [(_, text)] = scorer.generate(prompts[:1], replace(params, stop=(stop,)))
     assert text == expected[0][: expected[0].index(stop)]

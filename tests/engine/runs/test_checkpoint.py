@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from pretrain_cli.config.run_config import SpeedConfig
-from pretrain_cli.engine.evaluation.evaluate_checkpoint import Request, evaluate_checkpoint
+from pretrain_cli.engine.evaluation.evaluate_checkpoint import EvaluateRequest, evaluate_checkpoint
 from pretrain_cli.engine.runs import checkpoint, retention
 from pretrain_cli.engine.runs.events import Evaluation, StepMetrics
 from pretrain_cli.engine.runtime.speed import build_model, resolve_speed
@@ -127,7 +127,7 @@ def test_a_sharded_checkpoint_is_resumed_evaluated_and_sampled(settings, run, tm
     assert parts.keys() == whole.keys()
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
     [evaluation] = [event for event in events if isinstance(event, Evaluation)]
-    found = evaluate_checkpoint(Request(where=tmp_path / "parts", device="cpu"), print)
+    found = evaluate_checkpoint(EvaluateRequest(where=tmp_path / "parts", device="cpu"), print)
     assert found.evaluation.loss == pytest.approx(evaluation.loss, rel=1e-6)
     sampled = [
         open_for_sampling(where, device="cpu", dtype="float32", notify=print)[1].state_dict()

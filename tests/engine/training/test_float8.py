@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import load_file
 
 from pretrain_cli.config.run_config import SpeedConfig
-from pretrain_cli.engine.evaluation.evaluate_checkpoint import Request, evaluate_checkpoint
+from pretrain_cli.engine.evaluation.evaluate_checkpoint import EvaluateRequest, evaluate_checkpoint
 from pretrain_cli.engine.runs.events import StepMetrics
 from pretrain_cli.engine.runtime.speed import resolve_speed
 from pretrain_cli.errors import ConfigError
@@ -112,11 +112,13 @@ def test_its_validation_is_that_of_its_weights_in_bfloat16(settings, run, tmp_pa
     run(settings("run", speed__dtype="float8"))
     rows = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
     measured = [row for row in rows if row["kind"] == "evaluation"][-1]
-    result = evaluate_checkpoint(Request(where=tmp_path / "run", device="cpu"), lambda said: None)
+    request = EvaluateRequest(where=tmp_path / "run", device="cpu")
+    result = evaluate_checkpoint(request, lambda message: None)
     assert result.dtype == "bfloat16"
     assert result.evaluation.loss == pytest.approx(measured["loss"], rel=1e-6)
     with pytest.raises(ConfigError, match="it is a way to train"):
-        evaluate_checkpoint(Request(where=tmp_path / "run", dtype="float8"), lambda said: None)
+        request = EvaluateRequest(where=tmp_path / "run", dtype="float8")
+        evaluate_checkpoint(request, lambda message: None)
 
 
 @pytest.mark.gpu

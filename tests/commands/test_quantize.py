@@ -38,9 +38,7 @@ def rounded_folder(trained):
     return Path("rounded")
 
 
-def test_quantized_loss_is_reported_beside_the_original_loss(
-    pretrain, rounded_folder
-):
+def test_quantized_loss_is_reported_beside_the_original_loss(pretrain, rounded_folder):
     plain = evaluated(pretrain, "")
     result = evaluated(pretrain, "--quantize int8")
     nats, targets, _ = plainly(rounded_folder, Path("data/corpus"))

@@ -86,9 +86,7 @@ def test_a_run_is_gone_on_with_as_it_would_have_gone(pretrain, tiny):
 
 
 @pytest.mark.usefixtures("files")
-def test_a_run_resumes_with_moved_token_files_but_not_with_others(
-    pretrain, refused, tiny
-):
+def test_a_run_resumes_with_moved_token_files_but_not_with_others(pretrain, refused, tiny):
     line = f"train {tiny} --data 'song_train_*.bin' --tokenizer bytes --out run"
     assert pretrain(f"{line} --steps 1 --set train.sample_tokens=0").code == 0
     Path("moved").mkdir()

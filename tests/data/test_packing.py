@@ -239,9 +239,7 @@ def test_an_index_that_can_not_be_relied_on_is_built_again(dataset, change):
     assert path.read_bytes() == intact
 
 
-def test_the_packing_index_goes_elsewhere_for_a_read_only_dataset(
-    dataset, monkeypatch, tmp_path
-):
+def test_the_packing_index_goes_elsewhere_for_a_read_only_dataset(dataset, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     expected = rows_of(open_packed(dataset, 128, lambda _: None))
     (dataset.path / name(128)).unlink()
@@ -258,9 +256,7 @@ def test_the_packing_index_goes_elsewhere_for_a_read_only_dataset(
 
 
 @given(world_size=st.sampled_from([1, 2, 4, 8]), first=st.integers(0, 10**9))
-def test_samples_and_target_count_are_equal_for_any_world_size(
-    stream, world_size, first
-):
+def test_samples_and_target_count_are_equal_for_any_world_size(stream, world_size, first):
     rng = np.random.default_rng(1)
     sources = [packed(stream, rng.integers(1, 40, 50).tolist(), 16) for _ in range(2)]
     sources[1].fingerprint = "another"

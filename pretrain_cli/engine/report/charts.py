@@ -1,4 +1,4 @@
-"""Which curves are drawn together, in which colour, and which of them no run has.
+"""Group curves into charts, assign colours, and name the curves that no run has.
 
 One run has a colour for each curve of a chart; several have a colour for each run, and a dash for
 each curve.
@@ -22,7 +22,7 @@ class Curve:
     table: Table
     field: str
     what: str
-    """Of the curves of a run in a chart, which; empty where there is one."""
+    """Name of the curve among a run's curves in this chart; empty if it is the only one."""
     color: int
     dash: int
 
@@ -35,7 +35,7 @@ class Chart:
     """A sentence on what the number is."""
     curves: tuple[Curve, ...]
     missing: str
-    """What a person who looks for a curve should know; empty where every run has it."""
+    """Note on missing curves; empty if every run has them."""
     main: bool = False
 
 
@@ -49,7 +49,7 @@ class _Kind:
     fields: dict[str, str]
     """Field → what its curve is called, beside others."""
     expected: bool = False
-    """True if it is missed where no run has it."""
+    """True if its absence is worth a note."""
 
 
 KINDS: dict[Table, list[_Kind]] = {
@@ -82,7 +82,8 @@ KINDS: dict[Table, list[_Kind]] = {
     ],
 }  # fmt: skip
 SAID_ELSEWHERE = {"split_tokens", "evaluation_time"}
-"""Of an evaluation: the size of the split, and a time that the next step's line has."""
+"""Fields of an evaluation that get no chart: the size of the split, and a time that the next step's
+line has."""
 _FROM_SOURCE = "loss of "
 
 
@@ -120,7 +121,7 @@ def _fields(histories: list[History], table: Table, prefix: str = "") -> list[st
 def _curves(
     histories: list[History], wanted: Iterable[tuple[Table, str, str]]
 ) -> tuple[Curve, ...]:
-    """Those of (table, field, what) that runs have, with their colours and dashes."""
+    """Return the curves of (table, field, what) that runs have, with colours and dashes."""
     several = len(histories) > 1
     return tuple(
         Curve(
@@ -138,7 +139,7 @@ def _curves(
 
 
 def _missing(histories: list[History], table: Table, field: str, what: str) -> str:
-    """Which runs have no such curve."""
+    """Return a note on the runs without this curve; empty if all have it."""
     without = [history.name for history in histories if not _table(history, table).has(field)]
     if not without:
         return ""

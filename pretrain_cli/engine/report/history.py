@@ -1,4 +1,4 @@
-"""What a run folder holds, in memory: curves, marks, samples, settings.
+"""Read a run folder into memory: curves, marks, samples, settings.
 
     run.yaml         the record, as it is
     metrics.jsonl    step          a row of `steps`
@@ -10,20 +10,26 @@ Any number in a row is a curve under the name that the row gives it, so what a l
 is shown too. Every row has a place on three axes: its step, the tokens seen, and the time.
 """
 
+import json
 import math
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from pretrain_cli.engine.report.rows import Row, Rows, is_number
 from pretrain_cli.engine.runs.run_yaml import RUN_YAML
 from pretrain_cli.errors import CheckpointError
 
+Row = dict[str, Any]
+BUCKETS = 1500
+"""About as many as a screen has columns; a run of a million steps is then half a megabyte."""
+MARKS = 300
+"""Most marks of a kind drawn for a run; a chart can't show more. The card of a run counts all."""
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 AXES = ("tokens", "time", "step")
 """Tokens seen; seconds that the run has taken; steps."""
@@ -84,7 +90,7 @@ class Sample:
 
 @dataclass
 class History:
-    """What is known of a run."""
+    """Content of a run folder."""
 
     folder: Path
     name: str
@@ -96,7 +102,7 @@ class History:
     source_tokens: dict[str, float]
     """Tokens seen of each of several datasets, at the last step."""
     notes: list[str] = field(default_factory=list)
-    """What could not be read."""
+    """Notes on lines that could not be read."""
 
     def marked(self, kind: str) -> list[Mark]:
         return [mark for mark in self.marks if mark.kind == kind]
@@ -262,7 +268,7 @@ def _by_source(row: Row) -> dict[str, float]:
 
 
 def _place(steps: Curves, step: float, before: int) -> dict[str, float]:
-    """Where a step is on every axis, between the step rows before and after it in the file."""
+    """Return a step's place on every axis, between the rows before and after it in the file."""
     last = {axis: float(steps.axes[axis][before - 1]) if before else 0.0 for axis in AXES}
     following = {axis: float(v[before]) if before < len(v) else math.nan for axis, v in
                  steps.axes.items()}  # fmt: skip
@@ -273,3 +279,84 @@ def _place(steps: Curves, step: float, before: int) -> dict[str, float]:
         }
     share = step / last["step"] if last["step"] else 0.0 if step == 0 else math.nan
     return {axis: last[axis] * share for axis in AXES} | {"step": step}
+
+
+class Rows:
+    """The rows of a .jsonl file that are whole and have a step; the others are counted."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.damaged = 0
+
+    def __iter__(self) -> Iterator[Row]:
+        if not self.path.is_file():
+            return
+        with self.path.open("rb") as file:
+            for line in file:
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):  # not JSON, or not UTF-8
+                    row = None
+                if isinstance(row, dict) and is_number(row.get("step")) and row["step"] >= 0:
+                    yield row
+                else:
+                    self.damaged += 1
+
+    @property
+    def note(self) -> str | None:
+        """Note on damaged lines; None if there are none."""
+        if not self.damaged:
+            return None
+        lines = "1 line is" if self.damaged == 1 else f"{self.damaged:,} lines are"
+        return f"{self.path.name}: {lines} damaged and left out"
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Return whether JSON's value is a number that a float holds; NaN and Infinity are."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or abs(value) < 2**1000
+
+
+@dataclass(frozen=True)
+class Thinned:
+    """Curves as drawn. Where rows were put together, values are means, and `low` and `high` the
+    bounds between which they lie."""
+
+    curves: Curves
+    rows_together: int
+    low: dict[str, Floats]
+    high: dict[str, Floats]
+
+
+def thin(curves: Curves, buckets: int = BUCKETS) -> Thinned:
+    """At most so many points; the curves themselves where they have no more."""
+    rows = len(curves)
+    if rows <= buckets:
+        return Thinned(curves, 1, {}, {})
+    starts = np.arange(buckets) * rows // buckets
+    values = curves.values
+    return Thinned(
+        Curves(
+            {name: _means(column, starts) for name, column in curves.axes.items()},
+            {name: _means(column, starts) for name, column in values.items()},
+        ),
+        -(-rows // buckets),
+        {name: np.fmin.reduceat(column, starts) for name, column in values.items()},
+        {name: np.fmax.reduceat(column, starts) for name, column in values.items()},
+    )
+
+
+def _means(column: Floats, starts: np.ndarray) -> Floats:
+    """The mean of the numbers in each bucket; NaN in one that has none."""
+    known = np.isfinite(column)
+    sums = np.add.reduceat(np.where(known, column, 0.0), starts)
+    counts = np.add.reduceat(known.astype(float), starts)
+    return np.divide(sums, counts, out=np.full(len(starts), np.nan), where=counts > 0)
+
+
+def some(marks: list[Mark]) -> list[Mark]:
+    """At most so many of them, evenly from the first to the last."""
+    if len(marks) <= MARKS:
+        return marks
+    return [marks[int(place)] for place in np.linspace(0, len(marks) - 1, MARKS)]

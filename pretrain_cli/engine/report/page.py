@@ -16,22 +16,22 @@ import numpy as np
 from pretrain_cli import __version__
 from pretrain_cli.engine.report import tables
 from pretrain_cli.engine.report.charts import build_charts
-from pretrain_cli.engine.report.elements import COLORS, text
-from pretrain_cli.engine.report.history import AXES, RESTARTED, Curves, Floats, History
-from pretrain_cli.engine.report.settings import settings
-from pretrain_cli.engine.report.thinning import some, thin
+from pretrain_cli.engine.report.history import AXES, RESTARTED, Curves, Floats, History, some, thin
+from pretrain_cli.engine.report.tables import COLORS, settings, text
 
 
 def render(histories: list[History]) -> str:
     """The page."""
-    parts = {name: _part(name) for name in ("page.css", "page.js")}
+    style = _part("vendor/uPlot.min.css") + _part("page.css")
+    licence = f"/* uPlot:\n{_part('vendor/uPlot.LICENSE.txt')}*/\n"
+    script = licence + _part("vendor/uPlot.iife.min.js") + _part("page.js")
     names = ", ".join(history.name for history in histories)
     fields = {
         "title": text(names),
-        "style_hash": _hash(parts["page.css"]),
-        "script_hash": _hash(parts["page.js"]),
-        "style": parts["page.css"],
-        "script": parts["page.js"],
+        "style_hash": _hash(style),
+        "script_hash": _hash(script),
+        "style": style,
+        "script": script,
         "data": _embedded(page_data(histories)),
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "version": __version__,
@@ -47,7 +47,7 @@ def render(histories: list[History]) -> str:
 
 
 def page_data(histories: list[History]) -> dict[str, Any]:
-    """What the page's script draws. Numbers are those of the files, to the last digit."""
+    """Return the data that the page's script draws. Numbers are the files', to the last digit."""
     return {
         "runs": [
             {

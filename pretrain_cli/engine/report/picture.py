@@ -10,9 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MultipleLocator
 
 from pretrain_cli.engine.report.charts import Chart, Unit, build_charts
-from pretrain_cli.engine.report.history import RESTARTED, History
+from pretrain_cli.engine.report.history import RESTARTED, History, some, thin
 from pretrain_cli.engine.report.tables import kinds
-from pretrain_cli.engine.report.thinning import some, thin
 from pretrain_cli.units import amount, duration, size
 
 COLORS = ["#1f5fd0", "#d4570a", "#14804f", "#9735b8", "#bd1f5b", "#0a7c90", "#856300", "#5457c4"]

@@ -1,16 +1,16 @@
 """The parts of the page that are text: a summary of each run, what happened, samples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from html import escape
 from typing import Any
 
 import numpy as np
 
-from pretrain_cli.engine.report.elements import tag, text, title
 from pretrain_cli.engine.report.history import RESTARTED, START, History, Mark, Sample
 from pretrain_cli.units import amount, duration, size
 
 EVENTS_SHOWN, SAMPLES_SHOWN = 200, 30
-"""Of each run; what is left out is counted on the page."""
+"""Most events and samples shown for a run; the page counts the rest."""
 
 
 # --- summary -------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def _facts(history: History) -> list[tuple[str, str, str]]:
 
 
 def kinds(history: History) -> list[str]:
-    """What happened to a run, restarts first; that it started is no event."""
+    """Return the kinds of events of a run, restarts first, without its start."""
     found = dict.fromkeys(mark.kind for mark in history.marks if mark.kind != START)
     return sorted(found, key=lambda kind: kind != RESTARTED)
 
@@ -99,7 +99,7 @@ def _notes(history: History) -> str:
 
 
 def events(histories: list[History]) -> str:
-    """What happened on the way, in the order of the file."""
+    """Return the table of events, in the order of the file."""
     parts = []
     for number, history in enumerate(histories):
         marks = [mark for mark in history.marks if mark.kind not in (START, "saved")]
@@ -126,7 +126,7 @@ def words(kind: str) -> str:
 
 
 def details(mark: Mark) -> str:
-    """What the row says beside its kind and step."""
+    """Return a row's fields besides its kind and step."""
     return ", ".join(
         f"{words(str(name))} {_plain(value)}"
         for name, value in mark.details.items()
@@ -165,3 +165,98 @@ def _heading(histories: list[History], number: int) -> str:
 
 def _left_out(count: int, what: str) -> str:
     return tag("p", f"{count:,} {what}.", class_="note") if count > 0 else ""
+
+
+def settings(histories: list[History]) -> str:
+    """Every setting in force, beside what was asked where that is something else."""
+    tables = [_settings_of(history) for history in histories]
+    names = dict.fromkeys(name for table in tables for name in table)
+    sections: dict[str, list[str]] = {}
+    for name in names:
+        cells = [table.get(name) for table in tables]
+        differs = len({cell[0] if cell else None for cell in cells}) > 1
+        row = tag("th", text(name.partition(".")[2]), scope="row")
+        row += "".join(_setting(cell) for cell in cells)
+        row = tag("tr", row, **({"class_": "differs"} if differs else {}))
+        sections.setdefault(name.partition(".")[0], []).append(row)
+    titles = [title(histories, number) for number in range(len(histories))]
+    heads = [tag("th", name, scope="col") for name in ["setting", *titles]]
+    head = tag("thead", tag("tr", "".join(heads)))
+    span = str(len(histories) + 1)
+    bodies = "".join(
+        tag("tbody", tag("tr", tag("th", text(section), colspan=span, scope="rowgroup"),
+                         class_="section") + "".join(rows))
+        for section, rows in sections.items()
+    )  # fmt: skip
+    return tag("div", tag("table", head + bodies, id="settings-table"), class_="wide")
+
+
+def _setting(cell: tuple[str, str, str] | None) -> str:
+    if cell is None:
+        return tag("td", "")
+    in_force, asked, why = cell
+    more = [f"asked: {asked}"] if asked != in_force else []
+    more += [why] if why else []
+    return tag("td", text(in_force) + (tag("small", text(" · ".join(more))) if more else ""))
+
+
+def _settings_of(history: History) -> dict[str, tuple[str, str, str]]:
+    """section.name → (in force, asked, why)."""
+    found: dict[str, tuple[str, str, str]] = {}
+    decisions = history.section("speed")
+    for section, values in history.section("settings").items():
+        asked = history.section("asked", section)
+        for name, value in values.items() if isinstance(values, dict) else ():
+            wanted, in_force, why = asked.get(name, value), value, ""
+            if section == "speed" and isinstance(decision := decisions.get(name), dict):
+                in_force, why = decision.get("in_force", value), decision.get("reason", "")
+            found[f"{section}.{name}"] = (_value(in_force), _value(wanted), str(why))
+    for section in ("model", "dataset", "software", "machine"):
+        group = "architecture" if section == "model" else section
+        for name, value in history.section(section).items():
+            found[f"{group}.{name}"] = (_value(value), _value(value), "")
+    return found
+
+
+def _value(value: Any) -> str:
+    """As YAML has it; a row of equal words counted."""
+    if value is None:
+        return "—"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return ", ".join(_runs(map(_value, value)))
+    return f"{value:,}" if isinstance(value, int) and abs(value) >= 10_000 else str(value)
+
+
+def _runs(words: Iterable[str]) -> list[str]:
+    """`a a a b` as `3 × a, b`."""
+    groups: list[tuple[str, int]] = []
+    for word in words:
+        if groups and groups[-1][0] == word:
+            groups[-1] = (word, groups[-1][1] + 1)
+        else:
+            groups.append((word, 1))
+    return [word if count == 1 else f"{count} × {word}" for word, count in groups]
+
+
+COLORS = 8
+
+
+def text(value: Any) -> str:
+    """Anything from a file, as text of a page."""
+    return escape(str(value))
+
+
+def tag(name: str, content: str, **attributes: str) -> str:
+    """An element; `content` is HTML already, attributes are not."""
+    given = "".join(f' {key.rstrip("_")}="{text(value)}"' for key, value in attributes.items())
+    return f"<{name}{given}>{content}</{name}>"
+
+
+def title(histories: list[History], number: int) -> str:
+    """A run's name, and among several its colour."""
+    name = text(histories[number].name)
+    if len(histories) == 1:
+        return name
+    return tag("span", "", class_=f"swatch c{number % COLORS}") + name

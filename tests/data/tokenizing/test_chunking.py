@@ -153,9 +153,7 @@ def test_a_text_that_fits_is_not_cut(tokenizer, kind):
 
 
 @pytest.mark.parametrize(("kind", "lead"), [("gpt2", ""), ("llama2", "\n")])
-def test_a_tokenizers_leading_space_is_added_to_documents_only(
-    tokenizer, kind, lead
-):
+def test_a_tokenizers_leading_space_is_added_to_documents_only(tokenizer, kind, lead):
     assert Chunker(tokenizer(kind)).lead[0] == lead
     text = "words " * 400
     assert cut_in_pieces(tokenizer(kind), text, 100) == encode_documents(tokenizer(kind), [text])[0]

@@ -126,9 +126,7 @@ def test_another_name_is_refused(settings):
         settings(train__log="tensorbord")
 
 
-def test_a_tracker_on_a_full_disk_is_dropped_and_training_continues(
-    settings, run, monkeypatch
-):
+def test_a_tracker_on_a_full_disk_is_dropped_and_training_continues(settings, run, monkeypatch):
     class Broken:
         given = 0
 

@@ -366,9 +366,7 @@ def test_a_run_whose_checkpoints_cannot_fit_is_refused_at_start(
     assert resume(run, tmp_path / "run", train__steps=8)[-1].step == 8
 
 
-def test_a_snapshot_is_freed_before_the_next_one_is_taken(
-    settings, run, failing, monkeypatch
-):
+def test_a_snapshot_is_freed_before_the_next_one_is_taken(settings, run, failing, monkeypatch):
     taken, real = [], checkpoint.take_snapshot
 
     def take(*arguments, **options):

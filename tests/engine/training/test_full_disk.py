@@ -54,9 +54,7 @@ def steps_of(run):
     return [retention.step_of(folder) for folder in retention.checkpoints(run)]
 
 
-def test_training_continues_on_a_full_disk_and_saves_after_room(
-    settings, run, tmp_path, disk
-):
+def test_training_continues_on_a_full_disk_and_saves_after_room(settings, run, tmp_path, disk):
     """Full from step 3 until the save of step 4 has failed: lines wait, and step 6 has them all."""
     common = {"train__checkpoint_every": 2, "train__keep_checkpoints": 1, "train__eval_every": 3,
               "train__sample_every": 3, "train__steps": 8}  # fmt: skip
@@ -100,9 +98,7 @@ def test_a_disk_that_fills_during_a_write_costs_an_older_checkpoint(
     assert not list((disk / "run/checkpoints").glob(".*"))
 
 
-def test_a_run_ending_on_a_full_disk_warns_and_can_be_resumed(
-    settings, run, tmp_path, disk
-):
+def test_a_run_ending_on_a_full_disk_warns_and_can_be_resumed(settings, run, tmp_path, disk):
     common = {"train__checkpoint_every": 3, "train__keep_checkpoints": 1}
     run(settings("straight", **common))
 

@@ -123,9 +123,7 @@ def signal_twice_while_saving(settings: RunConfig, run: Path) -> None:
         train.train(settings, lambda event: None, stop=request)
 
 
-def test_a_second_signal_during_a_save_keeps_the_older_checkpoint(
-    settings, run, tmp_path, forks
-):
+def test_a_second_signal_during_a_save_keeps_the_older_checkpoint(settings, run, tmp_path, forks):
     common = {"train__checkpoint_every": 2, "train__keep_checkpoints": 1}
     run(settings("straight", **common))
     process = forks.Process(

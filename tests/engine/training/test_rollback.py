@@ -89,9 +89,7 @@ def assert_same_weights(one, other):
             assert torch.equal(ours[key], theirs[key]), key
 
 
-def test_a_skipped_step_is_logged_with_samples_text_and_gradients(
-    settings, run, poison, tmp_path
-):
+def test_a_skipped_step_is_logged_with_samples_text_and_gradients(settings, run, poison, tmp_path):
     poison.add(2 * PER_STEP)
     events = run(settings())
     [skipped] = [event for event in events if isinstance(event, Skipped)]
@@ -194,9 +192,7 @@ def test_a_run_goes_back_to_a_checkpoint_that_is_still_being_written(settings, p
 @pytest.mark.parametrize(
     "cut", [8, *(pytest.param(cut, marks=pytest.mark.slow) for cut in (2, 5, 7, 9, 12))]
 )
-def test_a_resumed_run_with_skipped_steps_ends_the_same(
-    settings, run, poison, tmp_path, cut
-):
+def test_a_resumed_run_with_skipped_steps_ends_the_same(settings, run, poison, tmp_path, cut):
     """Killed in the cut-th step that is tried, those that are done again among them."""
     poison.update(PER_STEP * n for n in (1, 4, 5, 6))
     common = {"train__steps": 9, "train__checkpoint_every": 2, "train__max_skips": 3,

@@ -116,8 +116,8 @@ def test_its_validation_is_that_of_its_weights_in_bfloat16(settings, run, tmp_pa
     result = evaluate_checkpoint(request, lambda message: None)
     assert result.dtype == "bfloat16"
     assert result.evaluation.loss == pytest.approx(measured["loss"], rel=1e-6)
+    request = EvaluateRequest(where=tmp_path / "run", dtype="float8")
     with pytest.raises(ConfigError, match="it is a way to train"):
-        request = EvaluateRequest(where=tmp_path / "run", dtype="float8")
         evaluate_checkpoint(request, lambda message: None)
 
 

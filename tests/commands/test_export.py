@@ -100,7 +100,7 @@ def test_what_comes_from_elsewhere_stays_text_in_the_card():
         ("runs/tiny out --dtype int8", "--dtype: 'int8' is not one of bf16"),
         ("runs/tiny out --max-shard-size 5", "--max-shard-size: '5' is not a size"),
         ("nowhere out", "nowhere: no such run"),
-        ("runs/tiny out --gguf", "--gguf: out is to be one file; call it out.gguf"),
+        ("runs/tiny out --gguf", "--gguf: out must end in .gguf; call it out.gguf"),
         ("runs/tiny out.gguf --gguf --max-shard-size 1GB", "--max-shard-size: --gguf writes one"),
         ("runs/tiny no/out.gguf --gguf", "no/out.gguf: no folder no to write out.gguf in"),
     ],

@@ -1,5 +1,5 @@
-"""A model folder to publish: weights in one type and in shards, tokenizer, configuration, a model
-card with what is known of the run. Written aside and renamed: it is there whole, or not there.
+"""Export a model folder to publish: weights of one type in shards, tokenizer, configuration, model
+card. It is written to a staging folder and renamed, so it is complete or absent.
 """
 
 import json
@@ -39,69 +39,71 @@ def export(
     best: bool,
     notify: Callable[[str], None],
 ) -> Path:
-    """Write the folder of a model. Returns the one that it was made of.
+    """Write a model to the folder `out`. Returns the source folder.
 
-    Costs the memory of the weights in float32 and, beside them, in the type that is written.
+    Needs memory for the weights twice: in float32, and in the exported type. Raises ConfigError for
+    an existing target and for weights that overflow the type.
     """
     check_target(out, dtype)
     folder = find_model_folder(where, notify, best=best)
     tokenizer = folder_tokenizer(folder)
-    asked = SpeedConfig(dtype="float32", compile=False)
-    model = open_model(folder, resolve_speed(asked, CPU, training=False), CPU, notify)
-    kind = DTYPES[dtype]
-    weights = published_tensors(model, lambda parameter: parameter.to(kind))
+    speed = resolve_speed(SpeedConfig(dtype="float32", compile=False), CPU, training=False)
+    model = open_model(folder, speed, CPU, notify)
+    torch_dtype = DTYPES[dtype]
+    weights = published_tensors(model, lambda parameter: parameter.to(torch_dtype))
     _refuse_overflow(weights, folder, dtype)
-    aside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    staging = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
     try:
-        write_weights(aside, weights, max_shard_size)
-        written = str(kind).removeprefix("torch.")
-        _write_about_the_model(aside, model.config, tokenizer, written)
-        card = model_card(name_of(folder), model.config, tokenizer, written, *_run_facts(folder))
-        write_whole(aside / "README.md", card)
-        aside.rename(out)
+        write_weights(staging, weights, max_shard_size)
+        dtype_name = str(torch_dtype).removeprefix("torch.")
+        _write_configuration(staging, model.config, tokenizer, dtype_name)
+        card = model_card(name_of(folder), model.config, tokenizer, dtype_name, *_run_facts(folder))
+        write_whole(staging / "README.md", card)
+        staging.rename(out)
     except OSError:
-        shutil.rmtree(aside, ignore_errors=True)  # on a full disk, it takes what others need
+        shutil.rmtree(staging, ignore_errors=True)  # frees the space on a full disk
         raise
     return folder
 
 
 def check_target(out: Path, dtype: str) -> None:
-    """Refuse a type or a place that can't be written."""
+    """Raise ConfigError for an unknown type, an existing target, and a missing parent folder."""
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype: '{dtype}' is not one of {', '.join(DTYPES)}")
     if out.exists():
-        raise ConfigError(f"{out}: exists, and nothing is overwritten; give another place")
+        raise ConfigError(f"{out}: exists, and nothing is overwritten; give another path")
     if not out.parent.is_dir():
         raise ConfigError(f"{out}: no folder {out.parent} to write {out.name} in")
 
 
-def _write_about_the_model(
+def _write_configuration(
     folder: Path, config: ModelConfig, tokenizer: Tokenizer, dtype: str
 ) -> None:
-    ends = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+    """Write config.json, generation_config.json and the tokenizer's files."""
+    marks = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
     pad = {"pad_token_id": config.pad_token_id}
     for name, content in (
-        ("config.json", to_config_json(config, dtype) | ends),
-        ("generation_config.json", {**ends, **pad, "do_sample": True}),
+        ("config.json", to_config_json(config, dtype) | marks),
+        ("generation_config.json", {**marks, **pad, "do_sample": True}),
     ):
         write_whole(folder / name, json.dumps(content, indent=2) + "\n")
     tokenizer.save(folder)
 
 
 def name_of(folder: Path) -> str:
-    """A run's name and step, or the folder's."""
-    found = run_of(folder)
-    return folder.resolve().name if found is None else f"{found[0].name} {folder.name}"
+    """Return the name of a checkpoint's run and its step; else the folder's name."""
+    run = run_of(folder)
+    return folder.resolve().name if run is None else f"{run[0].name} {folder.name}"
 
 
 def _run_facts(folder: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """run.yaml of the run that a checkpoint is of, and its evaluations up to that checkpoint."""
-    found = run_of(folder)
-    if found is None:
+    """Return a checkpoint's run as the model card shows it, and its evaluations up to that step."""
+    checkpoint_run = run_of(folder)
+    if checkpoint_run is None:
         return None, []
-    run, record = found
+    run, record = checkpoint_run
     facts = {
         "settings": record.settings,
         "model": record.model_name,
@@ -116,7 +118,7 @@ def _run_facts(folder: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]
 
 
 def _refuse_overflow(weights: dict[str, Tensor], folder: Path, dtype: str) -> None:
-    """float16 ends at 65,504; a weight beyond it would be written as infinity."""
+    """Raise ConfigError for weights that are not finite. float16 ends at 65,504."""
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise ConfigError(f"--dtype: {name} of {folder} is not finite in {dtype}; give bf16")

@@ -1,7 +1,7 @@
-"""A model as one GGUF file, which llama.cpp opens: weights, architecture and tokenizer.
+"""Export a model as one GGUF file, which llama.cpp opens: weights, architecture and tokenizer.
 
-`model/formats/gguf.py` and `data/tokenizers/gguf.py` say what it holds. Norms and routers are
-float32 whatever the type, as in llama.cpp, and Gemma's norms are written with their one added.
+`model/formats/gguf.py` and `data/tokenizers/gguf.py` define the contents. As in llama.cpp,
+norms and routers are always float32, and 1 is added to Gemma's norm weights.
 """
 
 import math
@@ -42,13 +42,14 @@ def export_gguf(
     best: bool,
     notify: Callable[[str], None],
 ) -> Path:
-    """Write the file, aside and renamed. Returns the folder that it was made of.
+    """Write a model to the file `out`: to a staging file, then renamed. Returns the source folder.
 
-    Costs the memory of the weights in float32, and of the largest tensor twice.
+    Needs memory for the weights in float32 and for the largest tensor twice. Raises ConfigError as
+    `export` does, and if the package gguf is not installed.
     """
     check_target(out, dtype)
     if out.suffix != ".gguf":
-        raise ConfigError(f"--gguf: {out} is to be one file; call it {out.name}.gguf")
+        raise ConfigError(f"--gguf: {out} must end in .gguf; call it {out.name}.gguf")
     try:
         import gguf
     except ImportError:
@@ -57,52 +58,58 @@ def export_gguf(
         ) from None
     folder = find_model_folder(where, notify, best=best)
     config = read_config(folder)
-    about, said = gguf_tokenizer(folder_tokenizer(folder), config.vocab_size)
-    kind = DTYPES[dtype]
-    facts: dict[str, Any] = {
+    tokenizer_metadata, messages = gguf_tokenizer(folder_tokenizer(folder), config.vocab_size)
+    torch_dtype = DTYPES[dtype]
+    metadata: dict[str, Any] = {
         "general.type": "model",
         "general.name": name_of(folder),
-        "general.file_type": int(gguf.LlamaFileType[FILE_TYPES[TYPES[kind]]]),
+        "general.file_type": int(gguf.LlamaFileType[FILE_TYPES[TYPES[torch_dtype]]]),
         "general.quantization_version": int(gguf.GGML_QUANT_VERSION),
         **gguf_metadata(config),
-        **about,
+        **tokenizer_metadata,
     }
-    for line in said:
-        notify(line)
-    asked = SpeedConfig(dtype="float32", compile=False)
-    model = open_model(folder, resolve_speed(asked, CPU, training=False), CPU, notify)
-    aside = out.with_name(f".{out.name}.partial")
+    for message in messages:
+        notify(message)
+    speed = resolve_speed(SpeedConfig(dtype="float32", compile=False), CPU, training=False)
+    model = open_model(folder, speed, CPU, notify)
+    staging = out.with_name(f".{out.name}.partial")
     try:
-        _write(gguf, aside, model, facts, kind, dtype)
-        aside.rename(out)
+        _write(gguf, staging, model, metadata, torch_dtype, dtype)
+        staging.rename(out)
     except (OSError, ConfigError):
-        aside.unlink(missing_ok=True)
+        staging.unlink(missing_ok=True)
         raise
     return folder
 
 
 def _write(
-    gguf: Any, path: Path, model: Decoder, facts: dict[str, Any], kind: torch.dtype, dtype: str
+    gguf: Any,
+    path: Path,
+    model: Decoder,
+    metadata: dict[str, Any],
+    torch_dtype: torch.dtype,
+    dtype: str,
 ) -> None:
+    """Write the file, tensor by tensor. Raises ConfigError for a weight that overflows the type."""
     values = gguf.GGUFValueType
     value_types = {bool: values.BOOL, int: values.UINT32, float: values.FLOAT32,
                    str: values.STRING, list: values.ARRAY}  # fmt: skip
     writer = gguf.GGUFWriter(path, ARCHITECTURES[model.config.model_type])
-    for key, value in facts.items():
+    for key, value in metadata.items():
         writer.add_key_value(key, value, value_types[type(value)])
     tensors = gguf_tensors(model.config, model.merged)
-    types = [torch.float32 if tensor.stays_float32 else kind for tensor in tensors]
-    for tensor, of in zip(tensors, types, strict=True):
-        size = math.prod(tensor.shape) * of.itemsize
-        raw = gguf.GGMLQuantizationType[TYPES[of]]
+    types = [torch.float32 if tensor.stays_float32 else torch_dtype for tensor in tensors]
+    for tensor, file_dtype in zip(tensors, types, strict=True):
+        size = math.prod(tensor.shape) * file_dtype.itemsize
+        raw = gguf.GGMLQuantizationType[TYPES[file_dtype]]
         writer.add_tensor_info(tensor.name, tensor.shape, None, size, raw_dtype=raw)
     parameters = dict(model.named_parameters())
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor, of in zip(tensors, types, strict=True):
-            value = _value(tensor, parameters, model).to(of)
+        for tensor, file_dtype in zip(tensors, types, strict=True):
+            value = _value(tensor, parameters, model).to(file_dtype)
             if not value.isfinite().all():
                 raise ConfigError(f"--dtype: {tensor.name} is not finite in {dtype}; give bf16")
             writer.write_tensor_data(value.contiguous().view(torch.uint8).numpy())
@@ -113,7 +120,7 @@ def _write(
 
 
 def _value(tensor: FileTensor, parameters: dict[str, Any], model: Decoder) -> Tensor:
-    """The tensor as llama.cpp uses it."""
+    """Return a tensor's values as llama.cpp uses them."""
     parts = [piece.of(parameters[piece.parameter].detach()) for piece in tensor.pieces]
     value = torch.stack(parts) if tensor.is_stacked else parts[0]
     return 1.0 + value if tensor.is_norm and model.config.norm_is_zero_centered else value

@@ -1,16 +1,22 @@
-"""README.md of an exported model: what it is, what it was trained on, how well it does."""
+"""Model card of an exported model: what it is, what it was trained on, and its validation losses.
+
+huggingface_hub, which comes with tokenizers, writes the metadata that the hub reads.
+"""
 
 import html
 import math
 from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
 
 from pretrain_cli import __version__
 from pretrain_cli.data.tokenizers.tokenizer import Tokenizer
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.counting import count_parameters
 
-MARKS = "\\`*_[]{}()#|~!"
-EVALUATIONS_SHOWN = 20
+MARKDOWN_MARKS = "\\`*_[]{}()#|~!"
+MAX_EVALUATIONS = 20
+"""Evaluations in the table at most; evenly spaced, the last one included."""
 
 
 def model_card(
@@ -21,17 +27,17 @@ def model_card(
     run: dict[str, Any] | None,
     evaluations: list[dict[str, Any]],
 ) -> str:
-    """The card. Whatever comes from elsewhere, a name or a path, is escaped: it stays text."""
+    """Return README.md. Names, paths and settings are escaped, so that they stay text.
+
+    `run`: model, data, step and settings of the run; None for a model of no run. `evaluations`:
+    evaluation rows of metrics.jsonl."""
     family = "Gemma 3" if config.model_type == "gemma3_text" else "Qwen 3"
     count = count_parameters(config)
     active = f", {count.active:,} active a token" if config.num_experts else ""
+    metadata = ModelCardData(
+        library_name="transformers", pipeline_tag="text-generation", tags=["pretrain"]
+    )
     lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [pretrain]",
-        "---",
-        "",
         f"# {escaped(name)}",
         "",
         f"A language model of the {family} architecture, {count.total:,} parameters{active}, in "
@@ -73,22 +79,25 @@ def model_card(
     if evaluations:
         lines += ["", "## Validation", "", "| step | loss | perplexity | bits per byte |"]
         lines += ["|---|---|---|---|"]
-        every = math.ceil(len(evaluations) / EVALUATIONS_SHOWN)
-        for row in evaluations[::-1][::every][::-1]:  # the last one always
+        stride = math.ceil(len(evaluations) / MAX_EVALUATIONS)
+        for row in evaluations[::-1][::stride][::-1]:  # backwards, which keeps the last one
             perplexity = math.exp(min(row["loss"], 700.0))
             lines.append(
                 f"| {row['step']:,} | {row['loss']:.4f} | {perplexity:.4g} | "
                 f"{row['bits_per_byte']:.4f} |"
             )
-    return "\n".join(lines) + "\n"
+    body = "\n".join(lines)
+    return str(ModelCard(f"---\n{metadata}\n---\n\n{body}\n"))
 
 
 def escaped(value: Any) -> str:
-    """Text that Markdown and HTML take for text, on one line."""
+    """Return the value as one line that Markdown and HTML show unchanged."""
     text = html.escape(" ".join(str(value).split()), quote=False)
-    return "".join(f"\\{letter}" if letter in MARKS else letter for letter in text)
+    return "".join(f"\\{letter}" if letter in MARKDOWN_MARKS else letter for letter in text)
 
 
 def _table(rows: dict[str, Any]) -> list[str]:
-    head = ["| | |", "|---|---|"]
-    return head + [f"| {escaped(name)} | {escaped(value)} |" for name, value in rows.items()]
+    """Return the lines of a table of two columns without a heading."""
+    return ["| | |", "|---|---|"] + [
+        f"| {escaped(name)} | {escaped(value)} |" for name, value in rows.items()
+    ]

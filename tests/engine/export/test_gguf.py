@@ -151,7 +151,7 @@ def test_what_can_not_be_written_leaves_nothing(folder, tmp_path):
         assert not list(tmp_path.glob(".*"))
         return str(error.value)
 
-    assert "is to be one file; call it model.gguf" in refused("model")
+    assert "must end in .gguf; call it model.gguf" in refused("model")
     assert "'q4' is not one of bf16" in refused(dtype="q4")
     large = tmp_path / "large"
     large.mkdir()

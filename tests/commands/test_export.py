@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -10,31 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain_cli.data.tokenizers.tokenizer import load_tokenizer
-from pretrain_cli.engine.export.model_card import escaped, model_card
-from pretrain_cli.model.presets import preset
-
 CHECKPOINT = "runs/tiny/checkpoints/step-000060"
 
 
 def tensors(folder):
     return {k: v for path in Path(folder).glob("*.safetensors") for k, v in load_file(path).items()}
-
-
-@pytest.mark.usefixtures("trained")
-@pytest.mark.parametrize(
-    ("dtype", "kind"),
-    [("bf16", torch.bfloat16), ("fp16", torch.float16), ("float32", torch.float32)],
-)
-def test_the_weights_are_the_checkpoints_in_another_type(pretrain, dtype, kind):
-    outcome = pretrain(f"export runs/tiny out --dtype {dtype}")
-    assert outcome.code == 0, outcome.err
-    before, after = tensors(CHECKPOINT), tensors("out")
-    assert before.keys() == after.keys()
-    for name, value in before.items():
-        assert torch.equal(after[name], value.to(kind)), name
-    config = json.loads(Path("out/config.json").read_text())
-    assert config["dtype"] == config["torch_dtype"] == str(kind).removeprefix("torch.")
 
 
 @pytest.mark.usefixtures("trained")
@@ -77,20 +56,6 @@ def test_the_model_card_has_settings_data_and_losses(pretrain):
     assert importlib.import_module("yaml").safe_load(front)["library_name"] == "transformers"
 
 
-def test_what_comes_from_elsewhere_stays_text_in_the_card():
-    evil = "a|b <script>x</script> [l](http://e) `c`\n# d *e* ![i](j)"
-    text = escaped(evil)
-    assert "\n" not in text
-    assert "<" not in text
-    for mark in "|[](`*#!":
-        assert text.count(mark) == text.count("\\" + mark)
-    run = {"model": evil, "data": evil, "step": 3, "settings": {
-        "data": {"path": evil}, "optimizer": {}, "train": {}}}  # fmt: skip
-    card = model_card(evil, preset("qwen3-tiny"), load_tokenizer("bytes"), "float32", run, [])
-    assert "<script>" not in card
-    assert card.count("\n# ") == 1
-
-
 @pytest.mark.usefixtures("trained")
 @pytest.mark.parametrize(
     ("line", "said"),
@@ -126,12 +91,3 @@ def test_a_run_is_written_as_one_file_for_llama_cpp(pretrain):
 def test_without_the_gguf_package_it_says_what_to_install(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert "pip install 'pretrain[gguf]'" in refused("export runs/tiny tiny.gguf --gguf")
-
-
-@pytest.mark.usefixtures("trained")
-def test_a_weight_that_a_type_does_not_hold_is_refused(refused):
-    shutil.copytree(CHECKPOINT, "large", ignore=shutil.ignore_patterns("training"))
-    path = Path("large/model.safetensors")
-    changed = {k: v * 1e7 if "up_proj" in k else v for k, v in load_file(path).items()}
-    importlib.import_module("safetensors.torch").save_file(changed, path)
-    assert "is not finite in fp16; give bf16" in refused("export large out --dtype fp16")

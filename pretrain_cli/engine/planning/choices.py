@@ -20,12 +20,19 @@ from pretrain_cli.errors import ConfigError
 from pretrain_cli.model.config import ModelConfig
 
 CPU_RUN_FLOPS = 1.2e13
+"""FLOPs of a run on a CPU by default: about a minute of `pretrain train --model gemma3-tiny` on two
+cores (66 s on an EPYC)."""
 CPU_STEPS = 400
+"""Steps that a CPU run is divided into, about; fewer would show no curve."""
 CPU_SEQUENCES = 8
+"""Most sequences in a step on a CPU by default."""
 GPU_TOKENS_PER_STEP = 2**18
+"""Tokens in a step on a GPU by default: half of what GPT-3's smallest sizes used (Brown et al.
+2020, table 2.1). Not tuned."""
 
 
 def choose_seq_len(asked: int | str, config: ModelConfig, data: Mixture, on_cpu: bool) -> int:
+    """Return the tokens in a sample. Raises ConfigError if the model or a dataset is shorter."""
     shortest = min(data.trained_on, key=lambda source: len(source.dataset.train.tokens))
     tokens = len(shortest.dataset.train.tokens)
     if asked == "auto":
@@ -47,7 +54,7 @@ def choose_seq_len(asked: int | str, config: ModelConfig, data: Mixture, on_cpu:
 def choose_samples_per_step(
     settings: RunConfig, ranks: Ranks, seq_len: int, flops: float, on_cpu: bool
 ) -> int:
-    """Sequences a step, on all ranks."""
+    """Return the sequences in a step, over all ranks. Raises ConfigError for an uneven number."""
     asked, micro = settings.train.tokens_per_step, settings.train.micro_batch_size
     unit = ranks.world_size * (1 if micro == "auto" else micro)
     if asked != "auto":
@@ -80,7 +87,7 @@ def choose_micro_batch_size(
     speed: Speed,
     resumed: RunRecord | None,
 ) -> MicroBatch:
-    """Sequences a rank takes at once."""
+    """Return the micro-batch of a rank, and why it was chosen."""
     share, rest = divmod(samples_per_step, ranks.world_size)
     if rest:
         raise ConfigError(
@@ -116,12 +123,13 @@ def choose_micro_batch_size(
 
 
 def choose_interval(asked: int | str, steps: int, *, at_least: int) -> int:
-    """Every so many steps: a fifth of the run, but not more often than makes sense."""
+    """Return the steps between two events: a fifth of the run, but at least `at_least`."""
     return max(at_least, math.ceil(steps / 5)) if asked == "auto" else int(asked)
 
 
 def choose_checkpoint_interval(asked: int | str, steps: int, eval_every: int) -> int:
-    """A fifth of the run, up to a step that is evaluated, so that the best can be told."""
+    """Return the steps between checkpoints: a fifth of the run, rounded up to an evaluated step, so
+    that the best checkpoint is known."""
     every = choose_interval(asked, steps, at_least=100)
     if asked != "auto" or eval_every > every:
         return every
@@ -129,7 +137,7 @@ def choose_checkpoint_interval(asked: int | str, steps: int, eval_every: int) ->
 
 
 def suggested_learning_rate(parameters: int) -> float:
-    """By parameters without embeddings, at most 4e-3.
+    """Return a learning rate by the number of parameters without embeddings, at most 4e-3.
 
     The power law through GPT-3's table (Brown et al. 2020, table 2.1): 6e-4 at 125M, 2e-4 at 1.3B,
     1e-4 at 13B. At the two small sizes it comes within what a short search finds.

@@ -123,7 +123,9 @@ def estimate(t: StepShape) -> Estimate:
     # DDP has all gradients in buckets of its own from the start
     earlier = weights if t.is_accumulated or t.parallel == "ddp" else 0
     copies = 2 * matrices if c == 2 and not t.recompute_cheap else 0
-    activations = sum(kept) + (8 + c) * hidden  # and of the last norm, and the loss's gradient
+    # Beside the blocks' own: what the last norm keeps, and the loss's gradient. The sum is counted
+    # to the byte against autograd in tests/engine/planning/test_memory_estimate.py.
+    activations = sum(kept) + (8 + c) * hidden
     if t.activation_checkpointing:  # a block's input alone; one block at a time has the rest
         activations += c * hidden * depth + max(kept) - sum(kept)
         copies //= depth
@@ -276,4 +278,6 @@ def _kept_by_mlp(t: StepShape, layer: int) -> int:
         # gate and up; activated, and their product, where they are not made again
         return (2 if t.recompute_cheap else 3 if t.compile else 4) * c * m.intermediate_size
     K, E = m.num_experts_per_tok, m.num_experts
-    return c * K * (3 * m.hidden_size + 4 * m.moe_intermediate_size) + 4 * E + 32 * K
+    return (
+        c * K * (3 * m.hidden_size + 4 * m.moe_intermediate_size) + 4 * E + 32 * K
+    )  # 32 K: indices, order and weights of the K chosen experts

@@ -27,6 +27,8 @@ from pretrain_cli.files import write_whole
 
 LOWEST, HIGHEST = 1e-6, 1.0
 FEWEST_STEPS = 10
+LEAST_FALL = 0.02
+"""Smallest fall of the smoothed loss, as a share, that counts as learning. Not tuned."""
 SMOOTHING = 0.8
 """Weight of the previous loss in the smoothed one: an average over about the last five steps."""
 TOLERANCE = 0.1
@@ -147,7 +149,7 @@ def has_diverged(smoothed: list[float]) -> bool:
 def suggest(rates: list[float], smoothed: list[float]) -> tuple[float | None, str]:
     """(a rate, why): the one of the lowest loss, with a margin."""
     lowest = min(range(len(smoothed)), key=smoothed.__getitem__, default=0)
-    if not smoothed or smoothed[lowest] > 0.98 * smoothed[0]:
+    if not smoothed or smoothed[lowest] > (1 - LEAST_FALL) * smoothed[0]:
         return None, "the loss never fell by 2 %; give the test more --steps, or larger ones"
     rate = float(f"{rates[lowest] / MARGIN:.1e}")
     if lowest == len(smoothed) - 1:

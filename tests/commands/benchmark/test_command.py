@@ -11,11 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from pretrain_cli.config.run_config import SpeedConfig
-from pretrain_cli.engine.benchmark import data as benchmark_data
-from pretrain_cli.engine.benchmark import rounds, search, timing
+from pretrain_cli.engine.benchmark import rounds, timing
 from pretrain_cli.engine.benchmark.interruption import Interruption
 from pretrain_cli.engine.planning import micro_batch
 from pretrain_cli.engine.runtime.process_settings import KINETO_LEVEL
@@ -271,54 +269,6 @@ def test_a_benchmark_that_is_stopped_leaves_no_process_behind(tmp_path):
 # --- a micro-batch that fits ---------------------------------------------------------------------
 
 
-@pytest.fixture
-def room(monkeypatch):
-    """For a process with all that the tests have loaded, and little time for a step."""
-    monkeypatch.setattr(micro_batch, "memory_here", lambda device: 20 * 10**9)
-    monkeypatch.setattr(search, "LONGEST", 0.05)
-
-
-@pytest.mark.usefixtures("here", "room", "trained")
-def test_the_micro_batch_that_is_found_is_the_one_that_training_takes(pretrain):
-    model = MODEL.replace("vocab_size=512", "vocab_size=320")  # the dataset's
-    line = f"benchmark --find-micro-batch {model} --seq-len 32 --dtype float32 --device cpu"
-    outcome = pretrain(f"{line} --rounds 2 --steps 2 --warmup 1 --json found.json")
-    assert outcome.code == 0, outcome.err
-    found = json.loads(Path("found.json").read_text())["micro_batch"]
-    rates = {int(size): rate for size, rate in found["tokens_per_second"].items()}
-    assert {1, 2, 4} <= set(rates)
-    assert rates[found["fastest"]] >= 0.98 * max(rates.values())
-    assert found["largest"] == max(rates)
-    assert "Fastest: micro-batch " in outcome.out
-    assert "Largest: micro-batch " in outcome.out
-    assert "Kept in runs/micro-batches.json: pretrain train takes the fastest that" in outcome.out
-
-    tiny = "train --model gemma3-tiny " + model.partition(" ")[2].partition(" ")[2]
-    line = f"{tiny} --seq-len 32 --dtype float32 --tokens-per-step 1024 --steps 1 --out fast"
-    outcome = pretrain(f"{line} --micro-batch-size auto --data data/corpus")
-    assert outcome.code == 0, outcome.err
-    assert "(the fastest measured here)" in outcome.out
-
-
-def test_a_machine_that_has_no_room_for_one_sample_is_told_so(refused, monkeypatch):
-    monkeypatch.setattr(micro_batch, "memory_here", lambda device: 1_500_000)
-    said = refused(f"benchmark --find-micro-batch {MODEL} --seq-len 32 --device cpu")
-    assert said.startswith("--find-micro-batch: a micro-batch of 1 takes about 33")
-    assert said.endswith(", and 1.5 MB may be used; give a smaller model, or --seq-len")
-
-
-@pytest.mark.usefixtures("here", "room")
-def test_a_search_without_a_measurement_exits_1_and_stores_nothing(pretrain, monkeypatch):
-    def broken(arm, repeats):
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(timing, "measure_round", broken)
-    outcome = pretrain(f"benchmark --find-micro-batch {MODEL} --seq-len 32 --device cpu")
-    assert outcome.code == 1
-    assert "micro-batch 1: not run: out of memory" in outcome.out
-    assert not Path("runs").exists()
-
-
 @pytest.mark.usefixtures("here")
 def test_an_arm_that_fails_gives_exit_code_1(pretrain, monkeypatch):
     def broken(arm, repeats):
@@ -392,127 +342,3 @@ def test_files_that_are_no_results_are_refused(refused, tmp_path):
     (tmp_path / "a.json").write_text("{}")
     said = "a.json: not a file that pretrain benchmark --json wrote"
     assert refused("benchmark --compare a.json a.json") == said
-
-
-# --- reading batches -----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(benchmark_data, "SECONDS", 0.05)
-    monkeypatch.setattr(benchmark_data, "RANDOM_BATCHES", 20)
-
-
-@pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("packing", ["concat", "best-fit"])
-def test_reading_is_measured_on_tokens_that_are_made_and_taken_away(
-    pretrain, tmp_path, monkeypatch, packing
-):
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    outcome = pretrain(
-        f"benchmark data --size 0.001 --packing {packing} --seq-len 64 --json r.json"
-    )
-    assert outcome.code == 0, outcome.err
-    assert outcome.out.startswith("Random tokens, 1.0 MB in the page cache, one thread\n")
-    assert "µs a batch of 8 × 64" in outcome.out
-    written = json.loads(Path("r.json").read_text())
-    assert written["workload"] == {"seq_len": 64, "samples": 8, "packing": packing}
-    result = written["result"]
-    assert (result["tokens"], result["size"]) == (500_000, 1_000_000)
-    assert result["tokens_per_second"] > 100_000
-    assert 0 < result["batch_seconds"] < 0.1
-    if packing == "best-fit":
-        assert result["index_seconds"] > 0
-        assert 0.9 < result["filled"] <= 1
-        assert "Best-fit packing of 500k tokens: " in outcome.out
-    assert list((tmp_path / "tmp").iterdir()) == []
-
-
-@pytest.mark.usefixtures("quick", "trained")
-def test_reading_is_measured_on_a_dataset(pretrain):
-    before = sorted(Path("data/corpus").iterdir())
-    outcome = pretrain("benchmark data --data data/corpus --packing best-fit --seq-len 32")
-    assert outcome.code == 0, outcome.err
-    assert outcome.out.startswith("data/corpus, 2")
-    assert sorted(Path("data/corpus").iterdir()) == before
-
-
-@pytest.mark.usefixtures("trained")
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ("--data data/corpus --size 3", "--size: 3 GB is of what is made; leave it out with"),
-        ("--size 0", "--size: 0 is not above 0"),
-        ("--size inf", "--size: inf is not above 0"),
-        ("--size 1e9", "--size: 1e+09 GB is more than "),
-        ("--tokenizer gpt2", "--tokenizer: 'gpt2' says what made the .bin files of --data"),
-        ("--data nowhere", "nowhere: no such dataset"),
-        ("--packing tight", "data.packing: 'tight' is not one of concat, best-fit"),
-        ("--seq-len 0", "data.seq_len: 0 is not greater than 0"),
-        ("--data data/corpus --seq-len 20000", "data.seq_len: 20,000 is beyond the 1"),
-        ("--micro-batch-size 0", "train.micro_batch_size: 0 is not greater than 0"),
-    ],
-)
-def test_what_cannot_be_read_is_refused(refused, options, said):
-    assert refused(f"benchmark data {options}").startswith(said)
-
-
-# --- tokenizing ----------------------------------------------------------------------------------
-
-
-def test_tokenizing_is_measured_beside_the_library(pretrain, corpus):
-    size = sum(path.stat().st_size for path in corpus.rglob("*.txt"))
-    line = "benchmark tokenize --tokenizer bytes --text corpus --rounds 1 --workers 1 --json t.json"
-    outcome = pretrain(line)
-    assert outcome.code == 0, outcome.err
-    (result,) = json.loads(Path("t.json").read_text())["results"]
-    assert result["bytes"] == size
-    assert result["tokens"] == size + 30  # an end a document
-    assert result["seconds"] > 0
-    assert result["ratio"] == pytest.approx(result["library_seconds"] / result["seconds"])
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ("--rounds 0", "--rounds: 0 is not at least 1"),
-        ("--workers 0", "--workers: 0 is not at least 1"),
-    ],
-)
-def test_what_cannot_be_tokenized_is_refused(refused, options, said):
-    assert refused(f"benchmark tokenize {options}").startswith(said)
-
-
-# --- sample --------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_writing_is_measured(pretrain):
-    line = "benchmark sample --seq-len 20 --max-tokens 6 --rounds 2 --batch-size 2"
-    outcome = pretrain(f"{line} --json s.json")
-    assert outcome.code == 0, outcome.err
-    assert "gemma3-tiny 2 × 20 tokens, 6 behind each" in outcome.out
-    written = json.loads(Path("s.json").read_text())
-    (ours,) = written["results"]
-    assert ours["ratio"] is None
-    rates = sorted(rate for _, rate in ours["rounds"])
-    assert ours["decode_tokens_per_second"] == pytest.approx(sum(rates) / 2)
-    assert written["limit"] == pytest.approx(2 * written["copy_rate"] / written["step_bytes"])
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ("--max-tokens 1", "--max-tokens: 1 is not at least 2"),
-        ("--rounds 0", "--rounds: 0 is not at least 1"),
-        ("--batch-size 0", "--batch-size: 0 is not at least 1"),
-        ("--seq-len 0", "--seq-len: 0 is not at least 1"),
-        ("--seq-len 2048", "--seq-len: 2,048 and --max-tokens 256 are beyond the model's 2,048"),
-        ("--vs vllm", "--vs: 'vllm' is not transformers"),
-        ("--dtype int8", "speed.dtype: 'int8' is not one of"),
-        ("--dtype float8", "speed.dtype: 'float8' can't be used: it is a way to train"),
-    ],
-)
-def test_what_cannot_be_written_is_refused(refused, options, said):
-    assert refused(f"benchmark sample {options}").startswith(said)

@@ -1,14 +1,12 @@
 """Arms in turn, what they come to, and that one which learns something else is found out."""
 
 import dataclasses
-import math
 from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
 from pretrain_cli.config.run_config import SpeedConfig
-from pretrain_cli.engine.benchmark import arms, timing
-from pretrain_cli.engine.benchmark.results import ratios, summarize
+from pretrain_cli.engine.benchmark import timing
 from pretrain_cli.engine.benchmark.rounds import Rounds
 from pretrain_cli.engine.benchmark.timing import Round
 from pretrain_cli.engine.benchmark.workload import Arm, Repeats, Workload
@@ -63,76 +61,6 @@ def in_dtype(dtype):
 
 def an_arm(name, **changes):
     return Arm(name=name, workload=WORKLOAD, speed=SpeedConfig(), **changes)
-
-
-# --- what rounds come to -------------------------------------------------------------------------
-
-
-def test_figures_are_those_of_the_steps():
-    peak = Peak(flops=1e10, source="measured", measured=1e10)
-    rounds = {
-        "a": [a_round(times=[0.1, 0.2, 0.3]), a_round(times=[0.4, 0.5], warmup=[9.0])],
-        "b": [a_round(times=[0.4, 0.4, 0.4]), a_round(times=[0.9, 0.9])],
-    }
-    result = summarize(an_arm("a", same_as="b", beside="b"), rounds, peak)
-    found = result.figures
-    assert found.step_median == 0.3
-    assert (found.step_fastest, found.step_slowest) == (0.1, 0.5)
-    assert found.tokens_per_second == pytest.approx(96 / 0.3)
-    assert found.warmup == 1.0
-    assert found.compile_time == pytest.approx(1.0 - 2 * 0.3)
-    assert found.worth == pytest.approx((0.4 / 0.2 + 0.9 / 0.45) / 2)
-    # five windows of 8 in sequences of 48, one layer of all, 4 heads of 16; 6 N of the matrices
-    seen = 5 * (8 * 9 / 2 + 40 * 8) / 48 + 49 / 2
-    matrices = 6 * (64 * 16 * (2 * 4 + 2 * 1) + 3 * 64 * 96) + 300 * 64
-    flops = 6 * matrices + 12 * 64 * seen
-    assert result.flops_per_token == pytest.approx(flops)
-    assert found.mfu == pytest.approx(flops * 96 / 0.3 / 1e10)
-    conventional = 6 * matrices + 12 * 64 * 48 * 6
-    assert found.mfu_conventional == pytest.approx(conventional * 96 / 0.3 / 1e10)
-    assert (found.loss, found.loss_difference, result.differs) == (4.0, 0.0, "")
-
-
-@pytest.mark.parametrize(
-    ("dtype", "loss", "differs"),
-    [
-        ("float32", 4.0 * (1 + 5e-5), False),
-        ("float32", 4.0 * (1 + 2e-4), True),
-        ("float32", 4.0 * (1 - 2e-4), True),
-        ("bfloat16", 4.0 * (1 + 5e-3), False),
-        ("bfloat16", 4.0 * (1 + 2e-2), True),
-        ("bfloat16", math.nan, True),
-    ],
-)
-def test_what_rounding_explains_depends_on_the_type(dtype, loss, differs):
-    rounds = {"a": [a_round(losses=[6.0, loss], speed=in_dtype(dtype))], "b": [a_round()]}
-    result = summarize(an_arm("a", same_as="b"), rounds, Peak(1e10, "", 1e10))
-    assert bool(result.differs) is differs
-    if differs:
-        assert "differs from b: loss" in result.differs
-        assert dtype in result.differs
-
-
-def test_a_first_gradient_that_is_another_is_a_difference():
-    rounds = {"a": [a_round(gradient_norms=[2.1, 1.9])], "b": [a_round()]}
-    result = summarize(an_arm("a", same_as="b"), rounds, Peak(1e10, "", 1e10))
-    assert "first gradient norm 0.05 of its size" in result.differs
-
-
-def test_a_ratio_is_taken_round_by_round_with_what_is_compiled_alike():
-    compiled = IN_FORCE | {"compile": {"asked": True, "in_force": True}}
-    process = {name: {"asked": False, "in_force": False} for name in arms.PROCESS_SETTINGS}
-    rounds = {
-        "ours": [a_round(times=[0.1], peak_memory=5, speed=IN_FORCE | compiled)] * 2,
-        "plain": [a_round(times=[0.3])],
-        "peer": [a_round(times=[t], peak_memory=10, speed=process | compiled) for t in (0.2, 0.4)],
-    }
-    found = [an_arm("ours"), an_arm("plain"), an_arm("peer", peer="transformers")]
-    (ratio,) = ratios([summarize(arm, rounds, Peak(1e10, "", 1e10)) for arm in found])
-    assert (ratio.arm, ratio.ours) == ("peer", "ours")
-    assert ratio.tokens_per_second == pytest.approx(3.0)
-    assert (ratio.lowest, ratio.highest) == pytest.approx((2.0, 4.0))
-    assert ratio.peak_memory == 0.5
 
 
 # --- in turn -------------------------------------------------------------------------------------

@@ -1,14 +1,11 @@
 """The numbers of a run, against a clock of the test's own and against one another."""
 
 import itertools
-import json
 
 import pytest
 import torch
 
-from pretrain_cli.config.build import build_config
 from pretrain_cli.engine.runs.events import Evaluation, Started, StepMetrics
-from pretrain_cli.engine.runs.run_yaml import read_record, resumed_settings
 from pretrain_cli.engine.runtime.distributed import Ranks
 from pretrain_cli.engine.training import throughput as metering
 from pretrain_cli.engine.training.throughput import ThroughputMeter
@@ -103,26 +100,6 @@ def test_the_lines_of_a_run_fit_one_another(settings, run, tmp_path):
         assert later.mfu_conventional > later.mfu
     assert [event.save_stall > 0 for event in steps] == [False, False, True]
     assert [event.evaluation_time > 0 for event in steps] == [False, True, False]
-
-
-def test_the_file_tells_of_each_start_and_goes_on_counting(settings, run, tmp_path):
-    run(settings(train__steps=2))
-    folder = tmp_path / "run"
-    record = read_record(folder)
-    changed = build_config(record.settings, {"train.steps": 4}, [])
-    run(resumed_settings(record, changed), resume=(folder, record))
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    starts = [row for row in rows if row["kind"] == "start"]
-    assert [row["step"] for row in starts] == [0, 2]
-    for row in starts:
-        assert row["peak_source"].startswith("measured, ")
-        assert row["peak_flops"] == row["peak_measured"] > 0
-    steps = [row for row in rows if row["kind"] == "step"]
-    assert [row["step"] for row in steps] == [1, 2, 3, 4]
-    seconds = [row["seconds"] for row in steps]
-    assert seconds == sorted(seconds)
-    for row in steps:
-        assert row["run_tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
 
 
 @pytest.mark.parametrize("packing", ["concat", "best-fit"])

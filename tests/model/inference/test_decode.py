@@ -6,7 +6,7 @@ import torch
 from pretrain_cli.model.attention_backends import BACKENDS
 from pretrain_cli.model.config import FULL, SLIDING
 from pretrain_cli.model.decoder import Decoder
-from pretrain_cli.model.inference.cpu_linear import SummedLinear, summed
+from pretrain_cli.model.inference.cpu_linear import SummedLinear
 from pretrain_cli.model.inference.decode import CHUNK, DecodeSession, attend, attend_by_sums
 from pretrain_cli.model.parameter_map import Merged
 
@@ -83,27 +83,6 @@ def test_windows_may_be_one_or_longer_than_the_text(build, window):
 def test_heads_share_keys_as_they_are_grouped(build, groups):
     model = build(num_key_value_heads=groups)
     compare(model, DecodeSession(model), draw(9, 20))
-
-
-@pytest.mark.parametrize("merged", [Merged(), Merged(qkv=False, gate_up=False)])
-@pytest.mark.parametrize("family", ["gemma3", "qwen3", "moe"])
-def test_packed_matrices_give_the_same_logits(make_config, wide, merged, family):
-    plain, packed = (
-        Decoder(make_config(family, tie_word_embeddings=merged.qkv), merged=merged)
-        for _ in range(2)
-    )
-    for model in (plain, packed):
-        wide(model)
-    compare(plain, DecodeSession(packed, fast=True), draw(11, 4, 30))
-
-
-@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
-def test_a_sum_along_rows_is_the_product_rounded_once(dtype, rounding):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 40, generator=generator).to(dtype)
-    weight = torch.randn(23, 40, generator=generator).to(dtype)
-    exact = x.double() @ weight.double().T
-    torch.testing.assert_close(summed(x, weight).double(), exact, rtol=rounding, atol=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])

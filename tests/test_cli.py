@@ -1,12 +1,10 @@
 """Every command: help, version, errors in one line, and a quick start."""
 
 import errno
-import inspect
 import os
 import subprocess
 import sys
 import time
-import typing
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,6 @@ from typer.main import get_command
 
 import pretrain_cli
 from pretrain_cli.cli import app
-from pretrain_cli.commands.options import MAY_BE_EMPTY
 from pretrain_cli.errors import CheckpointError, ConfigError, DataError
 
 COMMANDS = ["tokenize", "train", "sample", "inspect", "report", "benchmark", "count-params"]
@@ -56,31 +53,6 @@ def test_a_wrong_option_is_named(pretrain, line, said):
     outcome = pretrain(line)
     assert outcome.code == 2
     assert said in " ".join(outcome.err.split())
-
-
-def texts():
-    """Each option and argument that takes a text or several, and a line that gives it an empty
-    one."""
-
-    def of(line, command):
-        kinds = typing.get_type_hints(inspect.unwrap(command.callback))
-        required = " ".join("x" for p in command.params if p.required and p.opts[0][0] != "-")
-        for parameter in command.params:
-            taken = {kinds.get(parameter.name), *typing.get_args(kinds.get(parameter.name))}
-            name = parameter.opts[0]
-            if {str, list[str]} & taken and parameter.name not in MAY_BE_EMPTY:
-                given = f"{required} {name} ''" if name[0] == "-" else "''"
-                yield pytest.param(f"{line} {given}", name, id=f"{line} {name}")
-        for name, each in getattr(command, "commands", {}).items():
-            yield from of(f"{line} {name}".strip(), each)
-
-    for name, command in get_command(app).commands.items():  # pyright: ignore
-        yield from of(name, command)
-
-
-@pytest.mark.parametrize(("line", "name"), list(texts()))
-def test_an_empty_value_is_none_and_refused(refused, line, name):
-    assert refused(line) == f"{name}: is empty; give a value, or leave it out"
 
 
 @pytest.mark.parametrize("kind", [ConfigError, DataError, CheckpointError])

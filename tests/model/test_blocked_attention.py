@@ -1,0 +1,39 @@
+"""Blocked attention: memory of one block, under torch.compile, and where it serves."""
+
+import pytest
+import torch
+
+from pretrain_cli.model import blocked_attention
+from pretrain_cli.model.attention_backends import BACKENDS
+from tests.model import test_attention_backends
+from tests.model.test_attention_backends import CPU, Sizes, starting_at
+
+small_blocks = test_attention_backends.small_blocks  # a fixture
+
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_blocks_hold_the_scores_of_one_block_at_a_time(window):
+    """Forward and backward, of 40 queries in blocks of 5: a matrix of 40 × 40 is never made."""
+    q = torch.randn(2, 2, 40, 2, 1)  # (B, Hkv, T, G, Dh)
+    k = v = torch.randn(2, 2, 40, 1)
+    operators = blocked_attention._attend, blocked_attention._backward
+    with Sizes() as sizes:
+        for operator, grad in zip(operators, ((), (q,)), strict=True):
+            operator._init_fn(*grad, q, k, v, window, None)
+    seen_by_a_block = 40 if window is None else 5 + window - 1
+    assert max(sizes.noted) == max(2 * 2 * 2 * 5 * seen_by_a_block, q.numel())
+
+
+def test_blocks_are_as_they_are_under_torch_compile():
+    """An operator that the compiler is told the shapes and gradients of, and doesn't look into."""
+    q = torch.randn(2, 2, 7, 3, 4, requires_grad=True)
+    k, v = (torch.randn(2, 2, 12, 4, requires_grad=True) for _ in range(2))
+    for documents in (None, starting_at((3,), (5, 9), length=12)):
+        torch.library.opcheck(torch.ops.pretrain.blocked_attention.default, (q, k, v, 3, documents))
+
+
+def test_blocks_are_for_cpus_and_say_so():
+    assert BACKENDS["blocks"].unavailable(CPU, True) is None
+    assert BACKENDS["blocks"].unavailable(torch.device("cuda"), True) == "it is made for CPUs"

@@ -1,15 +1,12 @@
 """`pretrain verify`: a folder is the same model in transformers' hands, or exit 1."""
 
 import json
-import shutil
 import sys
-from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
-CHECKPOINT = "runs/tiny/checkpoints/step-000060"
+from tests.engine.evaluation.conftest import CHECKPOINT, copy_with_weights
+
 SHORT = "--windows 2 --seq-len 40 --greedy 8"
 
 
@@ -17,17 +14,6 @@ def verdict(pretrain, line, code=0):
     outcome = pretrain(f"verify {line} {SHORT} --json")
     assert outcome.code == code, (outcome.out, outcome.err)
     return json.loads(outcome.out)
-
-
-def changed(change):
-    """A copy of the checkpoint's model folder, its tensors changed."""
-    shutil.copytree(CHECKPOINT, "other", ignore=shutil.ignore_patterns("training"))
-    path = Path("other/model.safetensors")
-    save_file(
-        {name: change(name, value) for name, value in load_file(path).items()},
-        path,
-        metadata={"format": "pt"},
-    )
 
 
 @pytest.mark.usefixtures("trained")
@@ -44,32 +30,16 @@ def test_a_checkpoint_is_the_same_model_in_transformers(pretrain, data):
 
 
 @pytest.mark.usefixtures("trained")
-def test_rounded_weights_pass_to_the_tolerance_of_their_type(pretrain):
-    changed(lambda name, value: value.to(torch.bfloat16))
-    found = verdict(pretrain, f"{CHECKPOINT} --against other --data data/corpus")
-    assert 1e-4 < found["logits"] < found["tolerance"] == 5e-2
-    assert verdict(pretrain, "other")["tolerance"] == 1e-4  # with itself
-
-
-@pytest.mark.usefixtures("trained")
 def test_another_models_weights_do_not_pass(pretrain):
-    changed(lambda name, value: value + 0.05 if "layers.1.post_feedforward" in name else value)
+    copy_with_weights(
+        lambda name, value: value + 0.05 if "layers.1.post_feedforward" in name else value
+    )
     found = verdict(pretrain, f"{CHECKPOINT} --against other", code=1)
     assert not found["passed"]
     assert found["logits"] > 1e-4
     outcome = pretrain(f"verify {CHECKPOINT} --against other {SHORT}")
     assert outcome.code == 1
     assert "Not the same to a tolerance of 0.0001" in outcome.out
-
-
-@pytest.mark.usefixtures("trained")
-def test_weights_that_transformers_would_draw_at_random_are_refused(pretrain, refused):
-    changed(lambda name, value: value)
-    tensors = load_file("other/model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, "other/model.safetensors", metadata={"format": "pt"})
-    message = refused(f"verify {CHECKPOINT} --against other {SHORT}")
-    assert "transformers misses 1 tensors, model.layers.1.mlp.up_proj.weight" in message
 
 
 @pytest.mark.usefixtures("trained")

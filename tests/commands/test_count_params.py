@@ -134,7 +134,7 @@ def test_what_does_not_fit_is_told(pretrain):
 def test_a_cpu_plan_offers_to_calibrate_and_calibrates(pretrain, monkeypatch):
     monkeypatch.setattr(timing, "PEAK_SECONDS", 0.01)
     here = lambda name, speed, folder, *arguments: getattr(timing, name)(*arguments)  # noqa: E731
-    monkeypatch.setattr(rounds, "in_a_fresh_process", here)
+    monkeypatch.setattr(rounds, "run_timing", here)
     line = "count-params --plan --model qwen3-tiny --vocab-size 500 --seq-len 32 --tokens 1M"
     outcome = pretrain(line)
     assert "1M tokens: how long is not known here; --calibrate times some steps" in outcome.out

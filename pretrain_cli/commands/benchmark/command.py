@@ -206,9 +206,9 @@ def benchmark(
         speed = speed.model_copy(update={"compile": True})
 
     from pretrain_cli.engine.benchmark import arms as kinds
-    from pretrain_cli.engine.benchmark.interruption import Interruption
     from pretrain_cli.engine.benchmark.rounds import Rounds
     from pretrain_cli.engine.benchmark.workload import Repeats
+    from pretrain_cli.engine.runtime.stop import Interruption
 
     repeats = Repeats(rounds=rounds or (1 if mode == "--attn" else 3), steps=steps, warmup=warmup)
     if find_micro_batch:

@@ -15,10 +15,10 @@ def search(workload: Any, speed: Any, repeats: Any, outputs: OutputFiles) -> Non
     """Measure, show, and leave it for `pretrain train`."""
     import torch
 
-    from pretrain_cli.engine.benchmark.interruption import Interruption
     from pretrain_cli.engine.benchmark.search import MicroBatchSearch
     from pretrain_cli.engine.planning import micro_batch
     from pretrain_cli.engine.runtime.distributed import device_name
+    from pretrain_cli.engine.runtime.stop import Interruption
     from pretrain_cli.errors import ConfigError
 
     place = torch.device(workload.device)

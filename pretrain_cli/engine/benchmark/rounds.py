@@ -11,17 +11,16 @@ from typing import Any
 import torch
 
 from pretrain_cli.config.run_config import SpeedConfig
-from pretrain_cli.engine.benchmark.fresh import in_a_fresh_process
 from pretrain_cli.engine.benchmark.results import Figures, Result, summarize
 from pretrain_cli.engine.benchmark.timing import Round
-from pretrain_cli.engine.benchmark.workload import Arm, Repeats, Workload
+from pretrain_cli.engine.benchmark.workload import Arm, Repeats, Workload, run_timing
 from pretrain_cli.engine.runtime.peak_flops import Peak
 from pretrain_cli.engine.runtime.profiler import Profile
 from pretrain_cli.engine.runtime.speed import resolve_speed
 from pretrain_cli.errors import PretrainError
 
 Start = Callable[..., Any]
-"""`in_a_fresh_process`; in tests, a call in this one."""
+"""`run_timing`; in tests, a call in this one."""
 
 
 class Rounds:
@@ -29,7 +28,7 @@ class Rounds:
     each type that is computed in, and the best counts."""
 
     def __init__(self, arms: list[Arm], repeats: Repeats, *, start: Start | None = None) -> None:
-        self.repeats, self.start = repeats, start or in_a_fresh_process
+        self.repeats, self.start = repeats, start or run_timing
         self.arms: list[Arm] = []
         self.measured: dict[str, list[Round]] = {}
         self.failures: dict[str, str] = {}

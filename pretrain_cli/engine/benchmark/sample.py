@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 
-from pretrain_cli.engine.benchmark.fresh import serve
 from pretrain_cli.engine.benchmark.sample_arm import (
     OURS,
     THEIRS,
@@ -33,6 +32,7 @@ from pretrain_cli.engine.benchmark.sample_arm import (
     settings_of,
     speed_of,
 )
+from pretrain_cli.engine.benchmark.workload import serve
 from pretrain_cli.engine.runtime.distributed import find_device
 from pretrain_cli.engine.runtime.process_settings import check_process_settings
 from pretrain_cli.engine.runtime.speed import build_model

@@ -8,13 +8,11 @@ for a while is so for both; each turn in a fresh process, since what the library
 process's memory slows whatever it encodes there next, and every process forked from it.
 """
 
-import multiprocessing
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +23,7 @@ from pretrain_cli.data.tokenizers.tokenizer import load_tokenizer
 from pretrain_cli.data.tokenizing.encoding import cores
 from pretrain_cli.data.tokenizing.request import TokenizeRequest
 from pretrain_cli.data.tokenizing.tokenize import demo_request, tokenize
+from pretrain_cli.engine.runtime.fresh_process import in_a_fresh_process
 from pretrain_cli.engine.runtime.host_memory import give_back_memory
 from pretrain_cli.errors import DataError
 
@@ -69,8 +68,8 @@ def measure(request: TokenizeRequest, rounds: int, progress: Callable[[str], Non
     library: list[Turn] = []
     for number in range(rounds):
         progress(f"{request.tokenizer}: round {number + 1} of {rounds}")
-        library.append(_in_a_fresh_process(library_turn, request))
-        ours.append(_in_a_fresh_process(our_turn, request))
+        library.append(in_a_fresh_process(library_turn, request))
+        ours.append(in_a_fresh_process(our_turn, request))
     return Measurement(
         tokenizer=request.tokenizer,
         workers=workers,
@@ -111,9 +110,3 @@ def _texts(corpus: Corpus, request: TokenizeRequest) -> Iterator[str]:
     for file in corpus.files:
         for document in FileReader(file, request.reading).documents():
             yield b"".join(document.blocks).decode()
-
-
-def _in_a_fresh_process(turn: Callable[[TokenizeRequest], Turn], request: TokenizeRequest) -> Turn:
-    fresh = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=fresh) as process:
-        return process.submit(turn, request).result()

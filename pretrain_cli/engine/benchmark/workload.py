@@ -1,9 +1,14 @@
 """Workloads and arms, the input of a benchmark. No torch here: a fresh process reads these before
 it loads torch, because the behaviour of waiting threads is decided before that."""
 
+import importlib
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from pretrain_cli.config.run_config import SpeedConfig
+from pretrain_cli.engine.runtime.fresh_process import in_a_fresh_process
+from pretrain_cli.engine.runtime.process_settings import set_compile_cache, set_env_before_torch
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.counting import training_flops
 
@@ -65,3 +70,25 @@ class Repeats:
     """Counted steps of a round."""
     warmup: int
     """Steps before them, timed apart."""
+
+
+def run_timing(name: str, speed: SpeedConfig, compiled: Path, *arguments: Any) -> Any:
+    """Return the result of `timing.NAME(*arguments)`, computed in a fresh process under these speed
+    settings. Compiled kernels are cached in the folder `compiled`."""
+    return in_a_fresh_process(_run_timing, name, speed, compiled, arguments)
+
+
+def _run_timing(name: str, speed: SpeedConfig, compiled: Path, arguments: tuple[Any, ...]) -> Any:
+    set_env_before_torch(speed)
+    set_compile_cache(compiled)
+    timing = importlib.import_module("pretrain_cli.engine.benchmark.timing")
+    return getattr(timing, name)(*arguments)
+
+
+def serve(ours: SpeedConfig | None, compiled: Path, arm: str, *arguments: Any) -> None:
+    """Run `sample_arm.serve_arm` in a process that was just started: ours with these settings, as
+    `pretrain sample` has them, or another program's."""
+    if ours is not None:
+        set_env_before_torch(ours)
+    set_compile_cache(compiled)
+    importlib.import_module("pretrain_cli.engine.benchmark.sample_arm").serve_arm(arm, *arguments)

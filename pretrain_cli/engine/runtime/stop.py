@@ -8,6 +8,7 @@ for another rank: a thread sees to it. What is on disk is whole at any instant.
 This module imports no torch, so that a command can be asked to stop before torch is loaded.
 """
 
+import contextlib
 import os
 import signal
 import threading
@@ -58,6 +59,8 @@ class StopRequest:
         """Seconds of the last save; an estimate until there is one."""
         self.gap, self.looked = 0.0, time.perf_counter()
         self.polls, self.polls_between, self.agreed_at = 0, 1, time.perf_counter()
+        self.came = 0.0
+        """Time of the first signal, by the monotonic clock; 0 before it."""
         self.restore: dict[int, object] = {}
         self.pipe: tuple[int, int] | None = None
 
@@ -68,12 +71,12 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():
             self.pipe = os.pipe()
             os.set_blocking(self.pipe[1], False)
-            self.restore = {number: signal.signal(number, _left_to_thread) for number in SIGNALS}
+            self.restore = {number: signal.signal(number, self._take) for number in SIGNALS}
             self.wakeup = signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
             threading.Thread(target=self._watch, args=(self.pipe[0],), daemon=True).start()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> bool | None:
         if self.pipe is None:
             return
         signal.set_wakeup_fd(self.wakeup)
@@ -82,16 +85,18 @@ class StopRequest:
         os.close(self.pipe[1])  # ends the thread
         self.pipe = None
 
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        """Python must have a handler for a signal's number to be written to the pipe."""
+
     def _watch(self, pipe: int) -> None:
         """Wait for signals: the interpreter writes each one's number into the pipe as it comes."""
-        first = 0.0
         while number := os.read(pipe, 1):
             if number[0] not in SIGNALS:
                 continue
-            if not first:
-                first = time.monotonic()
+            if not self.came:
+                self.came = time.monotonic()
                 self.reason = self.reason or signal.Signals(number[0]).name
-            elif time.monotonic() - first > SAME_REQUEST:
+            elif time.monotonic() - self.came > SAME_REQUEST:
                 os._exit(128 + number[0])
         os.close(pipe)
 
@@ -173,5 +178,43 @@ class StopRequest:
             yield item
 
 
-def _left_to_thread(number: int, frame: FrameType | None) -> None:
-    """Python must have a handler of its own for a signal's number to be written to the pipe."""
+class CutShort(KeyboardInterrupt):
+    """The current measurement is abandoned."""
+
+
+class Interruption(StopRequest):
+    """Request to stop a benchmark: a signal abandons the measurement in progress.
+
+    Results so far are shown and written, marked as cut short. The exit code is 128 plus the
+    signal's number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.signal: signal.Signals | None = None
+        """First signal that came."""
+        self.gives_up = False
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.signal if self.signal else 0
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> bool:
+        super().__exit__(kind, *exception)
+        return kind is CutShort
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is None:
+            self.signal = signal.Signals(number)
+            if self.gives_up:
+                raise CutShort
+
+    @contextlib.contextmanager
+    def can_be_given_up(self) -> Iterator[None]:
+        """Raise CutShort in this block if a signal comes; elsewhere files are left whole."""
+        self.gives_up = True
+        try:
+            if self.signal is not None:
+                raise CutShort
+            yield
+        finally:
+            self.gives_up = False

@@ -10,11 +10,9 @@ that are beside where it would be, and are taken away again.
 
 import itertools
 import json
-import multiprocessing
 import os
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,13 +24,13 @@ from pretrain_cli.config.run_config import RunConfig
 from pretrain_cli.engine.runs.events import Emit, Event, Notice
 from pretrain_cli.engine.runs.retention import checkpoints
 from pretrain_cli.engine.runs.run_yaml import read_record
-from pretrain_cli.engine.runtime.stop import Stopped, StopRequest
+from pretrain_cli.engine.runtime.fresh_process import in_a_fresh_process
+from pretrain_cli.engine.runtime.stop import StopRequest
 from pretrain_cli.engine.training.run_start import RUNS
 from pretrain_cli.engine.training.train import train
 from pretrain_cli.errors import ConfigError
 
 NUMBERS = ("loss", "gradient_norm", "learning_rate", "tokens")
-SECONDS_BETWEEN_LOOKS = 0.2
 
 
 @dataclass(frozen=True)
@@ -61,29 +59,18 @@ def check_resume(settings: RunConfig, steps: int, emit: Emit, stop: StopRequest)
             (f"Resumed to step {steps}", halves, steps),
         ):
             emit(Notice(said))
-            _in_a_fresh_process(_of_the_check(settings, run), run, upto, stop)
+            checked = _of_the_check(settings, run)
+            reached = in_a_fresh_process(_train, checked, run, upto, stop=lambda: stop.asked)
+            if reached != upto:
+                raise ConfigError(
+                    f"--check-resume: the run has {reached:,} steps in all; check at most so many"
+                )
         return compare(straight, halves)
 
 
 def _of_the_check(settings: RunConfig, run: Path) -> RunConfig:
     changes = {"out": run, "log_every": 1, "max_time": None, "sample_tokens": 0, "log": ()}
     return settings.model_copy(update={"train": settings.train.model_copy(update=changes)})
-
-
-def _in_a_fresh_process(settings: RunConfig, run: Path, upto: int, stop: StopRequest) -> None:
-    fresh = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=fresh) as process:
-        trained = process.submit(_train, settings, run, upto)
-        while not wait([trained], timeout=SECONDS_BETWEEN_LOOKS).done:
-            if stop.asked:
-                for child in multiprocessing.active_children():
-                    child.kill()
-                raise Stopped
-        reached = trained.result()
-    if reached != upto:
-        raise ConfigError(
-            f"--check-resume: the run has {reached:,} steps in all; check at most so many"
-        )
 
 
 def _train(settings: RunConfig, run: Path, upto: int) -> int:

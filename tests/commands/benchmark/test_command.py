@@ -14,9 +14,9 @@ import pytest
 
 from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.engine.benchmark import rounds, timing
-from pretrain_cli.engine.benchmark.interruption import Interruption
 from pretrain_cli.engine.planning import micro_batch
 from pretrain_cli.engine.runtime.process_settings import KINETO_LEVEL
+from pretrain_cli.engine.runtime.stop import Interruption
 
 MODEL = (
     "--model gemma3-tiny --set model.layer_types=[sliding_attention,full_attention] "
@@ -36,7 +36,7 @@ def here(monkeypatch):
     def start(name, speed, folder, *arguments):
         return getattr(timing, name)(*arguments)
 
-    monkeypatch.setattr(rounds, "in_a_fresh_process", start)
+    monkeypatch.setattr(rounds, "run_timing", start)
 
 
 @pytest.mark.slow
@@ -176,7 +176,7 @@ def stopped_at(monkeypatch):
                 raise AssertionError("went on")
             return getattr(timing, name)(*arguments)
 
-        monkeypatch.setattr(rounds, "in_a_fresh_process", start)
+        monkeypatch.setattr(rounds, "run_timing", start)
 
     return prepare
 
@@ -224,9 +224,19 @@ def test_a_second_signal_exits_at_once_but_an_echo_does_not(monkeypatch):
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
         assert (left, interruption.exit_code) == ([], 128 + signal.SIGTERM)
+        soon(lambda: interruption.came)  # a thread takes it, which no kernel keeps waiting
         interruption.came -= 2
         os.kill(os.getpid(), signal.SIGINT)
+        soon(lambda: left)
     assert left == [128 + signal.SIGINT]
+
+
+def soon(condition):
+    """Wait up to two seconds for the condition."""
+    for _ in range(100):
+        if condition():
+            return
+        time.sleep(0.02)
 
 
 def running(processes):

@@ -35,7 +35,7 @@ def test_what_is_shown_is_the_median_of_the_turns(request_of, monkeypatch):
         order.append(kind)
         return Turn(next(seconds[kind]), 100, 50)
 
-    monkeypatch.setattr(benchmark_tokenize, "_in_a_fresh_process", turn)
+    monkeypatch.setattr(benchmark_tokenize, "in_a_fresh_process", turn)
     measured = measure(request_of, 3, lambda _: None)
     assert (measured.seconds, measured.library_seconds, measured.ratio) == (2.0, 5.0, 2.5)
     assert order == [library_turn, our_turn] * 3

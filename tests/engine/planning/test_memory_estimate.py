@@ -8,8 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from pretrain_cli.config.run_config import OptimizerSettings, SpeedConfig
-from pretrain_cli.engine.benchmark.fresh import in_a_fresh_process
-from pretrain_cli.engine.benchmark.workload import Arm, Repeats, Workload
+from pretrain_cli.engine.benchmark.workload import Arm, Repeats, Workload, run_timing
 from pretrain_cli.engine.optim.optimizer import build_optimizer, set_learning_rate
 from pretrain_cli.engine.planning.memory_estimate import (
     StepShape,
@@ -273,7 +272,7 @@ def test_the_resident_peak_of_real_sizes_is_within_a_tenth(name, changes, rows, 
     workload = Workload(name=name, model=config, seq_len=256, micro_batch_size=rows, device="cpu")
     arm = Arm(name=name, workload=workload, speed=asked)
     repeats = Repeats(rounds=1, steps=2, warmup=1)
-    measured = in_a_fresh_process("measure_round", asked, tmp_path, arm, repeats).peak_memory
+    measured = run_timing("measure_round", asked, tmp_path, arm, repeats).peak_memory
     counted = estimate(training(config, rows, 256, resolve_speed(asked, CPU))).peak
     assert counted == pytest.approx(measured, rel=0.1)
 

@@ -103,7 +103,7 @@ def test_a_seed_gives_a_text_and_n_gives_several(pretrain):
 
 @pytest.mark.usefixtures("trained")
 def test_prompts_of_a_file_are_written_in_order_and_as_one_by_one(pretrain):
-    """Of different lengths, over windows of 8, in batches that do not divide them."""
+    """Prompts of different lengths, beyond windows of 8, in batches that don't divide them."""
     prompts = ["And if one green bottle " * k + "x" * k for k in range(1, 6)] + ["a", "green"]
     Path("prompts.txt").write_text("\n\n".join(prompts) + "\n")
     line = "sample --max-tokens 30 --dtype float32 --json"

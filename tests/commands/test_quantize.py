@@ -10,7 +10,8 @@ import torch
 
 from pretrain_cli.engine.sampling.sample import refuse_int8_off_cpu
 from pretrain_cli.errors import ConfigError
-from tests.commands.test_evaluate import CHECKPOINT, evaluated, plainly
+from tests.commands.test_evaluate import CHECKPOINT, evaluated
+from tests.engine.evaluation.test_evaluate_checkpoint import reference
 
 
 def rounded(weight):
@@ -41,7 +42,7 @@ def rounded_folder(trained):
 def test_quantized_loss_is_reported_beside_the_original_loss(pretrain, rounded_folder):
     plain = evaluated(pretrain, "")
     result = evaluated(pretrain, "--quantize int8")
-    nats, targets, _ = plainly(rounded_folder, Path("data/corpus"))
+    nats, targets, _ = reference("data/corpus", folder=rounded_folder)
     assert result["loss"] == pytest.approx(nats / targets, rel=1e-5)
     assert result["unquantized"]["loss"] == plain["loss"]
     assert result["loss"] != plain["loss"]

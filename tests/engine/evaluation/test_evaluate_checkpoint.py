@@ -41,11 +41,13 @@ def birds(trained: Path) -> None:
     tokenize(request, lambda *_: None)
 
 
-def reference(dataset: str, targets: int | None = None) -> tuple[float, int, int]:
+def reference(
+    dataset: str, targets: int | None = None, folder: Path = CHECKPOINT
+) -> tuple[float, int, int]:
     """Return (nats, targets, bytes) of a validation split, by transformers, window by window.
     Tokens are bytes, except the end of a document, which is not text."""
     transformers = importlib.import_module("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokens = open_dataset(Path(dataset)).val.tokens
     ids = torch.from_numpy(tokens.read(0, len(tokens) if targets is None else targets + 1))
     total = 0.0

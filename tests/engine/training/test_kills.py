@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pretrain_cli.config.run_config import RunConfig
-from pretrain_cli.engine.runs import checkpoint, events, retention
+from pretrain_cli.engine.runs import checkpoint, metrics_file, retention
 from pretrain_cli.engine.runs.run_yaml import read_record
 from pretrain_cli.engine.runtime.stop import SAME_REQUEST, StopRequest
 from pretrain_cli.engine.training import evaluate, train, trainer
@@ -22,12 +22,12 @@ KILLS = 25
 """Kills for each model."""
 PHASES = {
     "training": (trainer, "train_step", 12),
-    "copying": (checkpoint, "take_contents", 5),
+    "copying": (checkpoint, "take_snapshot", 5),
     "writing": (checkpoint, "write_weights", 5),
-    "sealing": (checkpoint, "seal", 5),
+    "sealing": (checkpoint, "write_checksums", 5),
     "removing": (retention, "remove", 3),
     "evaluating": (evaluate, "validation_batches", 3),
-    "logging": (events, "append_line", 12),
+    "logging": (metrics_file, "append_line", 12),
 }
 """Calls at which a timer starts, and the latest occurrence."""
 

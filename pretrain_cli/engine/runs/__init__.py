@@ -1,4 +1,3 @@
-"""The run folder: run.yaml, checkpoints and which are kept, metrics.jsonl, trackers.
+"""The run folder: run.yaml, checkpoints and their retention, metrics.jsonl and trackers.
 
-Training writes here; sampling, evaluation, export and report read. Read `checkpoint` first.
-"""
+Training writes it; sampling, evaluation, export and report read it. Read `checkpoint` first."""

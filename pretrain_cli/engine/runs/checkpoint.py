@@ -1,4 +1,4 @@
-"""Checkpoints: a Hugging Face model folder, and beside it what only training needs.
+"""Checkpoints: a Hugging Face model folder, plus a subfolder with the training state.
 
     runs/NAME/checkpoints/step-000400/
     ├── config.json, model.safetensors, generation_config.json      transformers opens these
@@ -13,7 +13,12 @@ What goes into one is taken while training waits, by `take_snapshot`, and writte
 its checksums show what has happened to it since. Weights larger than train.max_shard_size are
 several files with an index. Moments are kept under published names, so a run can go on with merged
 projections or separate ones, on one rank or many.
-"""
+
+`take_snapshot` copies the contents while training waits; `write_checkpoint` writes them while
+training continues. It writes to a temporary folder, flushes it and renames it, so a folder named
+step-… is always complete. The checksums reveal later damage. Weights larger than
+train.max_shard_size are split into several files with an index. Moments are stored under published
+tensor names, so a run can resume with merged or separate projections, on one rank or many."""
 
 import json
 import math
@@ -44,9 +49,10 @@ CHECKSUMS = Path("training/checksums.json")
 MOMENTS = Path("training/optimizer.safetensors")
 STATE = Path("training/state.json")
 BYTES_OF_A_NAME, BYTES_OF_SMALL_FILES = 200, 2**17
-"""At most: a tensor's, in the header of its file and in the index; config.json and the like."""
+"""Upper bounds: bytes of a tensor's name in a file header and in the index; bytes of config.json
+and the other small files."""
 SAVED_PER_SECOND = 2e8
-"""Bytes: less than most disks take and than checksums are computed at."""
+"""Bytes per second: less than most disks write and checksums process."""
 
 
 @dataclass(frozen=True)
@@ -58,23 +64,23 @@ class State:
     tokens: int = 0
     best_step: int | None = None
     best_loss: float | None = None
-    """Lowest validation loss of a checkpoint so far, among evaluated ones."""
+    """Lowest validation loss among the checkpoints that were evaluated; None if none was."""
     finite: bool = True
-    """True if the last step was taken, as its loss and gradient norm were. Weights and moments that
-    are not finite are never saved."""
+    """True if the last step was taken, so its loss and gradient norm were finite. Weights and
+    moments that are not finite are never saved."""
     skipped: int = 0
-    """Steps that changed nothing. The optimizer has counted the others."""
+    """Number of skipped steps. The optimizer has counted only the others."""
     rollbacks: int = 0
-    """Rollbacks so far."""
+    """Number of rollbacks so far."""
     passed: tuple[tuple[int, int], ...] = ()
-    """Samples that are not in these weights: the first of each stretch, and the one behind it."""
+    """Ranges of samples that were skipped by rollbacks: (first, one past the last)."""
     guard: dict[str, Any] = field(default_factory=dict)
     """State of the StepGuard: statistics of earlier steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """All that a checkpoint is written from, on the CPU."""
+    """Contents of a checkpoint, on the CPU."""
 
     state: State
     config: ModelConfig
@@ -95,9 +101,8 @@ def take_snapshot(
     """Take a snapshot of everything a checkpoint holds. Every rank must call this; the first one
     gets the snapshot.
 
-    Training may continue without changing it, unless `copy` is false on a CPU: then it shares the
-    model's memory.
-    """
+    Training may continue without changing the snapshot, unless `copy` is false on a CPU: it then
+    shares the model's memory."""
     if not ranks.is_first and not is_sharded(model):  # nothing that this rank has is needed
         return None
 
@@ -123,7 +128,7 @@ def take_snapshot(
 
 
 def write_checkpoint(folder: Path, contents: Snapshot, *, max_shard_size: int) -> Path:
-    """`folder/step-N`, whole. Raises OSError with nothing of it left behind."""
+    """Write a complete `folder/step-N`. Raises OSError, and then leaves nothing behind."""
     place = folder / f"step-{contents.state.step:06d}"
     aside = place.with_name(f".{place.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -149,7 +154,7 @@ def write_checkpoint(folder: Path, contents: Snapshot, *, max_shard_size: int) -
 
 
 def size_on_disk(config: ModelConfig, optimizer: str, tokenizer: Tokenizer) -> int:
-    """Bytes of a checkpoint, rather some more than less: all its numbers are float32."""
+    """Return the bytes of a checkpoint, rounded up. All its tensors are float32."""
     numbers = names = 0
     for piece in parameter_map(config, merged=Merged()):
         has_muon = optimizer == "muon" and not piece.is_norm and piece.name not in (EMBEDDING, HEAD)
@@ -161,12 +166,13 @@ def size_on_disk(config: ModelConfig, optimizer: str, tokenizer: Tokenizer) -> i
 
 
 def estimated_seconds(size: int) -> float:
-    """About how long it takes to write so many bytes, before a run has saved."""
+    """Estimate the seconds to write this many bytes, before the first save."""
     return size / SAVED_PER_SECOND
 
 
 def load_training_state(folder: Path, model: Decoder, optimizer: Optimizer) -> State:
-    """Set the optimizer to where it was. Weights are read by `load_weights`, like any model's."""
+    """Restore optimizer and random state. `load_weights` reads the weights, as for any model
+    folder."""
     parameters = dict(model.named_parameters())
     kept, values = state_names(optimizer), dict[str, dict[str, Tensor]]()
     with safe_open(folder / MOMENTS, framework="pt") as file:
@@ -211,8 +217,8 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def write_checksums(folder: Path, known: Mapping[str, str] | None = None) -> None:
-    """Flush every file of a checkpoint, and write their checksums last. Those of files that were
-    flushed when they were written, and hashed as they went out, are known."""
+    """Flush every file of a checkpoint, then write their checksums. `known` holds the checksums of
+    files that were hashed and flushed while they were written."""
     sums = dict(known or {})
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
@@ -236,8 +242,8 @@ def _flush_folder(folder: Path) -> None:
 
 
 def find_damage(folder: Path, *, model_only: bool = False) -> str | None:
-    """Return what is wrong with a checkpoint, or None. `model_only` skips the files that only
-    training needs."""
+    """Describe what is wrong with a checkpoint, or return None. `model_only` skips the files that
+    only training needs."""
     try:
         text = (folder / CHECKSUMS).read_text()
         sums = json.loads(text)

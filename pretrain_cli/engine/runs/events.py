@@ -1,8 +1,7 @@
-"""Events that a run emits, and the numbers in them.
+"""Events that a run emits.
 
-`train` and `benchmark` know no terminal. They hand events to one callback, `emit`; the command
-shows them, and metrics.jsonl keeps those that are numbers.
-"""
+`train` and `benchmark` know no terminal. They pass events to one callback, `emit`; the command
+displays them, and metrics.jsonl keeps those with numbers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,17 +13,17 @@ from pretrain_cli.engine.runtime.profiler import Profile
 
 @dataclass(frozen=True)
 class Notice:
-    """Something a person should know: a choice made for them, a fallback, a skipped checkpoint."""
+    """Message for the user: an automatic choice, a fallback, a skipped checkpoint."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Started:
-    """The run as it was resolved, before this process's first step."""
+    """The resolved run, before the first step of this process."""
 
     step: int
-    """Steps done before."""
+    """Steps done by earlier processes."""
     time: float
     run: Path
     model: str
@@ -35,118 +34,121 @@ class Started:
     steps: int
     tokens_per_step: int
     flops_per_token: float
-    """By the exact mask, a sample taken as one document."""
+    """FLOPs per token under the exact mask, with a sample as one document."""
     flops_per_token_conventional: float
     peak_flops: float
-    """Peak FLOP/s of one device, which MFU refers to."""
+    """Peak FLOP/s of one device, the denominator of MFU."""
     peak_source: str
     peak_measured: float
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step, and the time since the line before. Lines leave evaluating, sampling and
-    saving out of `tokens_per_second` and MFU; those of the run count all of its time."""
+    """Metrics of one logged step and of the interval since the line before.
+
+    `tokens_per_second` and MFU leave out evaluating, sampling and saving; those of the whole run
+    include all of its time."""
 
     step: int
     time: float
     """Seconds since 1970."""
     seconds: float
-    """The run has taken so far, all in all; what was done again after a kill counts once."""
+    """Seconds the run has taken so far; steps repeated after a kill count once."""
     loss: float
-    """The mean over all tokens of the step, on all ranks."""
+    """Mean over all tokens of the step, on all ranks."""
     learning_rate: float
     gradient_norm: float
     tokens: int
-    """Seen so far, by all ranks: places in samples, of which packing leaves some empty."""
+    """Tokens seen so far by all ranks. Counts positions in samples; packing leaves some of them
+    empty."""
     tokens_per_second: float
     run_tokens_per_second: float
     mfu: float
-    """Model FLOPs by the exact mask, over the devices' peak. With a document mask, which needs
-    fewer, the mask is still counted as if a sample were one document."""
+    """Model FLOPs under the exact mask, over the devices' peak. A document mask needs fewer FLOPs,
+    but each sample is still counted as one document."""
     mfu_conventional: float
-    """The same with every token taken to see the whole sample."""
+    """MFU as if every token attended to the whole sample."""
     data_wait: float
-    """Seconds a step spent waiting for its batch, on average."""
+    """Mean seconds that a step waited for its batch."""
     save_stall: float
-    """Seconds that saving kept training waiting since the last line."""
+    """Seconds that training waited for saves since the last line."""
     evaluation_time: float
     """Seconds spent evaluating and sampling since the last line."""
     memory: int
-    """Peak bytes so far: of the GPU, or of the process on a CPU."""
+    """Peak bytes so far: allocated on the GPU, or resident in the process on a CPU."""
     sources: dict[str, int]
-    """Tokens seen so far from each of several datasets, by name."""
+    """Tokens seen so far from each dataset by name, if there are several."""
     z_loss: float | None = None
-    """Z-loss; the sum loss + z_loss + balancing_loss is minimized. None without one."""
+    """Z-loss, or None without one. The step minimizes loss + z_loss + balancing_loss."""
     balancing_loss: float | None = None
     expert_load: list[float] | None = None
-    """The share of the step's choices that fell on each expert, in all layers."""
+    """Share of the step's routing choices that each expert received, over all layers."""
     expert_overload: float | None = None
-    """The choices of the busiest expert over the mean, in the layer where that is highest."""
+    """Choices of the busiest expert divided by the mean, in the layer where this is highest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """Loss of a validation split, every token once, or its first ones with train.eval_tokens."""
+    """Loss on a validation split: every token once, or the first train.eval_tokens."""
 
     loss: float
     perplexity: float
     bits_per_byte: float
     tokens: int
     split_tokens: int
-    """Tokens of the whole split."""
+    """Tokens in the whole split."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(Validation):
-    """The validation splits of all datasets together."""
+    """Loss on the validation splits of all datasets together."""
 
     step: int
     time: float
-    """Seconds since 1970, when it was done."""
+    """Seconds since 1970 at the end of the evaluation."""
     evaluation_time: float
-    """Seconds that it took."""
+    """Seconds the evaluation took."""
     sources: dict[str, Validation]
-    """The same of each of several datasets, by name."""
+    """Result of each dataset by name, if there are several."""
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A step that changed nothing, and what its batch does to the weights as they are now."""
+    """A skipped step, and a diagnosis of its batch with the current weights."""
 
     step: int
     reason: str
     loss: float
     gradient_norm: float
     samples: tuple[int, int]
-    """The first, and the one behind the last."""
+    """First sample, and one past the last."""
     worst_samples: list[dict[str, Any]]
     """Samples with the highest loss: number, source, loss, start of the text."""
     worst_gradients: dict[str, float]
-    """The largest norms of gradients, by the tensors' published names."""
+    """Largest gradient norms by published tensor name."""
     same_weights: bool
-    """True if no step was taken between this one and its diagnosis."""
+    """True if no step was taken between the skipped one and its diagnosis."""
     rollbacks: int
     """Rollbacks before this step."""
 
 
 @dataclass(frozen=True)
 class RolledBack:
-    """The run goes on from a checkpoint, with the samples behind those that led astray."""
+    """The run resumed from an earlier checkpoint, skipping the samples since."""
 
     step: int
-    """Step of the checkpoint."""
+    """Step of that checkpoint."""
     from_step: int
     reason: str
     samples: tuple[int, int]
-    """Passed over: the first, and the one that the run goes on with."""
+    """First skipped sample, and the sample at which the run continues."""
     rollbacks: int
     """Rollbacks including this one."""
 
 
 @dataclass(frozen=True)
 class Profiled:
-    """A few steps looked into, up to this one."""
+    """A profile was written of the last few steps."""
 
     step: int
     profile: Profile
@@ -154,22 +156,22 @@ class Profiled:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint is there."""
+    """A checkpoint was saved."""
 
     step: int
     path: Path
     time: float
-    """Seconds since 1970, when it was."""
+    """Seconds since 1970 when it was complete."""
     stall: float
     """Seconds that training waited for it."""
     seconds: float
-    """Seconds that writing it took, behind training."""
+    """Seconds that writing took, in the background."""
     bytes: int
 
 
 @dataclass(frozen=True)
 class Unsaved:
-    """A save failed. Training goes on, and the next one tries again."""
+    """A save failed. Training continues, and the next save tries again."""
 
     step: int
     time: float

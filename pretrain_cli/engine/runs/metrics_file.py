@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line an event, synced before a checkpoint counts on it, cut back on resume."""
+"""metrics.jsonl: a line per event, flushed to disk before a checkpoint, truncated on resume."""
 
 import contextlib
 import json
@@ -22,16 +22,16 @@ PROC_STATUS = Path("/proc/self/status")
 
 
 class MetricsFile:
-    """metrics.jsonl: a line for each start, each step reported, each evaluation, each save, each
-    step skipped and each way back.
+    """Writes metrics.jsonl: a line per start, logged step, evaluation, save, skipped step and
+    rollback.
 
-    While the disk takes no line they are kept here, and written before the next one."""
+    If the disk is full, lines stay in memory and are written before the next one."""
 
     def __init__(
         self, path: Path, notify: Callable[[str], None], *, upto: int, rollbacks: int = 0
     ) -> None:
-        """Opens for appending; lines beyond step `upto` are of a future that was lost, and go. What
-        was skipped on the way to one of the `rollbacks` stays."""
+        """Open for appending and drop lines after step `upto`: those steps will run again. Skipped
+        steps that led to one of the `rollbacks` stay."""
         self.path, self.say = path, notify
         rows = truncate_after(path, upto, rollbacks)
         self.evaluated = {row["step"] for row in rows if row["kind"] == KINDS[Evaluation]}
@@ -66,7 +66,7 @@ class MetricsFile:
                 self.unwritten.popleft()
 
     def sync(self) -> None:
-        """Onto the disk, before a checkpoint that counts on it. Raises OSError."""
+        """Flush to disk, before a checkpoint that counts on these lines. Raises OSError."""
         self._write_out()
         os.fsync(self.file.fileno())
 
@@ -80,8 +80,9 @@ class MetricsFile:
 
 
 def truncate_after(path: Path, step: int, rollbacks: int = 0) -> list[dict[str, Any]]:
-    """Cut a file of JSON lines to those up to this step, and give them. Those that count the
-    rollbacks before them order by these first. A kill can have cut the last line short."""
+    """Cut a file of JSON lines after this step and return the remaining rows. Lines that count
+    rollbacks are ordered by these first. The last line may be incomplete after a kill; it is
+    dropped."""
     if not path.is_file():
         return []
     lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
@@ -96,7 +97,7 @@ def _order(row: dict[str, Any], rollbacks: int) -> tuple[int, int]:
 
 
 def _in_json(value: Any) -> Any:
-    """With null for the numbers that JSON doesn't have."""
+    """Replace numbers that JSON lacks (NaN, infinities) by null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
@@ -105,7 +106,7 @@ def _in_json(value: Any) -> Any:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes: allocated on a GPU; resident in this process on a CPU."""
+    """Return peak bytes: allocated on a GPU; resident in this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if PROC_STATUS.is_file():  # getrusage's peak begins with that of the process that began this
@@ -117,7 +118,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Count the peak anew from here; where the system can't, it stays that of the process."""
+    """Restart peak counting. On systems that cannot, the peak stays that of the whole process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif PROC_STATUS.is_file():

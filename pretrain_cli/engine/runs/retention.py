@@ -1,9 +1,8 @@
-"""Find a run's checkpoints, and decide which of them to keep.
+"""Find a run's checkpoints and decide which to keep.
 
-A checkpoint is removed as it was written, in one rename: what is called step-… is whole. A run that
-is killed while it writes or removes leaves a folder behind whose name begins with a dot, and the
-next one sweeps it away.
-"""
+A checkpoint is removed by renaming it first, as it was written, so a folder named step-… is always
+complete. A run that is killed while writing or removing leaves a folder whose name begins with a
+dot; the next process deletes it."""
 
 import shutil
 from collections.abc import Callable
@@ -15,12 +14,12 @@ from pretrain_cli.errors import CheckpointError, ConfigError
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """A run's checkpoints, newest first."""
+    """Return a run's checkpoints, newest first."""
     return sorted((run / "checkpoints").glob("step-*"), key=step_of, reverse=True)
 
 
 def step_of(folder: Path) -> int:
-    """The step that a checkpoint's folder is named for."""
+    """Return the step in a checkpoint's folder name."""
     return int(folder.name.removeprefix("step-"))
 
 
@@ -34,12 +33,11 @@ def newest_intact(
     model_only: bool = False,
     finite: bool = False,
 ) -> Path | None:
-    """The newest checkpoint whose checksums pass; None where there is none at all.
+    """Return the newest checkpoint whose checksums match; None if the run has no checkpoints.
 
-    `model_only` leaves what only training needs unread; `finite` passes over checkpoints that were
-    saved after a loss or with weights that are not. Raises CheckpointError where there are
-    checkpoints and every one is damaged.
-    """
+    `model_only` does not read the files that only training needs. `finite` skips checkpoints saved
+    after a loss, or with weights, that were not finite. Raises CheckpointError if all checkpoints
+    are damaged."""
     found = checkpoints(run)
     reasons = 0
     for folder in found:
@@ -55,7 +53,7 @@ def newest_intact(
 
 
 def best_checkpoint(run: Path) -> Path | None:
-    """The checkpoint with the lowest validation loss, of those that are there and have one."""
+    """Return the checkpoint with the lowest validation loss among those that were evaluated."""
     states = {step_of(folder): _state(folder) for folder in checkpoints(run)}
     newest = next((state for state in states.values() if state), None)
     if newest is None or newest.best_step not in states:
@@ -66,9 +64,9 @@ def best_checkpoint(run: Path) -> Path | None:
 def find_model_folder(
     where: Path | None, skipped: Callable[[str], None], *, best: bool = False
 ) -> Path:
-    """A model folder from a run, a checkpoint or a Hugging Face folder; without any, from the
-    newest run in runs/. Of a run, its newest checkpoint, or with `best` the one with the lowest
-    validation loss."""
+    """Return the model folder of a run, a checkpoint or a Hugging Face folder; None means the
+    newest run in runs/. Of a run it is the newest checkpoint, or with `best` the one with the
+    lowest validation loss."""
     if where is None:
         runs = [path.parent for path in Path("runs").glob("*/run.yaml") if checkpoints(path.parent)]
         if not runs:
@@ -107,18 +105,17 @@ def _best(run: Path) -> Path:
 
 
 def rotate(run: Path, train: TrainSettings) -> list[Path]:
-    """Remove the checkpoints beyond those to keep: the newest, the best by validation loss, one
-    every so many steps, and the last that is known finite. Returns those that were removed."""
+    """Remove the checkpoints not to be kept, and return them. Kept are the newest ones, the best by
+    validation loss, one every `keep_every` steps, and the last known to be finite."""
     found = checkpoints(run)
     return _remove_all_but(_kept(found, train, train.keep_checkpoints), found)
 
 
 def make_room(run: Path, train: TrainSettings) -> list[Path]:
-    """Remove what a rotation would once one more checkpoint is there, before it is.
+    """Remove, before a save, the checkpoints that rotation would remove after it.
 
-    The one to go on from if that one never comes is read first, all of it: it stays, and it is
-    intact and finite.
-    """
+    First reads completely the checkpoint to resume from if the save fails: it stays, and is intact
+    and finite."""
     found = checkpoints(run)
     kept = _kept(found, train, train.keep_checkpoints - 1)
     for folder in found:
@@ -128,7 +125,7 @@ def make_room(run: Path, train: TrainSettings) -> list[Path]:
 
 
 def abandon_later(run: Path, step: int) -> list[Path]:
-    """Rename the checkpoints beyond this step, which a run that goes on from it leaves behind."""
+    """Rename the checkpoints after this step, for a run that resumes from it."""
     later = [folder for folder in checkpoints(run) if step_of(folder) > step]
     for folder in later:
         aside = folder.with_name(f"abandoned-{folder.name}")
@@ -138,13 +135,13 @@ def abandon_later(run: Path, step: int) -> list[Path]:
 
 
 def sweep(run: Path) -> None:
-    """Remove what a run that was killed in the middle of writing or removing left behind."""
+    """Delete folders that a killed process left while writing or removing."""
     for leftover in (run / "checkpoints").glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint: it is there whole, or not there."""
+    """Remove a checkpoint: at any instant it is complete, or gone."""
     aside = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)

@@ -1,5 +1,5 @@
-"""run.yaml read back, and what a resumed run may change of it. Without torch, so that a command can
-know a run's settings before torch is loaded."""
+"""Read run.yaml, and check what a resumed run may change. Imports no torch, so that a command knows
+the settings of a run before torch is loaded."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ SAFE = {
     "train.log",
 }
 REMOVED_SPEED_SETTINGS = ("huge_pages",)
-"""Settings of earlier versions that changed nothing that is learned; dropped from old runs."""
+"""Settings of earlier versions that never changed results; ignored in old runs."""
 ORDER = "it decides which sample is the next, and some would come twice or never"
 REFUSED = {
     "model": "the weights are of that model",
@@ -50,13 +50,13 @@ REFUSED = {
     "train.out": "a run is where its folder is; move that",
     "optimizer.name": "what is saved is the other optimizer's state",
 }
-"""Settings, or a whole section, with the reason. What is in neither of the two changes what is
-learned from then on, as a learning rate does, and needs --allow-change."""
+"""Settings, or whole sections, that a resumed run may not change, with the reason. Settings in
+neither table change what is learned, as a learning rate does, and need --allow-change."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """run.yaml of a run that exists."""
+    """Contents of a run's run.yaml."""
 
     settings: dict[str, Any]
     asked: dict[str, Any]
@@ -69,7 +69,7 @@ class RunRecord:
 
 
 def read_record(run: Path) -> RunRecord:
-    """run.yaml of a run folder."""
+    """Read run.yaml of a run folder."""
     path = run / RUN_YAML
     if not path.is_file():
         raise CheckpointError(f"{run}: no {RUN_YAML}; --resume takes the folder of a run")
@@ -94,8 +94,8 @@ def read_record(run: Path) -> RunRecord:
 def resumed_settings(
     record: RunRecord, changed: RunConfig, *, allow_change: bool = False
 ) -> RunConfig:
-    """The settings that a resumed run goes on with, or ConfigError about a change that it can't
-    have, or can have only where it is allowed."""
+    """Return the settings of a resumed run. Raises ConfigError for a change that is refused, or
+    that needs --allow-change."""
     for name, before, now in differences(check_config(record.settings), changed):
         section = name.partition(".")[0]
         differs = f"{name}: {now} differs from the run's {before}"
@@ -118,7 +118,7 @@ def resumed_settings(
 
 
 def differences(before: RunConfig, now: RunConfig) -> Iterator[tuple[str, Any, Any]]:
-    """(setting, before, now) of each that differs."""
+    """Return (setting, before, now) for each setting that differs."""
     old, new = before.model_dump(), now.model_dump()
     for section, values in new.items():
         for key in values | old[section]:

@@ -3,9 +3,9 @@
     StepMetrics ── train/loss, train/mfu, …          Evaluation ── validation/loss, …
     Sample ─────── sample/PROMPT
 
-Both are extras. Neither can take back what it was given, and a run that was killed does some steps
-again: TensorBoard is told to forget them, Weights & Biases is not sent them twice.
-"""
+Both are optional dependencies. Neither can delete what it received, while a killed run repeats some
+steps. TensorBoard is told to purge those steps; Weights & Biases does not receive them a second
+time."""
 
 import html
 import importlib
@@ -32,7 +32,7 @@ class Tracker(Protocol):
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """ConfigError where the package of one is not installed."""
+    """Raise ConfigError if the package of a requested tracker is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(
@@ -55,14 +55,14 @@ def open_trackers(
 
 
 def track(trackers: list[Tracker], event: Event, emit: Emit) -> None:
-    """Give each an event that is for it."""
+    """Pass an event to each tracker that takes it."""
     if isinstance(event, StepMetrics | Evaluation | Sample):
         have_each(trackers, lambda tracker: tracker.write(event), emit)
 
 
 def have_each(trackers: list[Tracker], do: Callable[[Tracker], None], emit: Emit) -> None:
-    """Have each do something. One that the disk is too full for is left out from there on: nothing
-    of the run depends on it."""
+    """Call `do` with each tracker. A tracker that fails because the disk is full is dropped from
+    then on; the run does not depend on it."""
     for tracker in list(trackers):
         try:
             do(tracker)
@@ -73,7 +73,7 @@ def have_each(trackers: list[Tracker], do: Callable[[Tracker], None], emit: Emit
 
 
 def numbers(event: StepMetrics | Evaluation) -> dict[str, float]:
-    """The event's numbers by group and name: train/loss, validation/sources/data/web/loss."""
+    """Return an event's numbers by group and name: train/loss, validation/sources/data/web/loss."""
     found: dict[str, float] = {}
 
     def gather(prefix: str, values: dict[str, Any]) -> None:
@@ -112,8 +112,8 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One W&B run for all processes of a run; its id is kept in RUN/wandb.json. WANDB_MODE=offline
-    keeps it in RUN/wandb, for `wandb sync` later."""
+    """One W&B run for all processes of a training run; its id is kept in RUN/wandb.json. With
+    WANDB_MODE=offline the data stays in RUN/wandb for a later `wandb sync`."""
 
     def __init__(self, run: Path, settings: dict[str, Any], emit: Emit) -> None:
         wandb: Any = importlib.import_module("wandb")
@@ -158,13 +158,13 @@ class WeightsAndBiases:
         self._keep()
 
     def _keep(self) -> None:
-        """Aside, then renamed; not flushed, as it is done for every line."""
+        """Write the id to a temporary file and rename it. Not flushed: called for every line."""
         aside = self.path.with_name(".wandb.json.partial")
         aside.write_text(json.dumps({"id": self.id, "sent": self.sent}) + "\n")
         aside.replace(self.path)
 
     def flush(self) -> None:
-        """Its own process writes what it is given at once."""
+        """Do nothing: W&B's own process writes at once."""
 
     def close(self) -> None:
         self.run.finish()

@@ -1,4 +1,4 @@
-"""A plan in, a trained checkpoint out: set-up, the loop, one step, skipped steps, saves.
+"""Training: takes a plan and leaves a trained checkpoint. Holds set-up, the loop, one step, the
+step guard and asynchronous saves.
 
-Read `train` first: it calls the rest in the order in which a run happens.
-"""
+Read `train` first: it calls the other modules in the order of a run."""

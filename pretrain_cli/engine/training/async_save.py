@@ -1,19 +1,19 @@
-"""Saving behind a run's back: a checkpoint's contents are copied, and written while it trains on.
+"""Asynchronous saves: copy the state of a run, then write the checkpoint while training continues.
 
     train ── copy ── train ── train ── train ── train ── copy ── train …
                 └── room? write, hash, flush, rename, rotate ──┘
 
-Training waits for the copy, and a second save for the first. So do a stop, the end of the run and a
-way back. A checkpoint is said to be saved once it is, and which is the best is known from then on.
-Copies, writing and rotation are the first rank's; the others join where tensors are parted.
+Training waits for the copy, and a second save waits for the first. Stopping, finishing and rolling
+back also wait for a save in progress. The `Saved` event is emitted, and the best checkpoint
+updated, once the files are complete. The first rank copies, writes and rotates; the other ranks
+take part only to gather sharded tensors.
 
-A save that fails, on a full disk for one, doesn't end the run: what rotation allows is removed and
-it is tried again; if that is of no use the run is told, and tries once more at its next save. A run
-that would end unsaved ends with an error.
+A failed save, for example on a full disk, does not end the run. It is retried once after removing
+the checkpoints that rotation allows. If the retry fails, `Unsaved` is emitted and the next save
+tries again. A run that would end without a checkpoint raises an error.
 
-The copy takes as much of the host's memory as the checkpoint has bytes, 12 a parameter with AdamW.
-Where a CPU has not as much left, training waits until all is written.
-"""
+The copy takes as much host memory as the checkpoint has bytes: 12 a parameter with AdamW. On a CPU
+with less memory left, training waits until the checkpoint is written."""
 
 import errno
 import math
@@ -37,17 +37,18 @@ from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.units import size as told
 
 SECONDS_BETWEEN_POLLS = 1.0
-"""While a save is waited for, every rank looks again: none waits in one exchange for so long that
-it is taken for dead."""
+"""Seconds between checks for the end of a save. Ranks exchange the result at each check, so that no
+collective blocks long enough to time out."""
 
 
 class AsyncSaver:
-    """Writes a run's checkpoints, one at a time."""
+    """Writes the checkpoints of a run in a background thread, one at a time."""
 
     def __init__(
         self, run: Path, plan: Plan, ranks: Ranks, emit: Emit, sync: Callable[[], None]
     ) -> None:
-        """`sync` brings onto the disk what a checkpoint counts on, or raises OSError."""
+        """Create a saver. `sync` flushes the metrics and sample files to disk before a checkpoint
+        counts on them; it raises OSError."""
         self.run, self.plan, self.ranks, self.emit, self.sync = run, plan, ranks, emit, sync
         self.size = checkpoint_size(plan)
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="saving")
@@ -55,16 +56,18 @@ class AsyncSaver:
         self.state = State()
         """State of the save in progress, or of the last one."""
         self.failed: Unsaved | None = None
-        """The last save, where it failed."""
+        """Event of the last save if it failed, else None."""
         self.seconds = 0.0
-        """Seconds of the last save, from the copy to the end."""
+        """Seconds from the copy to the end of the last save."""
         self.waits_told = False
 
     def begin(
         self, model: Decoder, optimizer: Optimizer, state: State, *, since: float, goes_on: bool
     ) -> None:
-        """Save this instant, for which training waits `since` then. Every rank calls this, after
-        `wait`. `goes_on` is false where nothing will change any more, and no copy is needed."""
+        """Copy the current state and start writing it. Every rank must call this, after `wait`.
+
+        `since` is when training began to wait for this save. `goes_on` is false if training has
+        ended: nothing will change then, and no copy is needed."""
         self.began = time.perf_counter()
         copy = goes_on and (is_sharded(model) or self._has_memory())
         contents = checkpoint.take_snapshot(
@@ -82,7 +85,7 @@ class AsyncSaver:
             self._join()
 
     def _has_memory(self) -> bool:
-        """Return whether a copy fits the memory of a CPU. A GPU's tensors are always copied."""
+        """Return whether a copy fits in the memory of a CPU. GPU tensors are always copied."""
         if self.ranks.device.type != "cpu":
             return True
         free = available_memory() if self.ranks.is_first else None
@@ -101,8 +104,8 @@ class AsyncSaver:
     # --- what became of it -----------------------------------------------------------------------
 
     def poll(self) -> State | None:
-        """Emit a save that has ended since. -> the state that was saved; None where none was.
-        What was a bug there is raised here."""
+        """Emit the events of a save that has ended. Return the saved state, or None if no save has
+        ended. Errors other than those of the disk are raised here."""
         if self.writing is None or not self.writing.done():
             return None
         events, self.writing = self.writing.result(), None
@@ -112,7 +115,7 @@ class AsyncSaver:
         return None if self.failed else self.state
 
     def wait(self) -> State | None:
-        """Look once no save is under way. Every rank calls this."""
+        """Wait for the save in progress, then poll. Every rank must call this."""
         self._join()
         return self.poll()
 
@@ -127,7 +130,7 @@ class AsyncSaver:
         return bool(wait([self.writing], timeout=SECONDS_BETWEEN_POLLS).not_done)
 
     def finish(self) -> None:
-        """Wait for the last save. Raises PretrainError, on every rank, where it failed."""
+        """Wait for the last save. Raises PretrainError on every rank if it failed."""
         self.wait()
         if not self.ranks.any(self.failed is not None):
             return
@@ -140,13 +143,14 @@ class AsyncSaver:
         )
 
     def close(self) -> None:
-        """Wait for what is being written."""
+        """Wait for the background thread."""
         self.thread.shutdown()
 
     # --- in the background -----------------------------------------------------------------------
 
     def _save(self, contents: Snapshot, since: float, *, waits: bool) -> list[Event]:
-        """Write a checkpoint and rotate. -> what there is to tell; errors of the disk among it."""
+        """Write a checkpoint and rotate. Return the events to emit; errors of the disk are among
+        them."""
         begun, step = time.perf_counter(), contents.state.step
         events: list[Event] = []
         try:
@@ -167,7 +171,7 @@ class AsyncSaver:
         return [*events, Saved(step, path, time.time(), stall, done - begun, size)]
 
     def _write(self, contents: Snapshot, events: list[Event]) -> Path:
-        """Write it; where the disk is full, once more when room was made."""
+        """Write the checkpoint. If the disk is full, make room and try once more."""
         folder, train = self.run / "checkpoints", self.plan.settings.train
         try:
             return self._write_once(folder, contents)
@@ -201,16 +205,15 @@ def _reason(error: OSError) -> str:
 
 
 def checkpoint_size(plan: Plan) -> int:
-    """Bytes that a checkpoint of this run takes, and the copy that it is written from."""
+    """Return the bytes of a checkpoint of this run, which its copy in memory takes as well."""
     return checkpoint.size_on_disk(plan.model, plan.settings.optimizer.name, plan.data.tokenizer)
 
 
 def check_space(plan: Plan, run: Path, ranks: Ranks, emit: Emit, *, done: int) -> None:
-    """Refuse a run whose checkpoints can't fit the disk, and tell of one whose may not.
+    """Raise ConfigError if the checkpoints of a run cannot fit on the disk; warn if they may not.
 
-    At once there are those that are kept and the one that is being written. Where that is too much,
-    the oldest of the newest is removed before; one that is whole always stays.
-    """
+    The disk holds the kept checkpoints and the one being written. If that is too much, the oldest
+    of the newest is removed first. At least one complete checkpoint always stays."""
     train, size, free = plan.settings.train, checkpoint_size(plan), free_space(run)
     there = len(retention.checkpoints(run))
     saves = there + math.ceil((plan.steps - done) / plan.checkpoint_every)

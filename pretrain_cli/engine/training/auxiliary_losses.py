@@ -1,4 +1,4 @@
-"""Auxiliary losses of a step as numbers, and the load of its experts."""
+"""Auxiliary losses of a step, read as numbers, and the load of each expert."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from pretrain_cli.model.decoder import LossParts, LossWeights
 
 
 class AuxiliaryLosses:
-    """Auxiliary losses of one step, summed over its micro-steps on the device. Only `read` makes
-    the CPU wait.
+    """Auxiliary losses of one step, summed over its micro-steps on the device. Only `read`
+    synchronizes the CPU with the device.
 
-    The z-loss is a mean over the step's tokens, like the loss. The balancing loss is not: f and P
-    are those of a micro-step's tokens on one rank, as transformers has them, and what is minimized
-    is the mean of these losses, by tokens. A larger micro-batch balances less strictly.
-    """
+    The z-loss is a mean over the step's tokens, like the cross-entropy. The balancing loss is not:
+    its f and P come from the tokens of one micro-step on one rank, as in transformers, and the step
+    minimizes the token-weighted mean of these losses. A larger micro-batch therefore balances less
+    strictly."""
 
     def __init__(self, coefficients: LossWeights) -> None:
         self.coefficients = coefficients
@@ -31,7 +31,7 @@ class AuxiliaryLosses:
             self.choices = terms.choices if earlier is None else earlier + terms.choices
 
     def read(self, ranks: Ranks) -> dict[str, Any]:
-        """For StepMetrics, of all ranks. Every rank must ask."""
+        """Return the fields of StepMetrics, reduced over all ranks. Every rank must call this."""
         assert self.sums is not None, "no micro-step was added"
         z_loss, balancing = (ranks.sum(self.sums) / ranks.world_size).tolist()
         numbers: dict[str, Any] = {"z_loss": z_loss} if self.coefficients.z_loss else {}

@@ -1,12 +1,11 @@
-"""Proof of exact resume, on the machine, model and settings at hand.
+"""Check that resuming is exact, with this machine, model and settings.
 
     a process:  N steps                              ─┐
     a process:  N/2 steps, saved                      ├─ every loss, weight and optimizer tensor
     a process:  resumed, from N/2 to N                ─┘ of the two runs compared, bit for bit
 
-The steps are the first of the run that the settings describe, with its schedule, in run folders
-that are beside where it would be, and are taken away again.
-"""
+The steps are the first ones of the run that the settings describe, with its schedule. The run
+folders lie beside the place of that run and are removed afterwards."""
 
 import itertools
 import json
@@ -35,16 +34,16 @@ NUMBERS = ("loss", "gradient_norm", "learning_rate", "tokens")
 
 @dataclass(frozen=True)
 class Comparison:
-    """Comparison of an uninterrupted run with a resumed one."""
+    """Result of comparing an uninterrupted run with a resumed one."""
 
     numbers: int
     tensors: int
     difference: str
-    """The first, or nothing where all are equal."""
+    """First difference, in words; empty if all numbers and tensors are equal."""
 
 
 def check_resume(settings: RunConfig, steps: int, emit: Emit, stop: StopRequest) -> Comparison:
-    """Train twice and compare. Raises Stopped where that is asked for."""
+    """Train both runs and compare them. Raises Stopped if `stop` requests it."""
     if steps < 2:
         raise ConfigError(f"--check-resume: {steps} is not at least 2 steps, one before a save")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -74,17 +73,17 @@ def _of_the_check(settings: RunConfig, run: Path) -> RunConfig:
 
 
 def _train(settings: RunConfig, run: Path, upto: int) -> int:
-    """Begin the run, or go on with it where it is there. Returns the step that it has then."""
+    """Start the run, or resume it if its folder exists. Return the step it reached."""
     resume = (run, read_record(run)) if run.exists() else None
     return train(settings, _unheard, resume=resume, stop=StopRequest(after_step=upto)).step
 
 
 def _unheard(event: Event) -> None:
-    """The same notices three times over."""
+    """Ignore an event: the three processes would show the same notices three times."""
 
 
 def compare(straight: Path, resumed: Path) -> Comparison:
-    """Two runs' logged numbers, and all tensors of their newest checkpoints."""
+    """Compare the logged numbers of two runs and all tensors of their newest checkpoints."""
     ours, theirs = list(_numbers(straight)), list(_numbers(resumed))
     pairs = itertools.zip_longest(ours, theirs)
     differences = (f"{a} straight, {b} resumed" for a, b in pairs if a != b)
@@ -109,7 +108,7 @@ def _numbers(run: Path) -> Iterator[str]:
 
 
 def _tensors(checkpoint: Path) -> dict[str, Path]:
-    """Each tensor's name, with the folder of its file, and the file."""
+    """Map each tensor's key (folder of its file, name) to its file."""
     found = {}
     for path in sorted(checkpoint.rglob("*.safetensors")):
         part = "optimizer" if path.parent != checkpoint else "weights"
@@ -124,7 +123,7 @@ def _read(path: Path, name: str) -> Tensor:
 
 
 def _first_difference(name: str, one: Tensor, other: Tensor) -> str:
-    """Return where two tensors first differ, bit for bit; empty if they don't."""
+    """Describe where two tensors first differ in their bits; empty if they are equal."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         shapes = f"{tuple(one.shape)} straight, {tuple(other.shape)} resumed"
         return f"{name}: {one.dtype} {shapes}, {other.dtype}"

@@ -1,4 +1,5 @@
-"""The loss of the validation splits: every token once, whatever the batch shape and the ranks."""
+"""Validation loss: every token of the validation splits counts once, for any batch size and any
+number of ranks."""
 
 import math
 import time
@@ -27,9 +28,11 @@ def evaluate(
     document_mask: bool = False,
     check: Callable[[], object] = lambda: None,
 ) -> Evaluation | None:
-    """Mean loss over all validation tokens, perplexity, and bits per byte of their text; where
-    there are several datasets, of each as well. None where none has anything to validate on.
-    `check` is called before every batch, by all ranks alike; what it raises ends it."""
+    """Return mean loss over all validation tokens, perplexity, and bits per byte of text.
+
+    With several datasets, the result has these for each dataset as well. Returns None if no dataset
+    has a validation split. All ranks call `check` before every batch; an exception it raises ends
+    the evaluation."""
     sources = [source for source in data.sources if len(source.dataset.val.tokens) > 1]
     if not sources:
         return None
@@ -68,7 +71,7 @@ def _summed(
     check: Callable[[], object],
     **shape: int,
 ) -> Tensor:
-    """This rank's part of a dataset: its loss, summed, and the count of its targets. -> (2,)"""
+    """Return the sum of this rank's losses on a dataset and the number of its targets. -> (2,)"""
     total = torch.zeros(2, dtype=torch.float64)  # not every device has it
     for inputs, targets in validation_batches(
         dataset.val.tokens, rank=ranks.rank, world_size=ranks.world_size, **shape

@@ -1,9 +1,9 @@
-"""`pretrain train --lr-find`: a range test (Smith 2015, arXiv 1506.01186) that suggests a rate.
+"""Learning rate range test: `pretrain train --lr-find` (Smith 2015, arXiv 1506.01186).
 
-The run as it would be, but for the rate: it rises by the same factor each step, from far too small
-to far too large. The loss stays, falls, and rises again; the weights are thrown away. The test is
-short, so what it finds is the rate of a beginning: a long run wants rather less.
-"""
+Trains with the settings of the run, except that the learning rate grows by a constant factor each
+step, from far too small to far too large. The loss first stays, then falls, then rises. The weights
+are discarded. The test is short, so its suggestion suits the start of training; a long run usually
+wants a lower rate."""
 
 import json
 import math
@@ -28,23 +28,23 @@ from pretrain_cli.files import write_whole
 LOWEST, HIGHEST = 1e-6, 1.0
 FEWEST_STEPS = 10
 LEAST_FALL = 0.02
-"""Smallest fall of the smoothed loss, as a share, that counts as learning. Not tuned."""
+"""Smallest relative fall of the smoothed loss that counts as learning. Not tuned."""
 SMOOTHING = 0.8
-"""Weight of the previous loss in the smoothed one: an average over about the last five steps."""
+"""Weight of the previous value in the smoothed loss: an average over about the last five steps."""
 TOLERANCE = 0.1
-"""A smoothed loss above the lowest by this share of the first, and by half of what was gained, has
-diverged."""
+"""The loss has diverged when its smoothed value exceeds the lowest by this share of the first loss
+and by half of the improvement so far."""
 MARGIN = 4
-"""The suggestion is the rate of the lowest loss over this: the next factor of two or three may
-diverge, and a run stays at its rate for longer than the test did."""
+"""The suggested rate is the rate at the lowest loss divided by this. A factor of two or three above
+that rate may already diverge, and a run stays at its rate longer than the test did."""
 
 Progress = Callable[[int, int, float, float], None]
-"""(step, steps, rate, loss)"""
+"""Called with (step, steps, learning rate, loss)."""
 
 
 @dataclass(frozen=True)
 class RangeTest:
-    """Results of the range test, step by step."""
+    """Learning rates and losses of a range test, a value per step, and the suggestion."""
 
     model: str
     optimizer: str
@@ -58,9 +58,11 @@ class RangeTest:
 def find_learning_rate(
     settings: RunConfig, folder: Path, emit: Emit, progress: Progress, stop: StopRequest
 ) -> RangeTest | None:
-    """Train with a rising rate for `train.steps`, and leave a picture and numbers in the folder.
+    """Train for `train.steps` with a rising learning rate; write the numbers and a plot to the
+    folder.
 
-    None on ranks but the first, which speaks and writes. Raises Stopped where `stop` says so."""
+    Returns None on every rank but the first, which writes and reports. Raises Stopped if `stop`
+    requests it."""
     if settings.train.steps == "auto" or settings.train.steps < FEWEST_STEPS:
         raise ConfigError(
             f"train.steps: {settings.train.steps}; a range test takes {FEWEST_STEPS} or more"
@@ -87,7 +89,7 @@ def _silent(event: Event) -> None:
 def _train(
     plan: Plan, ranks: Ranks, emit: Emit, progress: Progress, stop: StopRequest
 ) -> tuple[list[float], list[float]]:
-    """Rates and losses, up to where the loss diverges."""
+    """Return learning rates and losses up to the step where the loss diverges."""
     apply_process_settings(plan.speed)
     batches = open_batches(plan, ranks, emit)
     decoder = build_model(plan.model, plan.speed, ranks.device)
@@ -132,7 +134,7 @@ def _train(
 
 
 def smooth(losses: list[float]) -> list[float]:
-    """A mean that forgets, of the losses so far."""
+    """Return the exponential moving average of the losses."""
     smoothed, mean, weight = [], 0.0, 0.0
     for loss in losses:
         mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
@@ -147,7 +149,7 @@ def has_diverged(smoothed: list[float]) -> bool:
 
 
 def suggest(rates: list[float], smoothed: list[float]) -> tuple[float | None, str]:
-    """(a rate, why): the one of the lowest loss, with a margin."""
+    """Return (learning rate, reason): the rate at the lowest loss, divided by the margin."""
     lowest = min(range(len(smoothed)), key=smoothed.__getitem__, default=0)
     if not smoothed or smoothed[lowest] > (1 - LEAST_FALL) * smoothed[0]:
         return None, "the loss never fell by 2 %; give the test more --steps, or larger ones"
@@ -160,7 +162,7 @@ def suggest(rates: list[float], smoothed: list[float]) -> tuple[float | None, st
 
 
 def _write(test: RangeTest, folder: Path, emit: Emit) -> None:
-    """lr-find.json, and lr-find.png where matplotlib is installed."""
+    """Write lr-find.json, and lr-find.png if matplotlib is installed."""
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "lr-find.json", json.dumps(asdict(test), indent=2) + "\n")
     try:

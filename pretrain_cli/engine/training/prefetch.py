@@ -1,4 +1,4 @@
-"""From the plan's data to batches on the device, the next one read while the current one trains."""
+"""Batches on the device: reads the next one in a thread while the current one trains."""
 
 import time
 from collections.abc import Callable
@@ -19,8 +19,8 @@ from pretrain_cli.spans import span
 
 
 def open_batches(plan: Plan, ranks: Ranks, emit: Emit) -> Batches:
-    """The plan's training samples, in their order. An index of packed documents is built here,
-    where there is none."""
+    """Open the training samples of a plan, in training order. Builds the index of packed documents
+    if it does not exist."""
     samples = [_open_samples(source.dataset, plan, ranks, emit) for source in plan.data.trained_on]
     return Batches(
         samples,
@@ -62,7 +62,7 @@ def _what_became_of(packed: Packed) -> str:
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """A `Batch`, a rank's share of a step, in tensors."""
+    """One rank's share of a step's `Batch`, as tensors."""
 
     inputs: Tensor
     targets: Tensor
@@ -70,13 +70,14 @@ class DeviceBatch:
     counted: int
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "DeviceBatch":
-        """With every tensor changed so."""
+        """Return a copy with `change` applied to every tensor."""
         documents = None if self.documents is None else change(self.documents)
         return DeviceBatch(change(self.inputs), change(self.targets), documents, self.counted)
 
 
 class Prefetcher:
-    """Steps in order, from a sample on. `wait` is how long the last one kept training waiting."""
+    """Yields the steps' batches in order. `wait` is how many seconds the last one kept training
+    waiting."""
 
     def __init__(
         self, batches: Batches, *, first_sample: int, device: torch.device, prefetch: bool
@@ -89,7 +90,7 @@ class Prefetcher:
         self.coming: Future[DeviceBatch] | None = None
 
     def next(self) -> DeviceBatch:
-        """This rank's share of the next step, on the device."""
+        """Return this rank's share of the next step, on the device."""
         asked = time.perf_counter()
         with span("data"):
             read = self.coming.result() if self.coming else self._read(self.sample)
@@ -101,11 +102,11 @@ class Prefetcher:
         return batch
 
     def at(self, sample: int) -> DeviceBatch:
-        """This rank's share of another step, out of turn."""
+        """Return this rank's share of the step at another position, without moving."""
         return self._placed(self._read(sample))
 
     def go_to(self, sample: int) -> None:
-        """Go on from this sample."""
+        """Continue from this sample."""
         self.sample, self.coming = sample, None
 
     def _placed(self, batch: DeviceBatch) -> DeviceBatch:

@@ -1,7 +1,7 @@
 """Handle skipped steps: record each, and roll back after too many.
 
 … 100 saved … 146 taken │ 147 ✗ 148 ✗ 149 ✗ … 156 ✗     ten in a row
-   └──────────────────── back to here, and on with the samples behind those of 156
+   └──────────────────── restore this checkpoint, continue with the samples after step 156
 """
 
 import math
@@ -36,7 +36,8 @@ from pretrain_cli.model.parameter_map import parameter_map
 
 
 class Rollback:
-    """Learns from the guard what became of a run's steps, and finds the way back where it must."""
+    """Collects the outcomes of steps from the guard, and rolls the run back when too many were
+    skipped."""
 
     def __init__(
         self,
@@ -58,8 +59,8 @@ class Rollback:
         self._note_divergence("")
 
     def collect_outcomes(self, state: State) -> State:
-        """Learn what became of the steps up to this one, and report those that were skipped. Waits
-        for the device."""
+        """Read the outcomes of the steps up to this one and report the skipped ones. Waits for the
+        device."""
         verdicts = self.guard.read()
         steps = range(state.step - len(verdicts) + 1, state.step + 1)
         taken = [step for step, each in zip(steps, verdicts, strict=True) if not each.in_a_row]
@@ -92,7 +93,7 @@ class Rollback:
             self.rollback_reason = f"{self.guard.max_skips} steps in a row were skipped{last}"
 
     def can_be_saved(self, state: State) -> bool:
-        """Return whether everything a checkpoint would hold is finite. If not, sets
+        """Return whether everything that a checkpoint would hold is finite. If not, sets
         `rollback_reason`."""
         if is_finite(self.optimizer, self.ranks):
             return True
@@ -101,8 +102,8 @@ class Rollback:
         return False
 
     def roll_back(self, state: State) -> tuple[State, RolledBack]:
-        """To the last checkpoint known finite, and past the samples since; PretrainError where
-        there is none, or after too many times."""
+        """Restore the last checkpoint known to be finite and continue behind the samples seen
+        since. Raises PretrainError if there is no such checkpoint, or after too many rollbacks."""
         limit = self.plan.settings.train.max_rollbacks
         in_a_row = self.guard.last.in_a_row
         first = state.step - in_a_row + 1
@@ -136,8 +137,8 @@ class Rollback:
 
 
 def last_finite_checkpoint(run: Path, before: int, ranks: Ranks, emit: Emit) -> Path | None:
-    """The newest checkpoint below a step, of those that are intact and known finite: on every rank
-    the one that the first rank finds."""
+    """Return the newest checkpoint below a step that is intact and known to be finite. The first
+    rank searches; every rank gets its result."""
     step = -1
     if ranks.is_first:
         for folder in retention.checkpoints(run):
@@ -156,7 +157,7 @@ def last_finite_checkpoint(run: Path, before: int, ranks: Ranks, emit: Emit) -> 
 def restore(
     folder: Path, decoder: Decoder, optimizer: Optimizer, plan: Plan, ranks: Ranks
 ) -> State:
-    """Weights, optimizer and random numbers of a checkpoint, in a model that is being trained."""
+    """Load a checkpoint's weights, optimizer state and random state into a model in training."""
     if is_sharded(decoder):
         whole_model = build_model(plan.model, plan.speed, torch.device("cpu"))
         load_weights(whole_model, folder)
@@ -172,7 +173,7 @@ def restore(
 WORST_SAMPLES = 3
 WORST_TENSORS = 5
 HEAD = 200
-"""Characters of a sample's text that are recorded."""
+"""Number of characters of a sample's text that are recorded."""
 
 
 def diagnose(
@@ -188,8 +189,11 @@ def diagnose(
     model: nn.Module,
     ranks: Ranks,
 ) -> Skipped:
-    """Run these samples again, forward one by one, then forward and backward together. Every rank
-    asks. `same_weights` says whether the weights are still those that the step met."""
+    """Run the samples of a skipped step again: forward one by one, then forward and backward
+    together.
+
+    Every rank must call this. `same_weights` is whether the weights have not changed since that
+    step."""
     batch = feed.at(samples[0])
     losses = _loss_of_each(model, batch, feed, ranks).tolist()
     add_gradients(
@@ -222,7 +226,7 @@ def diagnose(
 
 @torch.no_grad()
 def _loss_of_each(model: nn.Module, batch: DeviceBatch, feed: Prefetcher, ranks: Ranks) -> Tensor:
-    """The loss of each sample of the step, on all ranks. -> (samples,)"""
+    """Return the loss of each sample of the step, from all ranks. -> (samples,)"""
     losses = torch.zeros(feed.batches.samples_per_step, device=ranks.device)
     model.eval()
     with torch.compiler.set_stance("force_eager"):  # one sample is a shape of its own
@@ -236,7 +240,7 @@ def _loss_of_each(model: nn.Module, batch: DeviceBatch, feed: Prefetcher, ranks:
 
 
 def _norm_of_each(decoder: Decoder) -> dict[str, float]:
-    """The gradient norm of every tensor, by its published name."""
+    """Return the gradient norm of every tensor, by its published name."""
     parameters, norms = dict(decoder.named_parameters()), {}
     gathered: tuple[str, Tensor | None] = "", None
     for piece in parameter_map(decoder.config, merged=decoder.merged):
@@ -250,7 +254,7 @@ def _norm_of_each(decoder: Decoder) -> dict[str, float]:
 
 
 def _worst(numbers: dict[Any, float], count: int) -> list[Any]:
-    """Return the keys of numbers that are not finite, then of the largest."""
+    """Return the keys of the numbers that are not finite, followed by those of the largest."""
     return sorted(numbers, key=lambda name: _size(numbers[name]), reverse=True)[:count]
 
 

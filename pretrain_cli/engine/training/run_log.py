@@ -1,8 +1,7 @@
-"""Files that a run writes while it trains: metrics.jsonl, samples.jsonl, and its trackers.
+"""Files that a run writes while it trains: metrics.jsonl, samples.jsonl, and those of trackers.
 
-The first rank writes. Samples use a random generator of their own, seeded alike at every step, so
-that only the model changes between them and the run's own random state is left alone.
-"""
+Only the first rank writes. Samples use their own random generator with the same seed at every step:
+two samples differ only by the model, and the random state of training is not touched."""
 
 import contextlib
 import json
@@ -26,21 +25,23 @@ from pretrain_cli.model.decoder import Decoder
 
 
 class RunLog:
-    """Open on the first rank alone; elsewhere nothing is written."""
+    """Metrics file, trackers and sample log of a run. Opened on the first rank; on others nothing
+    is written."""
 
     def __init__(self, plan: Plan, run: Path, emit: Emit, tell: Emit) -> None:
-        """Notices of an output go to `report`, those of one that is left out to `tell` alone."""
+        """Notices about an output go to `report`; notices about an output that is left out go to
+        `tell` only."""
         self.plan, self.run, self.emit, self.tell = plan, run, emit, tell
         self.metrics: MetricsFile | None = None
         self.trackers: list[Tracker] = []
 
     @property
     def before(self) -> tuple[int, float]:
-        """Tokens and seconds of earlier processes of the run; see MetricsFile."""
+        """Return tokens and seconds of the run's earlier processes; see MetricsFile."""
         return self.metrics.before if self.metrics else (0, 0.0)
 
     def open(self, state: State) -> None:
-        """Without what is there beyond the state's step."""
+        """Open the outputs, dropping lines beyond the state's step."""
         self.metrics = MetricsFile(
             self.run / "metrics.jsonl",
             lambda text: self.emit(Notice(text)),
@@ -64,11 +65,11 @@ class RunLog:
         return self.metrics is not None and step in self.metrics.evaluated
 
     def flush(self) -> None:
-        """Flush the trackers, before a checkpoint counts on it."""
+        """Flush the trackers. Called before a checkpoint that counts on them."""
         have_each(self.trackers, lambda tracker: tracker.flush(), self.tell)
 
     def sync(self) -> None:
-        """Onto the disk, what a checkpoint counts on."""
+        """Flush to disk the lines that a checkpoint counts on."""
         if self.metrics:
             self.metrics.sync()
 
@@ -79,7 +80,7 @@ class RunLog:
 
 
 class SampleLog:
-    """samples.jsonl: a line for each prompt, each time. The first rank writes it."""
+    """Writes samples.jsonl on the first rank: a line per prompt and sampling step."""
 
     def __init__(self, plan: Plan, run: Path, ranks: Ranks, emit: Emit, *, upto: int) -> None:
         self.plan, self.ranks, self.emit = plan, ranks, emit
@@ -92,12 +93,12 @@ class SampleLog:
             emit(Notice("No samples: the model is parted among the ranks. pretrain sample"))
 
     def truncate_after(self, step: int) -> None:
-        """Lines beyond this step are of a future that was lost, and go."""
+        """Drop lines after this step: those steps will run again."""
         rows = truncate_after(self.path, step) if self.ranks.is_first else []
         self.taken = {(row["step"], row["prompt"]) for row in rows}
 
     def due(self, step: int) -> bool:
-        """Return whether samples are due at this step. The last step always has them."""
+        """Return whether samples are due at this step. They always are at the last step."""
         if not self.possible or step == 0:
             return False
         every = self.settings.sample_every
@@ -105,7 +106,7 @@ class SampleLog:
 
     def take(self, decoder: Decoder, step: int, stop: StopRequest) -> None:
         """Take the samples of this step that are missing. Every rank must call this. Raises Stopped
-        on every rank if a stop is requested; missing samples are taken when the run resumes."""
+        on every rank if a stop is requested; a resumed run takes the missing ones."""
         if self.ranks.is_first:
             decoder.eval()
             with contextlib.suppress(Stopped):

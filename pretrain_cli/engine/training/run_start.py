@@ -1,10 +1,10 @@
-"""The run folder.
+"""The start of a run: choosing its folder and writing run.yaml.
 
 runs/NAME/
-├── run.yaml            settings as resolved and as asked, speed in force, model, dataset, software
-├── metrics.jsonl       a line for each step reported and each evaluation
+├── run.yaml            settings as given and as resolved, model, dataset, software versions
+├── metrics.jsonl       a line for each logged step, evaluation and save
 ├── samples.jsonl       text sampled from the model
-├── compile-cache/      what torch.compile made, for when the run goes on; safe to remove
+├── compile-cache/      code from torch.compile, reused when the run resumes; safe to remove
 ├── profile-step-*.json Chrome traces, with --profile
 └── checkpoints/step-000400/
 """
@@ -34,7 +34,8 @@ COMPILED = "compile-cache"
 
 
 def choose_folder(plan: Plan) -> Path:
-    """The folder of a new run: as asked, and then without a run in it; or the next free name."""
+    """Return the folder of a new run: the one asked for, if it holds no run yet, or the next free
+    name."""
     asked = plan.settings.train.out
     if asked is not None:
         if (asked / RUN_YAML).exists():
@@ -60,7 +61,7 @@ def write_record(
     peak: Peak,
     asked: dict[str, Any] | None = None,
 ) -> None:
-    """run.yaml, replaced in one step. A resumed run passes what was asked for at its start."""
+    """Write run.yaml atomically. A resumed run passes the settings that were given at its start."""
     record = {
         "settings": resolved(plan).model_dump(mode="json"),
         "asked": asked or plan.settings.model_dump(mode="json"),
@@ -100,7 +101,8 @@ def _fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def changed_settings(record: RunRecord, plan: Plan, step: int) -> Iterator[str]:
-    """A line for each setting that is another one now; and what more steps do to the schedule."""
+    """Describe each setting that differs from the run's record, and the effect of more steps on the
+    schedule, a line each."""
     before = check_config(record.settings)
     for name, old, new in differences(before, resolved(plan)):
         yield f"{name}: {old} → {new}"

@@ -1,4 +1,4 @@
-"""One optimizer step, as `train` takes it and `benchmark` times it."""
+"""One optimizer step: `train` runs it and `benchmark` times it."""
 
 from collections.abc import Callable
 
@@ -28,13 +28,12 @@ def train_step(
     terms: AuxiliaryLosses | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Tensor, Tensor]:
-    """One optimizer step on this rank's share of its samples. -> (loss, gradient norm).
+    """Take one optimizer step on this rank's share of the samples. -> (loss, gradient norm).
 
-    The loss returned is this rank's part of the mean over all ranks. What is minimized beside it is
-    said by `terms`, and added up there. A guard decides whether the step is taken; without one it
-    is. Raises Stopped between two micro-steps where `stop` says so: the step is then as if it had
-    not begun.
-    """
+    The returned loss is this rank's part of the mean over all ranks. `terms` names the auxiliary
+    losses that are minimized too, and collects them. With a guard, the guard decides whether the
+    optimizer steps. Raises Stopped between two micro-steps if `stop` requests it; weights and
+    optimizer are then unchanged."""
     total = add_gradients(
         model,
         inputs,
@@ -69,13 +68,13 @@ def add_gradients(
     terms: AuxiliaryLosses | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Tensor:
-    """The gradients of a step, and this rank's part of its loss.
+    """Accumulate the gradients of a step; return this rank's part of its loss.
 
-    inputs and targets (B, T) are taken `micro_batch_size` rows at a time, and with them `documents`
-    (B, T), where attention is kept inside each. Each part's loss is its sum over a rank's part of
-    the targets that count in the whole step, by default all, so the parts add up to the mean that
-    one large batch would give; gradients are then averaged over the ranks. Raises Stopped between
-    two micro-steps where `stop` says so; there are then no gradients.
+    inputs and targets (B, T) are processed `micro_batch_size` rows at a time, together with
+    `documents` (B, T) if attention stays inside documents. The loss of a micro-step is its sum
+    divided by this rank's share of the counted targets of the whole step (by default all targets),
+    so that the micro-steps add up to the mean of one large batch. Gradients are then averaged over
+    the ranks. Raises Stopped between two micro-steps if `stop` requests it, leaving no gradients.
     """
     normalizer = targets.numel() if counted is None else counted / world_size
     model.train()

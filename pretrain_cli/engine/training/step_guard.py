@@ -1,12 +1,11 @@
-"""Skip steps whose loss or gradients are not finite, or spike.
+"""Step guard: skip steps whose loss or gradient norm is not finite or spikes.
 
     loss, gradient norm ──> finite? no spike? ──> a flag ──> the optimizer steps or leaves all as is
 
-Everything is decided on the device, by the same numbers on every rank, and the CPU never waits for
-it: it reads what became of the steps when it logs one. A skipped step counts as a step of the run,
-with its samples and its place in the schedule; weights, moments and the optimizer's own count are
-bit for bit what they were.
-"""
+The decision is made on the device, from the same numbers on every rank, so the CPU does not wait:
+it reads the outcomes only when a step is logged. A skipped step still counts as a step of the run,
+consumes its samples and moves the schedule. Weights, moments and the optimizer's own step count
+keep their exact bits."""
 
 import math
 from dataclasses import dataclass
@@ -20,32 +19,31 @@ from torch.optim import Optimizer
 from pretrain_cli.engine.runtime.distributed import Ranks
 
 MEMORY = 50
-"""Steps: a spike is one by the last 50 or so, and none is looked for before there were as many."""
+"""Steps: a spike is measured against about the last 50, and no spike is detected before step 50."""
 NAMES = ("loss", "gradient norm")
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """Outcome of a step."""
+    """Outcome of one step."""
 
     loss: float
-    """The mean over all its tokens, on all ranks."""
+    """Mean over all tokens of the step, on all ranks."""
     gradient_norm: float
     reason: str
-    """Why it was skipped; empty where it was taken."""
+    """Reason for skipping the step; empty if it was taken."""
     in_a_row: int
     """Consecutive skipped steps up to this one."""
 
 
 class StepGuard:
-    """Decides each step of a run on the device.
+    """Decides on the device whether each step is taken.
 
-    A loss or gradient norm that is not finite skips the step; so does, with `skip_spikes`, one that
-    many standard deviations above its mean. Mean and variance are of the steps taken, weighted by
-    0.98^(steps ago); of all alike up to the fiftieth. After `max_skips` skipped in a row nothing
-    more is taken until the caller has gone back to where it was sound, so that what a run does
-    there doesn't depend on when it looks.
-    """
+    A step is skipped if its loss or gradient norm is not finite or, with `skip_spikes`, lies that
+    many standard deviations above the mean. Mean and variance are over the steps taken, weighted by
+    0.98^(steps ago); up to the fiftieth all weigh the same. After `max_skips` consecutive skips no
+    step is taken until the caller rolls back. The result therefore does not depend on when the
+    caller reads the outcomes."""
 
     def __init__(
         self, ranks: Ranks, *, skip_spikes: float | None = None, max_skips: int = 10
@@ -55,10 +53,10 @@ class StepGuard:
         self.load_state_dict({})
 
     def step(self, optimizer: Optimizer, loss: Tensor, norm: Tensor) -> None:
-        """Step or skip. `loss` is this rank's part of the mean, `norm` that of the whole gradient.
+        """Take or skip the step. `loss` is this rank's part of the mean, `norm` the norm of the
+        full gradient.
 
-        Costs a sum of two numbers over the ranks and some twenty of the smallest kernels.
-        """
+        Costs one all-reduce of two numbers and about twenty small kernels."""
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         numbers = self.ranks.sum(torch.stack([loss, norm.to(loss) / self.ranks.world_size]))
@@ -79,7 +77,8 @@ class StepGuard:
         return above & (self.taken >= MEMORY)
 
     def _remember(self, numbers: Tensor, skip: Tensor) -> None:
-        """Mean and variance with a step that is taken: Welford's, with weights that fade."""
+        """Update mean and variance with a step that is taken: Welford's method with decaying
+        weights."""
         self.taken = self.taken + ~skip
         weight = (1 / self.taken.clamp(min=1)).clamp(min=1 / MEMORY)
         off = torch.where(skip, 0.0, numbers - self.mean)
@@ -98,11 +97,11 @@ class StepGuard:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether, as last read, so many steps were skipped that none is taken any more."""
+        """Return whether `max_skips` consecutive steps were skipped, as of the last read."""
         return self.last.in_a_row >= self.max_skips
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint: plain numbers, exact."""
+        """Return the state for a checkpoint as plain numbers, exactly."""
         return {
             "taken": int(self.taken.item()),
             "in_a_row": int(self.in_a_row.item()),
@@ -111,7 +110,7 @@ class StepGuard:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave; from nothing, begin."""
+        """Restore the result of `state_dict`; an empty one resets the guard."""
 
         def tensor(value: Any) -> Tensor:
             return torch.tensor(value, dtype=torch.float32, device=self.ranks.device)
@@ -140,13 +139,12 @@ def _verdict(row: list[float]) -> StepOutcome:
 
 @torch.no_grad()
 def step_unless(skip: Tensor, optimizer: Optimizer) -> None:
-    """The optimizer's step, or where `skip` is true nothing, without the CPU knowing which.
+    """Run the optimizer's step unless `skip` is true, without the CPU reading the flag.
 
-    An optimizer that says it can (`_step_supports_amp_scaling`, as PyTorch's fused ones do) is
-    given the flag as `found_inf`, and costs no more. For any other, its weights and state are
-    copied before the step and chosen from after it: both in memory twice, and read and written
-    twice. State that its first step makes is taken to begin as zeros, as AdamW's and Muon's does.
-    """
+    An optimizer with `_step_supports_amp_scaling`, such as PyTorch's fused ones, gets the flag as
+    `found_inf` at no extra cost. For any other, weights and state are copied before the step and
+    selected afterwards: they are in memory twice, and read and written twice. State that the first
+    step creates is taken to start at zero, as AdamW's and Muon's does."""
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.found_inf = skip.float()  # pyright: ignore[reportAttributeAccessIssue]
         optimizer.step()
@@ -160,11 +158,11 @@ def step_unless(skip: Tensor, optimizer: Optimizer) -> None:
 
 @torch.no_grad()
 def is_finite(optimizer: Optimizer, ranks: Ranks) -> bool:
-    """Return whether every weight and every optimizer tensor is finite, on every rank. Waits for
-    the device.
+    """Return whether every weight and every optimizer tensor is finite, on all ranks. Waits for the
+    device.
 
-    The smallest and the largest value tell, in one pass that writes nothing: a NaN is either.
-    """
+    Checks the minimum and the maximum of each tensor, in one pass that writes nothing: with a NaN,
+    both are NaN."""
     ends = [
         torch.stack(torch.aminmax(tensor)).to(ranks.device)
         for tensor in _tensors(optimizer).values()
@@ -174,7 +172,7 @@ def is_finite(optimizer: Optimizer, ranks: Ranks) -> bool:
 
 
 def _tensors(optimizer: Optimizer) -> dict[tuple[int, str], Tensor]:
-    """Every weight and every tensor of its state, of each the part that is on this rank."""
+    """Return all weights and optimizer tensors; of sharded ones, this rank's part."""
     tensors = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:

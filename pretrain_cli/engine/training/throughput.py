@@ -1,7 +1,7 @@
-"""Measure a run: the loop reports what happens, and a line is read when one is due.
+"""Throughput: times of steps between two log lines, and totals of the run.
 
 began ── step step step ── line ── evaluating ── step step ── saving ── step ── line
-         └── interval ───┘                      └─ interval, what held it up left out ─┘
+         └── interval ───┘                      └─ interval, without what held it up ─┘
 """
 
 import contextlib
@@ -16,11 +16,10 @@ from pretrain_cli.model.counting import Flops
 
 
 class ThroughputMeter:
-    """Times and rates of the steps since the last line, and of the run so far.
+    """Times and rates of the steps since the last log line, and of the run so far.
 
-    Times are the host's. A GPU works behind it, so whoever reads a line or holds training up first
-    waits for the device: the trainer does, for the loss.
-    """
+    Times are the host's, and a GPU runs behind the host. Callers therefore synchronize with the
+    device before `read` and `held_up`; the trainer does so by reading the loss."""
 
     def __init__(
         self,
@@ -32,7 +31,7 @@ class ThroughputMeter:
         tokens: int,
         before: tuple[int, float],
     ) -> None:
-        """From `tokens` seen on; `before` are tokens and seconds that earlier processes told of."""
+        """Start at `tokens`; `before` holds tokens and seconds of the run's earlier processes."""
         self.ranks, self.flops, self.peak = ranks, flops, peak * ranks.world_size
         self.tokens_per_step, self.first_tokens, self.before = tokens_per_step, tokens, before
         self.began = time.perf_counter()
@@ -43,13 +42,13 @@ class ThroughputMeter:
         self.held = {"save": 0.0, "evaluation": 0.0}
 
     def stepped(self, wait: float) -> None:
-        """A step was taken that waited so long for its batch."""
+        """Count a step, and the seconds it waited for its batch."""
         self.steps += 1
         self.waited += wait
 
     @contextlib.contextmanager
     def held_up(self, by: Literal["save", "evaluation"]) -> Iterator[None]:
-        """Leave the time inside this block out of training."""
+        """Exclude the time inside this context from training time."""
         began = time.perf_counter()
         try:
             yield
@@ -67,7 +66,7 @@ class ThroughputMeter:
         sources: dict[str, int],
         others: dict[str, Any],
     ) -> StepMetrics:
-        """The line of this step; the next interval begins."""
+        """Return the metrics of this step and start the next interval."""
         now = time.perf_counter()
         training = now - self.since - sum(self.held.values())
         speed = self.steps * self.tokens_per_step / training

@@ -1,8 +1,7 @@
-"""Training: from datasets to a run folder with checkpoints, metrics and a sample.
+"""Training: from datasets to a run folder with checkpoints, metrics and samples.
 
-open the ranks → plan → open the batches → build the model → set its weights → prepare it for speed
-→ build the optimizer → resume → train_step until done or asked to stop, evaluating and saving when
-due
+open the ranks → plan → open the batches → build the model → set its weights → apply speed settings
+→ build the optimizer → resume → train_step until done or stopped, evaluating and saving when due
 """
 
 from pathlib import Path
@@ -42,8 +41,8 @@ from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.formats.hf_weights import load_weights, say_left_out
 
 PEAK_SECONDS = 0.2
-"""Measuring the device's peak: the best of a few products is within some percent of what a longer
-search finds, and a run of seconds hardly waits."""
+"""Seconds for measuring the device's peak FLOP/s. The best of a few matrix products is within a few
+percent of a longer search, at no noticeable cost."""
 
 
 def train(
@@ -55,10 +54,11 @@ def train(
     stop: StopRequest | None = None,
     profile: int = 0,
 ) -> Finished:
-    """Train a new run, or go on with the run at `resume`, from a checkpoint of it where one is
-    named and else from its newest intact one. `profile` looks into so many of its steps, on the
-    first rank. Returns how it ended. Raises Stopped where `stop` asks for it before there is a
-    run."""
+    """Train a new run, or resume the run at `resume`, and return how it ended.
+
+    A resumed run starts from the named checkpoint, else from its newest intact one. `profile` is
+    the number of steps to profile on the first rank. Raises Stopped if `stop` requests it before
+    the run exists."""
     if stop is None:
         stop = StopRequest(limit=settings.train.max_time)
     with open_ranks(settings.train.device) as ranks:
@@ -122,7 +122,7 @@ def _choose_run(
     resume: tuple[Path, RunRecord] | None,
     resume_from: Path | None,
 ) -> tuple[Path, Path | None]:
-    """(run folder, checkpoint to start from or None). Nothing is written yet."""
+    """Return (run folder, checkpoint to start from or None). Writes nothing."""
     if resume is None:
         return choose_folder(plan), None
     run, record = resume
@@ -140,7 +140,7 @@ def _choose_run(
 
 
 def set_weights(decoder: Decoder, plan: Plan, start: Path | None, emit: Emit) -> None:
-    """From the checkpoint, from the folder of --init-from, or drawn from the seed."""
+    """Load the weights of the checkpoint or of --init-from, or initialize them from the seed."""
     folder = start or plan.settings.model.init_from
     if folder is None:
         decoder.initialize(plan.settings.train.seed)

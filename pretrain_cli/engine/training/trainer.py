@@ -1,4 +1,4 @@
-"""A run in progress: steps, and what is evaluated, saved and reported around them."""
+"""A run in progress: its steps, and the evaluations, saves and log lines between them."""
 
 import math
 import time
@@ -43,7 +43,7 @@ from pretrain_cli.model.decoder import Decoder
 
 
 class Trainer:
-    """A run in progress: what is written, reported and saved around its steps."""
+    """A run in progress: takes steps, and evaluates, saves and logs when due."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class Trainer:
         self.evaluated_step = -1
         self.evaluation: Evaluation | None = None
         self.profile = 0
-        """So many steps are looked into, after some to warm up."""
+        """Number of steps to profile, after a few for warm-up."""
         self.outputs = RunLog(plan, run, self.emit, emit)
         train = plan.settings.train
         self.guard = StepGuard(ranks, skip_spikes=train.skip_spikes, max_skips=train.max_skips)
@@ -75,7 +75,7 @@ class Trainer:
         self.tell(event)
 
     def run_until(self, steps: int, state: State, stop: StopRequest) -> Finished:
-        """Steps until there have been so many, or a stop is asked for; saved either way."""
+        """Train until `steps` are done or a stop is requested, then save."""
         plan, ranks = self.plan, self.ranks
         self.stop = stop
         if ranks.is_first:
@@ -236,7 +236,7 @@ class Trainer:
         return finished
 
     def _leave(self, state: State, *, made: int) -> None:
-        """Save a run that is asked to stop, after `made` steps."""
+        """Save a run that was asked to stop, after `made` steps."""
         self.save(state, goes_on=False)
         self.saver.finish()
         if self.stop.reason:
@@ -248,7 +248,7 @@ class Trainer:
             )
 
     def _tokens_by_source(self, state: State) -> dict[str, int]:
-        """Seen so far of each dataset, where there are several."""
+        """Return the tokens seen of each dataset, if there are several."""
         sources = self.plan.data.trained_on
         counts = np.array(self.batches.interleaving.counts(state.samples))
         for borders in state.passed:
@@ -259,7 +259,7 @@ class Trainer:
         return dict(zip(names, tokens, strict=True)) if len(self.plan.data.sources) > 1 else {}
 
     def roll_back(self, state: State) -> State:
-        """To an earlier checkpoint; what is later is left behind."""
+        """Return to an earlier checkpoint and discard what came later."""
         self.saver.wait()  # it may be the one
         state, told = self.recovery.roll_back(state)
         self.saved_step, self.evaluated_step, self.evaluation = state.step, -1, None
@@ -272,14 +272,14 @@ class Trainer:
         return state
 
     def _missed_evaluation(self, state: State) -> bool:
-        """Return whether this run was stopped at a step whose evaluation was due."""
+        """Return whether the run was stopped at a step whose evaluation was still due."""
         last = state.step == self.plan.steps
         due = state.step > 0 and (last or state.step % self.plan.eval_every == 0)
         done = self.outputs.has_evaluated(state.step)
         return due and self.ranks.any(self.ranks.is_first and not done)
 
     def evaluate(self, state: State) -> None:
-        """Measure and report the validation loss, once for a step."""
+        """Measure and emit the validation loss, at most once per step."""
         if self.evaluated_step == state.step:
             return
         self.model.eval()
@@ -299,7 +299,7 @@ class Trainer:
             self.emit(evaluation)
 
     def _with_best(self, state: State) -> State:
-        """The state of a checkpoint, with itself as the best where its validation loss is."""
+        """Return the state to save, marked as the best one if its validation loss is the lowest."""
         last = self.evaluation
         best = math.inf if state.best_loss is None else state.best_loss
         if last is not None and last.step == state.step and last.loss < best:
@@ -307,8 +307,8 @@ class Trainer:
         return state
 
     def save(self, state: State, *, goes_on: bool) -> State:
-        """Begin to write a checkpoint, once for a step, when the one before is written. `goes_on`
-        says whether training does."""
+        """Start writing a checkpoint, at most once per step, after the previous one is written.
+        `goes_on` is whether training continues."""
         if self.saved_step == state.step:
             return state
         since = time.perf_counter()
@@ -324,7 +324,7 @@ class Trainer:
         return self._with_saved(state, self.saver.poll())
 
     def _with_saved(self, state: State, saved: State | None) -> State:
-        """The state, where a save has ended, with what it knows as the best so far."""
+        """Return the state, updated with the best checkpoint if a save has ended."""
         if saved is None:
             return state
         self.stop.saved(self.saver.seconds)

@@ -1,4 +1,4 @@
-"""Settings in, a plan out: every `auto` resolved, and memory and time estimated.
+"""Turn settings into a plan: resolve every `auto`, and estimate memory and time.
 
 Read `plan` first.
 """

@@ -1,4 +1,4 @@
-"""Resolve `auto`: length, batch, intervals and learning rate of a run, by device and model."""
+"""Resolve `auto` by device and model: sequence length, batch, intervals, learning rate."""
 
 import math
 from dataclasses import replace
@@ -20,19 +20,21 @@ from pretrain_cli.errors import ConfigError
 from pretrain_cli.model.config import ModelConfig
 
 CPU_RUN_FLOPS = 1.2e13
-"""FLOPs of a run on a CPU by default: about a minute of `pretrain train --model gemma3-tiny` on two
-cores (66 s on an EPYC)."""
+"""Training FLOPs of a default CPU run: about a minute of `pretrain train --model gemma3-tiny` on
+two cores (66 s on an EPYC)."""
 CPU_STEPS = 400
-"""Steps that a CPU run is divided into, about; fewer would show no curve."""
+"""Approximate number of steps in a default CPU run; fewer would show no loss curve."""
 CPU_SEQUENCES = 8
-"""Most sequences in a step on a CPU by default."""
+"""Largest default number of sequences in a step on a CPU."""
 GPU_TOKENS_PER_STEP = 2**18
-"""Tokens in a step on a GPU by default: half of what GPT-3's smallest sizes used (Brown et al.
+"""Default tokens in a step on a GPU: half of what the smallest GPT-3 models used (Brown et al.
 2020, table 2.1). Not tuned."""
 
 
 def choose_seq_len(asked: int | str, config: ModelConfig, data: Mixture, on_cpu: bool) -> int:
-    """Return the tokens in a sample. Raises ConfigError if the model or a dataset is shorter."""
+    """Return the number of tokens in a sample.
+
+    Raises ConfigError if it exceeds the model's positions or the training split of a dataset."""
     shortest = min(data.trained_on, key=lambda source: len(source.dataset.train.tokens))
     tokens = len(shortest.dataset.train.tokens)
     if asked == "auto":
@@ -54,7 +56,9 @@ def choose_seq_len(asked: int | str, config: ModelConfig, data: Mixture, on_cpu:
 def choose_samples_per_step(
     settings: RunConfig, ranks: Ranks, seq_len: int, flops: float, on_cpu: bool
 ) -> int:
-    """Return the sequences in a step, over all ranks. Raises ConfigError for an uneven number."""
+    """Return the number of sequences in a step, over all ranks.
+
+    Raises ConfigError if tokens_per_step is not a multiple of seq_len × micro-batch × ranks."""
     asked, micro = settings.train.tokens_per_step, settings.train.micro_batch_size
     unit = ranks.world_size * (1 if micro == "auto" else micro)
     if asked != "auto":
@@ -70,7 +74,7 @@ def choose_samples_per_step(
             )
         return sequences
     if on_cpu:
-        # For about CPU_STEPS steps; a power of two, so that a smaller micro-batch divides it.
+        # Aims at CPU_STEPS steps. A power of two, so that smaller micro-batches divide it.
         affordable = max(1.0, CPU_RUN_FLOPS / CPU_STEPS / (flops * seq_len))
         sequences = min(CPU_SEQUENCES, 2 ** int(math.log2(affordable)))
     else:
@@ -87,7 +91,9 @@ def choose_micro_batch_size(
     speed: Speed,
     resumed: RunRecord | None,
 ) -> MicroBatch:
-    """Return the micro-batch of a rank, and why it was chosen."""
+    """Return the micro-batch of a rank and the reason for it: the smallest choice of any rank.
+
+    Every rank must call it. Raises ConfigError if the sequences don't divide among the ranks."""
     share, rest = divmod(samples_per_step, ranks.world_size)
     if rest:
         raise ConfigError(
@@ -123,13 +129,13 @@ def choose_micro_batch_size(
 
 
 def choose_interval(asked: int | str, steps: int, *, at_least: int) -> int:
-    """Return the steps between two events: a fifth of the run, but at least `at_least`."""
+    """Return the steps between two events. `auto`: a fifth of the run, at least `at_least`."""
     return max(at_least, math.ceil(steps / 5)) if asked == "auto" else int(asked)
 
 
 def choose_checkpoint_interval(asked: int | str, steps: int, eval_every: int) -> int:
-    """Return the steps between checkpoints: a fifth of the run, rounded up to an evaluated step, so
-    that the best checkpoint is known."""
+    """Return the steps between checkpoints. `auto`: a fifth of the run, at least 100, rounded up to
+    an evaluated step (unless evaluations are rarer), so that the best checkpoint is known."""
     every = choose_interval(asked, steps, at_least=100)
     if asked != "auto" or eval_every > every:
         return every
@@ -137,10 +143,10 @@ def choose_checkpoint_interval(asked: int | str, steps: int, eval_every: int) ->
 
 
 def suggested_learning_rate(parameters: int) -> float:
-    """Return a learning rate by the number of parameters without embeddings, at most 4e-3.
+    """Return a learning rate for this many parameters (embeddings not counted), at most 4e-3.
 
-    The power law through GPT-3's table (Brown et al. 2020, table 2.1): 6e-4 at 125M, 2e-4 at 1.3B,
-    1e-4 at 13B. At the two small sizes it comes within what a short search finds.
+    It is a power law fitted to GPT-3's table (Brown et al. 2020, table 2.1): 6e-4 at 125M, 2e-4 at
+    1.3B, 1e-4 at 13B. At the two small sizes it lies within the range that a short search found.
     """
     rate = 6e-4 * (max(parameters, 1) / 125e6) ** -0.42
     return float(f"{min(rate, 4e-3):.2g}")

@@ -1,5 +1,6 @@
-"""Find a run's datasets, which may have to be made, and its model, with a vocabulary that fits
-them, before anything is computed."""
+"""Find a run's datasets and model before training, and fit the model's vocabulary to the data.
+
+Without any dataset, a small demo dataset is made."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -23,11 +24,16 @@ from pretrain_cli.model.formats.hf_config import read_config
 
 DATASETS = Path("data")
 SAME_VOCABULARY = 512
-"""A published vocabulary and its tokenizer's differ by less: spare rows, ids of images."""
+"""Largest difference in size between a published model's vocabulary and its own tokenizer's.
+
+They differ by spare rows and image token ids."""
 
 
 def find_data(settings: RunConfig, ranks: Ranks, emit: Emit, stop: StopRequest) -> Mixture:
-    """The datasets of data.path, or the only one in data/, or else the demo's, which is made."""
+    """Return the datasets of data.path, else the only one in data/, else a new demo dataset.
+
+    The first rank makes the demo; every rank must call this. Raises ConfigError if data/ holds
+    several datasets, and Stopped if a rank was asked to stop while the demo was made."""
     asked, tokenizer = settings.data.path, settings.data.tokenizer
     if asked is None and tokenizer is not None:
         raise ConfigError(
@@ -59,7 +65,7 @@ def find_data(settings: RunConfig, ranks: Ranks, emit: Emit, stop: StopRequest) 
 def open_mixture(
     asked: Sequence[str], tokenizer: str | None, notify: Callable[[str], None]
 ) -> Mixture:
-    """The datasets that these texts, each PATH or PATH:WEIGHT, name."""
+    """Open datasets named by texts of the form PATH or PATH:WEIGHT."""
     return mix(
         [
             Source(text, weight, open_path(path, tokenizer, notify))
@@ -69,18 +75,18 @@ def open_mixture(
 
 
 def _make_demo(stop: StopRequest) -> None:
-    """All of it, or what there is when a stop is asked for: another run goes on from there."""
+    """Tokenize the demo dataset. A stop request leaves it partial; the next run continues it."""
     try:
         tokenize(demo_request(), lambda *_: stop.check_here())
     except Stopped:
         return
     except DataError:
-        if not stop.asked:  # whoever asked may have ended the tokenizing processes as well
+        if not stop.asked:  # the same signal may have ended the tokenizing processes
             raise
 
 
 def open_path(path: str, tokenizer: str | None, notify: Callable[[str], None]) -> Dataset:
-    """Open what one path of data.path names."""
+    """Open the dataset at one path of data.path, and report its notices to `notify`."""
     dataset = open_data(path, tokenizer)
     for notice in dataset.notices:
         notify(notice)
@@ -93,7 +99,9 @@ def open_path(path: str, tokenizer: str | None, notify: Callable[[str], None]) -
 
 
 def find_architecture(settings: RunConfig, known: ModelConfig | None) -> tuple[str, ModelConfig]:
-    """(name, architecture): a resumed run's, that of the folder of --init-from, or the named."""
+    """Return (name, architecture), from a resumed run, the --init-from folder or model.name.
+
+    `known` is the resumed run's architecture; None for a new run."""
     folder = settings.model.init_from
     if known is not None:
         return settings.model.name, known
@@ -110,7 +118,11 @@ def find_architecture(settings: RunConfig, known: ModelConfig | None) -> tuple[s
 
 
 def fit_to_data(config: ModelConfig, settings: RunConfig, data: Mixture, emit: Emit) -> ModelConfig:
-    """The model with a vocabulary that holds the data's; refuse one that can't."""
+    """Return the config with a vocabulary for this data. vocab_size stays unchanged if it was set
+    or the weights are given.
+
+    Raises ConfigError if the vocabulary is smaller than the data's largest token, and DataError if
+    the --init-from weights were trained with another tokenizer."""
     if settings.model.init_from is not None:
         check_tokenizer(settings.model.init_from, data, lambda text: emit(Notice(text)))
     elif "vocab_size" not in settings.model.changes:
@@ -125,7 +137,8 @@ def fit_to_data(config: ModelConfig, settings: RunConfig, data: Mixture, emit: E
 
 
 def _with_vocabulary(config: ModelConfig, data: Mixture, emit: Emit) -> ModelConfig:
-    """The model with as many rows as the data's tokenizer has ids, and its padding id."""
+    """Return the config with the padding id of the data's tokenizer and, unless the sizes are about
+    equal, its vocabulary size, rounded up to a multiple of 64."""
     size, largest = data.tokenizer.vocab_size, data.largest_token
     has_pad = config.pad_token_id is not None
     config = replace(config, pad_token_id=None)
@@ -142,7 +155,7 @@ def _with_vocabulary(config: ModelConfig, data: Mixture, emit: Emit) -> ModelCon
 
 
 def check_tokenizer(folder: Path, data: Mixture, notify: Callable[[str], None]) -> None:
-    """Refuse weights that were trained on another tokenizer's ids."""
+    """Raise DataError if the weights in this folder were trained with another tokenizer."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         notify(f"{folder}: no tokenizer.json; that it is the dataset's can't be checked")

@@ -1,14 +1,17 @@
-"""Estimate the memory of a training step, by part and by phase, from numbers alone: no torch, no
-allocation. It chooses micro-batches and plans runs.
+"""Estimate the memory of a training step, by part and by phase.
 
-    forward ──────────── loss ── backward ───────────── gradients ── step
-    activations grow     all,    all, and a block's     all, no      what the optimizer
-                         logits  gradients on the way   activations  has beside them
+It is arithmetic on the config: no torch, no allocation. The results choose micro-batches and plan
+runs. Live memory in each phase, besides weights and optimizer state:
 
-A step's peak is at one of the last four: with many tokens at the first, with few at the last.
+    forward ──────────── loss ────────── backward ──────── gradients ───── step
+    activations grow     all             all activations,  all gradients,  all gradients
+                         activations,    gradients inside  no activations
+                         logits          one block
 
-What autograd keeps of a block is counted tensor by tensor. What can't be derived is a constant,
-measured, with its source.
+The peak is in one of the last four phases: in `loss` with many tokens, in `step` with few.
+
+The activations that autograd keeps for a block are counted tensor by tensor. Quantities that can't
+be derived are measured constants, each with its source.
 """
 
 from collections.abc import Callable
@@ -32,25 +35,26 @@ PARTS = (
 USABLE_FRACTION = 0.9
 """Share of the available memory to use: the estimate may be a tenth short."""
 PROCESS = 331_000_000
-"""Resident on a CPU before a model is made: Python and the libraries."""
+"""Resident bytes of a CPU process before a model is built: Python and the libraries."""
 HEAP_OVERHEAD = {True: 0.2, False: 0.14}
-"""Overhead of glibc's heap as a share of what a step allocates, by keep_freed_memory. Measured:
-resident memory at its peak, less everything that is counted here
+"""Overhead of glibc's heap as a share of what a step allocates, by keep_freed_memory.
+
+Measured as peak resident memory minus everything that this module counts
 (tests/engine/planning/test_memory_estimate.py)."""
 BACKWARD = 0.5
-"""Gradients inside a block's backward pass, as a share of what the block kept. Measured by the same
-test."""
+"""Bytes of gradients inside a block's backward pass, as a share of the block's saved activations.
+Measured by the same test."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepShape:
-    """Inputs of the memory estimate. Speed fields hold their values in force."""
+    """Inputs of the memory estimate. Speed fields hold their resolved values."""
 
     model: ModelConfig
     seq_len: int
     micro_batch_size: int
     is_accumulated: bool = False
-    """True if gradients of an earlier micro-step are accumulated."""
+    """True if a step has several micro-batches, whose gradients are accumulated."""
     document_mask: bool = False
     device: str
     """cpu, cuda or mps."""
@@ -69,7 +73,7 @@ class StepShape:
 
     @property
     def compute_bytes(self) -> int:
-        """Bytes of an activation; with float8 activations are bfloat16."""
+        """Bytes per element of an activation; with float8, activations are bfloat16."""
         return {"float32": 4, "bfloat16": 2, "float8": 2}[self.dtype]
 
     @property
@@ -82,19 +86,19 @@ SETTINGS = tuple(f.name for f in fields(StepShape) if f.name in SpeedConfig.mode
 
 
 def speed_settings(speed: Any) -> dict[str, Any]:
-    """Those, of a Speed or a SpeedConfig."""
+    """Return the speed settings that memory depends on, from a Speed or a SpeedConfig."""
     return {setting: getattr(speed, setting) for setting in SETTINGS}
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of each part in each moment."""
+    """Estimated bytes of each part in each phase."""
 
     phases: dict[str, dict[str, int]]
 
     @property
     def moment(self) -> str:
-        """The one with the most."""
+        """Phase with the largest total."""
         return max(self.phases, key=lambda moment: sum(self.phases[moment].values()))
 
     @property
@@ -120,16 +124,16 @@ def estimate(t: StepShape) -> Estimate:
     matrices = count.attention + count.mlp
     moments = 4 if t.optimizer == "muon" else 8
     ranks = t.ranks if t.parallel == "fsdp" else 1
-    # DDP has all gradients in buckets of its own from the start
+    # DDP allocates buckets for all gradients before the first backward pass
     earlier = weights if t.is_accumulated or t.parallel == "ddp" else 0
     copies = 2 * matrices if c == 2 and not t.recompute_cheap else 0
-    # Beside the blocks' own: what the last norm keeps, and the loss's gradient. The sum is counted
-    # to the byte against autograd in tests/engine/planning/test_memory_estimate.py.
+    # Outside the blocks: activations of the last norm, and the loss's gradient. A test compares the
+    # sum with autograd to the byte (tests/engine/planning/test_memory_estimate.py).
     activations = sum(kept) + (8 + c) * hidden
-    if t.activation_checkpointing:  # a block's input alone; one block at a time has the rest
+    if t.activation_checkpointing:  # every block keeps its input; one at a time holds the rest
         activations += c * hidden * depth + max(kept) - sum(kept)
         copies //= depth
-    # On a CPU the embedding's gradient is added to the head's, in its place.
+    # On a CPU with the chunked loss, a tied embedding's gradient is added to the head's in place.
     on_gpu = t.device != "cpu"
     apart = head if m.tie_word_embeddings and (on_gpu or not t.chunked_loss) else 0
     last = earlier + head if earlier else weights // ranks
@@ -157,7 +161,7 @@ def estimate(t: StepShape) -> Estimate:
                 "copies": copies,
                 "activations": activations + round(BACKWARD * max(kept)),
                 "masks": masks_bytes(t),
-                "gathered": root + 4 * block,  # two blocks, and the gradients of two
+                "gathered": root + 4 * block,  # weights of two blocks, and gradients of two
             },
             "gradients": always
             | {
@@ -175,7 +179,7 @@ def estimate(t: StepShape) -> Estimate:
 
 
 def largest(bytes_of: Callable[[int], int], room: float) -> int:
-    """The largest micro-batch that takes no more than the room; 0 where none does."""
+    """Return the largest micro-batch that takes at most `room` bytes; 0 if none does."""
     if bytes_of(1) > room:
         return 0
     low = 1
@@ -192,15 +196,17 @@ def logits_bytes(t: StepShape) -> int:
     """Return the bytes of logits that the loss holds at once."""
     V, c = t.model.vocab_size, t.compute_bytes
     if not t.chunked_loss:
-        return 12 * t.tokens * V  # in float32 with their softmax's and their own gradient
+        return 12 * t.tokens * V  # float32: logits, their softmax, their gradient
     rows = min(t.tokens, max(1, CHUNK_ELEMENTS.get(t.device, CHUNK_ELEMENTS["cpu"]) // V))
     wide = 0 if c == 4 else rows * V if t.device != "cpu" else min(rows * V, SOFTMAX_ELEMENTS)
-    return rows * V * c + 4 * wide  # in float32: on a CPU of a few rows
+    return rows * V * c + 4 * wide  # `wide` elements in float32; on a CPU only a few rows
 
 
 def masks_bytes(t: StepShape) -> int:
-    """Attention masks that all layers of a kind share, made anew for each micro-batch. Blocks have
-    none; flex's are of whole blocks."""
+    """Return the bytes of attention masks. All layers of a kind share one, rebuilt for each
+    micro-batch.
+
+    `blocks` has none. `flex` has one entry for a whole block, which is not counted."""
     if t.attention not in ("eager", "sdpa"):
         return 0
     each = _sdpa_mask if t.attention == "sdpa" else _eager_mask
@@ -218,16 +224,19 @@ def _sdpa_mask(t: StepShape, window: int | None) -> int:
 
 
 def _eager_mask(t: StepShape, window: int | None) -> int:
-    """Every layer keeps one of its own, unless all is made again."""
+    """Return the bytes of the shared mask with activation checkpointing.
+
+    Without it each layer keeps its own mask, which `_kept_by_attention` counts."""
     rows = t.micro_batch_size if t.document_mask else 1
     return rows * t.seq_len**2 if t.activation_checkpointing else 0
 
 
-# --- what autograd keeps -------------------------------------------------------------------------
+# --- activations that autograd saves -------------------------------------------------------------
 
 
 def kept_by_block(t: StepShape, layer: int) -> int:
-    """Bytes that a block keeps of a micro-batch for its backward pass, copies of weights aside."""
+    """Return the bytes that a block saves of a micro-batch for its backward pass, without copies of
+    weights in the compute dtype."""
     m, c = t.model, t.compute_bytes
     D, H, Hkv = m.hidden_size, m.num_attention_heads, m.num_key_value_heads
     q, kv = H * m.head_dim, Hkv * m.head_dim
@@ -235,23 +244,24 @@ def kept_by_block(t: StepShape, layer: int) -> int:
     scales = 4 * (norms + H + Hkv)  # 1 / root mean square, of every norm
     mlp = _kept_by_mlp(t, layer)
     if t.compile:
-        # What products give and, where that isn't made again, take.
+        # Outputs of matrix products and, unless recomputed, their inputs.
         hidden = (1 if m.has_post_norms else 0) + (2 if t.recompute_cheap else 4)
-        values = 2 if t.attention == "blocks" else 1  # laid out anew
+        values = 2 if t.attention == "blocks" else 1  # `blocks` copies them to another layout
         return t.tokens * (c * (hidden * D + 3 * q + (2 + values) * kv) + mlp + scales)
-    normed = 4 if m.norm_is_zero_centered else c  # before it is scaled by the norm's weight
-    a_token = 2 * (4 + normed + c) * D  # in float32, normed, and as the next product takes it
+    normed = 4 if m.norm_is_zero_centered else c  # before the norm's weight scales it
+    a_token = 2 * (4 + normed + c) * D  # float32 input, normed, and the next product's input
     a_token += (norms - 2) * (4 + normed) * D
-    a_token += (normed + (4 if c < 4 else 0)) * (q + kv)  # in float32 a view of the product
+    # Query and key norms: in float32 their input is a view of the product's output.
+    a_token += (normed + (4 if c < 4 else 0)) * (q + kv)
     return round(t.tokens * (a_token + _kept_by_attention(t, layer) + mlp + scales))
 
 
 def _kept_by_attention(t: StepShape, layer: int) -> float:
-    """Bytes a token, from the queries and keys that are turned to what attention gives."""
+    """Return the bytes a token that attention saves, from rotated queries and keys to output."""
     m, c, T = t.model, t.compute_bytes, t.seq_len
     q, kv = m.num_attention_heads * m.head_dim, m.num_key_value_heads * m.head_dim
-    kept = 2 * c * q  # queries, and attended
-    of_product = q + kv if c == 4 else 0  # what norms have views of
+    kept = 2 * c * q  # queries, and attention's output
+    of_product = q + kv if c == 4 else 0  # outputs of products, of which norms save views
     if t.attention == "eager":
         # keys and values repeated for every head, weights also in float32, the mask
         kept += 2 * c * q + m.num_attention_heads * T * (4 if c == 4 else 6)
@@ -259,23 +269,24 @@ def _kept_by_attention(t: StepShape, layer: int) -> float:
         values = kv if t.merged_qkv and of_product else 0
         return kept + c * (of_product + values)
     kept += c * kv
-    if t.attention == "blocks":  # values are laid out anew
+    if t.attention == "blocks":  # copies the values to another layout
         return kept + c * (kv + of_product + (kv if of_product and t.merged_qkv else 0))
     if t.attention in ("sdpa", "flex"):
         kept += 4 * m.num_attention_heads  # log Σ exp
     window = m.window(m.layer_types[layer])
     if t.attention == "sdpa" and window is not None and window < T:
-        # folded: attended in two parts; queries, keys and values behind the first block anew
+        # Folded window, computed in two parts: queries, keys and values after the first window are
+        # copied into blocks.
         block, blocks = folds(T, window)
         kept += c * (q + blocks / T * (block * q + (window + block) * 2 * kv))
     return kept + c * (q + 2 * kv if t.merged_qkv else of_product + kv)  # values are a view
 
 
 def _kept_by_mlp(t: StepShape, layer: int) -> int:
-    """Bytes a token."""
+    """Return the bytes a token that the MLP saves."""
     m, c = t.model, t.compute_bytes
     if not m.is_sparse(layer):
-        # gate and up; activated, and their product, where they are not made again
+        # gate and up; the activated gate and the product with up, unless recomputed
         return (2 if t.recompute_cheap else 3 if t.compile else 4) * c * m.intermediate_size
     K, E = m.num_experts_per_tok, m.num_experts
     return (

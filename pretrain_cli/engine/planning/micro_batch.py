@@ -1,13 +1,16 @@
-"""Choose the micro-batch: the sequences that a rank computes at once. It changes time and memory,
-and the result by rounding alone, since a step's loss is the mean over its tokens.
+"""Choose the micro-batch: the number of sequences that a rank computes at once.
 
-    as asked
-    else what the run had, where it goes on on the same machine: it repeats bit for bit
-    else the fastest that was measured here, of this model, length and settings
-    else the largest
+It affects time and memory. It changes results by rounding only, because a step's loss is the mean
+over its tokens. The first rule that applies decides:
 
-of those that divide a rank's share of the step and whose estimated memory fits. What `pretrain
-benchmark --find-micro-batch` measured is in runs/micro-batches.json.
+    1. the size that the settings give
+    2. the run's earlier size, if it resumes on the same machine: results repeat bit for bit
+    3. the fastest size measured here for this model, length and settings
+    4. the largest size
+
+Rules 2 to 4 take a divisor of the rank's share of the step; rules 3 and 4 also need its estimated
+memory to fit. `pretrain benchmark --find-micro-batch` saves its measurements in
+runs/micro-batches.json.
 """
 
 import dataclasses
@@ -29,20 +32,20 @@ MEASURED = Path("runs/micro-batches.json")
 MICRO_BATCH_KEYS = (
     "attention", "dtype", "onednn_matmul", "compile", "chunked_loss", "activation_checkpointing",
 )  # fmt: skip
-"""Speed settings by which another size may be the fastest."""
+"""Speed settings that can change which size is the fastest."""
 TIE_TOLERANCE = 0.02
-"""Rates that differ by less are alike, and the smaller micro-batch does."""
+"""Relative difference below which two rates count as equal; the smaller micro-batch then wins."""
 ASSUMED_FREE_BYTES = 8 * 10**9
-"""Bytes, taken for free where the system doesn't say."""
+"""Bytes assumed to be free if the system doesn't report its free memory."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A micro-batch, and why it is that."""
+    """A micro-batch size, in sequences, and the reason for it."""
 
     size: int
     reason: str
-    """Empty where it was asked for."""
+    """Reason for the choice; empty if the settings give the size."""
 
 
 def choose_micro_batch(
@@ -53,8 +56,10 @@ def choose_micro_batch(
     had: int | None = None,
     rates: dict[int, float] | None = None,
 ) -> MicroBatch:
-    """Choose from a rank's share of a step. `rates` are measured tokens/s by size; `had` is the
-    run's earlier size on this machine."""
+    """Choose among the divisors of `share`, a rank's sequences in a step; 1 if none fits.
+
+    `bytes_of` gives the estimated memory of a size, `room` the available bytes, `rates` measured
+    tokens/s by size, and `had` the run's earlier size on this machine."""
     sizes = [size for size in range(1, share + 1) if share % size == 0]
     if had in sizes:
         return MicroBatch(had, "as before")
@@ -66,24 +71,24 @@ def choose_micro_batch(
 
 
 def fastest(rates: dict[int, float]) -> int:
-    """The smallest micro-batch that is about as fast as any."""
+    """Return the smallest micro-batch whose rate is within TIE_TOLERANCE of the best."""
     best = max(rates.values())
     return min(size for size, rate in rates.items() if rate >= (1 - TIE_TOLERANCE) * best)
 
 
 def memory_here(device: torch.device) -> float:
-    """Bytes that a run may take of the device's memory: of what is free, all but a margin."""
+    """Return the bytes that a run may use on this device: its free memory minus a margin."""
     if device.type == "cuda":
         return USABLE_FRACTION * torch.cuda.mem_get_info(device)[0]
     return USABLE_FRACTION * (available_memory() or ASSUMED_FREE_BYTES)
 
 
-# --- what was measured ---------------------------------------------------------------------------
+# --- saved measurements --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Tokens/s by micro-batch, and what they are of."""
+    """Measured tokens/s by micro-batch, with the machine and workload that they belong to."""
 
     machine: str
     torch: str
@@ -105,7 +110,9 @@ def measured(
     speed: dict[str, Any],
     rates: dict[int, float],
 ) -> Measured:
-    """Rates with what they are of, in JSON's own types. The padding token costs nothing."""
+    """Return rates with their machine and workload, converted to JSON's types.
+
+    The padding token is left out, because it doesn't change the speed."""
     fields = dataclasses.asdict(dataclasses.replace(model, pad_token_id=None))
     return Measured(
         machine,
@@ -118,7 +125,7 @@ def measured(
 
 
 def remember(found: Measured) -> None:
-    """Add it to the file, in the place of an earlier one of the same."""
+    """Save measurements in the file, replacing earlier ones of the same machine and workload."""
     others = [each for each in read_measured() if not each.is_of_the_same(found)]
     MEASURED.parent.mkdir(parents=True, exist_ok=True)
     entries = [dataclasses.asdict(each) for each in (*others, found)]
@@ -133,7 +140,8 @@ def recall(like: Measured) -> dict[int, float]:
 
 
 def read_measured() -> list[Measured]:
-    """All that the file has; none where there is no file."""
+    """Return all measurements in the file; an empty list without a file. Raises ConfigError if the
+    file is damaged."""
     if not MEASURED.is_file():
         return []
     try:

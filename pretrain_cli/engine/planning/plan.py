@@ -1,14 +1,14 @@
-"""Make the plan of a run before its first second of compute: every `auto` becomes a number, and
-whatever can't work is refused.
+"""Make the plan of a run before any compute: resolve every `auto`, and refuse settings that can't
+work. The defaults:
 
     data.path               the only dataset in data/, or a demo of Python's own sources
-    model.vocab_size        the published one where the dataset's tokenizer is the model's own,
-                            else the tokenizer's, up to a multiple of 64
+    model.vocab_size        the published size if the dataset's tokenizer is the model's own,
+                            else the tokenizer's size, rounded up to a multiple of 64
     data.seq_len            512 on a CPU, 1024 on a GPU
-    train.tokens_per_step   on a CPU 1 to 8 sequences, fewer for a larger model; on a GPU 262,144
-    train.steps             on a CPU a few minutes' worth; on a GPU 20 tokens a parameter
-    train.micro_batch_size  the fastest measured here, or what an estimate of the memory admits
-    learning_rate           by the model's size, as GPT-3's table has it
+    train.tokens_per_step   CPU: 1 to 8 sequences, fewer for a larger model; GPU: 262,144 tokens
+    train.steps             CPU: a few minutes; GPU: 20 tokens a parameter
+    train.micro_batch_size  the fastest measured here, or the largest that is estimated to fit
+    learning_rate           by the model's size, from a power law through GPT-3's table
 """
 
 import math
@@ -42,7 +42,9 @@ from pretrain_cli.model.decoder import LossWeights
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A run with nothing left open. `settings` holds no `auto` outside of the speed settings."""
+    """A run with every choice made: the fields hold the resolved values, `settings` the given ones.
+
+    `resolved` puts the resolved values into a RunConfig."""
 
     settings: RunConfig
     name: str
@@ -52,7 +54,7 @@ class Plan:
     seq_len: int
     micro_batch_size: int
     micro_batch_reason: str
-    """Why it is that; empty where it was asked for."""
+    """Reason for the micro-batch size; empty if the settings give it."""
     samples_per_step: int
     steps: int
     learning_rate: float
@@ -82,7 +84,10 @@ def make_plan(
     *,
     resumed: RunRecord | None = None,
 ) -> Plan:
-    """Decide everything. A resumed run has its model, and on the same machine its micro-batch."""
+    """Resolve every setting of a run. Every rank must call it.
+
+    A resumed run keeps its model and, on the same machine, its micro-batch. Raises ConfigError for
+    settings that can't work together, and Stopped if a rank was asked to stop meanwhile."""
     model = resumed.model if resumed else None
     check_trackers(settings.train.log)
     speed = resolve_speed(settings.speed, ranks.device)
@@ -178,8 +183,10 @@ def make_plan(
 
 
 def resolved(plan: Plan) -> RunConfig:
-    """The settings with the plan's numbers in the place of every `auto` that a resumed run must
-    not decide anew, for run.yaml. The micro-batch is the machine's, and is."""
+    """Return the settings for run.yaml, with the plan's values in place of `auto`, so that a
+    resumed run keeps them.
+
+    The micro-batch stays as given, because it depends on the machine."""
     tree: dict[str, Any] = plan.settings.model_dump()
     asked = [source.asked for source in plan.data.sources]
     tree["data"] |= {"path": asked, "seq_len": plan.seq_len}

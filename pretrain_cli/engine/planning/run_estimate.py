@@ -1,7 +1,7 @@
-"""A run before it is begun: memory by part, the micro-batch that fits, time and disk.
+"""Estimate a run before it starts: memory by part, the micro-batch that fits, time and disk.
 
-For a GPU of the table that is arithmetic, without torch. The device that is here is asked for its
-memory, and, to calibrate, timed for some steps.
+For a GPU in the table of `gpu_specs` this is arithmetic, without torch. A present device reports
+its free memory, and `count-params --calibrate` times a few steps on it.
 """
 
 from dataclasses import asdict, dataclass
@@ -28,7 +28,7 @@ from pretrain_cli.model.counting import (
 )
 
 MFU = 0.4
-"""Assumed where nothing is measured."""
+"""Model FLOPs utilization assumed if no rate is measured."""
 GPU_SETTINGS = {
     "dtype": "bfloat16",
     "attention": "sdpa",
@@ -37,11 +37,11 @@ GPU_SETTINGS = {
     "fused_optimizer": True,
     "keep_freed_memory": False,
 }
-"""Values of `auto` on every GPU of the table; false has no effect there. (For a GPU that is
-present, engine/runtime/speed.py decides.)"""
+"""Values of `auto` on every GPU in the table. Settings that are False here have no effect on a GPU,
+even if they are set to true. (For a present GPU, engine/runtime/speed.py decides.)"""
 KEPT = TrainSettings()
 CHECKPOINTS = KEPT.keep_checkpoints + KEPT.keep_best + 1
-"""On the disk at a time, where nothing else is asked for: the newest, the best, the one written."""
+"""Most checkpoints on disk at once by default: the newest, the best, and the one being written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +53,16 @@ class Machine:
     """cpu, cuda or mps."""
     gpus: int
     memory: int
-    """Bytes of each that a run may take."""
+    """Bytes of memory that a run may use on each GPU (or on the one device)."""
     peak_flops: float | None
-    """Peak FLOP/s of each GPU in dense bfloat16; None if no maker states it."""
+    """Peak FLOP/s of each GPU in dense bfloat16; None if the maker's figure is unknown."""
     speed: dict[str, Any]
-    """The settings that memory depends on, in force."""
+    """Resolved speed settings that memory depends on."""
 
 
 @dataclass(frozen=True)
 class Parallelism:
-    """One way for the GPUs to share the model, and what each of them takes at its micro-batch."""
+    """One way to distribute the model over the GPUs, with each GPU's micro-batch and memory."""
 
     micro_batch_size: int
     fits: bool
@@ -89,15 +89,15 @@ class RunEstimate:
     ways: dict[str, Parallelism]
     tokens: int
     pace: Throughput | None
-    """None where neither a peak is stated nor anything measured."""
+    """Measured or assumed throughput; None if nothing was measured and the peak is unknown."""
     checkpoint: int
-    """Bytes, of one."""
+    """Bytes of one checkpoint."""
     checkpoints: int
-    """Bytes, of all that are there at a time."""
+    """Bytes of all checkpoints that are on disk at once."""
     sampling_weights: int
-    """Bytes, in bfloat16."""
+    """Bytes of the weights in bfloat16."""
     sampling_cache: int
-    """Bytes, of keys and values of one text of this length in bfloat16."""
+    """Bytes of the KV cache of one text of `seq_len` tokens in bfloat16."""
 
     @property
     def seconds(self) -> float | None:
@@ -124,8 +124,15 @@ def forecast(
     mfu: float | None = None,
     pace: Throughput | None = None,
 ) -> RunEstimate:
-    """At the largest micro-batch that fits, or this one; at this pace, or at an MFU that is
-    assumed."""
+    """Estimate a run.
+
+    | argument         | meaning                               | None means                |
+    |------------------|---------------------------------------|---------------------------|
+    | micro_batch_size | sequences that a GPU computes at once | the largest that fits     |
+    | tokens           | tokens to train on                    | counting.suggested_tokens |
+    | mfu              | assumed share of the stated peak      | MFU                       |
+    | pace             | measured throughput; replaces `mfu`   | the throughput at `mfu`   |
+    """
     checkpoint = checkpoint_bytes(config)
     return RunEstimate(
         model=name,
@@ -145,7 +152,9 @@ def forecast(
 def ways(
     config: ModelConfig, seq_len: int, machine: Machine, micro_batch_size: int | None = None
 ) -> dict[str, Parallelism]:
-    """A copy on each GPU, and of several a part on each."""
+    """Return the estimates by name: "ddp" and "fsdp" for several GPUs, else "alone".
+
+    If no micro-batch fits, the estimate is for 1 and its `fits` is False."""
     found = {}
     for name in ("ddp", "fsdp") if machine.gpus > 1 else ("alone",):
 
@@ -180,7 +189,9 @@ def _assumed(config: ModelConfig, seq_len: int, machine: Machine, mfu: float) ->
 
 
 def find_machine(device: str | None, gpus: int, asked: SpeedConfig) -> Machine:
-    """A GPU of the table, which need not be here, or else the device of this name that is."""
+    """Return a GPU of the table, which need not be present, or else the present device `device`.
+
+    Raises ConfigError if neither exists, or if the device can't train in a requested float8."""
     stated = called(device) if device else None
     if device is None or stated is None:
         return _here(device or "auto", gpus, asked)
@@ -200,7 +211,7 @@ def find_machine(device: str | None, gpus: int, asked: SpeedConfig) -> Machine:
 
 
 def _check_float8(stated: str, asked: SpeedConfig) -> None:
-    """Refuse what training would refuse there."""
+    """Raise ConfigError if training on this GPU would refuse float8."""
     reason = "it is made to be compiled, and compile is false" if asked.compile is False else ""
     if STATED[stated].capability < FLOAT8:
         reason = f"{stated} doesn't multiply in it"

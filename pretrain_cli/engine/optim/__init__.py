@@ -1,4 +1,4 @@
-"""Parameters and gradients in, updated parameters out: AdamW groups, Muon, schedules.
+"""Update parameters from gradients: AdamW and its parameter groups, Muon, schedules.
 
 Read `optimizer` first.
 """

@@ -1,17 +1,17 @@
-"""Muon: momentum, then the nearest orthogonal matrix, as the step of a hidden matrix.
+"""Muon: the update of a hidden matrix is the orthogonal matrix nearest to its momentum.
 
-Jordan et al. 2024 (kellerjordan.github.io/posts/muon), with the size of Liu et al. 2025
-(arXiv 2502.16982): a step of root mean square 0.2, about AdamW's, so that AdamW's learning rate and
-weight decay serve for both. The arithmetic is torch.optim.Muon's with adjust_lr_fn
-"match_rms_adamw", which the tests compare it with. It is written anew because that one
+The method is Jordan et al. 2024 (kellerjordan.github.io/posts/muon), with the update scale of Liu
+et al. 2025 (arXiv 2502.16982): updates have a root mean square of 0.2, about AdamW's, so both share
+one learning rate and weight decay. The arithmetic equals torch.optim.Muon's with adjust_lr_fn
+"match_rms_adamw"; the tests compare the two. This implementation exists because torch.optim.Muon
 
-- takes a parameter for a matrix. Ours hold several: q, k, v; gate, up; an expert each. Every one of
-  them is orthogonalized by itself, as if it were stored alone;
-- takes one at a time. An expert's three matrices are small, and a model has thousands: stacked, all
-  experts of a layer go through each product together;
-- has no `found_inf`, by which a step is left out without the CPU knowing, as in fused AdamW.
+- treats each parameter as one matrix. Ours hold several: q, k, v; gate, up; one per expert. Here
+  each matrix is orthogonalized separately, as if it were stored alone;
+- processes one matrix at a time. An expert's three matrices are small, and a model has thousands.
+  Here all experts of a layer are stacked and go through each product together;
+- has no `found_inf`, which skips a step without a host sync, as in fused AdamW.
 
-It keeps one tensor for each parameter where AdamW keeps two. A step costs at most
+Muon keeps one state tensor for each parameter; AdamW keeps two. A step costs at most
 30·rows·columns·min(rows, columns) FLOPs a matrix, whatever the number of tokens.
 """
 
@@ -23,16 +23,17 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the quintic iteration: steepest at zero, so that small singular values grow fast.
+"""Coefficients of the quintic polynomial; steep at zero, so that small singular values grow fast.
 """
 ITERATIONS = 5
 TINY = 1e-7
 
 
 class Muon(Optimizer):
-    """Muon for groups of parameters, which say in `blocks` what rows of each are a matrix.
+    """Muon for parameter groups. A group's `blocks` lists, for each of its parameters, the row
+    slices that are separate matrices.
 
-    Parameters are (..., rows, columns), any leading dimension a stack of matrices.
+    Parameters are (..., rows, columns); leading dimensions are stacks of matrices.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Muon(Optimizer):
     ) -> None:
         rate, momentum = group["lr"], group["momentum"]
         mean = buffer.lerp(grad, 1 - momentum)
-        update = orthogonalize(grad.lerp(mean, momentum))  # Nesterov's
+        update = orthogonalize(grad.lerp(mean, momentum))  # Nesterov momentum
         size = rate * 0.2 * math.sqrt(max(weight.shape[-2:]))
         stepped = (weight * (1 - rate * group["weight_decay"])).add_(update, alpha=-size)
         if self.found_inf is not None:
@@ -68,10 +69,10 @@ class Muon(Optimizer):
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """U V^T, roughly, of each matrix U S V^T. (..., rows, columns), in bfloat16.
+    """Return approximately U V^T for each matrix U S V^T, shape (..., rows, columns), in bfloat16.
 
-    Newton-Schulz: a polynomial in X X^T, so that only products are needed. It leaves singular
-    values between about 0.7 and 1.2, which does as well as one.
+    Newton-Schulz iteration: a polynomial in X X^T, so it needs matrix products only. The resulting
+    singular values lie between about 0.7 and 1.2, which works as well as exactly 1.
     """
     a, b, c = COEFFICIENTS
     shape = matrices.shape
@@ -87,10 +88,11 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 class MuonWithAdamW(Optimizer):
-    """Both, each for its parameters, with one list of groups and one state, as one optimizer.
+    """Muon and AdamW as one optimizer, each for its own parameters. They share the list of groups
+    and the state.
 
-    `_step_supports_amp_scaling` is PyTorch's word for honouring `found_inf`, which AdamW does only
-    where it is fused."""
+    `_step_supports_amp_scaling` is PyTorch's flag for an optimizer that honours `found_inf`. AdamW
+    does so only if it is fused."""
 
     def __init__(self, muon: Muon, adamw: AdamW) -> None:
         super().__init__([*muon.param_groups, *adamw.param_groups], adamw.defaults)

@@ -1,4 +1,4 @@
-"""AdamW, or Muon with it, and which settings each kind of parameter has."""
+"""Build the optimizer, AdamW or Muon with AdamW, and its parameter groups."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,12 +16,13 @@ from pretrain_cli.model.parameter_map import EMBEDDING, HEAD, parameter_map, row
 def build_optimizer(
     model: Decoder, settings: OptimizerSettings, *, fused: bool
 ) -> AdamW | MuonWithAdamW:
-    """AdamW over every parameter, or Muon for the matrices of the layers and AdamW for the rest.
+    """Return AdamW over every parameter, or Muon for the layers' matrices and AdamW for the rest.
 
-    The rate is set at each step, by `set_learning_rate`. Fused, AdamW's update of a group is one
-    pass over its parameters; else a pass for each operation. What it keeps is there from the
-    beginning: memory that runs out does so at once, and what stays lies below what comes and goes,
-    which on a CPU leaves fewer gaps.
+    `set_learning_rate` sets the rate at each step. Fused AdamW updates a group in one pass over its
+    parameters; otherwise it makes one pass per operation.
+
+    The state is allocated here, not at the first step: a lack of memory shows at once, and on a CPU
+    long-lived tensors that are allocated before temporary ones leave the heap less fragmented.
     """
     groups = list(parameter_groups(model, settings))
     muons = [group for group in groups if settings.name == "muon" and group["name"] == "matrices"]
@@ -32,21 +33,21 @@ def build_optimizer(
     optimizer = MuonWithAdamW(Muon(muons, momentum=settings.momentum), adamw) if muons else adamw
     for parameter, names in state_names(optimizer).items():
         state: dict[str, Tensor] = {name: torch.zeros_like(parameter) for name in names}
-        if "exp_avg" in state:  # AdamW counts; Muon doesn't
+        if "exp_avg" in state:  # AdamW keeps a step count, Muon does not
             state["step"] = torch.zeros((), device=parameter.device if fused else "cpu")
         optimizer.state[parameter] = state
     return optimizer
 
 
 def parameter_groups(model: Decoder, settings: OptimizerSettings) -> Iterator[dict[str, Any]]:
-    """Return parameter groups, by the settings that differ:
+    """Return parameter groups, which differ in weight decay and learning rate:
 
-    |            |                                               | decayed | rate ×               |
+    | group      | parameters                                    | decayed | rate ×               |
     |------------|-----------------------------------------------|---------|----------------------|
-    | embedding  | and the head where it is tied to it           | yes     | embedding_rate_scale |
-    | head       | where it is not                               | yes     | head_rate_scale      |
-    | matrices   | of attention, MLPs, experts, and the routers  | yes     | 1                    |
-    | norms      |                                               | no      | norm_rate_scale      |
+    | embedding  | the embedding, and a head tied to it          | yes     | embedding_rate_scale |
+    | head       | an untied head                                | yes     | head_rate_scale      |
+    | matrices   | of attention, MLPs, experts and routers       | yes     | 1                    |
+    | norms      | weights of all norms                          | no      | norm_rate_scale      |
     """
     kinds: dict[str, dict[str, nn.Parameter]] = {}
     parameters = dict(model.named_parameters())
@@ -77,7 +78,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def state_names(optimizer: torch.optim.Optimizer) -> dict[Tensor, tuple[str, ...]]:
-    """Return the names of an optimizer's state tensors for each parameter that have its shape."""
+    """Return, for each parameter, the names of its state tensors of the parameter's shape."""
     return {
         parameter: ("momentum_buffer",) if "momentum" in group else ("exp_avg", "exp_avg_sq")
         for group in optimizer.param_groups

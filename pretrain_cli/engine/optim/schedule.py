@@ -1,12 +1,12 @@
-"""The learning rate of each step, as a share of the highest: after warm-up, one of five shapes.
+"""Learning rate schedules: linear warm-up, then one of five shapes.
 
     cosine    ╱‾╲_      linear     ╱╲        constant   ╱‾‾‾‾
     wsd       ╱‾‾‾╲     wsd-sqrt   ╱‾‾‾╲_
 
-wsd and wsd-sqrt (warm-up, stable, decay) hold the rate and come down in the last steps: linearly,
-or as 1 − √, fast and then slowly, which Hägele et al. 2024 (arXiv 2405.18392) found to end lower.
-What they hold doesn't depend on the number of steps: a checkpoint from before the decay can go on
-to any length.
+wsd and wsd-sqrt (warm-up, stable, decay) hold the rate and decay it in the last steps: linearly, or
+as 1 − √, which falls fast and then slowly. Hägele et al. 2024 (arXiv 2405.18392) found that 1 − √
+ends lower. The stable rate doesn't depend on the number of steps, so a run can resume from a
+checkpoint before the decay and train for any length.
 """
 
 import math
@@ -17,7 +17,7 @@ from pretrain_cli.config.run_config import OptimizerSettings
 def learning_rate(
     step: int, *, peak: float, steps: int, warmup_steps: int, settings: OptimizerSettings
 ) -> float:
-    """The rate of a step (counted from 0) out of `steps`."""
+    """Return the learning rate of a step, counted from 0, in a run of `steps`."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
@@ -26,7 +26,9 @@ def learning_rate(
 
 
 def _height(progress: float, settings: OptimizerSettings) -> float:
-    """From 1 down to 0, as progress goes from 0 to 1."""
+    """Return the schedule's height, which falls from 1 to 0 as progress goes from 0 to 1.
+
+    A constant schedule stays at 1."""
     decayed = max(0.0, 1.0 - (1.0 - progress) / settings.decay_fraction)
     match settings.schedule:
         case "cosine":

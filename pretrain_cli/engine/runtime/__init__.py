@@ -1,4 +1,5 @@
-"""The machine under a run: ranks, device, speed settings, signals, profiler, peak FLOP/s.
+"""Prepare process, device and model for a run: ranks, speed settings, signals, profiler, peak
+FLOP/s.
 
-Settings in, a prepared process and model out. Read `speed` first.
+Read `speed` first.
 """

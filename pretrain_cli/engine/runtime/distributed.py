@@ -1,9 +1,9 @@
-"""One process or many: the ranks that train one model together.
+"""Ranks: the processes, one or many, that train one model together.
 
-torchrun starts the processes (`torchrun --nproc-per-node 8 -m pretrain_cli train …`); the model is
-single-device code, and what follows is applied to it from outside, in this order:
+torchrun starts the processes (`torchrun --nproc-per-node 8 -m pretrain_cli train …`). The model is
+single-device code, to which the trainer applies, in this order:
 
-    weights set  →  blocks compiled  →  copied (DDP) or parted (FSDP2) among the ranks
+    set weights  →  compile blocks  →  copy (DDP) or shard (FSDP2) the model among the ranks
 """
 
 import contextlib
@@ -26,7 +26,10 @@ from pretrain_cli.model.decoder import Decoder
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together."""
+    """This process's rank and device, and its collective operations.
+
+    Every rank must call `sum`, `any`, `mean`, `min` and `wait`, because each waits for the others.
+    """
 
     rank: int
     world_size: int
@@ -34,11 +37,11 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Writes files and speaks."""
+        """True for the rank that writes files and prints."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of every rank's values, on every rank."""
+        """Return the sum of the values over all ranks."""
         if self.world_size > 1:
             values = values.clone()
             dist.all_reduce(values)
@@ -51,11 +54,11 @@ class Ranks:
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
 
     def mean(self, numbers: list[float]) -> list[float]:
-        """Each number's mean over the ranks, on every rank."""
+        """Return the mean of each number over all ranks."""
         return (self.sum(torch.tensor(numbers, device=self.device)) / self.world_size).tolist()
 
     def min(self, number: int) -> int:
-        """The smallest of every rank's numbers, on every rank."""
+        """Return the smallest number of all ranks."""
         if self.world_size == 1:
             return number
         value = torch.tensor(number, device=self.device)
@@ -63,14 +66,16 @@ class Ranks:
         return int(value.item())
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Wait until every rank has called this."""
         if self.world_size > 1:
             dist.barrier()
 
 
 @contextlib.contextmanager
 def open_ranks(device: str) -> Iterator[Ranks]:
-    """The ranks that torchrun started, or this process alone, on the device that is asked for."""
+    """Open the process group that torchrun started, or a single rank, on this device.
+
+    Uses NCCL on GPUs and Gloo elsewhere. Raises ConfigError for `cuda:N` with several ranks."""
     if device.startswith("cuda:") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(f"train.device: '{device}' is one GPU, for several ranks; give cuda")
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -90,7 +95,9 @@ def open_ranks(device: str) -> Iterator[Ranks]:
 
 
 def find_device(name: str, local_rank: int | None = None) -> torch.device:
-    """The device of this name, or ConfigError where it isn't there. `auto` is CUDA, then CPU."""
+    """Return the device of this name. `auto`: CUDA if there is a GPU, else the CPU.
+
+    Raises ConfigError if the machine has no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -115,7 +122,7 @@ def find_device(name: str, local_rank: int | None = None) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """Return a device's name for people."""
+    """Return a device's human-readable name, such as NVIDIA H100 80GB HBM3."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
@@ -132,7 +139,11 @@ def _cpu_name() -> str:
 
 
 def parallelize(model: Decoder, ranks: Ranks, how: str) -> nn.Module:
-    """The model as the ranks train it: a copy on each, or a part of every parameter on each."""
+    """Return the model wrapped for training: a copy on each rank ("ddp"), or each parameter sharded
+    among the ranks ("fsdp").
+
+    A single rank with "ddp" gets the model unchanged. "fsdp" shards in place; it raises ConfigError
+    without torchrun."""
     if ranks.world_size == 1 and how == "ddp":
         return model
     if how == "fsdp":
@@ -150,7 +161,7 @@ def parallelize(model: Decoder, ranks: Ranks, how: str) -> nn.Module:
 
 @contextlib.contextmanager
 def sync_gradients(model: nn.Module, *, last: bool) -> Iterator[None]:
-    """Exchange gradients between the ranks in a step's last micro-step only."""
+    """Synchronize gradients between the ranks only if `last`, in the last micro-step of a step."""
     if isinstance(model, DistributedDataParallel) and not last:
         with model.no_sync():
             yield
@@ -166,19 +177,18 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """After a forward pass without a backward: drop the whole parameters that FSDP2 still holds."""
+    """Free the unsharded parameters that FSDP2 keeps after a forward pass without a backward."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be parted among the ranks, on its device. Every rank must
-    ask."""
+    """Return a tensor unsharded, on its device. Every rank must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def distribute_like(value: Tensor, like: Tensor) -> Tensor:
-    """A whole value parted and placed as another tensor is."""
+    """Return an unsharded value placed on the device of `like`, and sharded in the same way."""
     if isinstance(like, DTensor):
         return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
     return value.to(like.device)

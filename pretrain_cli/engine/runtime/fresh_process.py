@@ -1,8 +1,8 @@
-"""A call in a process of its own.
+"""Call a function in a fresh process.
 
-Precision modes, the allocator's state, the behaviour of waiting threads and the peak of memory
-belong to a process, and would leak from one measurement into the next. No torch here: a fresh
-process sets its environment before torch is loaded.
+Precision modes, the allocator's state, the waiting policy of threads and the peak of memory are
+process-wide, so they would leak from one measurement into the next. This module imports no torch,
+because a fresh process sets its environment before torch is loaded.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ SECONDS_BETWEEN_POLLS = 0.2
 def in_a_fresh_process(
     function: Callable[..., T], *arguments: object, stop: Callable[[], bool] | None = None
 ) -> T:
-    """Return `function(*arguments)`, computed in a fresh process. The function is found by its name
-    there, so it must be a module's own.
+    """Return `function(*arguments)`, computed in a fresh process.
 
-    Ctrl-C kills the process. So does `stop`, polled all the while, by returning True; Stopped is
-    then raised.
+    The function must be defined at module level, because it is pickled by name. Ctrl-C kills the
+    process. `stop` is polled while the function runs; when it returns True, the process is killed
+    and Stopped is raised.
     """
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as process:
@@ -44,7 +44,7 @@ def in_a_fresh_process(
 
 @contextlib.contextmanager
 def _unheard_by_children() -> Iterator[None]:
-    """Start processes in this block without the terminal's Ctrl-C, which their parent handles."""
+    """Block SIGINT in processes started here, so that only the parent handles Ctrl-C."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -1,6 +1,6 @@
-"""Figures that GPU makers state, for MFU and for plans of runs on a GPU that is not here.
+"""Data-sheet figures of GPUs, for MFU and for plans of runs on a GPU that is not present.
 
-Without torch: a plan is arithmetic.
+This module imports no torch, because a plan is arithmetic.
 """
 
 import re
@@ -8,20 +8,20 @@ from typing import NamedTuple
 
 
 class Stated(NamedTuple):
-    """One GPU, by its data sheet."""
+    """Data-sheet figures of one GPU."""
 
     flops: float
-    """Dense bfloat16, a second."""
+    """Peak FLOP/s in dense bfloat16."""
     memory: float
-    """Bytes, decimal; the larger where it is sold with two."""
+    """Bytes, in decimal units; the larger size if it is sold with two."""
     capability: tuple[int, int]
-    """NVIDIA's number for what it can compute."""
+    """NVIDIA's compute capability."""
 
 
 FLOAT8 = (8, 9)
-"""The least capability that multiplies in float8: Ada's. Hopper has 9.0."""
+"""Lowest compute capability that multiplies in float8: Ada's. Hopper has 9.0."""
 
-# By what the device calls itself.
+# Keys are parts of the name that CUDA reports for the device.
 STATED = {
     "B200": Stated(2250e12, 180e9, (10, 0)),
     "H200 NVL": Stated(835e12, 141e9, (9, 0)),
@@ -37,17 +37,17 @@ STATED = {
     "RTX 3090": Stated(71e12, 24e9, (8, 6)),
 }
 LESS = re.compile(r"\b(Laptop|MIG|D)\b")
-"""In the name of a part or a slower kin of a device in the table."""
+"""Words in the name of a slower variant or a partition of a GPU in the table."""
 
 
 def stated_for(name: str) -> Stated | None:
-    """Return the stated figures of a device by its own name; None if it is not in the table."""
+    """Return the figures of a device by the name it reports; None if it is not in the table."""
     if LESS.search(name):
         return None
     return next((s for part, s in STATED.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def called(name: str) -> str | None:
-    """The name in the table of what a person calls h200, H100-PCIe or rtx-4090."""
+    """Return the table's name of a GPU typed as h200, H100-PCIe or rtx-4090; None if unknown."""
     typed = re.sub(r"[-_ ]+", " ", name).strip().upper()
     return next((part for part in STATED if part.upper() == typed), None)

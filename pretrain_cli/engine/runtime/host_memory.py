@@ -1,4 +1,4 @@
-"""Memory of the host: what this process may still take, and what glibc does with freed memory."""
+"""Host memory: the bytes available to this process, and glibc's handling of freed memory."""
 
 import ctypes
 import math
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 CGROUPS = Path("/sys/fs/cgroup")
-# mallopt's numbers, in glibc's malloc.h
+# Parameter numbers of mallopt, from glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
 
 
 def available_memory() -> int | None:
-    """Bytes that this process can still take, by the kernel and by its control groups; None where
-    the system doesn't say."""
+    """Return the bytes that this process can still allocate, within the kernel's and the control
+    groups' limits; None if the system doesn't report them."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         groups = Path("/proc/self/cgroup").read_text().splitlines()
@@ -22,15 +22,15 @@ def available_memory() -> int | None:
         return None
     free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     for line in groups:
-        if line.startswith("0::/"):  # version 2; a limit on any group above holds, too
+        if line.startswith("0::/"):  # cgroup v2; limits of parent groups apply too
             group = CGROUPS / line[4:]
             free += [_left_of(each) for each in (group, *group.parents) if each.is_dir()]
     return int(min(free)) if free else None
 
 
 def _left_of(group: Path) -> float:
-    """Return the bytes left of a control group's limit. Cached files count as free, because the
-    kernel drops them."""
+    """Return the bytes left below a control group's limit; infinity without a limit. Inactive
+    cached files count as free, because the kernel can drop them."""
     try:
         limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
         cached = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)
@@ -42,7 +42,7 @@ def _left_of(group: Path) -> float:
 
 
 def apply_memory(keep: bool) -> None:
-    """Have glibc keep what is freed. It holds for the rest of the process."""
+    """Make glibc keep freed memory, if `keep`. Holds for the rest of the process."""
     if keep:
         libc: Any = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_MAX, 0)
@@ -51,8 +51,9 @@ def apply_memory(keep: bool) -> None:
 
 
 def give_back_memory() -> None:
-    """Have glibc give back what is freed, rather than find out what size of it to keep. It holds
-    for the rest of the process, and for those that are forked from it."""
+    """Make glibc return freed memory to the kernel, with fixed thresholds instead of adaptive ones.
+
+    Holds for the rest of the process, and for processes forked from it."""
     if platform.libc_ver()[0] == "glibc":
         libc: Any = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, 2**18)

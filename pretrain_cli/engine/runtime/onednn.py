@@ -1,9 +1,9 @@
-"""float32 matrix products on a CPU by oneDNN, where PyTorch's own choice, MKL, is slow.
+"""Compute float32 matrix products on a CPU with oneDNN if PyTorch's default, MKL, is slow.
 
-MKL takes a slow path on processors that are not Intel's. PyTorch leaves float32 products to oneDNN
-when it is allowed to round them to bfloat16; on a processor with AMX tiles it then does, and on one
-without it computes in float32 all the same. So this is for the latter alone, and what comes out is
-compared with float64 before it is relied on.
+MKL takes a slow path on processors that are not Intel's. PyTorch uses oneDNN for float32 products
+only if oneDNN may round them to bfloat16 (`fp32_precision = "bf16"`). With AMX tiles oneDNN then
+does round; without them it computes in float32 all the same. The setting is therefore only for
+processors without AMX tiles, and a product is compared with float64 first.
 """
 
 import platform
@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 SIZE = 256
-"""Size of the products that are compared: 3 ms in all."""
+"""Rows and columns of the matrices in the comparison, which takes 3 ms."""
 LARGEST_ERROR = 1e-5
-"""Largest error, as a share of the largest element. Float32 stays below 1e-6, bfloat16 reaches
-3e-3."""
+"""Largest accepted error, as a share of the largest element. Float32 stays below 1e-6, bfloat16
+reaches 3e-3."""
 
 
 def onednn_matmul(asked: bool | str, device: torch.device) -> tuple[bool, str]:
-    """(whether oneDNN computes float32 products, why where that is not what was asked)."""
+    """Return (True if oneDNN computes float32 products, reason; empty if as asked)."""
     if asked is False:
         return False, ""
     if device.type != "cpu":
@@ -33,13 +33,15 @@ def onednn_matmul(asked: bool | str, device: torch.device) -> tuple[bool, str]:
 
 
 def apply(in_force: bool) -> None:
-    """For the whole process; after `set_float32_matmul_precision`, which takes it back."""
+    """Turn oneDNN's float32 products on for the whole process.
+
+    Call it after `set_float32_matmul_precision`, which resets the setting."""
     if in_force:
         _matmul().fp32_precision = "bf16"
 
 
 def _unfit() -> str | None:
-    """Why oneDNN can't take over float32 products here, if so."""
+    """Return the reason why oneDNN can't compute float32 products here; None if it can."""
     if not torch.backends.mkldnn.is_available():
         return "this PyTorch is built without oneDNN"
     if torch.cpu._is_amx_tile_supported():
@@ -51,7 +53,7 @@ def _unfit() -> str | None:
 
 
 def _error() -> float:
-    """The largest error of a product by oneDNN, as a share of the largest element."""
+    """Return the largest error of a oneDNN product, as a share of the largest element."""
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, SIZE, SIZE, generator=generator)
     before = _matmul().fp32_precision
@@ -67,7 +69,7 @@ def _matmul() -> Any:
 
 
 def _maker() -> str:
-    """As the processor calls itself on x86: GenuineIntel, AuthenticAMD; else its architecture."""
+    """Return the x86 vendor id, such as GenuineIntel or AuthenticAMD; else the architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if "vendor_id" in line)

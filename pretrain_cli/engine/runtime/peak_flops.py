@@ -1,5 +1,5 @@
-"""The most that a device computes in a second, which MFU is a share of: what its maker states and
-what a matrix product reaches, both with their source.
+"""Peak FLOP/s of a device, the denominator of MFU: stated by its maker, and measured with a matrix
+product. Both carry their source.
 """
 
 import functools
@@ -12,12 +12,12 @@ from pretrain_cli.engine.runtime.gpu_specs import stated_for
 
 LARGEST = 8192
 PRODUCTS = 16
-"""Matrices grow as long as so many products of the next size fit in the time there is."""
+"""Products of the next size that must fit in the given time before the matrices grow to it."""
 
 
 @dataclass(frozen=True)
 class Peak:
-    """FLOP/s of one device."""
+    """Peak FLOP/s of one device."""
 
     flops: float
     """FLOP/s that MFU refers to: stated if the device is in the table, else measured."""
@@ -26,7 +26,7 @@ class Peak:
 
 
 def find_peak(device: torch.device, dtype: torch.dtype, *, seconds: float) -> Peak:
-    """The device's peak in this type, measured for about so many seconds."""
+    """Return the device's peak in this dtype, measured for about `seconds`."""
     measured, size = _measure(device, dtype, seconds)
     name, stated = _stated(device, dtype)
     if stated is not None:
@@ -36,7 +36,8 @@ def find_peak(device: torch.device, dtype: torch.dtype, *, seconds: float) -> Pe
 
 
 def _stated(device: torch.device, dtype: torch.dtype) -> tuple[str, float | None]:
-    """(the device's name, its peak as stated); None where that is not known, or another type's."""
+    """Return (device name, stated peak FLOP/s). The peak is None if it is unknown or if `dtype`
+    is not bfloat16."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return device.type, None
     name = torch.cuda.get_device_name(device)
@@ -46,17 +47,17 @@ def _stated(device: torch.device, dtype: torch.dtype) -> tuple[str, float | None
 
 @functools.cache
 def _measure(device: torch.device, dtype: torch.dtype, seconds: float) -> tuple[float, int]:
-    """(the best FLOP/s of a square matrix product, its size), once in a process.
+    """Return (best FLOP/s of a square matrix product, its size), cached in the process.
 
-    Sizes grow while products are short: a large one on a slow device would take longer than there
-    is time for, a small one on a fast device never reach its peak."""
-    generator = torch.Generator(device).manual_seed(0)  # the run's own is left alone
+    Sizes grow while products are short. A large product on a slow device would exceed the given
+    time; a small product on a fast device would not reach its peak."""
+    generator = torch.Generator(device).manual_seed(0)  # leaves the run's generator unchanged
     best, best_size, size, matrix = 0.0, 0, 128, None
     until = time.perf_counter() + seconds
     while matrix is None or time.perf_counter() < until:
         if matrix is None:
             matrix = torch.randn(size, size, device=device, generator=generator).to(dtype)
-            (matrix @ matrix)[0, 0].item()  # the library sets itself up
+            (matrix @ matrix)[0, 0].item()  # warm-up: the library initializes itself
         began = time.perf_counter()
         (matrix @ matrix)[0, 0].item()  # waits for the device
         took = time.perf_counter() - began

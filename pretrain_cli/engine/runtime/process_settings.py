@@ -1,19 +1,19 @@
-"""Settings of the whole process, most of them made before torch is loaded or at once after.
+"""Process-wide settings, most of them set before torch is loaded or right after.
 
-passive_threads     OpenMP threads that wait for each other spin briefly and then sleep. Spinning on
-                    and on is slower where anything else wants a core; sleeping at once
-                    (OMP_WAIT_POLICY=PASSIVE, tried and left) is slower where nothing does, most of
-                    all for a small model. Read when torch is loaded.
-keep_freed_memory   glibc keeps freed memory for the next step instead of giving it back to the
-                    kernel and faulting it in again, page by page: a vocabulary's gradients are
-                    hundreds of megabytes.
+passive_threads     Waiting OpenMP threads spin briefly and then sleep. Endless spinning is slower
+                    if another program needs a core. Sleeping at once (OMP_WAIT_POLICY=PASSIVE,
+                    tried and rejected) is slower if none does, most of all for a small model.
+                    OpenMP reads the setting when torch is loaded.
+keep_freed_memory   glibc keeps freed memory for the next step. Otherwise it returns the memory to
+                    the kernel, which faults it in again page by page; the gradients of a large
+                    vocabulary are hundreds of megabytes.
 
 Tried and removed: transparent huge pages for large buffers. Training was no faster and took 7 %
-more memory (0.72 × alone, where freed memory comes back as zeros); sampling gained 1.01 to 1.03 ×,
-within its spread.
+more memory (0.72 × the speed with huge pages alone, without keep_freed_memory, because the kernel
+zeroes returned memory); sampling gained 1.01 to 1.03 ×, within its spread.
 
-Tokenizing wants the opposite, `give_back_memory`: blocks of many sizes come and go there, and kept
-they leave ever more gaps.
+Tokenizing needs the opposite, `host_memory.give_back_memory`: it allocates and frees blocks of many
+sizes, which would fragment the heap if they were kept.
 
 This module imports no torch, so that a command can call `set_env_before_torch` first.
 """
@@ -37,7 +37,7 @@ PROCESS_SETTINGS = (
     "expandable_segments",
     "deterministic",
 )
-"""Speed settings that hold for the whole process, whatever it computes."""
+"""Names of the speed settings that apply to the whole process."""
 LATE = "torch was loaded before it could be set"
 SPINS, BRIEF = "GOMP_SPINCOUNT", "1000"
 POLICY = "OMP_WAIT_POLICY"
@@ -48,7 +48,7 @@ _LOADED = time.monotonic()
 
 
 def process_age() -> float:
-    """Seconds since this process began; where the system has no /proc, since it loaded this."""
+    """Return the seconds since this process began; without /proc, since this module was loaded."""
     try:
         began = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
@@ -59,7 +59,7 @@ def process_age() -> float:
 def set_env_before_torch(asked: SpeedConfig) -> None:
     """Set the environment variables that torch reads when it is loaded.
 
-    Does nothing if torch is loaded already, and keeps variables that are set."""
+    Does nothing if torch is already loaded. Variables that are already set stay as they are."""
     if "torch" in sys.modules:
         return
     if asked.passive_threads is not False and POLICY not in os.environ:
@@ -67,14 +67,15 @@ def set_env_before_torch(asked: SpeedConfig) -> None:
 
 
 def silence_kineto() -> None:
-    """Have Kineto, which torch profiles with, say nothing, unless the environment says what it
-    does: what it says of every profile (USDT) has a higher level than its errors. Before torch is
-    loaded; processes that are started from this one have it too."""
+    """Silence Kineto, which torch's profiler uses, unless the environment sets its log level.
+
+    Level 6 also hides its errors, because its message on every profile (USDT) has a higher level.
+    Call it before torch is loaded. Child processes inherit the setting."""
     os.environ.setdefault(KINETO_LEVEL, "6")
 
 
 def passive_threads(asked: bool | str) -> tuple[bool, str]:
-    """(whether waiting threads sleep soon, why where that is not what was asked)."""
+    """Return (True if waiting threads soon sleep, reason; empty if as asked)."""
     policy = os.environ.get(POLICY, "")
     in_force = policy.upper() == "PASSIVE" or (not policy and SPINS in os.environ)
     if asked == in_force:
@@ -87,7 +88,7 @@ def passive_threads(asked: bool | str) -> tuple[bool, str]:
 
 
 def keep_freed_memory(asked: bool | str, device_type: str) -> tuple[bool, str]:
-    """(whether freed memory is kept, why where that is not what was asked)."""
+    """Return (True if freed memory is kept, reason; empty if as asked)."""
     if asked is False:
         return False, ""
     if device_type != "cpu":
@@ -98,7 +99,7 @@ def keep_freed_memory(asked: bool | str, device_type: str) -> tuple[bool, str]:
 
 
 def check_process_settings(option: str, assignments: Iterable[str]) -> None:
-    """Refuse what is not `speed.NAME=VALUE` of a setting of the whole process."""
+    """Raise ConfigError unless each assignment is `speed.NAME=VALUE` of PROCESS_SETTINGS."""
     known = [f"speed.{name}" for name in PROCESS_SETTINGS]
     for assignment in assignments:
         name, equals, _ = assignment.partition("=")
@@ -110,6 +111,7 @@ def check_process_settings(option: str, assignments: Iterable[str]) -> None:
 
 
 def set_compile_cache(folder: Path) -> None:
-    """Have torch.compile keep what it makes in this folder, and look there first, unless the
-    environment names another. Before anything is compiled."""
+    """Make torch.compile cache its kernels in this folder, unless the environment sets another.
+
+    Call it before anything is compiled."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder.absolute()))

@@ -1,10 +1,9 @@
-"""Batches of a step: a pure function of the datasets, the seed and the step's sample numbers.
+"""Batches: the batch of a step is a pure function of the datasets, the seed and the sample numbers.
 
     k-th sample ── order ──> (source, number of one of its samples) ──> inputs and targets
 
-Any batch is read at once, on any rank, from memory-mapped shards, and there is nothing to save but
-the count of samples.
-"""
+Any rank can read any batch directly from memory-mapped shards. Resuming needs only the number of
+samples consumed."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ IGNORE_INDEX = -100
 
 
 class Samples(Protocol):
-    """One source's samples by number: seq_len inputs each and, one token on, targets."""
+    """Samples of one source, by number: `seq_len` inputs, and targets shifted by one token."""
 
     fingerprint: str
     """Fingerprint of the dataset; with the seed it fixes the order."""
@@ -31,19 +30,19 @@ class Samples(Protocol):
         ...
 
     def fill(self, numbers: np.ndarray, rows: np.ndarray, batch: "Batch") -> None:
-        """Write these samples into these rows."""
+        """Write these samples into the given rows."""
         ...
 
     def stretches(self, number: int) -> list[tuple[int, int]]:
-        """Return a sample's places in the dataset: (first token, count) of each stretch."""
+        """Return where a sample lies in the dataset: (first token, count) of each contiguous range."""
         ...
 
 
 class Windows:
-    """The tokens in windows of seq_len + 1, one every seq_len, wherever documents begin and end.
+    """Consecutive windows of seq_len + 1 tokens that start every seq_len tokens and ignore document
+    boundaries.
 
-    Every token but the first is a target once; fewer than seq_len are left over at the end.
-    """
+    Every token but the first is a target once. Up to seq_len tokens at the end are left over."""
 
     def __init__(
         self,
@@ -78,28 +77,27 @@ class Windows:
 
 
 def order_of(samples: Samples, seed: int) -> Order:
-    """The order in which a run of this seed takes a source's samples."""
+    """Return the order in which a run with this seed reads a source's samples."""
     return Order(len(samples), f"{samples.fingerprint} {seed}")
 
 
 @dataclass
 class Batch:
-    """A rank's share of a step: arrays of (B, T) int64."""
+    """One rank's share of a step: int64 arrays of shape (B, T)."""
 
     inputs: np.ndarray
     targets: np.ndarray
-    """IGNORED where there is nothing to predict."""
+    """Token to predict at each position; IGNORED where there is none."""
     documents: np.ndarray | None
-    """Document number of each input; None unless requested."""
+    """Document number of each input token; None unless requested."""
     counted: int = 0
-    """Targets of the whole step, on all ranks, that are not IGNORED."""
+    """Number of targets of the whole step, on all ranks, that are not IGNORED."""
 
 
 class Batches:
-    """Training samples by number, of sources that are mixed in proportion to their weights.
+    """Training samples by number, from sources mixed in proportion to their weights.
 
-    One rank of `world_size` reads its share of every step.
-    """
+    One of `world_size` ranks reads its share of every step."""
 
     def __init__(
         self,
@@ -123,7 +121,7 @@ class Batches:
         self.first, self.last = rank * share, (rank + 1) * share
 
     def starting_at(self, sample: int) -> Batch:
-        """This rank's share of the step whose first sample has this number."""
+        """Return this rank's share of the step that starts at this sample number."""
         shape = (self.last - self.first, self.seq_len)
         inputs, targets = np.empty(shape, np.int64), np.empty(shape, np.int64)
         batch = Batch(inputs, targets, np.empty(shape, np.int64) if self.documents else None)
@@ -138,7 +136,7 @@ class Batches:
         return batch
 
     def sample(self, number: int) -> tuple[int, np.ndarray]:
-        """One sample, of whichever rank: the source that it is of, and its inputs. (T,)"""
+        """Return one sample, which may belong to any rank: its source and its inputs (T,)."""
         chosen, within = self.interleaving(np.array([number]))
         source = int(chosen[0])
         shape = (1, self.seq_len)
@@ -150,11 +148,10 @@ class Batches:
 def validation_batches(
     tokens: TokenStream, *, seq_len: int, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Every token of a split but the first as a target exactly once, in batches of one shape.
+    """Yield a split in batches of one shape; every token but the first is a target exactly once.
 
-    Ranks take batches in turn. What is short at the end, and whole batches that even the ranks out,
-    are filled with targets that are not counted.
-    """
+    Ranks take batches in turn. The last batch is padded, and empty batches are added so that all
+    ranks have equally many; padding targets are IGNORED."""
     total = max(len(tokens) - 1, 0)  # targets
     windows = -(-total // seq_len)
     batches = -(-windows // batch_size)
@@ -174,17 +171,16 @@ def validation_batches(
 def document_numbers(tokens: np.ndarray, separator: int, *, leads: bool) -> np.ndarray:
     """Number the documents of each row, in order. (..., T) -> (..., T) int64.
 
-    A document ends with its separator or, where that `leads`, begins with it. Of a document that
-    the row's start cuts, the rest is one.
+    A document ends with its separator or, if the separator `leads`, begins with it. A document cut
+    by the start of the row is number 0.
 
-        tokens     o  c  a  t  ▪  d  o  g  ▪  ▪  e
-        ends       0  0  0  0  0  1  1  1  1  2  3
-        leads      0  0  0  0  1  1  1  1  2  3  3
+    tokens     o  c  a  t  ▪  d  o  g  ▪  ▪  e
+    ends       0  0  0  0  0  1  1  1  1  2  3
+    leads      0  0  0  0  1  1  1  1  2  3  3
 
-    The targets stay as they are: the last token of a document still predicts the first of the next.
-    For a tokenizer without a beginning mark, that is how text sampled from nothing begins; and
-    every step's loss stays a mean over as many tokens.
-    """
+    Targets stay as they are: the last token of a document still predicts the first of the next one.
+    For a tokenizer without a BOS token, this teaches the model how a document begins. It also keeps
+    the number of targets per step constant."""
     separators = tokens == separator
     numbers = separators.cumsum(-1)
     return numbers if leads else numbers - separators

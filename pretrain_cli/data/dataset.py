@@ -1,4 +1,4 @@
-"""A tokenized dataset, opened: what training, evaluation and inspection need to know of one."""
+"""An opened dataset, as training, evaluation and inspection use it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -25,25 +25,27 @@ from pretrain_cli.errors import DataError
 from pretrain_cli.files import sha256_of
 
 DECODED = 2**21
-"""Tokens that are decoded, at most, to know the bytes of their text."""
+"""Maximum number of tokens decoded to measure the bytes of their text."""
 DECODED_AT_ONCE = 2**16
 VERIFIED_WHEN_OPENED = 4 * 2**30
-"""Checksums of datasets up to this size are verified at every opening: a second a gigabyte."""
+"""Datasets up to this many bytes have their checksums verified at every opening, at about a second
+a gigabyte."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """The tokens of one split as one long row, and where its documents begin in it."""
+    """Tokens of one split as one long row, with the positions at which documents begin."""
 
     tokens: TokenStream
     documents: DocumentStarts
     bytes: int
-    """Bytes of the text in UTF-8, without document marks."""
+    """UTF-8 bytes of the text, without document marks."""
     left_out: int = 0
-    """Tokens of the whole split behind these, where this is a prefix of it."""
+    """Tokens of the whole split after these, if this is a prefix of it."""
 
     def prefix(self, tokens: int, tokenizer: Tokenizer) -> "Split":
-        """The first so many tokens, where there are more; the bytes of their text are decoded."""
+        """Return the first `tokens` tokens, if there are more. Their text is decoded to measure its
+        bytes."""
         if tokens >= len(self.tokens):
             return self
         row = self.tokens.part(0, tokens)
@@ -56,27 +58,27 @@ class Dataset:
     """A tokenized dataset, opened and checked."""
 
     path: Path
-    """As it was given: a folder, or the file or pattern of another program's files."""
+    """Path as given: a folder, or the file or pattern of another program's token files."""
     name: str
-    """Name that runs on this dataset are named after."""
+    """Name for runs on this dataset."""
     tokenizer: Tokenizer
     separator: int
-    """The token between two documents."""
+    """Token id between two documents."""
     fingerprint: str
-    """Changes with any token, with their order and with the tokenizer. Fixes the data order."""
+    """Hash of the tokens, their order and the tokenizer. Determines the data order."""
     largest_token: int
     train: Split
     val: Split
     unverified_bytes: int
-    """Bytes of files whose sizes were checked, but not what is in them."""
+    """Bytes of files whose size was checked but not their checksums."""
     separator_leads: bool = False
-    """True if the separator comes before each document, not after it."""
+    """True if the separator precedes each document instead of following it."""
     notices: tuple[str, ...] = ()
-    """Choices made in opening the dataset that the user should know."""
+    """Choices made while opening the dataset that the user should know."""
 
 
 def open_dataset(folder: Path) -> Dataset:
-    """Open a dataset; DataError where a file is missing, cut, altered or swapped."""
+    """Open a dataset. Raises DataError if a file is missing, truncated, altered or swapped."""
     manifest = read_manifest(folder)
     size = sum(path.stat().st_size for path in folder.glob("*.bin"))
     thoroughly = size <= VERIFIED_WHEN_OPENED
@@ -154,7 +156,7 @@ def _damaged_blocks(path: Path, checksum: str) -> Iterator[str]:
 
 
 def open_split(folder: Path, manifest: Manifest, name: SplitName) -> Split:
-    """One split of a dataset whose files are as they should be."""
+    """Open one split of a dataset whose files were checked."""
     shards = [shard for shard in manifest.shards if shard.split == name]
     paths = [folder / shard.file for shard in shards]
     tokens = TokenStream(paths, manifest.dtype)
@@ -168,8 +170,8 @@ def open_split(folder: Path, manifest: Manifest, name: SplitName) -> Split:
 
 
 def text_bytes(row: TokenStream, documents: DocumentStarts, tokenizer: Tokenizer) -> int:
-    """UTF-8 bytes of the row's text: decoded where it is short, else estimated from parts of it
-    that are evenly spaced."""
+    """Return the UTF-8 bytes of the row's text: decoded if it is short, else estimated from evenly
+    spaced parts."""
     few = len(row) <= DECODED
     count, parts = (len(row), 1) if few else (DECODED_AT_ONCE, DECODED // DECODED_AT_ONCE)
     size = 0

@@ -11,15 +11,15 @@ from pretrain_cli.data.shards import Manifest
 from pretrain_cli.data.tokenizers.tokenizer import Tokenizer, read_tokenizer
 
 READ_AT_ONCE = 2**26
-"""Tokens whose documents are looked at together."""
+"""Number of tokens whose documents are examined together."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens per document, marks included."""
+    """Document lengths in tokens, marks included."""
 
     by_power: dict[int, int]
-    """Documents of at least this many tokens and less than twice as many."""
+    """Number of documents by length: key n counts those with n to 2n − 1 tokens."""
     shortest: int
     longest: int
 
@@ -46,7 +46,8 @@ def document_lengths(split: Split) -> Lengths:
 
 
 def marks(folder: Path, manifest: Manifest) -> list[str | None]:
-    """The tokens that begin and end a document, by name; None where there is none."""
+    """Return the names of the tokens that begin and end a document; None for one the tokenizer
+    lacks."""
     backend = read_tokenizer(folder / "tokenizer.json", name=manifest.tokenizer).backend
     ids = (manifest.beginning_of_document, manifest.end_of_document)
     return [None if each is None else backend.id_to_token(each) for each in ids]
@@ -55,10 +56,9 @@ def marks(folder: Path, manifest: Manifest) -> list[str | None]:
 def documents_in(
     tokens: np.ndarray, starts: np.ndarray, tokenizer: Tokenizer
 ) -> list[tuple[bool, str]]:
-    """The texts of a row of tokens, document by document, and of each whether it begins there.
+    """Return the text of each document in a row of tokens, and whether the document begins there.
 
-    `starts` are the places in the row at which documents begin. Marks are shown as they are named.
-    """
+    `starts` are the positions in the row at which documents begin. Marks are shown by name."""
     begins = set(starts.tolist())
     parts = np.split(tokens, [place for place in starts.tolist() if 0 < place < len(tokens)])
     out, place = [], 0

@@ -1,9 +1,9 @@
-"""The datasets that a run draws from, and in what proportion.
+"""Mixture: the datasets of a run and their proportions.
 
 data/a                     one dataset
-data/a data/b              two, by their size: an epoch of both together is one of each
-data/a:0.7 data/b:0.3      seven samples of the one to three of the other
-data/a:1 data/b:0          the other is only validated on
+data/a data/b              two, in proportion to their sizes: one epoch of both together
+data/a:0.7 data/b:0.3      seven samples of data/a to three of data/b
+data/a:1 data/b:0          data/b is used for validation only
 """
 
 import hashlib
@@ -23,10 +23,10 @@ WEIGHTED = re.compile(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d{1,2})?)", re.I
 
 @dataclass(frozen=True)
 class Source:
-    """One of the datasets."""
+    """One dataset of a mixture."""
 
     asked: str
-    """PATH or PATH:WEIGHT, as it was given."""
+    """PATH or PATH:WEIGHT, as the user gave it."""
     weight: Fraction | None
     dataset: Dataset
 
@@ -37,7 +37,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Datasets of one tokenizer. A single one is a mixture too."""
+    """Datasets that share one tokenizer. A single dataset is a mixture too."""
 
     sources: tuple[Source, ...]
 
@@ -55,12 +55,12 @@ class Mixture:
 
     @property
     def trained_on(self) -> list[Source]:
-        """The sources that aren't there for validation only."""
+        """Return the sources that are used for training, not only for validation."""
         return [source for source in self.sources if source.weight != 0]
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with that of any dataset, with their order and with their proportion."""
+        """Hash that changes with any dataset, their order and their proportions."""
         if len(self.sources) == 1:
             return self.sources[0].dataset.fingerprint
         total = sum(source.weight or 0 for source in self.sources)
@@ -71,7 +71,7 @@ class Mixture:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def validated_on(self, targets: int) -> "Mixture":
-        """The same with at most the first so many targets of each validation split."""
+        """Return the mixture with at most this many targets of each validation split."""
         cut = [
             replace(
                 source.dataset, val=source.dataset.val.prefix(targets + 1, source.dataset.tokenizer)
@@ -82,8 +82,8 @@ class Mixture:
         return Mixture(tuple(replace(source, dataset=dataset) for source, dataset in both))
 
     def weights(self, samples: Sequence[int]) -> list[int]:
-        """Return the integer weights of the sources that are trained on: as given, or each source's
-        number of samples."""
+        """Return integer weights of the training sources: those given, or each source's number of
+        samples."""
         given = [source.weight for source in self.trained_on if source.weight is not None]
         if not given:
             return list(samples)
@@ -92,7 +92,7 @@ class Mixture:
 
 
 def parse_sources(asked: Sequence[str]) -> list[tuple[str, Fraction | None]]:
-    """Each PATH or PATH:WEIGHT as its path and its weight."""
+    """Split each PATH or PATH:WEIGHT into path and weight."""
     parsed: list[tuple[str, Fraction | None]] = []
     for text in asked:
         found = WEIGHTED.fullmatch(text)
@@ -114,7 +114,7 @@ def parse_sources(asked: Sequence[str]) -> list[tuple[str, Fraction | None]]:
 
 
 def mix(sources: Sequence[Source]) -> Mixture:
-    """A mixture of these; DataError where they don't go together."""
+    """Combine the sources. Raises DataError if their tokenizers differ."""
     first = sources[0]
     seen: dict[str, Source] = {}
     for source in sources:

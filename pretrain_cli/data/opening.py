@@ -1,4 +1,4 @@
-"""Open what `--data` names: a dataset folder or token files of other programs, and its samples."""
+"""Open what `--data` names, a dataset folder or another program's token files, and its samples."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +12,8 @@ from pretrain_cli.errors import ConfigError
 
 
 def open_data(path: str, tokenizer: str | None) -> Dataset:
-    """Open the dataset, or the files by name, pattern or folder, of which `tokenizer` says what
-    made them. A dataset holds its own."""
+    """Open a dataset folder, or token files by name, pattern or folder. Token files were written
+    with `tokenizer`; a dataset contains its own."""
     if is_foreign(path):
         return open_foreign(path, tokenizer)
     dataset = open_dataset(Path(path))
@@ -28,7 +28,8 @@ def open_data(path: str, tokenizer: str | None) -> Dataset:
 def open_samples(
     dataset: Dataset, *, seq_len: int, packing: str, notify: Callable[[str], None]
 ) -> Samples:
-    """The training split's samples; an index of packed documents is built where there is none."""
+    """Return the samples of the training split. Builds the index of packed documents if it does not
+    exist."""
     if packing == "best-fit":
         return open_packed(dataset, seq_len, notify)
     return Windows(

@@ -1,17 +1,18 @@
-"""Whole documents packed into samples, best-fit decreasing, by an index that is built once.
+"""Packing: whole documents are placed into samples by best-fit decreasing, using an index built
+once.
 
     DATASET/packing-best-fit-SEQ_LEN.idx
-    ├── header      JSON, padded to a page: what it was made from, totals, a checksum of the rest
-    ├── pieces      sample after sample: where a piece begins, its tokens, whether it goes on
-    └── samples     where the sample's pieces end, and how many targets it has
+    ├── header      JSON, padded to a page: inputs, totals, and a checksum of the rest
+    ├── pieces      for each piece, sample by sample: start, tokens, whether its document continues
+    └── samples     for each sample: end of its pieces, number of targets
 
-A sample holds seq_len + 1 tokens. A document that fits is whole; a longer one is cut into pieces
-that overlap by one token, so that each of its tokens but the first is a target once. All but its
-last piece fill a sample each, so whatever stands before another piece ends its document.
+A sample holds seq_len + 1 tokens. A document that fits stays whole. A longer one is cut into pieces
+that overlap by one token, so that each of its tokens but the first is a target once. Every piece
+but the last fills a sample by itself; a piece followed by another one in a sample therefore ends
+its document.
 
-The index depends on the dataset and seq_len alone, not on the seed or on anything of the machine.
-Documents are packed a group at a time, neighbours together, in memory that doesn't grow.
-"""
+The index depends only on the dataset and seq_len, not on the seed or the machine. Neighbouring
+documents are packed in groups, so memory use does not grow with the dataset."""
 
 import hashlib
 import json
@@ -36,7 +37,7 @@ FORMAT_VERSION = 1
 HEADER = 4096
 GROUP_TOKENS = 2**23
 GROUP_SAMPLES = 256
-"""A group of documents has so many tokens, and at least enough for so many samples."""
+"""Documents are packed in groups with enough tokens for at least this many samples."""
 PIECE = np.dtype([("start", "<u8"), ("tokens", "<u4"), ("goes_on", "<u4")])
 SAMPLE = np.dtype([("end", "<u8"), ("targets", "<u8")])
 
@@ -49,11 +50,11 @@ class Totals:
     samples: int = 0
     pieces: int = 0
     filled: int = 0
-    """Places in samples that hold a token; the others are padding."""
+    """Positions in samples that hold a token; the others are padding."""
     cut_documents: int = 0
     """Documents longer than a sample."""
     cut_tokens: int = 0
-    """Tokens after the first piece of cut documents; they don't see the document's beginning."""
+    """Tokens after the first piece of cut documents; their context lacks the document's beginning."""
 
     def share_filled(self, seq_len: int) -> float:
         return self.filled / (self.samples * (seq_len + 1))
@@ -103,7 +104,7 @@ class Packed:
         return [(start, size) for start, size, _ in self._pieces(number)]
 
     def _pieces(self, number: int) -> list[tuple[int, int, int]]:
-        """(start, tokens, whether it goes on) of each piece of a sample."""
+        """Return (start, tokens, whether the document continues) of each piece of a sample."""
         first = int(self.samples["end"][number - 1]) if number else 0
         return self.pieces[first : int(self.samples["end"][number])].tolist()
 
@@ -112,8 +113,8 @@ class Packed:
 
 
 def groups_of_documents(split: Split, group_tokens: int) -> Iterator[np.ndarray]:
-    """Borders of whole documents, so many tokens at a time: the first one's start, …, the last
-    one's end. Consecutive groups share a border."""
+    """Yield borders of groups of whole documents: the start of each document in the group and the
+    end of the last. Consecutive groups share a border."""
     total, begin = len(split.tokens), 0
     while begin < total:
         end, borders = begin, np.empty(0, np.int64)
@@ -127,7 +128,7 @@ def groups_of_documents(split: Split, group_tokens: int) -> Iterator[np.ndarray]
 
 
 def cut(borders: np.ndarray, seq_len: int) -> tuple[np.ndarray, Totals]:
-    """Documents to pieces, in their order. -> (n,) PIECE, and what was cut."""
+    """Cut documents into pieces, in order. -> (n,) PIECE, and totals of what was cut."""
     lengths = np.diff(borders)
     parts = np.maximum(-(-(lengths - 1) // seq_len), 1)
     documents = np.repeat(np.arange(len(parts)), parts)
@@ -147,13 +148,12 @@ def cut(borders: np.ndarray, seq_len: int) -> tuple[np.ndarray, Totals]:
 
 
 def best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
-    """The bin of each piece, for sizes that don't ascend. (n,) -> (n,) int64.
+    """Return the bin of each piece, for sizes in descending order. (n,) -> (n,) int64.
 
-    Each piece goes where it leaves the least room, or into a new bin. A bin that a piece went into
-    is then the best for the next of the same size, until it has no room for one; and bins with the
-    same room are alike. So all the pieces of a size that bins of one room take are placed at once:
-    about three such moves a size, however many pieces there are.
-    """
+    Each piece goes where it leaves the least room, or into a new bin. A bin that received a piece
+    is the best one for the next piece of that size until it has no room left, and bins with equal
+    room are interchangeable. All pieces of one size that the bins of one room can take are
+    therefore placed at once: about three such operations a size, for any number of pieces."""
     bins = np.empty(len(sizes), np.int64)
     rooms: list[int] = []  # that open bins have left, ascending
     with_room: dict[int, list[np.ndarray]] = {}
@@ -190,7 +190,7 @@ def best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
 
 
 def pack(borders: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, Totals]:
-    """A group of documents to samples. -> pieces (n,) PIECE, samples (m,) SAMPLE, totals."""
+    """Pack a group of documents into samples. -> pieces (n,) PIECE, samples (m,) SAMPLE, totals."""
     pieces, totals = cut(borders, seq_len)
     pieces = pieces[np.argsort(-pieces["tokens"].astype(np.int64), kind="stable")]
     bins = best_fit(pieces["tokens"], seq_len + 1)
@@ -211,7 +211,8 @@ def pack(borders: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, Tot
 
 
 def open_packed(dataset: Dataset, seq_len: int, notify: Callable[[str], None]) -> Packed:
-    """The training split's samples; their index beside the dataset is built where there is none."""
+    """Return the packed samples of the training split. Builds the index beside the dataset if it
+    does not exist."""
     source = dataset.train, dataset.fingerprint, seq_len
     name = f"packing-best-fit-{seq_len}.idx"
     beside = dataset.path / name
@@ -240,7 +241,7 @@ def open_packed(dataset: Dataset, seq_len: int, notify: Callable[[str], None]) -
 
 
 def build_index(path: Path, split: Split, fingerprint: str, seq_len: int) -> None:
-    """Write the index of a split aside, flush and rename it."""
+    """Write the index of a split to a temporary file, flush it and rename it."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")  # two runs may build at once
     totals, digest = Totals(), hashlib.sha256()
     group = max(GROUP_TOKENS, GROUP_SAMPLES * seq_len)
@@ -269,7 +270,7 @@ def build_index(path: Path, split: Split, fingerprint: str, seq_len: int) -> Non
 
 
 def read_index(path: Path, split: Split, fingerprint: str, seq_len: int) -> Packed:
-    """The samples of an index; DataError where it is damaged or was made from something else."""
+    """Return the samples of an index. Raises DataError if it is damaged or belongs to other data."""
     expected = _made_from(fingerprint, seq_len)
     with path.open("rb") as file:
         try:

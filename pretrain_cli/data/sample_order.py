@@ -1,11 +1,9 @@
-"""Order of samples: the k-th is computed from k, the seed and the dataset, and not stored.
+"""Sample order: sample k is computed from k, the seed and the dataset; no permutation is stored.
 
     k ── interleaving ──> a source, and a number within it
          number // size ─> epoch       number % size ── the epoch's permutation ──> sample
 
-Everything takes and gives whole arrays of numbers, so that a step costs some microseconds, and the
-millionth as much as the first.
-"""
+All functions take and return whole arrays, so a step costs microseconds, at any position."""
 
 import hashlib
 import heapq
@@ -18,23 +16,22 @@ from typing import TypeVar
 import numpy as np
 
 ROUNDS = 6
-"""From four on, orders can't be told from random ones by the tests; an even number, so that the
-two halves end where they began."""
+"""Rounds of the Feistel network. From four on, statistical tests cannot tell the order from a
+random one. Must be even, so that the two halves end where they began."""
 MIX = np.uint64(0x9E3779B97F4A7C15)
 HALF = np.uint64(32)
 LARGEST_TOTAL = 2**31
-"""Largest sum of weights; products with it stay within 63 bits."""
+"""Largest sum of weights; products with it fit in 63 bits."""
 
 Numbers = TypeVar("Numbers", int, np.ndarray)
 
 
 class Permutation:
-    """A random-looking bijection of 0 … size − 1, by a key.
+    """Pseudorandom bijection of 0 … size − 1, selected by a key.
 
-    A Feistel network over the cells of a rectangle of about √size × √size: row and column are moved
-    in turn, each by a keyed hash of the other. The rectangle has less than a row too many; what
-    falls there is permuted again until it falls elsewhere.
-    """
+    A Feistel network on the cells of a rectangle of about √size × √size: row and column are shifted
+    in turn, each by a keyed hash of the other. The rectangle exceeds `size` by less than a row; a
+    value that lands in the excess is permuted again until it lands inside."""
 
     def __init__(self, size: int, key: str) -> None:
         self.size = size
@@ -45,7 +42,7 @@ class Permutation:
         self.keys = list(zip(keys[::2] | np.uint64(1), keys[1::2], strict=True))
 
     def __call__(self, numbers: np.ndarray) -> np.ndarray:
-        """The places of these numbers. (n,) -> (n,) int64."""
+        """Return the permuted positions. (n,) -> (n,) int64."""
         places = self._mixed(numbers.astype(np.uint64))
         while (outside := places >= self.size).any():
             places[outside] = self._mixed(places[outside])
@@ -66,14 +63,14 @@ class Permutation:
 
 
 class Order:
-    """The samples of one source without end: epoch after epoch, each in an order of its own."""
+    """Endless order of one source's samples: epoch after epoch, each with its own permutation."""
 
     def __init__(self, size: int, key: str) -> None:
         self.size = size
         self.epoch = lru_cache(4)(lambda epoch: Permutation(size, f"{key} {epoch}"))
 
     def __call__(self, numbers: np.ndarray) -> np.ndarray:
-        """The samples that have these numbers, which ascend. (n,) -> (n,) int64."""
+        """Return the samples at these ascending numbers. (n,) -> (n,) int64."""
         epochs, places = np.divmod(numbers, self.size)
         samples = np.empty_like(places)
         first = 0
@@ -85,21 +82,20 @@ class Order:
 
 
 Tree = int | tuple["Tree", "Tree", int, int]
-"""A source, or two trees, the weight of the first and of both."""
+"""A source, or (left tree, right tree, weight of the left, weight of both)."""
 
 
 class Interleaving:
-    """Source of each sample, in proportion to weights and as evenly spread as possible.
+    """Source of each sample: in proportion to the weights, spread as evenly as possible.
 
-    Samples are parted in two, and each part again, down to the sources: of the first n of a node, n
-    · weight / total go to its first branch, rounded. The lightest are joined first (Huffman's
-    tree), so roundings along a branch hardly add up: any number of samples from the start has, from
-    each source, its share within 1 for up to three sources and within 1.7 for any number. After as
-    many samples as the weights' sum, it is exact.
-    """
+    The sources form a binary tree. Of the first n samples at a node, n · weight / total, rounded,
+    go to its first branch. The lightest sources are joined first (Huffman's tree), so that rounding
+    errors along a branch hardly add up: among the first samples, for any count, each source has its
+    exact share within 1 for up to three sources and within 1.7 for any number. After as many
+    samples as the sum of weights, shares are exact."""
 
     def __init__(self, weights: Sequence[int]) -> None:
-        """Weights are whole numbers, not negative and not all 0."""
+        """Weights are non-negative integers, not all 0."""
         total = sum(weights)
         if total > LARGEST_TOTAL:
             weights = [-(-weight * LARGEST_TOTAL // total) for weight in weights]
@@ -113,7 +109,8 @@ class Interleaving:
         self.tree = heap[0][2]
 
     def __call__(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The source of each sample, and its number within that. (n,) -> two of (n,) int64."""
+        """Return the source of each sample and its number within that source. (n,) -> two of (n,)
+        int64."""
         sources = np.zeros(len(numbers), np.int64)
         within = np.zeros(len(numbers), np.int64)
         parts = [(self.tree, np.arange(len(numbers)), np.asarray(numbers, np.int64))]
@@ -145,6 +142,6 @@ class Interleaving:
 
 
 def _share(numbers: Numbers, weight: int, total: int) -> Numbers:
-    """numbers · weight / total, rounded, without a product beyond 63 bits."""
+    """Return numbers · weight / total, rounded, without a product beyond 63 bits."""
     whole, rest = numbers // total, numbers % total
     return whole * weight + (rest * weight + total // 2) // total

@@ -1,19 +1,18 @@
-"""Find cuts in a long document that leave its token ids unchanged.
+"""Chunking: find cuts in a long document that leave its token ids unchanged.
 
-A tokenizer takes 100 to 185 bytes of memory for each byte of a string, and is slower on long ones,
-so long documents are encoded in pieces. Most cuts change the ids; these don't, as a rule:
+A tokenizer takes 100 to 185 bytes of memory for each byte of a string and is slower on long
+strings, so long documents are encoded in chunks. Most cuts change the ids. These usually do not:
 
-    after a newline that stands alone between two characters that aren't spaces
-    before a space that stands alone
+    after a single newline between two non-space characters
+    before a single space
 
-No rule holds for every tokenizer and every text, so each cut is tried: the text around it must
-encode to the same ids whole and cut. Where a text has no such places (a run of one letter, letters
-without a space), the ids tell: a border between two of them, far enough from both ends, that comes
-out the same when the text begins there.
+No rule holds for every tokenizer and text, so each cut is tested: the text around it must encode to
+the same ids whole and cut. In a text without such places (a run of one letter, letters without
+spaces), the ids themselves are used: a border between two ids, far from both ends of the text, that
+stays a border when the text starts there.
 
-Some tokenizers (llama2) put a space before every text they are given. What continues a document is
-given to them behind a newline, whose ids are taken off again.
-"""
+Some tokenizers (llama2) put a space before every text. They receive the continuation of a document
+after a newline, whose ids are then removed."""
 
 import re
 from collections.abc import Iterator
@@ -23,39 +22,39 @@ from itertools import islice
 from pretrain_cli.data.tokenizers.tokenizer import Tokenizer
 
 AROUND = 120
-"""Characters on either side of a cut that it is tried on."""
+"""Characters on either side of a cut that are encoded to test it."""
 PHASES = 16
-"""Lengths of the text before a cut that an unsure one is tried on."""
+"""Number of different lengths of preceding text with which an uncertain cut is tested."""
 TRIES = 8
 PLACES = (
     re.compile(r"(?<=\S\n)(?=\S)"),
     re.compile(r"(?<=\S)(?= \S)"),
     re.compile(r"(?<=\w[^\w\s])(?=\w)"),
 )
-"""From the surest to the least sure; the last, behind a mark that stands alone between letters, is
-for text that has no spaces."""
+"""Patterns of possible cuts, most reliable first. The last, after a single mark between letters, is
+for text without spaces."""
 
 
 class Chunker:
-    """Cuts documents for one tokenizer."""
+    """Cuts documents into chunks for one tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
 
     @cached_property
     def lead(self) -> tuple[str, int]:
-        """Return the text put before a continuing piece, and the number of ids it adds."""
+        """Return the text put before a continuing chunk, and the number of ids it adds."""
         left, right = "some words\n", "other words"
         if self._ids(left) + self._ids(right) == self._ids(left + right):
             return "", 0
         return "\n", len(self._ids("\n"))
 
     def continuing(self, text: str) -> str:
-        """The piece as it is to be encoded, where it doesn't begin its document."""
+        """Return the text to encode for a chunk that does not begin its document."""
         return self.lead[0] + text
 
     def pieces(self, text: str, size: int) -> Iterator[str]:
-        """Cut a text into pieces of about `size` characters, or more where there is no place."""
+        """Cut a text into pieces of about `size` characters, or more if no cut is possible."""
         start, reach = 0, size
         while len(text) - start > 2 * size and start + reach < len(text) - AROUND:
             cut = self._place(text, start + reach - size // 2, start + reach)
@@ -67,8 +66,8 @@ class Chunker:
         yield text[start:]
 
     def blocks(self, texts: Iterator[str], size: int) -> Iterator[tuple[str, bool]]:
-        """A document that comes in parts, in blocks of at most about `size` characters; and of
-        each whether the cut behind it is exact."""
+        """Yield blocks of at most about `size` characters from a document that arrives in parts,
+        each with whether the cut after it is exact."""
         held = ""
         begins = True
         for text in texts:
@@ -84,7 +83,7 @@ class Chunker:
             yield held, True
 
     def _place(self, text: str, first: int, last: int) -> int | None:
-        """The last place in this range that a text can be cut at, by the surest rule there is."""
+        """Return the last possible cut in a range, by the most reliable rule that finds one."""
         for rule in PLACES:
             for cut in islice(_backwards(rule, text, first, last), TRIES):
                 if self._holds(text, cut, thoroughly=rule is PLACES[-1]):
@@ -93,7 +92,7 @@ class Chunker:
 
     def _holds(self, text: str, cut: int, *, thoroughly: bool) -> bool:
         """Return whether the text around a cut has the same ids whole and cut. `thoroughly` also
-        tries a shorter context before it, because some tokenizers' ids depend on repetitions."""
+        tests shorter preceding texts, because some tokenizers' ids depend on repetitions."""
         right = text[cut : cut + AROUND]
         after = self._continued(right)
         for reach in range(AROUND, AROUND - (PHASES if thoroughly else 1), -1):
@@ -103,8 +102,7 @@ class Chunker:
         return True
 
     def _by_ids(self, text: str, *, begins: bool) -> tuple[int, bool]:
-        """(a border between two ids, whether it is exact), in a text without other places that may
-        begin its document."""
+        """Return (border between two ids, whether the cut is exact) for a text without other cuts."""
         lead, count = ("", 0) if begins else self.lead
         encoding = self.tokenizer.backend.encode(lead + text, add_special_tokens=False)
         ids = encoding.ids[count:]
@@ -130,7 +128,7 @@ class Chunker:
 
 
 def _backwards(rule: re.Pattern[str], text: str, first: int, last: int) -> Iterator[int]:
-    """The places in a range that a rule finds, from the last on."""
+    """Yield a pattern's matches in a range, last first."""
     for high in range(last, first, -2048):
         found = [match.start() for match in rule.finditer(text, max(first, high - 2048), high)]
         yield from reversed(found)

@@ -1,5 +1,5 @@
-"""The digests of documents, so that one that came before is known: on disk, since memory does not
-grow with their number."""
+"""Digests of documents, to recognize duplicates. Stored on disk, so that memory does not grow with
+their number."""
 
 import shutil
 import sqlite3
@@ -12,11 +12,11 @@ SEEN = "seen.sqlite"
 
 
 class DuplicateIndex:
-    """Index of documents seen so far, kept in a file of a dataset that drops duplicates."""
+    """Index of the documents seen so far, a file in a dataset that drops duplicates."""
 
     def __init__(self, folder: Path, ordinal: int, request: TokenizeRequest) -> None:
-        """In this folder, as it was before the document of this ordinal; where the request appends,
-        all that the dataset has seen counts as before."""
+        """Open the index in this folder, without the documents from this ordinal on. When
+        appending, all documents of the existing dataset count as seen."""
         self.database: sqlite3.Connection | None = None
         if not request.dedup:
             return
@@ -36,7 +36,7 @@ class DuplicateIndex:
         self.database.execute("DELETE FROM seen WHERE ordinal >= ?", (ordinal,))
 
     def has(self, document: Document, ordinal: int) -> bool:
-        """Return whether a document with this text was seen before, and remember it."""
+        """Return whether a document with this text was seen before, and add it."""
         if self.database is None:
             return False
         added = self.database.execute(

@@ -1,13 +1,12 @@
-"""Blocks of text to tokens, on all cores, in the order they came in.
+"""Encode blocks of text on all cores, in their original order.
 
-Processes rather than the library's own threads: those share a lock on the cache of words, and the
-ids leave the library as Python integers, which one interpreter makes no faster for having more
-cores. Processes are forked where the system can (a tokenizer of 262,144 words takes 400 MB and a
-second to load; a fork shares it), and end with the process that started them, however that ends.
+Uses processes instead of the library's threads: threads share a lock on the cache of words, and the
+ids leave the library as Python integers, a step that one interpreter does not speed up with more
+cores. Processes are forked where the system allows (a tokenizer of 262,144 words takes 400 MB and a
+second to load; a fork shares it). They end with their parent, however it ends.
 
-Each encodes in a thread of its own. glibc gives a thread memory of its own, and the many small
-pieces that a tokenizer asks for are found faster there than among what loading it left behind.
-"""
+Each process encodes in a thread of its own: glibc gives that thread a separate heap, where the
+tokenizer's many small allocations are faster than in the heap fragmented by loading it."""
 
 import array
 import gc
@@ -31,24 +30,24 @@ from pretrain_cli.data.tokenizing.chunking import Chunker
 from pretrain_cli.errors import DataError
 
 PIECE = 2**13
-"""Characters encoded at once; see cutting.py."""
+"""Characters encoded at once; see chunking.py."""
 START = "fork" if sys.platform == "linux" else "spawn"
 """Start method of worker processes; a fork isn't safe outside Linux."""
 IN_FLIGHT_PER_WORKER = 3
-"""Batches under way for each worker."""
+"""Batches submitted ahead for each worker."""
 
 
 class Block(NamedTuple):
-    """Some of a document's text, up to a place where it can be cut."""
+    """Part of a document's text, ending at a possible cut."""
 
     text: bytes
     begins: bool
-    """The document begins here, and its mark goes before it."""
+    """True if the document begins here and gets its BOS mark."""
     ends: bool
 
 
 class Encoded(NamedTuple):
-    """The tokens of a batch of blocks, one behind the other."""
+    """Tokens of a batch of blocks, concatenated."""
 
     tokens: np.ndarray
     counts: list[int]
@@ -99,7 +98,7 @@ def cores() -> int:
 
 @contextmanager
 def encoders(tokenizer: Tokenizer, dtype: np.dtype, workers: int) -> Iterator[Any]:
-    """-> a function from batches to what each is encoded to, in their order."""
+    """Yield a function that encodes batches, keeping their order."""
     encode = Encoder(tokenizer, dtype)
     _ = encode.cutter.lead  # found once, before the fork
     previous = os.environ.get("TOKENIZERS_PARALLELISM")
@@ -151,12 +150,12 @@ def _in_order(
 
 _encoder: Encoder
 _thread: ThreadPoolExecutor
-"""Both of a worker process."""
+"""The tokenizer and its thread, in a worker process."""
 
 
 def _begin(encoder: Encoder, are_text: bool) -> None:
-    """Prepare a worker process. `are_text` says that special tokens in texts are text, which a
-    tokenizer forgets when it is pickled."""
+    """Prepare a worker process. `are_text` treats special tokens in documents as plain text; a
+    tokenizer loses this setting when it is pickled."""
     global _encoder, _thread
     _encoder, _thread = encoder, ThreadPoolExecutor(1)
     encoder.tokenizer.backend.encode_special_tokens = are_text
@@ -168,8 +167,8 @@ def _begin(encoder: Encoder, are_text: bool) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that started it is gone, killed perhaps: at once, since it
-    holds the lock on the dataset for as long."""
+    """End this process when its parent is gone, even if killed: it holds the lock on the dataset
+    until then."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,4 +1,4 @@
-"""A shard in the making: its tokens, where documents begin among them, and their checksums."""
+"""A shard being written: its tokens, the positions of its documents, and its checksums."""
 
 import os
 from contextlib import suppress
@@ -12,7 +12,7 @@ from pretrain_cli.data.shards import Checksums, Shard, SplitName, blocks_path, i
 from pretrain_cli.files import flush, sha256_of
 
 READ_BLOCK = 2**20
-"""Tokens read at once of a shard that is gone on with."""
+"""Tokens read at a time when continuing a shard."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class OpenShard:
 
     @classmethod
     def reopened(cls, split: SplitName, path: Path, dtype: np.dtype, extent: Extent) -> "OpenShard":
-        """A shard cut back to what it was."""
+        """Reopen a shard, truncated to an earlier extent."""
         os.truncate(path, extent.tokens * dtype.itemsize)
         os.truncate(index_path(path), extent.documents * 8)
         shard = cls(split, path, dtype, extent.tokens, extent.documents)
@@ -91,7 +91,7 @@ class OpenShard:
 
 
 def close_anyhow(file: IO[bytes]) -> None:
-    """Close a file whose contents are on the disk, or not needed: where the disk is full, it can't
-    be written to its end."""
+    """Close a file whose contents are already on disk, or not needed. With a full disk, flushing at
+    close would fail."""
     with suppress(OSError):
         file.close()

@@ -1,12 +1,11 @@
-"""From the files of a corpus to the shards of a dataset, in one order.
+"""Pipeline: from the files of a corpus to the shards of a dataset, in one fixed order.
 
-    files ── documents ── seen before? held out? ── blocks ── encode on all cores ── shards
-                                            │                                   │
-                                            └── a Step for each block, in order ┘
+    files ── documents ── duplicate? validation? ── blocks ── encode on all cores ── shards
+                                               │                                │
+                                               └ a BlockRecord a block, in order┘
 
-Reading runs ahead of writing by what is being encoded. Each block's Step says where in the corpus
-the text behind it begins; with how far the shards go, that is a place to go on from.
-"""
+Reading runs ahead of writing by the blocks in the encoder. Each block's BlockRecord holds the
+corpus position after it. Together with the extent of the shards, that is a point to resume from."""
 
 import shutil
 import time
@@ -29,32 +28,32 @@ from pretrain_cli.errors import DataError
 
 BATCH_BYTES = 2**19
 BLOCK_CHARACTERS = 2**19
-"""A document up to twice as long goes to a worker whole; a longer one in blocks of so much."""
+"""Documents of up to twice this length are encoded whole; longer ones in blocks of this length."""
 SMALL = 2**22
-"""Bytes of a corpus that isn't worth another process."""
+"""Bytes of a corpus too small to be worth worker processes."""
 SECONDS_BETWEEN_NOTES = 3.0
 
 Progress = Callable[[str, int, int, int], None]
-"""(what is being done, bytes of the files done, bytes in all, tokens made)."""
+"""Called with (activity, bytes of the files done, bytes in all, tokens made)."""
 
 
 class Cursor(NamedTuple):
-    """Position in the corpus, with the counts of everything before it."""
+    """Position in the corpus, with counts of everything before it."""
 
     file: int = 0
     document: int = 0
-    """Documents of that file that are done with."""
+    """Documents of the current file that are complete."""
     block: int = 0
-    """Blocks of the next that are."""
+    """Complete blocks of the next document."""
     ordinal: int = 0
-    """Documents of the corpus that are done with."""
+    """Documents of the corpus that are complete."""
     duplicates: int = 0
     inexact_cuts: int = 0
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A place, and what was written when it was reached: enough to go on from there."""
+    """Position in the corpus and the state of the writer at that position."""
 
     place: Cursor
     of_file: Tally
@@ -93,7 +92,7 @@ class FileDone(NamedTuple):
 
 
 class Pipeline:
-    """One corpus on its way into one writer."""
+    """Feeds one corpus into one writer."""
 
     def __init__(
         self,
@@ -138,7 +137,7 @@ class Pipeline:
     # --- reading, ahead of what is written -------------------------------------------------------
 
     def _batches(self) -> Iterator[list[Block]]:
-        """The text that is to be encoded, with a step for each block of it left in `steps`."""
+        """Yield the text to encode; append a BlockRecord for each of its blocks to `steps`."""
         start = place = self.place
         cutter = Chunker(self.writer.tokenizer)
         batch: list[Block] = []
@@ -181,8 +180,8 @@ class Pipeline:
     # --- writing ---------------------------------------------------------------------------------
 
     def _take(self, encoded: Encoded) -> int:
-        """Write a batch, a run of blocks of one split and file at a time. -> bytes of the corpus
-        read"""
+        """Write a batch, one run of blocks of the same split and file at a time. Return bytes of
+        the corpus read."""
         first = last = raw = 0
         starts: list[int] = []
         split: SplitName = "train"
@@ -204,7 +203,7 @@ class Pipeline:
         return raw
 
     def _next_step(self) -> BlockRecord:
-        """The step of the next block; files that ended before it are done with."""
+        """Return the record of the next block, and finish the files that ended before it."""
         self._end_files()
         step = self.steps.popleft()
         assert isinstance(step, BlockRecord)
@@ -229,7 +228,8 @@ class Pipeline:
             self.file_began = ResumePoint(self.place, Tally(), self.writer.written())
 
     def _note(self) -> None:
-        """Note how far everything is, and where the file at hand began, in case it is changed."""
+        """Save the current progress, and the start of the current file in case that file is
+        changed."""
         if self.corpus.has_streams:
             return  # they can't be read again from the start
         self.seen.commit()
@@ -247,11 +247,11 @@ class Pipeline:
         self.noted = time.perf_counter()
 
     def _made(self) -> int:
-        """Tokens that this corpus has come to."""
+        """Return the tokens made from this corpus."""
         return self.writer.tokens - (self.there.total.tokens if self.there else 0)
 
     def _check_space(self, raw: int) -> bool:
-        """Refuse a corpus whose dataset the disk can't hold, by what its first part came to."""
+        """Raise DataError if the dataset will not fit on the disk, judging by its first part."""
         left = max(0, self.corpus.size - raw) / max(raw, 1)
         needed = left * self._made() * self.writer.dtype.itemsize
         free = shutil.disk_usage(self.writer.aside).free
@@ -264,7 +264,8 @@ class Pipeline:
 
 
 def _blocks(document: Document, cutter: Chunker) -> Iterator[tuple[bytes, bool, bool]]:
-    """(text, whether it is cut exactly, whether the document ends) of each block of a document."""
+    """Yield (text, whether the cut is exact, whether the document ends) for each block of a
+    document."""
     if document.size <= BLOCK_CHARACTERS:
         yield b"".join(document.blocks), True, True
         return

@@ -20,10 +20,10 @@ class TokenizeRequest:
     vocab_size: int | None = None
     """Vocabulary size to train, with `bpe` only."""
     bos: str | None = None
-    """The token that begins a document, 'none', or the tokenizer's own convention."""
+    """Token that begins a document; 'none' for no token, None for the tokenizer's own convention."""
     eos: str | None = None
     allow_special: bool = False
-    """Special tokens typed in a text are special."""
+    """True if special tokens typed in a text keep their special meaning."""
     val_fraction: float = 0.01
     dedup: bool = False
     reading: ReadOptions = field(default_factory=ReadOptions)
@@ -34,7 +34,7 @@ class TokenizeRequest:
     append: bool = False
     force: bool = False
     workers: int | None = None
-    """Processes that encode; as many as there are cores where none is given."""
+    """Number of encoding processes; None means one per core."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class TokenizeRequest:
 
 
 def check(request: TokenizeRequest) -> None:
-    """Refuse a request that contradicts itself."""
+    """Raise ConfigError for options that contradict each other."""
     if not 0 <= request.val_fraction < 1:
         raise ConfigError(f"--val-fraction: {request.val_fraction} is not from 0 up to 1")
     if request.out.name in ("", ".."):

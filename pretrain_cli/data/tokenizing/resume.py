@@ -24,8 +24,8 @@ from pretrain_cli.files import sha256_of
 
 
 def existing(request: TokenizeRequest, corpus: Corpus) -> Manifest | None:
-    """The manifest that is there and is what this request would make, or append to; refuse to
-    replace another."""
+    """Return the manifest of an existing dataset if it matches the request or can be appended to.
+    Raises DataError instead of replacing another dataset."""
     out = request.out
     if not out.exists():
         if request.append:
@@ -61,9 +61,9 @@ def existing(request: TokenizeRequest, corpus: Corpus) -> Manifest | None:
 
 
 def _told_by_tokenizer(request: TokenizeRequest, manifest: Manifest) -> dict[str, bool]:
-    """Return the options that a tokenizer file decides, as recorded in the dataset if the file is
-    the same tokenizer: it may have moved, be the dataset's own copy, or carry its document marks.
-    """
+    """Return the options that a tokenizer file decides. They are taken from the dataset if the
+    tokenizer is the same: its file may have moved, be the dataset's copy, or carry its document
+    marks."""
     tokenizer = load_tokenizer(request.tokenizer)
     if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
         return {"tokenizer": False}
@@ -86,7 +86,8 @@ def _is_same_corpus(corpus: Corpus, out: Path) -> bool:
 
 
 def new_files(request: TokenizeRequest, corpus: Corpus) -> Corpus:
-    """The files that the dataset doesn't have yet; refuse one that it has otherwise."""
+    """Return the files that the dataset does not contain yet. Raises DataError for one that it
+    contains in another version."""
     names = {file.name for file in corpus.files}
     kept = ("size", "modified", "sha256")
     rows = {
@@ -108,14 +109,14 @@ def new_files(request: TokenizeRequest, corpus: Corpus) -> Corpus:
 
 
 def _is_unchanged(file: TextFile, row: dict[str, Any]) -> bool:
-    """By size and time; where only the time differs, by contents."""
+    """Compare size and time; if only the time differs, compare the contents."""
     if file.is_stream or file.size != row["size"]:
         return False
     return file.modified == row["modified"] or sha256_of(file.path) == row["sha256"]
 
 
 def rows_of(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a files.jsonl."""
+    """Return the lines of a files.jsonl."""
     with path.open("rb") as file:
         for line in file:
             yield json.loads(line)
@@ -134,7 +135,7 @@ def noted(request: TokenizeRequest, corpus: Corpus, there: Manifest | None) -> S
 
 
 def was_begun_with(request: TokenizeRequest, tokenizer: Tokenizer) -> bool:
-    """Return whether the saved progress is of this tokenizer, which may be a file."""
+    """Return whether the saved progress used this tokenizer, which may be a file."""
     path = staging_dir(request.out) / "tokenizer.json"
     return path.is_file() and sha256_of(path) == tokenizer.fingerprint
 

@@ -23,10 +23,10 @@ from pretrain_cli.data.tokenizing.open_shard import Extent
 PARTIAL = ".partial"
 PROGRESS = "progress.json"
 NEW = ".new"
-"""In the name of a shard that takes the place of one of the same name when all is whole."""
+"""Suffix of a shard that replaces one of the same name once everything is complete."""
 REPLACED = "replaced"
-"""The dataset that one takes the place of, for the moment that takes: inside the new one, where it
-is in nobody's way, whatever else lies beside the dataset."""
+"""Name of the replaced dataset while the new one moves into place. It lies inside the new one,
+where it cannot collide with other files."""
 
 
 @dataclass
@@ -41,11 +41,11 @@ class Tally:
 
 @dataclass(frozen=True)
 class WriteState:
-    """Content of a dataset at one moment of writing."""
+    """Content of a dataset at one point of writing."""
 
     dtype: TokenType
     closed: int
-    """Shards that are finished; none is ever changed."""
+    """Number of finished shards; these never change."""
     open: dict[SplitName, Extent]
     splits: dict[SplitName, Tally]
     files_bytes: int
@@ -66,7 +66,7 @@ def read_progress(folder: Path) -> dict[str, Any] | None:
 
 
 def noted_shards(progress: dict[str, Any]) -> list[Shard]:
-    """The shards that were finished when this was noted."""
+    """Return the shards that were finished when the progress was saved."""
     return [Shard.model_validate(shard) for shard in progress["shards"]]
 
 
@@ -85,8 +85,8 @@ def as_written(folder: Path, noted: dict[str, Any], shards: Sequence[Shard]) -> 
 
 
 def move_into_place(folder: Path) -> None:
-    """Put a dataset that is whole, but lies aside, where it belongs; where there is none, nothing
-    is done. It is whole when it has a manifest."""
+    """Move a complete dataset from its staging folder to its final place. Does nothing if there is
+    no staging folder with a manifest; the manifest is what marks a dataset as complete."""
     whole = staging_dir(folder)
     if not (whole / MANIFEST).exists():
         shutil.rmtree(folder / REPLACED, ignore_errors=True)
@@ -104,7 +104,7 @@ def move_into_place(folder: Path) -> None:
 
 
 def files_of(folder: Path, shard: str) -> tuple[Path, Path, Path]:
-    """The files that a shard consists of."""
+    """Return the files of a shard."""
     path = folder / shard
     return path, index_path(path), blocks_path(path)
 

@@ -1,12 +1,10 @@
-"""A corpus to a tokenized dataset.
+"""Tokenize: from a corpus to a dataset.
 
-Text is read, and tokens are written, in one order by one process, so the dataset is the same for
-any number of workers; and what is noted every few seconds is a place in that order, so that a run
-that was killed goes on from there.
+One process reads text and writes tokens in one order, so the dataset is the same for any number of
+workers. The position in that order is saved every few seconds; a killed run resumes from there.
 
-Which documents are held out for validation is decided by a hash of each one's text, so it does not
-change when the corpus grows. A corpus with too few documents for that gives its last tokens.
-"""
+A hash of each document's text decides whether it belongs to the validation split, so the choice is
+stable when the corpus grows. A corpus with too few documents for that uses its last tokens."""
 
 import sqlite3
 import sysconfig
@@ -35,7 +33,8 @@ from pretrain_cli.errors import ConfigError, DataError
 from pretrain_cli.files import is_disk_full
 
 BPE_TRAINING_BYTES = 2**25
-"""A BPE is trained on this much of the corpus, spread over it: more changes little, and costs."""
+"""Bytes of text, spread over the corpus, on which a BPE is trained. More text changes little and
+takes longer."""
 BPE_VOCAB_SIZE = 8192
 """Vocabulary size of a trained BPE if none is given."""
 DEMO = Path("data/demo")
@@ -44,24 +43,24 @@ DEMO_VOCAB_SIZE = 4096
 
 @dataclass(frozen=True)
 class Tokenized:
-    """A dataset that is now there."""
+    """Result of tokenizing: the dataset, and what happened on the way."""
 
     folder: Path
     manifest: Manifest
     left_out: dict[str, str]
-    """Files that were found and not read, with the reason."""
+    """Files that were found but not read, with the reason."""
     remarked: dict[str, list[str]]
-    """By remark, the files that it is made on."""
+    """Files that each remark applies to."""
     was_there: bool
-    """It was there already, from the same files and options; nothing was done."""
+    """True if the dataset already existed with the same files and options; nothing was done."""
     resumed: bool
-    """It was begun before, and gone on with."""
+    """True if an interrupted run was continued."""
     seconds: float
-    """From the first text read to the dataset in its place, without loading the tokenizer."""
+    """Seconds from reading the first text to the finished dataset, without loading the tokenizer."""
 
 
 def tokenize(request: TokenizeRequest, progress: Progress) -> Tokenized:
-    """Make the dataset that is asked for, or find that it is there."""
+    """Tokenize a corpus into a dataset, or return the dataset if it already exists."""
     check(request)
     corpus = find_corpus(request.paths, include=request.include, exclude=request.exclude)
     if request.tokenizer == "bpe":
@@ -120,7 +119,8 @@ def tokenize(request: TokenizeRequest, progress: Progress) -> Tokenized:
 
 
 def demo_request() -> TokenizeRequest:
-    """A dataset for trying things out: the running Python's own standard library sources."""
+    """Return a request for trying things out: the source code of the running Python's standard
+    library."""
     library = Path(sysconfig.get_paths()["stdlib"])
     folders = [p for p in sorted(library.iterdir()) if p.is_dir() and p.name.isidentifier()]
     kept = [p for p in folders if not p.name.startswith("__") and next(p.rglob("*.py"), None)]
@@ -197,7 +197,7 @@ def _prepare_tokenizer(
 
 
 def _sample(request: TokenizeRequest, corpus: Corpus, progress: Progress) -> Iterator[str]:
-    """Some of the text, spread over the corpus."""
+    """Yield text spread evenly over the corpus."""
     stride = max(1, corpus.size // BPE_TRAINING_BYTES)
     number = before = 0
     for file in corpus.files:

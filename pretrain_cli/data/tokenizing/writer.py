@@ -1,8 +1,8 @@
-"""Writes a dataset aside, in `NAME.partial`, and moves it into place when it is whole.
+"""Dataset writer: writes a dataset to the staging folder `NAME.partial` and moves it into place
+when complete.
 
-Every few seconds what is written is flushed and its extent noted in `progress.json`. A writer that
-finds such a note cuts the files back to it and goes on there, whatever ended the one before.
-"""
+Every few seconds the files are flushed and their extent is saved in `progress.json`. The next
+writer truncates the files to that extent and continues, however the previous one ended."""
 
 import fcntl
 import json
@@ -47,14 +47,14 @@ from pretrain_cli.errors import DataError
 from pretrain_cli.files import flush, sha256_of, write_whole
 
 SECONDS_FOR_LOCK = 2.0
-"""The processes of a writer that was killed hold its lock until they notice, a moment later."""
+"""Seconds to wait for the lock: the worker processes of a killed writer hold it until they notice."""
 TAIL_BLOCK = 2**20
-"""Tokens moved at once when the end of a split becomes the other."""
+"""Tokens moved at a time when the end of one split becomes the other split."""
 
 
 class DatasetWriter:
-    """A dataset in the making; a context manager. Where its block fails, what is noted stays for
-    the next writer, and nothing stays where nothing was noted."""
+    """Writes a dataset; use as a context manager. If the block fails, saved progress stays for the
+    next writer; without saved progress, everything is removed."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, *, shard_tokens: int) -> None:
         self.folder = folder
@@ -100,7 +100,7 @@ class DatasetWriter:
     # --- beginning -------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """From nothing."""
+        """Start a new dataset."""
         (self.aside / PROGRESS).unlink(missing_ok=True)  # first: it speaks for the others
         for path in self.aside.iterdir():
             if path.is_dir():
@@ -111,7 +111,7 @@ class DatasetWriter:
         self.files = (self.aside / FILES).open("ab")
 
     def begin_behind(self, manifest: Manifest) -> None:
-        """Behind what the folder holds; its shards are linked, not copied."""
+        """Start after the contents of an existing dataset; its shards are hard-linked, not copied."""
         self.begin()
         for shard in manifest.shards:
             for file in files_of(self.folder, shard.file):
@@ -124,7 +124,7 @@ class DatasetWriter:
         }
 
     def go_on(self, written: WriteState, shards: Sequence[Shard]) -> None:
-        """From what a writer before this one noted, and the shards that it had finished."""
+        """Continue from the saved state and finished shards of an earlier writer."""
         closed = list(shards[: written.closed])
         kept = {file.name for shard in closed for file in files_of(self.aside, shard.file)}
         for extent in written.open.values():
@@ -141,7 +141,7 @@ class DatasetWriter:
     # --- writing ---------------------------------------------------------------------------------
 
     def add(self, split: SplitName, tokens: np.ndarray, starts: Sequence[int] | np.ndarray) -> None:
-        """Tokens behind those that there are, and where among them documents begin."""
+        """Append tokens, and the positions among them at which documents begin."""
         begins = np.asarray(starts, dtype=np.int64)
         tokens = np.ascontiguousarray(tokens, dtype=self.dtype)
         while len(tokens):
@@ -159,7 +159,7 @@ class DatasetWriter:
             tokens, begins = tokens[room:], begins[~here] - room
 
     def file_done(self, row: dict[str, Any]) -> None:
-        """A line for files.jsonl."""
+        """Append a line to files.jsonl."""
         self.files.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
     @property
@@ -177,7 +177,7 @@ class DatasetWriter:
         )
 
     def note(self, progress: dict[str, Any]) -> None:
-        """Bring what is written onto the disk, and note the progress that it stands for."""
+        """Flush the files to disk, then save the progress."""
         shards = [shard.model_dump() for shard in self.closed]
         for shard in self.open.values():
             shard.flush()
@@ -189,8 +189,8 @@ class DatasetWriter:
         self.open.clear()
 
     def hold_out_tail(self, fraction: float) -> None:
-        """Make the last tokens the validation split, and all others the training split: for a
-        corpus whose documents all fell on one side. A document may be cut for it."""
+        """Make the last tokens the validation split and all others the training split, for a corpus
+        whose documents all fell into one split. May cut a document."""
         self.close_shards()
         self.closed = [self._as_training(shard) for shard in self.closed]
         whole = max(self.splits.values(), key=lambda tally: tally.tokens)

@@ -34,7 +34,8 @@ class Samples(Protocol):
         ...
 
     def stretches(self, number: int) -> list[tuple[int, int]]:
-        """Return where a sample lies in the dataset: (first token, count) of each contiguous range."""
+        """Return where a sample lies in the dataset: (first token, count) of each contiguous
+        range."""
         ...
 
 

@@ -54,7 +54,8 @@ class Totals:
     cut_documents: int = 0
     """Documents longer than a sample."""
     cut_tokens: int = 0
-    """Tokens after the first piece of cut documents; their context lacks the document's beginning."""
+    """Tokens after the first piece of cut documents; their context lacks the document's
+    beginning."""
 
     def share_filled(self, seq_len: int) -> float:
         return self.filled / (self.samples * (seq_len + 1))
@@ -270,7 +271,8 @@ def build_index(path: Path, split: Split, fingerprint: str, seq_len: int) -> Non
 
 
 def read_index(path: Path, split: Split, fingerprint: str, seq_len: int) -> Packed:
-    """Return the samples of an index. Raises DataError if it is damaged or belongs to other data."""
+    """Return the samples of an index. Raises DataError if it is damaged or belongs to other
+    data."""
     expected = _made_from(fingerprint, seq_len)
     with path.open("rb") as file:
         try:

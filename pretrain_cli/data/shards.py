@@ -34,7 +34,7 @@ MANIFEST = "dataset.json"
 FILES = "files.jsonl"
 SHARD_TOKENS = 2**27
 BLOCK_BYTES = 2**16
-"""A block of a shard that has a checksum of its own."""
+"""Bytes of a shard that share one checksum."""
 
 SplitName = Literal["train", "val"]
 TokenType = Literal["uint16", "uint32"]
@@ -71,7 +71,7 @@ class Amount(BaseModel):
 
 
 class Manifest(BaseModel):
-    """dataset.json."""
+    """Contents of dataset.json."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -83,15 +83,15 @@ class Manifest(BaseModel):
     beginning_of_document: int | None
     end_of_document: int
     paths: list[str]
-    """As they were asked for; of an appended dataset, all of them."""
+    """Corpus paths as the user gave them; of an appended dataset, all of them."""
     options: dict[str, Any]
-    """Requested options. The same options and files need no work."""
+    """Options requested. The same options and files need no second run."""
     splits: dict[SplitName, Amount]
     sources: dict[str, Amount]
     duplicates: int
-    """Documents left out because they had been seen."""
+    """Documents left out as duplicates."""
     inexact_cuts: int
-    """Places where a document was cut though no exact place was found; see cutting.py."""
+    """Cuts inside a document for which no exact place was found; see chunking.py."""
     remarks: dict[str, int]
     """Documents that were left out or changed, by reason."""
     files_sha256: str
@@ -108,14 +108,14 @@ class Manifest(BaseModel):
 
     @property
     def fingerprint(self) -> str:
-        """Changes with any token, with their order and with the tokenizer. Fixes the data order."""
+        """Hash of the tokens, their order and the tokenizer. Determines the data order."""
         parts = [self.tokenizer_fingerprint, self.dtype]
         parts += [f"{shard.file} {shard.sha256}" for shard in self.shards]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """dataset.json of a folder."""
+    """Read dataset.json of a folder."""
     path = folder / MANIFEST
     if not folder.exists():
         raise DataError(f"{folder}: no such dataset; make one with 'pretrain tokenize'")
@@ -135,7 +135,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def token_dtype(vocab_size: int) -> TokenType:
-    """The narrower type that holds every id of a vocabulary."""
+    """Return the narrowest type that holds every id of a vocabulary."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
@@ -145,7 +145,7 @@ def index_path(shard: Path) -> Path:
 
 
 def blocks_path(shard: Path) -> Path:
-    """The checksums of a shard's blocks."""
+    """Return the path of the checksums of a shard's blocks."""
     return shard.with_suffix(".crc")
 
 
@@ -175,13 +175,13 @@ class Checksums:
 
 
 class TokenStream:
-    """One split's tokens as one long row, read from memory-mapped shards."""
+    """Tokens of one split as one long row, read from memory-mapped shards."""
 
     def __init__(
         self, paths: list[Path], dtype: str, *, header: int = 0, vocab_size: int | None = None
     ) -> None:
-        """In each file, tokens begin behind `header` bytes. With a `vocab_size`, whatever is read
-        is checked against it: for files that no manifest speaks for."""
+        """Tokens start after `header` bytes in each file. With a `vocab_size`, all ids that are
+        read are checked against it, for files without a manifest."""
         little_endian = np.dtype(dtype).newbyteorder("<")
         self.paths = paths
         # plain arrays over the maps: a slice of a np.memmap costs several times as much
@@ -196,21 +196,19 @@ class TokenStream:
         return self.last - self.first
 
     def part(self, first: int, last: int) -> "TokenStream":
-        """The tokens [first, last) as a row of their own, in the same files."""
+        """Return the tokens [first, last) as a row of their own, in the same files."""
         part = copy.copy(self)
         part.first, part.last = self.first + first, self.first + last
         return part
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """`count` tokens from `start` on, across shard borders, or those that there are.
+        """Return `count` tokens from `start` on, or as many as there are, across shard borders.
 
-        -> (count,) int64. DataError where an id is beyond the vocabulary.
-        """
+        -> (count,) int64. Raises DataError if an id exceeds the vocabulary."""
         return self.view(start, count).astype(np.int64)
 
     def view(self, start: int, count: int) -> np.ndarray:
-        """The same in the type that they have on the disk, and not copied where one shard has all
-        of them."""
+        """Return the same tokens in their on-disk type, without a copy if they lie in one shard."""
         parts = []
         count = min(count, len(self) - start)
         place = self.first + start
@@ -226,8 +224,8 @@ class TokenStream:
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
     def check(self, tokens: np.ndarray, shard: int, offset: int) -> None:
-        """Refuse these tokens, which stand in this shard from `offset` on, where one of them is
-        beyond the vocabulary."""
+        """Raise DataError if one of these tokens, at `offset` in this shard, exceeds the
+        vocabulary."""
         if self.vocab_size is None or tokens.max() < self.vocab_size:
             return
         where = int(np.argmax(tokens >= self.vocab_size))
@@ -239,12 +237,12 @@ class TokenStream:
 
 
 class DocumentStarts(Protocol):
-    """Start positions of one split's documents among its tokens, ascending."""
+    """Positions in a split at which documents begin, ascending."""
 
     def __len__(self) -> int: ...
 
     def between(self, first: int, last: int) -> np.ndarray:
-        """The positions in [first, last) at which a document begins. -> (n,) int64."""
+        """Return the positions in [first, last) at which a document begins. -> (n,) int64."""
         ...
 
 
@@ -252,7 +250,8 @@ class IndexedStarts:
     """DocumentStarts from the index files of the shards, memory-mapped."""
 
     def __init__(self, starts: list[np.ndarray], offsets: Sequence[int]) -> None:
-        """`starts` are relative to their shard, and `offsets` say where each shard begins."""
+        """`starts` are relative to their shard; `offsets` are the positions at which shards
+        begin."""
         self.starts = starts
         self.offsets = offsets
 

@@ -1,13 +1,12 @@
-"""Other programs' token files, trained on as they are: nothing is converted or copied.
+"""Token files of other programs, used for training in place: nothing is converted or copied.
 
-    llm.c, modded-nanogpt   256 int32 (magic, version, count of tokens, zeros), then the tokens:
-                            uint16 behind magic 20240520, uint32 (Llama 3) behind 20240801;
-                            a separator stands before each document
-    nanoGPT                 the tokens alone; a separator stands behind each document
+    llm.c, modded-nanogpt   256 int32 (magic, version, token count, zeros), then the tokens:
+                            uint16 for magic 20240520, uint32 (Llama 3) for 20240801;
+                            a separator precedes each document
+    nanoGPT                 tokens only; a separator follows each document
 
-The files don't say which tokenizer made them, so it has to be named, and every id is checked
-against its vocabulary: as the files are opened where they are small, and as they are read.
-"""
+The files do not record their tokenizer, so the user names it. Every id is checked against its
+vocabulary: small files when they are opened, large ones as they are read."""
 
 import glob
 import hashlib
@@ -30,9 +29,10 @@ MAGIC = 20240520
 VERSION = 1
 HEADER_BYTES = 1024
 BLOCK = 2**20
-"""Bytes read at once when files are opened, and tokens looked through when counting documents."""
+"""Bytes read at a time when files are opened, and tokens searched at a time when counting
+documents."""
 SAMPLED = 2**30
-"""Bytes read for checking, about, from files too large to be read whole."""
+"""Approximate number of bytes checked in files too large to be read completely."""
 HELD_OUT = 100
 """Divisor of the held-out share: without validation files, the last 1/100 of the tokens validate.
 """
@@ -58,9 +58,10 @@ HEADED = {
     MAGIC: (VERSION, Format("16-bit tokens behind llm.c's header", "uint16", HEADER_BYTES, True)),
     20240801: (7, Format("32-bit tokens behind llm.c's header", "uint32", HEADER_BYTES, True)),
 }
-"""Version and format, by magic number."""
+"""Version and format by magic number."""
 OTHER_KINDS = range(20240101, 20241231 + 1)
-"""llm.c numbers its kinds of file by their day; bare tokens of GPT-2 can't begin like that."""
+"""Magic numbers of other llm.c files, which are dates. Bare GPT-2 tokens cannot begin with
+these."""
 ZIP = int.from_bytes(b"PK\x03\x04", "little")
 BARE = {
     "uint16": Format("bare 16-bit tokens, as nanoGPT writes them", "uint16", 0, False),
@@ -69,10 +70,9 @@ BARE = {
 
 
 class SeparatedStarts:
-    """DocumentStarts by the separators, which are looked for whenever starts are asked for.
+    """DocumentStarts found by searching for separators each time starts are requested.
 
-    A row's first token counts as a start: of a document, or of the rest of one.
-    """
+    The first token of a row counts as a start, of a document or of the rest of one."""
 
     def __init__(self, tokens: TokenStream, separator: int, *, leads: bool) -> None:
         self.tokens, self.separator, self.leads = tokens, separator, leads
@@ -99,11 +99,11 @@ def is_foreign(path: str) -> bool:
 
 
 def open_foreign(path: str, tokenizer: str | None) -> Dataset:
-    """Open a .bin file, those that a pattern matches or those of a folder.
+    """Open a .bin file, the files matching a pattern, or those in a folder.
 
-    Validation is on the files with `val` in their names, among these or beside them, where theirs
-    say `train`. Without any, the last tokens are held out.
-    """
+    Files with `val` in their names are the validation split. They are looked for among the given
+    files, and beside them under the same names with `val` for `train`. Without any, the last tokens
+    are held out."""
     train, val, left_out = _files_by_split(path)
     if tokenizer is None:
         raise ConfigError(
@@ -146,7 +146,7 @@ def open_foreign(path: str, tokenizer: str | None) -> Dataset:
 
 
 def _files_by_split(path: str) -> tuple[list[Path], list[Path], list[Path]]:
-    """(to train on, to validate on, left out), by their names."""
+    """Return (training files, validation files, files left out), judging by their names."""
     place = Path(path)
     pattern = glob.escape(path) if place.exists() else path
     if place.is_dir():
@@ -178,8 +178,9 @@ def _matching(pattern: str) -> list[Path]:
 
 
 def _beside(pattern: str) -> list[Path]:
-    """The files with `val` where the pattern has `train`, or else those of any number:
-    fineweb_val_000000 is alone beside fineweb_train_000001 and on."""
+    """Return the validation files beside the training files: those with `val` in place of `train`,
+    else with any number. For example, fineweb_val_000000 is alone beside fineweb_train_000001 and
+    its successors."""
     folder, name = os.path.split(pattern)
     found = TRAIN.search(name)
     if not found:
@@ -219,8 +220,8 @@ def _common_format(files: list[Path], tokenizer: Tokenizer) -> Format:
 
 
 def _format(path: Path, tokenizer: Tokenizer) -> Format:
-    """By the header, whose count has to be that of the file; without one, bare tokens, of the
-    width that the tokenizer needs."""
+    """Return the layout of a file. A header's token count must match the file's size; without a
+    header, the tokens are as wide as the tokenizer needs."""
     try:
         size = path.stat().st_size
         numbers = np.fromfile(path, "<i4", 3).tolist()
@@ -260,17 +261,16 @@ def _format(path: Path, tokenizer: Tokenizer) -> Format:
 
 
 def _hold_out(row: TokenStream) -> list[TokenStream]:
-    """[to train on, to validate on]"""
+    """Return [training tokens, validation tokens]."""
     held_out = min(max(len(row) // HELD_OUT, 2), HELD_OUT_AT_MOST, len(row))
     border = len(row) - held_out
     return [row.part(0, border), row.part(border, len(row))]
 
 
 def _read_through(rows: list[TokenStream], form: Format, key: str) -> tuple[str, int, int]:
-    """(fingerprint, largest id, bytes not read) of these files, the ids that are read checked.
+    """Return (fingerprint, largest id, bytes not read) of files, checking all ids that are read.
 
-    Of large files the first and last block and some evenly spaced ones stand for the rest.
-    """
+    Of a large file, the first and last block and some evenly spaced blocks are read."""
     digest = hashlib.sha256(key.encode())
     dtype = np.dtype(form.dtype).newbyteorder("<")
     total = sum(shard.nbytes for row in rows for shard in row.shards)
@@ -303,8 +303,9 @@ def header(tokens: int) -> bytes:
 
 
 def write_llm_c(folder: Path, shards: Sequence[Shard], *, name: str, separator: int | None) -> None:
-    """A file for each shard, in `llm.c/`: NAME_train_000001.bin, …; `separator` goes before the
-    first token of a split, where documents have no mark of their own at the beginning."""
+    """Write one file per shard to `llm.c/`: NAME_train_000001.bin, …
+
+    `separator` is written before the first token of a split if documents have no BOS mark."""
     target = folder / "llm.c"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()

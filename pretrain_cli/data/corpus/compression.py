@@ -1,4 +1,4 @@
-"""Compressed files: how each kind is opened, and how one shows that it is damaged."""
+"""Compressed files: how to open each kind, and how each reports damage."""
 
 import bz2
 import gzip
@@ -11,12 +11,12 @@ from pretrain_cli.errors import DataError
 
 
 class Damaged(Exception):
-    """A compressed file that ends too early or is not what its name says."""
+    """A compressed file ends early or does not have the format its name says."""
 
 
 def signs_of_damage() -> tuple[type[Exception], ...]:
-    """Return the exceptions that a damaged compressed file raises. bz2 also raises an OSError
-    without a number."""
+    """Return the exceptions that a damaged compressed file raises. For bz2 this includes an OSError
+    without an errno."""
     zstd: Any = sys.modules.get("compression.zstd") or sys.modules.get("backports.zstd")
     signs = (Damaged, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
     return (*signs, zstd.ZstdError) if zstd else signs

@@ -1,13 +1,12 @@
-"""From the bytes of a file to its documents, in memory that grows with neither.
+"""Readers: from the bytes of a file to its documents, in constant memory.
 
     raw bytes ── decompressed ── segments of documents ── UTF-8 checked ── Document, in blocks
 
-A document is a file; a part of one between separator lines; a line of `.jsonl`; a row of Parquet.
-Its text is taken as it is: no newline is translated, nothing is stripped. A document longer than a
-few megabytes is read twice, since what is decided about it (is it UTF-8, is it held out, was it
-seen before) takes its last byte: a plain file by seeking back, another from a copy set aside. Only
-a line of `.jsonl` or a row is held whole, whatever its length.
-"""
+A document is a file, a part of a file between separator lines, a line of `.jsonl`, or a row of
+Parquet. Its text is kept as it is: newlines are not translated and nothing is stripped. A document
+longer than a few megabytes is read twice, because its last byte decides whether it is UTF-8, held
+out or a duplicate: a plain file by seeking back, any other from a temporary copy. Only a line of
+`.jsonl` or a row is held in memory completely, whatever its length."""
 
 import codecs
 import hashlib
@@ -28,9 +27,9 @@ from pretrain_cli.errors import DataError
 from pretrain_cli.files import is_disk_full
 
 BLOCK = 2**20
-"""Bytes read at once."""
+"""Bytes read at a time."""
 MAX_IN_MEMORY = 2**23
-"""Bytes of a document held in memory; a longer one is read twice."""
+"""Bytes of a document kept in memory; a longer document is read twice."""
 DAMAGED = "damaged; documents that end before that are kept"
 
 Errors = Literal["skip", "replace", "fail"]
@@ -42,13 +41,13 @@ class ReadOptions:
     """Options of reading files."""
 
     text_key: str = "text"
-    """The key of the text in JSON lines, and its column in Parquet."""
+    """Key of the text in JSON lines, and its column in Parquet."""
     separator: str | None = None
-    """A line that equals this parts the documents of a plain file."""
+    """Line that separates documents in a plain text file; None means one document a file."""
     errors: Errors = "skip"
     """Handling of a document that is not UTF-8, and of the rest of a damaged file."""
     kind: Kind = "auto"
-    """Kind of content in files whose names don't say it."""
+    """Format of files whose names do not tell it."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +57,16 @@ class Document:
     digest: bytes
     """Hash of the text, 16 bytes."""
     blocks: Iterable[bytes]
-    """The text in UTF-8, in blocks of whole characters; to be read before the next document is."""
+    """UTF-8 text in blocks of whole characters. Must be consumed before the next document is
+    read."""
 
 
 class FileReader:
-    """The documents of one file, and what there is to say of it when they have been read."""
+    """Reads the documents of one file; afterwards holds counts and remarks."""
 
     def __init__(self, file: TextFile, reading: ReadOptions, spool: Path | None = None) -> None:
-        """`spool` is a folder for copies of long documents; the system's own where none is given"""
+        """`spool` is the folder for copies of long documents; None means the system's temporary
+        folder."""
         self.file = file
         self.reading = reading
         self.spool = spool
@@ -75,7 +76,8 @@ class FileReader:
         self.remarks: Counter[str] = Counter()
 
     def documents(self) -> Iterator[Document]:
-        """Every document in order, empty ones left out. Raises DataError for what can't be read."""
+        """Yield every document that is not empty, in order. Raises DataError for unreadable
+        content."""
         name = self.file.path.name.lower()
         compression = next((end for end in DECOMPRESS if name.endswith(end)), "")
         name = name.removesuffix(compression)
@@ -162,7 +164,7 @@ class FileReader:
                 yield document
 
     def _short(self, data: bytes, where: str) -> Document | None:
-        """A document that is held whole; None where it is empty or left out."""
+        """Return a document that is held in memory; None if it is empty or left out."""
         try:
             data.decode()
         except UnicodeDecodeError:
@@ -183,7 +185,7 @@ class FileReader:
 
 
 class _LongDocument:
-    """A document too long to hold: looked at once to the end, then given out from the start."""
+    """A document too long for memory: read to its end once, then read again from its start."""
 
     def __init__(self, reader: FileReader, start: int, *, can_seek: bool) -> None:
         self.reader = reader
@@ -236,7 +238,7 @@ class _LongDocument:
 
 
 class _Observed(io.RawIOBase):
-    """A raw file whose every byte read is counted and hashed for its reader."""
+    """A raw file that counts and hashes every byte its reader consumes."""
 
     def __init__(self, file: Any, reader: FileReader) -> None:
         self.raw = file
@@ -260,7 +262,7 @@ class _Observed(io.RawIOBase):
 
 
 def _segments(stream: IO[bytes], separator: str | None) -> Iterator[bytes | int]:
-    """The bytes of documents in order, and behind each document where the next one begins."""
+    """Yield the bytes of documents in order; after each document, the position of the next."""
     place = 0
     if separator is None:
         while block := stream.read(BLOCK):

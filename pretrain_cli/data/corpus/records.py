@@ -1,7 +1,6 @@
-"""The texts of JSON lines and of a Parquet column, each with its number, from 1.
+"""Texts of JSON lines and of a Parquet column, each with its number, from 1.
 
-One is held at a time, whole.
-"""
+Only one text is held in memory at a time."""
 
 import json
 import shutil
@@ -14,13 +13,14 @@ from pretrain_cli.data.corpus.compression import Damaged
 from pretrain_cli.errors import DataError
 
 READ_AT_ONCE = 2**20
-"""Bytes of a Parquet file."""
+"""Bytes of a Parquet file read at a time."""
 
 
 def json_lines(
     stream: IO[bytes], path: Path, key: str, replaces: Callable[[str], bool]
 ) -> Iterator[tuple[int, bytes]]:
-    """`replaces` says, of a line at a place, whether what isn't UTF-8 in it is replaced."""
+    """Yield the texts of JSON lines. `replaces` is asked whether to replace bytes of a line that
+    are not UTF-8."""
     for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
@@ -58,7 +58,8 @@ def json_lines(
 def parquet_rows(
     stream: IO[bytes], path: Path, key: str, *, can_seek: bool, spool: Path | None
 ) -> Iterator[tuple[int, bytes]]:
-    """`spool` is a folder for a copy, which what can't be read backwards needs."""
+    """Yield the texts of a column. Streams and compressed files are copied to `spool` first,
+    because Parquet is read from its end."""
     try:
         import pyarrow
         from pyarrow import parquet

@@ -1,9 +1,8 @@
-"""Files of a corpus: everything named, searched recursively, in a fixed order.
+"""Files of a corpus: expands the given names, recursively and in a fixed order.
 
 A name is a file, a folder, a pattern (`'corpus/**/*.txt'`), a stream such as a FIFO, or `-` for
-standard input. Files are known by names that don't depend on where the corpus lies, so that a
-corpus that moved, or grew, is recognized.
-"""
+standard input. Files are recorded by names that do not depend on the location of the corpus, so a
+corpus that was moved, or has grown, is recognized."""
 
 import glob
 import os
@@ -22,25 +21,25 @@ WRITTEN_HERE = (
     {"files.jsonl", "tokenizer.json"},
     {"run.yaml", "metrics.jsonl"},
 )
-"""Files that mark a tokenized dataset, one in the making or a run: never part of a corpus that is
-searched."""
+"""Files that mark a dataset, an unfinished dataset or a run. Such folders are not searched for
+text."""
 ARCHIVES = (".tar", ".zip", ".7z", ".rar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 @dataclass(frozen=True, slots=True)
 class TextFile:
-    """One file to read. A corpus may be of millions, so that each is kept small."""
+    """One file to read. Kept small, since a corpus may have millions of files."""
 
     location: str
     name: str
-    """The folder that was asked for, and the path inside it."""
+    """Name of the given folder, and the path inside it."""
     source: str
-    """Source that the file is counted under: the given folder or file, with the subfolder directly
-    below it, if any."""
+    """Source under which the file is counted: the given folder or file, plus the first subfolder,
+    if any."""
     size: int = 0
-    """In bytes, as it lies there; 0 of a stream, which has none."""
+    """Bytes on disk; 0 for a stream."""
     modified: int = 0
-    """In nanoseconds."""
+    """Modification time in nanoseconds; 0 for a stream."""
     is_stream: bool = False
 
     @property
@@ -50,7 +49,7 @@ class TextFile:
 
 @dataclass
 class Corpus:
-    """The files to read, in order, and what was found but left out, with the reason."""
+    """Files to read, in order, and files left out, with the reason."""
 
     files: list[TextFile]
     left_out: dict[str, str] = field(default_factory=dict)
@@ -61,18 +60,17 @@ class Corpus:
 
     @property
     def has_streams(self) -> bool:
-        """Something of it can be read but once."""
+        """Whether a part of the corpus can be read only once."""
         return any(file.is_stream for file in self.files)
 
 
 def find_corpus(
     names: Sequence[str], *, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> Corpus:
-    """The files under these names, folders searched to the bottom, hidden ones left out.
+    """Return the files under these names. Folders are searched recursively, without hidden files.
 
-    `include` and `exclude` are patterns on a file's name, or on its path inside the folder where
-    they hold a slash; they choose among what folders and patterns give.
-    """
+    `include` and `exclude` are patterns for file names or, if they contain a slash, for paths
+    inside the folder. They filter what folders and patterns yield."""
     corpus = Corpus([])
     for name in names:
         if name == STANDARD_INPUT:
@@ -103,7 +101,7 @@ def find_corpus(
 
 
 def legible(name: str) -> str:
-    """A name of a file, which may be of any bytes, as text: one that is not UTF-8 as \\xe9."""
+    """Return a file name as text. Bytes that are not UTF-8 appear as \\xe9."""
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
@@ -156,7 +154,7 @@ def _matching(
 
 
 def _why_not(path: Path) -> str | None:
-    """Why a file that was found is left out; None where it isn't."""
+    """Return the reason for leaving a file out; None if it is to be read."""
     if not path.is_file():
         return "not a regular file"
     return "an archive" if path.name.lower().endswith(ARCHIVES) else None

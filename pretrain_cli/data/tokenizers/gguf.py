@@ -1,20 +1,19 @@
-"""A tokenizer in the words of a GGUF file: what llama.cpp makes the same tokens of a text with.
+"""Tokenizer metadata of a GGUF file, from which llama.cpp produces the same tokens.
 
-    llama   BPE of characters, ▁ for a space and bytes for what is not in the vocabulary (gemma3,
-            llama2). Of all pairs that make a token, the one whose token has the highest score is
-            merged; the scores are the order of the merges.
-    gpt2    BPE of bytes (gpt2, qwen3, bytes, bpe), with its merges. The words that a text is split
-            into before are not in the file: llama.cpp has patterns built in, by name.
+    llama   BPE on characters, with ▁ for a space and byte tokens for characters outside the
+            vocabulary (gemma3, llama2). Of all pairs that form a token, the one with the highest
+            score is merged; scores are the order of the merges.
+    gpt2    BPE on bytes (gpt2, qwen3, bytes, bpe), with its merges. The pattern that splits text
+            into words is not in the file: llama.cpp has named patterns built in.
 
-A tokenizer that does anything else is refused, as llama.cpp would make other tokens.
+Any other tokenizer is refused, because llama.cpp would produce other tokens.
 
-The ▁ of added tokens such as Gemma's ▁▁ are ▁ typed in a text, not spaces: runs of spaces are
-merged, and so those tokens are pieces like any other. (llama.cpp's own converter has it otherwise.)
+The ▁ in added tokens such as Gemma's ▁▁ is a typed ▁, not a space. Runs of spaces come from merges,
+so these tokens are written as normal ones. (llama.cpp's own converter does otherwise.)
 
-What llama.cpp has its own way, whatever a file says: a ▁ typed in a text is a space, and tokens
-that look like an end or a mark of code to be filled in are control tokens, so </s> in Gemma's HTML
-and Qwen's <|fim_prefix|> are several pieces where they are typed.
-"""
+Some behaviour is fixed in llama.cpp: it reads a typed ▁ as a space, and it makes control tokens of
+tokens that look like an end mark or a fill-in-the-middle mark. A typed </s> in Gemma's HTML and
+Qwen's <|fim_prefix|> are therefore several tokens."""
 
 import json
 import re
@@ -35,7 +34,7 @@ SPACED = (
     (TO_SPACE, False),
     ({"type": "Sequence", "normalizers": [PREPEND, TO_SPACE]}, True),
 )
-"""Normalizers of the first kind, and whether they put a space before a text."""
+"""Normalizers of the `llama` kind, and whether they put a space before a text."""
 
 GPT2_WORDS = "gpt2"
 QWEN_WORDS = WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
@@ -45,16 +44,16 @@ PATTERNS = {
     (WORDS, False): "dbrx",
     (WORDS, True): "llama-bpe",
 }
-"""llama.cpp's name for a split into words, by it and by whether a word that is a token is taken
+"""llama.cpp's name of a word pattern, by the pattern and by whether a word that is a token is taken
 whole (`ignore_merges`)."""
 NO_MERGE = "<| |>"
-"""llama.cpp wants merges, also of a tokenizer with none: this one is of no two tokens."""
+"""A merge of no two tokens, for a tokenizer without merges: llama.cpp requires the list."""
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def gguf_tokenizer(tokenizer: Tokenizer, rows: int) -> tuple[dict[str, Any], list[str]]:
-    """The tokenizer's keys and values for a model with so many rows in its embedding, and what is
-    to be said of it. ConfigError for a tokenizer that llama.cpp doesn't have."""
+    """Return the tokenizer's metadata for a model with this many embedding rows, and notices for
+    the user. Raises ConfigError for a tokenizer that llama.cpp does not support."""
     spec = json.loads(tokenizer.json)
     model = spec["model"]
     if model.get("type") != "BPE":
@@ -80,7 +79,7 @@ def gguf_tokenizer(tokenizer: Tokenizer, rows: int) -> tuple[dict[str, Any], lis
 
 
 def _tokens(tokenizer: Tokenizer, spec: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
-    """Text and kind of every id that the model has a row for."""
+    """Return text and kind of each id that the model has a row for."""
     texts = [f"[PAD{id}]" for id in range(rows)]
     kinds = [UNUSED] * rows
     unknown = spec["model"].get("unk_token")
@@ -132,7 +131,8 @@ def _of_characters(
 def _unmerged(
     vocab: dict[str, int], kinds: list[int], merges: set[tuple[str, str]]
 ) -> tuple[str, str] | None:
-    """Two pieces that make a third and are no merge: llama.cpp would merge them."""
+    """Return two tokens that form a third without being a merge, which llama.cpp would merge; None
+    if there are none."""
     pieces = {text for text, id in vocab.items() if id < len(kinds) and kinds[id] == NORMAL}
     for text in pieces:
         for cut in range(1, len(text)):
@@ -158,7 +158,7 @@ def _of_bytes(
 
 
 def _words(pre_tokenizer: dict[str, Any]) -> str | None:
-    """The pattern of the words that are merged within; None for one of another make."""
+    """Return the pattern that splits text into words; None for an unsupported kind."""
     match pre_tokenizer:
         case {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}:
             return GPT2_WORDS

@@ -1,8 +1,8 @@
 """Tokenizers: published by name, local, from the hub, byte-level, or trained on the corpus.
 
-Every one is a `tokenizer.json` of the `tokenizers` library, so that the model it trains opens in
-transformers with the same tokenization. Special tokens typed in a text are text; documents are
-marked by the ids that the tokenizer's own convention puts around them:
+Each is a `tokenizer.json` of the `tokenizers` library, so a trained model opens in transformers
+with the same tokenization. Special tokens typed in a text are plain text. Documents are delimited
+by the ids of the tokenizer's own convention:
 
     gemma3   <bos> text <eos>         gpt2, qwen3, bytes, bpe   text <|endoftext|>
     llama2   <s> text </s>
@@ -28,7 +28,7 @@ HUB = {
     "gpt2": "openai-community/gpt2",
     "llama2": "meta-llama/Llama-2-7b-hf",
 }
-"""Published names, and the hub's repository that holds each one's tokenizer.json."""
+"""Published names, and the hub repository of each tokenizer.json."""
 
 BUILT_IN = ("bytes", "bpe")
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -44,11 +44,11 @@ WORDS = (
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Text to ids and back, with the ids that begin and end a document."""
+    """Converts text to ids and back; knows the ids that begin and end a document."""
 
     name: str
     json: str
-    """The whole tokenizer.json; what is stored beside datasets and checkpoints."""
+    """The complete tokenizer.json, as stored in datasets and checkpoints."""
     backend: tokenizers.Tokenizer
     bos: int | None
     eos: int
@@ -60,12 +60,13 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """One more than the largest id."""
+        """Largest id plus one."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def marked(self, *, bos: str | None, eos: str | None, allow_special: bool) -> "Tokenizer":
-        """The same with other marks around documents: a token's name, 'none' for no beginning, or
-        None for its own convention; and with special tokens in texts taken for what they are."""
+        """Return the tokenizer with other document marks: a token's name, 'none' for no beginning,
+        or None for its own convention. `allow_special` keeps the meaning of special tokens in
+        texts."""
         if allow_special:
             self.backend.encode_special_tokens = False
         if bos is eos is None:
@@ -81,26 +82,26 @@ class Tokenizer:
         return found
 
     def encode_prompt(self, text: str) -> list[int]:
-        """The ids that a document beginning with this text begins with.
+        """Return the first ids of a document that begins with this text.
 
-        A tokenizer without a beginning mark has documents begin behind the previous one's end, so
-        an empty prompt is that mark.
-        """
+        Without a BOS token, documents begin after the end mark of the previous one, so an empty
+        prompt is that mark."""
         ids = list(self.backend.encode(text, add_special_tokens=False).ids)
         if self.bos is not None:
             return [self.bos, *ids]
         return ids or [self.eos]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of these ids, document marks left out."""
+        """Return the text of these ids, without document marks."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
     def save(self, folder: Path) -> None:
-        """tokenizer.json, and the tokenizer_config.json that has transformers take it as it is.
+        """Write tokenizer.json, and a tokenizer_config.json with which transformers uses it
+        unchanged.
 
-        transformers would choose a class by the model's type and rebuild the tokenizer by that
-        class's rules; PreTrainedTokenizerFast is the one class of versions 4 and 5 that doesn't.
-        """
+        transformers would otherwise choose a class by model type and rebuild the tokenizer by the
+        rules of that class. PreTrainedTokenizerFast is the one class of versions 4 and 5 that does
+        not."""
         (folder / "tokenizer.json").write_text(self.json, encoding="utf-8")
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -114,7 +115,8 @@ class Tokenizer:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """A tokenizer by published name, path to a tokenizer.json or its folder, hub id, or `bytes`."""
+    """Load a tokenizer by published name, path of a tokenizer.json or its folder, hub id, or
+    `bytes`."""
     if name == "bytes":
         return _byte_level()
     if name == "bpe":
@@ -125,8 +127,8 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def find_file(name: str) -> Path | None:
-    """The file that a name means, None of a published one and of what may be a hub id. Raises
-    ConfigError and DataError for what is none of these."""
+    """Return the file that a name means; None for a published name or a possible hub id. Raises
+    ConfigError or DataError for anything else."""
     path = Path(name)
     is_folder = path.is_dir() and name not in HUB
     if is_folder:
@@ -146,7 +148,7 @@ def find_file(name: str) -> Path | None:
 
 
 def read_tokenizer(path: Path, *, name: str) -> Tokenizer:
-    """The tokenizer of a tokenizer.json file."""
+    """Read a tokenizer.json file."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -170,8 +172,8 @@ def read_tokenizer(path: Path, *, name: str) -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of this size, trained on these texts; smaller where they have nothing more
-    to merge."""
+    """Train a byte-level BPE of this size; it is smaller if the texts have nothing more to
+    merge."""
     if vocab_size < 257:
         raise ConfigError(
             f"--vocab-size: {vocab_size} is too small for a byte-level BPE; give at least 257"
@@ -195,7 +197,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _byte_level() -> Tokenizer:
-    """256 bytes as the ids 0 to 255, and the end of a document as 256: a BPE with no merges."""
+    """Return a BPE without merges: ids 0 to 255 are bytes, 256 ends a document."""
     # The printable stand-ins that byte-level tokenizers write bytes with: a byte that is a visible
     # Latin-1 character stands for itself, the others for 256, 257, … in order.
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -239,7 +241,7 @@ def _published(name: str) -> Path:
 
 
 def _from_hub(repository: str, *, asked: str | None = None) -> Path:
-    """tokenizer.json of a hub repository, from the local cache first."""
+    """Return tokenizer.json of a hub repository, from the local cache if possible."""
     from huggingface_hub import (
         get_hf_file_metadata,
         hf_hub_download,

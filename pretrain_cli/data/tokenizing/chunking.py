@@ -102,7 +102,8 @@ class Chunker:
         return True
 
     def _by_ids(self, text: str, *, begins: bool) -> tuple[int, bool]:
-        """Return (border between two ids, whether the cut is exact) for a text without other cuts."""
+        """Return (border between two ids, whether the cut is exact) for a text without other
+        cuts."""
         lead, count = ("", 0) if begins else self.lead
         encoding = self.tokenizer.backend.encode(lead + text, add_special_tokens=False)
         ids = encoding.ids[count:]

@@ -20,7 +20,8 @@ class TokenizeRequest:
     vocab_size: int | None = None
     """Vocabulary size to train, with `bpe` only."""
     bos: str | None = None
-    """Token that begins a document; 'none' for no token, None for the tokenizer's own convention."""
+    """Token that begins a document; 'none' for no token, None for the tokenizer's own
+    convention."""
     eos: str | None = None
     allow_special: bool = False
     """True if special tokens typed in a text keep their special meaning."""

@@ -56,7 +56,8 @@ class Tokenized:
     resumed: bool
     """True if an interrupted run was continued."""
     seconds: float
-    """Seconds from reading the first text to the finished dataset, without loading the tokenizer."""
+    """Seconds from reading the first text to the finished dataset, without loading the
+    tokenizer."""
 
 
 def tokenize(request: TokenizeRequest, progress: Progress) -> Tokenized:

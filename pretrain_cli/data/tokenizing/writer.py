@@ -47,7 +47,8 @@ from pretrain_cli.errors import DataError
 from pretrain_cli.files import flush, sha256_of, write_whole
 
 SECONDS_FOR_LOCK = 2.0
-"""Seconds to wait for the lock: the worker processes of a killed writer hold it until they notice."""
+"""Seconds to wait for the lock: the worker processes of a killed writer hold it until they
+notice."""
 TAIL_BLOCK = 2**20
 """Tokens moved at a time when the end of one split becomes the other split."""
 
@@ -111,7 +112,8 @@ class DatasetWriter:
         self.files = (self.aside / FILES).open("ab")
 
     def begin_behind(self, manifest: Manifest) -> None:
-        """Start after the contents of an existing dataset; its shards are hard-linked, not copied."""
+        """Start after the contents of an existing dataset; its shards are hard-linked, not
+        copied."""
         self.begin()
         for shard in manifest.shards:
             for file in files_of(self.folder, shard.file):

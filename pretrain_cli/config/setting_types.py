@@ -90,7 +90,8 @@ Duration = Annotated[
 def in_bytes(size: str) -> int:
     """Return the bytes in a size with a unit, such as 5GB, 1.5 GB or 800MB.
 
-    Raises ValueError for anything else, and for less than a byte."""
+    Raises ValueError for anything else, and for less than a byte.
+    """
     if not re.search(r"[a-zA-Z]\s*$", size):
         raise ValueError(f"'{size}' has no unit")
     try:

@@ -3,7 +3,8 @@
     k-th sample ── order ──> (source, number of one of its samples) ──> inputs and targets
 
 Any rank can read any batch directly from memory-mapped shards. Resuming needs only the number of
-samples consumed."""
+samples consumed.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -43,7 +44,8 @@ class Windows:
     """Consecutive windows of seq_len + 1 tokens that start every seq_len tokens and ignore document
     boundaries.
 
-    Every token but the first is a target once. Up to seq_len tokens at the end are left over."""
+    Every token but the first is a target once. Up to seq_len tokens at the end are left over.
+    """
 
     def __init__(
         self,
@@ -98,7 +100,8 @@ class Batch:
 class Batches:
     """Training samples by number, from sources mixed in proportion to their weights.
 
-    One of `world_size` ranks reads its share of every step."""
+    One of `world_size` ranks reads its share of every step.
+    """
 
     def __init__(
         self,
@@ -152,7 +155,8 @@ def validation_batches(
     """Yield a split in batches of one shape; every token but the first is a target exactly once.
 
     Ranks take batches in turn. The last batch is padded, and empty batches are added so that all
-    ranks have equally many; padding targets are IGNORED."""
+    ranks have equally many; padding targets are IGNORED.
+    """
     total = max(len(tokens) - 1, 0)  # targets
     windows = -(-total // seq_len)
     batches = -(-windows // batch_size)
@@ -181,7 +185,8 @@ def document_numbers(tokens: np.ndarray, separator: int, *, leads: bool) -> np.n
 
     Targets stay as they are: the last token of a document still predicts the first of the next one.
     For a tokenizer without a BOS token, this teaches the model how a document begins. It also keeps
-    the number of targets per step constant."""
+    the number of targets per step constant.
+    """
     separators = tokens == separator
     numbers = separators.cumsum(-1)
     return numbers if leads else numbers - separators

@@ -58,7 +58,8 @@ def documents_in(
 ) -> list[tuple[bool, str]]:
     """Return the text of each document in a row of tokens, and whether the document begins there.
 
-    `starts` are the positions in the row at which documents begin. Marks are shown by name."""
+    `starts` are the positions in the row at which documents begin. Marks are shown by name.
+    """
     begins = set(starts.tolist())
     parts = np.split(tokens, [place for place in starts.tolist() if 0 < place < len(tokens)])
     out, place = [], 0

@@ -12,7 +12,8 @@ but the last fills a sample by itself; a piece followed by another one in a samp
 its document.
 
 The index depends only on the dataset and seq_len, not on the seed or the machine. Neighbouring
-documents are packed in groups, so memory use does not grow with the dataset."""
+documents are packed in groups, so memory use does not grow with the dataset.
+"""
 
 import hashlib
 import json
@@ -154,7 +155,8 @@ def best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
     Each piece goes where it leaves the least room, or into a new bin. A bin that received a piece
     is the best one for the next piece of that size until it has no room left, and bins with equal
     room are interchangeable. All pieces of one size that the bins of one room can take are
-    therefore placed at once: about three such operations a size, for any number of pieces."""
+    therefore placed at once: about three such operations a size, for any number of pieces.
+    """
     bins = np.empty(len(sizes), np.int64)
     rooms: list[int] = []  # that open bins have left, ascending
     with_room: dict[int, list[np.ndarray]] = {}

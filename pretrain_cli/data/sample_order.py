@@ -3,7 +3,8 @@
     k ── interleaving ──> a source, and a number within it
          number // size ─> epoch       number % size ── the epoch's permutation ──> sample
 
-All functions take and return whole arrays, so a step costs microseconds, at any position."""
+All functions take and return whole arrays, so a step costs microseconds, at any position.
+"""
 
 import hashlib
 import heapq
@@ -31,7 +32,8 @@ class Permutation:
 
     A Feistel network on the cells of a rectangle of about √size × √size: row and column are shifted
     in turn, each by a keyed hash of the other. The rectangle exceeds `size` by less than a row; a
-    value that lands in the excess is permuted again until it lands inside."""
+    value that lands in the excess is permuted again until it lands inside.
+    """
 
     def __init__(self, size: int, key: str) -> None:
         self.size = size
@@ -92,7 +94,8 @@ class Interleaving:
     go to its first branch. The lightest sources are joined first (Huffman's tree), so that rounding
     errors along a branch hardly add up: among the first samples, for any count, each source has its
     exact share within 1 for up to three sources and within 1.7 for any number. After as many
-    samples as the sum of weights, shares are exact."""
+    samples as the sum of weights, shares are exact.
+    """
 
     def __init__(self, weights: Sequence[int]) -> None:
         """Weights are non-negative integers, not all 0."""

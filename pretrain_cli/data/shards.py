@@ -204,7 +204,8 @@ class TokenStream:
     def read(self, start: int, count: int) -> np.ndarray:
         """Return `count` tokens from `start` on, or as many as there are, across shard borders.
 
-        -> (count,) int64. Raises DataError if an id exceeds the vocabulary."""
+        -> (count,) int64. Raises DataError if an id exceeds the vocabulary.
+        """
         return self.view(start, count).astype(np.int64)
 
     def view(self, start: int, count: int) -> np.ndarray:

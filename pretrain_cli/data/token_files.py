@@ -6,7 +6,8 @@
     nanoGPT                 tokens only; a separator follows each document
 
 The files do not record their tokenizer, so the user names it. Every id is checked against its
-vocabulary: small files when they are opened, large ones as they are read."""
+vocabulary: small files when they are opened, large ones as they are read.
+"""
 
 import glob
 import hashlib
@@ -72,7 +73,8 @@ BARE = {
 class SeparatedStarts:
     """DocumentStarts found by searching for separators each time starts are requested.
 
-    The first token of a row counts as a start, of a document or of the rest of one."""
+    The first token of a row counts as a start, of a document or of the rest of one.
+    """
 
     def __init__(self, tokens: TokenStream, separator: int, *, leads: bool) -> None:
         self.tokens, self.separator, self.leads = tokens, separator, leads
@@ -103,7 +105,8 @@ def open_foreign(path: str, tokenizer: str | None) -> Dataset:
 
     Files with `val` in their names are the validation split. They are looked for among the given
     files, and beside them under the same names with `val` for `train`. Without any, the last tokens
-    are held out."""
+    are held out.
+    """
     train, val, left_out = _files_by_split(path)
     if tokenizer is None:
         raise ConfigError(
@@ -270,7 +273,8 @@ def _hold_out(row: TokenStream) -> list[TokenStream]:
 def _read_through(rows: list[TokenStream], form: Format, key: str) -> tuple[str, int, int]:
     """Return (fingerprint, largest id, bytes not read) of files, checking all ids that are read.
 
-    Of a large file, the first and last block and some evenly spaced blocks are read."""
+    Of a large file, the first and last block and some evenly spaced blocks are read.
+    """
     digest = hashlib.sha256(key.encode())
     dtype = np.dtype(form.dtype).newbyteorder("<")
     total = sum(shard.nbytes for row in rows for shard in row.shards)
@@ -305,7 +309,8 @@ def header(tokens: int) -> bytes:
 def write_llm_c(folder: Path, shards: Sequence[Shard], *, name: str, separator: int | None) -> None:
     """Write one file per shard to `llm.c/`: NAME_train_000001.bin, …
 
-    `separator` is written before the first token of a split if documents have no BOS mark."""
+    `separator` is written before the first token of a split if documents have no BOS mark.
+    """
     target = folder / "llm.c"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()

@@ -1,4 +1,5 @@
-"""Grouped-query attention with normalized queries and keys and rotary positions: both families'."""
+"""Grouped-query attention with normalized queries and keys and rotary positions, for both
+families."""
 
 from typing import Any
 
@@ -14,7 +15,7 @@ from pretrain_cli.model.rope import rotate
 class Attention(nn.Module):
     """Grouped-query attention. (B, T, D) -> (B, T, D).
 
-    q and k are normalized over Dh, by one weight vector for all heads, before they are turned.
+    q and k are normalized over Dh, with one weight vector for all heads, before RoPE.
     """
 
     def __init__(self, config: ModelConfig, backend: Backend, *, merged: bool) -> None:

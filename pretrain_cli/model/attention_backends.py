@@ -1,24 +1,23 @@
-"""Attention, four ways behind one signature.
+"""Attention backends: four implementations behind one signature.
 
     attend(q, k, v, mask, scale)      q (B, T, H, Dh), k and v (B, S, Hkv, Dh) -> (B, T, H, Dh)
 
-A Mask says *what* may be seen. Each backend lowers it to its own form, once per step and kind of
-layer, outside the layers:
+A Mask describes which keys each query sees. Each backend lowers it to its own form, once per step
+and layer type, outside the layers:
 
-    eager   a matrix of booleans; the readable definition, and what the others are tested against
-    sdpa    a flag, blocks, or a matrix to be added to the scores: PyTorch's fused attention
-    flex    a BlockMask: PyTorch's flex_attention, which skips blocks that see nothing
+    eager   a boolean matrix; the readable reference that the others are tested against
+    sdpa    a flag, blocks, or an additive matrix: PyTorch's fused attention
+    flex    a BlockMask: PyTorch's flex_attention, which skips fully masked blocks
     blocks  window and documents: blocks of queries by matrix products, for CPUs
 
-The queries are the last T of the S positions, so a cache that holds earlier keys needs no other
-mask:
+The queries are the last T of S positions, so a cache of earlier keys needs no other mask:
 
     T = 3, S = 5, window 3:      keys 0 1 2 3 4
                         query 0       █ █ █ · ·
                         query 1       · █ █ █ ·
                         query 2       · · █ █ █
 
-Documents that lie in a row together may be kept apart, each in a triangle of its own:
+With document numbers, attention stays inside each document of a row:
 
     documents 0 0 0 1 1:         keys 0 1 2 3 4
                         query 0       █ · · · ·
@@ -44,22 +43,24 @@ from pretrain_cli.model.counting import folds
 
 @dataclass(frozen=True)
 class Mask:
-    """Query i of T, at position S − T + i, sees the keys up to there: all, or the last `window`;
-    of those, where documents are numbered, the ones of its own document."""
+    """Causal mask: query i of T, at position S − T + i, sees all keys up to its position, or the
+    last `window` of them, itself included. With `documents`, it sees only keys of its own
+    document."""
 
     queries: int
     keys: int
     window: int | None
     documents: Tensor | None = None
-    """Each key's document, (B, S): equal numbers are one document."""
+    """Document number of each key, (B, S); None for a single document."""
 
     @property
     def is_plain_causal(self) -> bool:
-        """Neither a window nor a document cuts anything off."""
+        """Whether neither a window nor documents hide any earlier key."""
         return self.documents is None and (self.window is None or self.window >= self.keys)
 
     def matrix(self, device: torch.device) -> Tensor:
-        """True where a query sees a key. (T, S); with documents (B, T, S)."""
+        """Return a boolean matrix, True where a query sees a key. (T, S); with documents (B, T,
+        S)."""
         key = torch.arange(self.keys, device=device)
         query = torch.arange(self.keys - self.queries, self.keys, device=device).unsqueeze(-1)
         seen = key <= query
@@ -73,13 +74,13 @@ class Mask:
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute attention."""
+    """One implementation of attention."""
 
     lower: Callable[[Mask, torch.device, torch.dtype], Any]
-    """(mask, device, type of q, k and v) -> what `attend` takes for the mask."""
+    """(mask, device, dtype of q, k and v) -> the mask in the form that `attend` takes."""
     attend: Callable[[Tensor, Tensor, Tensor, Any, float], Tensor]
     unavailable: Callable[[torch.device, bool], str | None]
-    """(device, training) -> why this backend can't serve them, or None."""
+    """(device, training) -> the reason this backend cannot run there, or None."""
 
 
 def _always_available(device: torch.device, training: bool) -> None:
@@ -94,7 +95,8 @@ def _eager_lower(mask: Mask, device: torch.device, dtype: torch.dtype) -> Tensor
 
 
 def _eager_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Softmax in float32 over the keys seen; query head h reads key head h // (H / Hkv)."""
+    """Compute softmax in float32 over the visible keys. Query head h reads key head h // (H /
+    Hkv)."""
     group = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
     scores = torch.einsum("bthd,bshd->bhts", q, k).float() * scale
@@ -106,7 +108,8 @@ def _eager_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -
 
 
 class WindowBlocks(NamedTuple):
-    """A sliding window over a whole sequence: its first queries, and blocks of the others."""
+    """Masks of a sliding window over a whole sequence: for the first queries, and for blocks of the
+    others."""
 
     window: int
     block: int
@@ -121,8 +124,8 @@ class WindowBlocks(NamedTuple):
 def _sdpa_lower(
     mask: Mask, device: torch.device, dtype: torch.dtype
 ) -> Tensor | WindowBlocks | bool:
-    """True for causal, False for no mask at all, folds of a sliding window, or a matrix to be
-    added: (1, T, S), or (B, 1, T, S) with documents."""
+    """Return True for causal, False for no mask, WindowBlocks for a sliding window, or an additive
+    mask: (1, T, S), or (B, 1, T, S) with documents."""
     if mask.is_plain_causal and mask.queries in (1, mask.keys):
         return mask.queries > 1
     if mask.window is not None and mask.window < mask.queries == mask.keys:
@@ -147,9 +150,10 @@ def _fold(mask: Mask, window: int, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the additive mask: 0 where a key is seen, −∞ elsewhere.
+    """Return the additive mask: 0 where a key is visible, −∞ elsewhere.
 
-    PyTorch turns booleans into this, again in every layer, and keeps each for the backward pass.
+    PyTorch would convert a boolean mask to this in every layer, and keep each copy for the backward
+    pass.
     """
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
         ~seen, float("-inf")
@@ -176,12 +180,12 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | bool, scale: float) ->
 
 
 def _folded(q: Tensor, k: Tensor, v: Tensor, mask: WindowBlocks, scale: float) -> Tensor:
-    """Sliding window without a T × T mask: blocks of queries, each seeing the `window` keys before
-    it and its own. (B, heads, T, Dh) -> (B, H, T, Dh).
+    """Attend in a sliding window without a T × T mask: each block of queries sees the `window` keys
+    before it and its own. (B, heads, T, Dh) -> (B, H, T, Dh).
 
-    Time and memory grow with T · window. The first `window` queries are plain causal; the others go
-    through as a larger batch. Half of the window a block: kernels compute what a mask hides, a
-    third of it then, and each key is there three times.
+    Time and memory grow with T · window. The first `window` queries are plain causal; the others
+    run as a larger batch. A block has half a window of queries: kernels also compute masked scores,
+    a third of all in this case, and each key is in memory three times.
 
         keys:     ├─── window before ───┼── block ──┤
         query 0   · █ █ █ █ █ █ █ █ █ █   █ · · · ·
@@ -237,7 +241,7 @@ def _flex_attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Te
 
 @functools.cache
 def _flex_kernel(device_type: str) -> Callable[..., Any]:
-    """flex_attention, compiled where its kernels are: uncompiled it forms every score."""
+    """Return flex_attention, compiled where it has kernels. Uncompiled it computes every score."""
     from torch.nn.attention.flex_attention import flex_attention
 
     if device_type == "cuda":

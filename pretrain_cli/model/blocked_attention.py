@@ -1,21 +1,22 @@
-"""Attention on a CPU: a block of queries at a time, against the keys that any of it sees.
+"""Blocked attention for CPUs: each block of queries attends to the keys that any of its queries
+sees.
 
     keys 0 … first … start … end          scores   q kᵀ            (queries, end − first)
               ┌───────┬──────┐            weights  softmax         PyTorch's kernel, one pass
     queries   │ all   │  ◣   │            out      weights · v
-              └───────┴──────┘            what is seen by some is masked at the two ends alone
+              └───────┴──────┘            only the two ends need a mask
 
-A block's scores are gone when it is done, and the backward pass makes them again: memory grows with
-T, and time with T times what a query sees. The heads that share keys lie side by side for each
-query, so a block of all of them is one matrix and no block is copied.
+A block's scores are freed after the block and recomputed in the backward pass. Memory therefore
+grows with T, and time with T times the number of visible keys. For each query, the heads that share
+keys are adjacent in memory, so all of them form one matrix per block, without a copy.
 
-PyTorch's fused attention for CPUs is slower in bfloat16, as it forms small products of its own (how
-much: `pretrain benchmark --attn sdpa,blocks`). Tried and left, all slower: the softmax compiled,
-masks by masked_fill_ and not as a sum, fewer heads at a time, blocks of 64 and 256.
+PyTorch's fused attention for CPUs is slower in bfloat16, because it computes small products by
+itself; `pretrain benchmark --attn sdpa,blocks` measures it. Tried and slower: a compiled softmax,
+masked_fill_ instead of an additive mask, fewer heads at a time, blocks of 64 and 256.
 
-It is an operator of its own (`pretrain::blocked_attention`), which torch.compile calls as it is:
-traced, the scores of the forward pass would be kept for the backward pass. What lays queries and
-keys out for it is traced, and made one with their rotation.
+The operator is opaque to torch.compile (`pretrain::blocked_attention`): if it were traced, the
+scores of the forward pass would be kept for the backward pass. The code that arranges queries and
+keys for it is traced, and fused with their rotation.
 """
 
 from collections.abc import Iterator
@@ -30,7 +31,8 @@ BLOCK = 128
 def blocked_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, documents: Tensor | None
 ) -> Tensor:
-    """q (B, T, H, Dh), k and v (B, S, Hkv, Dh), documents (B, S) or None -> (B, T, H, Dh)."""
+    """Attend. q (B, T, H, Dh), k and v (B, S, Hkv, Dh), documents (B, S) or None -> (B, T, H,
+    Dh)."""
     B, T, H, Dh = q.shape
     Hkv = k.shape[2]
     q = (q * scale).view(B, T, Hkv, -1, Dh).transpose(1, 2)
@@ -40,7 +42,7 @@ def blocked_attention(
 
 
 def _blocks(queries: int, keys: int, window: int | None) -> Iterator[tuple[slice, slice]]:
-    """Each block's queries, and the keys that any of them sees."""
+    """Yield each block's range of queries and the range of keys that any of them sees."""
     past = keys - queries
     for start in range(0, queries, BLOCK):
         end = min(start + BLOCK, queries)
@@ -49,17 +51,17 @@ def _blocks(queries: int, keys: int, window: int | None) -> Iterator[tuple[slice
 
 
 def _of(x: Tensor, rows: slice) -> Tensor:
-    """A block of (B, Hkv, T, G, Dh), as a batch of matrices: (B·Hkv, rows·G, Dh). A view."""
+    """Return a block of (B, Hkv, T, G, Dh) as a batch of matrices, (B·Hkv, rows·G, Dh): a view."""
     return x.flatten(0, 1)[:, rows].flatten(1, 2)
 
 
 def _weights(
     q: Tensor, k: Tensor, rows: slice, seen: slice, window: int | None, documents: Tensor | None
 ) -> Tensor:
-    """Softmax of a block's scores, (B·Hkv, rows·G, seen).
+    """Return the softmax of a block's scores, (B·Hkv, rows·G, keys).
 
-    In a window each row sees one key more and one less than the row above it,
-    so the first and last `rows` columns are all that need a mask.
+    With a window, each row sees one key more at the end and one less at the start than the row
+    above it, so only the first and last `rows` columns need a mask.
     """
     B, Hkv, _, G, _ = q.shape
     n, m = rows.stop - rows.start, seen.stop - seen.start
@@ -77,7 +79,7 @@ def _weights(
 
 
 def _hidden(like: Tensor, *shape: int) -> Tensor:
-    """Return a block of −∞, which hides keys when added to scores."""
+    """Return a block of −∞ that hides keys when added to scores."""
     return like.new_full(shape, float("-inf"))
 
 
@@ -85,7 +87,7 @@ def _hidden(like: Tensor, *shape: int) -> Tensor:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, window: int | None, documents: Tensor | None
 ) -> Tensor:
-    """q (B, Hkv, T, G, Dh), scaled, k and v (B, Hkv, S, Dh), all contiguous -> as q."""
+    """Attend. q (B, Hkv, T, G, Dh), scaled, k and v (B, Hkv, S, Dh), all contiguous -> as q."""
     out = torch.empty_like(q)
     values = v.flatten(0, 1)
     for rows, seen in _blocks(q.shape[2], k.shape[2], window):
@@ -98,7 +100,8 @@ def _attend(
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int | None, documents: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v. Those of keys and values are summed over blocks in float32."""
+    """Return the gradients of q, k and v. Those of k and v are accumulated over blocks in
+    float32."""
     softmax_backward = torch.ops.aten._softmax_backward_data
     grad, dq = grad.contiguous(), torch.empty_like(q)
     keys, values = k.flatten(0, 1), v.flatten(0, 1)

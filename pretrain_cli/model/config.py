@@ -1,4 +1,4 @@
-"""ModelConfig: the numbers that make one architecture, in config.json's own words."""
+"""ModelConfig: the numbers that define an architecture, named as in config.json."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ Activation = Literal["gelu_pytorch_tanh", "silu"]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """One architecture. No field has a default, so no size can inherit another's number."""
+    """One architecture. No field has a default, so that no size can inherit another's number."""
 
     model_type: ModelType
     vocab_size: int
@@ -22,37 +22,37 @@ class ModelConfig:
     intermediate_size: int
     """Width of the dense MLP."""
     layer_types: tuple[str, ...]
-    """One word a layer, `full_attention` or `sliding_attention`; its length is the depth."""
+    """`full_attention` or `sliding_attention` for each layer; its length is the depth."""
     sliding_window: int | None
-    """Keys a sliding layer sees, the query's own included."""
+    """Keys that a sliding layer sees, the query's own included."""
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
     query_pre_attn_scalar: float
-    """Attention scores are multiplied by this to the power of -1/2."""
+    """Attention scores are multiplied by this to the power of −1/2."""
     max_position_embeddings: int
     rope_theta: float
     """RoPE base of the full layers."""
     rope_local_base_freq: float | None
     """RoPE base of the sliding layers."""
     rope_scaling_factor: float
-    """Positions of the full layers are divided by this; 1.0 leaves them alone."""
+    """Divisor of the positions in full layers; 1.0 has no effect."""
     rms_norm_eps: float
     norm_is_zero_centered: bool
-    """Norm weights are stored minus one (Gemma 3)."""
+    """Whether norm weights are stored minus one (Gemma 3)."""
     has_post_norms: bool
-    """A norm behind each sublayer too, before it is added to the residual stream (Gemma 3)."""
+    """Whether a norm follows each sublayer, before the residual addition (Gemma 3)."""
     hidden_activation: Activation
     embedding_is_scaled: bool
-    """Embeddings are multiplied by the square root of hidden_size (Gemma 3)."""
+    """Whether embeddings are multiplied by the square root of hidden_size (Gemma 3)."""
     tie_word_embeddings: bool
-    """The output head is the embedding matrix."""
+    """Whether the output head is the embedding matrix."""
     initializer_range: float
     pad_token_id: int | None
-    """A token whose embedding row starts at zero and gets no gradient from being looked up, as in
-    transformers; None where no row is special."""
+    """Token whose embedding row starts at zero and gets no gradient from lookups, as in
+    transformers; None for no such token."""
     num_experts: int
-    """0 in a dense model, which leaves the six fields below without meaning."""
+    """Number of experts; 0 in a dense model, where the six fields below have no meaning."""
     num_experts_per_tok: int
     moe_intermediate_size: int
     norm_topk_prob: bool
@@ -69,11 +69,12 @@ class ModelConfig:
         return self.query_pre_attn_scalar**-0.5
 
     def window(self, layer_type: str) -> int | None:
-        """Keys that a layer of this type sees, itself included; None for all before it."""
+        """Return the keys that a layer of this type sees, itself included; None for all earlier
+        ones."""
         return self.sliding_window if layer_type == SLIDING else None
 
     def rope_base(self, layer_type: str) -> tuple[float, float]:
-        """RoPE's base and the factor that positions are divided by, for a layer of this type."""
+        """Return RoPE's base and the divisor of positions for a layer of this type."""
         if layer_type == SLIDING and self.rope_local_base_freq is not None:
             return self.rope_local_base_freq, 1.0
         return self.rope_theta, self.rope_scaling_factor
@@ -149,8 +150,8 @@ class ModelConfig:
                 )
 
     def _check_family(self) -> None:
-        """Check that whatever a family's config.json can't say is as the family has it. Otherwise
-        transformers would open the checkpoint as another model."""
+        """Check the fields that the family's config.json cannot express. Otherwise transformers
+        would open the checkpoint as a different model."""
         is_gemma = self.model_type == "gemma3_text"
         for name in ("norm_is_zero_centered", "has_post_norms", "embedding_is_scaled"):
             if getattr(self, name) != is_gemma:
@@ -178,10 +179,10 @@ FLOATS = frozenset(name for name, field in FIELDS.items() if "float" in str(fiel
 
 
 def variant(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
-    """This config with some numbers changed, by name and checked.
+    """Return the config with some fields changed by name, after checks.
 
-    `num_hidden_layers` is understood too: the config's own layer pattern is repeated to that depth.
-    Qwen 3's attention scale follows its head_dim.
+    `num_hidden_layers` is accepted too: it repeats the config's layer pattern to that depth. Qwen
+    3's attention scale follows its head_dim.
     """
     changes = dict(changes)
     known = [*FIELDS, "num_hidden_layers"]
@@ -203,7 +204,7 @@ def variant(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
 
 
 def checked(name: str, value: Any) -> Any:
-    """The value as the field's type, or a ConfigError that says what the field takes."""
+    """Return the value in the field's type. Raises ConfigError that says what the field takes."""
     from pydantic import TypeAdapter, ValidationError
 
     wanted: Any = int if name == "num_hidden_layers" else FIELDS[name].type
@@ -222,7 +223,8 @@ def _said(wanted: Any) -> str:
 
 
 def _repeated(pattern: tuple[str, ...], depth: int) -> tuple[str, ...]:
-    """The pattern's smallest period, repeated to this depth: Gemma's 5 sliding and 1 full."""
+    """Repeat the pattern's smallest period to this depth; Gemma's is 5 sliding layers and 1
+    full."""
     if depth < 1:
         raise ConfigError(f"model.num_hidden_layers: {depth} is not above zero")
     period = next(

@@ -1,15 +1,15 @@
-"""Parameters, FLOPs and memory of a model, from its ModelConfig alone: nothing is allocated.
+"""Parameters, FLOPs and memory of a model, computed from its ModelConfig without allocating it.
 
-FLOPs are matrix multiplications only, a multiply-add counting as two. Per trained token:
+Only matrix multiplications count as FLOPs; a multiply-add is two. For each trained token:
 
-    exact         6 N + 12 · H · Dh · (keys a token sees, summed over the layers)
-    conventional  6 N + 12 · H · Dh · T · L      every token is taken to see all T (PaLM, nanoGPT)
+    exact         6 N + 12 · H · Dh · (visible keys, summed over the layers)
+    conventional  6 N + 12 · H · Dh · T · L      as if every token saw all T (PaLM, nanoGPT)
 
-N counts the matrices that a token meets: not the experts it isn't sent to, not the embedding that
-it is looked up in; the head is counted, tied or not.
+N counts the matrices used for a token. It leaves out unchosen experts and the embedding lookup, and
+includes the head, tied or not.
 
-The keys a token sees, on average over T, are (T + 1) / 2 in a causal layer and fewer in a sliding
-one.
+In a sequence of length T, a token sees (T + 1) / 2 keys on average in a full layer, and fewer in a
+sliding one.
 """
 
 from dataclasses import dataclass
@@ -17,22 +17,22 @@ from dataclasses import dataclass
 from pretrain_cli.model.config import ModelConfig
 
 CHUNK_ELEMENTS = {"cpu": 2**27, "cuda": 2**30}
-"""Logits that the chunked loss holds at a time. Fewer cost more passes over the V × D gradient,
-more cost memory."""
+"""Maximum number of logits that the chunked loss holds at a time. Fewer mean more passes over the V
+× D gradient; more take more memory."""
 SOFTMAX_ELEMENTS = 2**21
-"""Logits whose softmax is taken at a time on a CPU: 8 MB in float32."""
+"""Maximum number of logits in one softmax call on a CPU: 8 MB in float32."""
 
 
 def folds(length: int, window: int) -> tuple[int, int]:
-    """(queries of a block, blocks) behind the first `window` queries, where a sliding window is
-    folded for PyTorch's fused attention: half a window each."""
+    """Return (queries of a block, blocks) after the first `window` queries of a sliding window in
+    PyTorch's fused attention. A block has half a window of queries."""
     block = -(-window // 2)
     return block, -(-(length - window) // block)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCount:
-    """Parameters by part; `head` is zero where it is the embedding matrix."""
+    """Parameters by part; `head` is zero if it is the embedding matrix."""
 
     embeddings: int
     attention: int
@@ -52,7 +52,7 @@ class ParameterCount:
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
-    """Parameters of this model, by part."""
+    """Return the parameters of a model, by part."""
     D, Dh = config.hidden_size, config.head_dim
     H, Hkv = config.num_attention_heads, config.num_key_value_heads
     L = config.num_hidden_layers
@@ -79,14 +79,14 @@ class Flops:
 
 
 def keys_seen(seq_len: int, window: int | None) -> float:
-    """Keys that a token of a causal sequence sees, itself included, on average."""
+    """Return the average number of keys that a token of a causal sequence sees, itself included."""
     if window is None or window >= seq_len:
         return (seq_len + 1) / 2
     return (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
 
 
 def training_flops(config: ModelConfig, seq_len: int) -> Flops:
-    """FLOPs to train on one token in sequences of this length."""
+    """Return the FLOPs to train on one token in sequences of this length."""
     count = count_parameters(config)
     head = config.vocab_size * config.hidden_size
     matrices = count.attention + count.mlp - count.inactive + head
@@ -99,18 +99,19 @@ def training_flops(config: ModelConfig, seq_len: int) -> Flops:
 
 
 def suggested_tokens(config: ModelConfig) -> int:
-    """To train on: 20 a parameter that a token meets (Hoffmann et al. 2022)."""
+    """Return a number of training tokens: 20 for each active parameter (Hoffmann et al. 2022)."""
     return 20 * count_parameters(config).active
 
 
 def state_bytes(config: ModelConfig) -> int:
-    """Bytes held for the whole of training: float32 weights, gradients and AdamW's two moments."""
+    """Return the bytes held throughout training: float32 weights, gradients and AdamW's two
+    moments."""
     return 16 * count_parameters(config).total
 
 
 def checkpoint_bytes(config: ModelConfig) -> int:
-    """Bytes of a checkpoint's weights and AdamW's two moments, and of the copy in the host's memory
-    that it is written from."""
+    """Return the bytes of a checkpoint's weights and AdamW's two moments; its copy in host memory
+    takes as many."""
     return 12 * count_parameters(config).total
 
 

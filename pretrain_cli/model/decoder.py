@@ -1,11 +1,11 @@
-"""The decoder that both families share; what differs between them is a field of ModelConfig.
+"""The decoder of both families; their differences are fields of ModelConfig.
 
 Shapes, here and everywhere: B batch, T queries, S keys, D hidden_size, H heads, Hkv key/value
 heads, Dh head_dim, F intermediate_size, V vocab_size.
 
     tokens (B, T) ── embedding ── Block × L ── norm ── head ── logits (B, T, V), or the loss
 
-Sublayers compute in `dtype` and the parameters stay as they are stored (float32 when training).
+Sublayers compute in `dtype`; parameters keep their stored type (float32 when training).
 """
 
 import hashlib
@@ -33,8 +33,8 @@ from pretrain_cli.spans import span
 class Block(nn.Module):
     """x + post_norm(sublayer(pre_norm(x))), for attention and then for the MLP.
 
-    (B, T, D) -> (B, T, D), and of experts their use by the tokens `counted` (see moe.py). Without
-    post-norms (Qwen 3) that step is the identity.
+    (B, T, D) -> (B, T, D), and the expert use of the tokens in `counted` (see moe.py). Without
+    post-norms (Qwen 3) post_norm is the identity.
     """
 
     def __init__(self, config: ModelConfig, layer: int, attention: str, merged: Merged) -> None:
@@ -68,28 +68,29 @@ class Block(nn.Module):
 
 
 class LossWeights(NamedTuple):
-    """Weights of the auxiliary losses; 0 leaves one out."""
+    """Weights of the auxiliary losses; 0 disables one."""
 
     z_loss: float
     balancing: float
 
 
 class LossParts(NamedTuple):
-    """Loss to minimize, with gradients, and its parts without them."""
+    """The loss to minimize, which has gradients, and its parts, which have none."""
 
     minimized: Tensor
     cross_entropy: Tensor
     z_loss: Tensor
     balancing: Tensor
     choices: Tensor | None
-    """Number of times each expert of each sparse layer was chosen. (layers, E)"""
+    """Number of times each expert of each sparse layer was chosen, (layers, E); None in a dense
+    model."""
 
 
 class Decoder(nn.Module):
     """A Gemma 3 or Qwen 3 language model.
 
-    `attention` names a backend; `dtype` is what activations and matrix products are in. Neither
-    they nor the three switches change what is computed, only its rounding, time and memory.
+    `attention` names a backend; `dtype` is the type of activations and matrix products. Neither
+    these nor the three switches change what is computed, apart from rounding, time and memory.
     """
 
     def __init__(
@@ -135,15 +136,15 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         last_only: bool = False,
     ) -> Tensor | LossParts:
-        """tokens (B, T) -> the loss of `targets` (B, T), a scalar; without targets the logits,
-        (B, T, V) in the compute type, or (B, 1, V) with `last_only`.
+        """Return the loss of `targets` (B, T), a scalar, for tokens (B, T); without targets the
+        logits, (B, T, V) in the compute type, or (B, 1, V) with `last_only`.
 
-        `documents` (B, T), numbers, keep attention inside each document. Positions go on counting
-        from one to the next: in both families they act by their differences alone (RoPE), so a
-        document's logits are those that it has by itself, to rounding.
+        `documents` (B, T) are numbers that keep attention inside each document. Positions do not
+        restart at a document: in both families only their differences matter (RoPE), so the logits
+        of a document equal those it has alone, up to rounding.
 
-        With a cache, tokens continue what it holds. `normalizer`: see `cross_entropy`. With
-        `coefficients`, all that training minimizes, as Terms.
+        With a cache, tokens continue the cached sequence. `normalizer`: see `cross_entropy`. With
+        `coefficients`, returns LossParts, whose loss includes the auxiliary losses.
         """
         if targets is not None and coefficients is not None:
             return self._terms(tokens, targets, documents, normalizer, coefficients)
@@ -164,7 +165,8 @@ class Decoder(nn.Module):
         normalizer: float | None,
         coefficients: LossWeights,
     ) -> LossParts:
-        """The balancing loss is that of the tokens given here, by their share of `normalizer`."""
+        """Return LossParts. The balancing loss is that of these tokens, weighted by their share of
+        `normalizer`."""
         counted = targets != IGNORE_INDEX
         waiting = self._place_for_the_gradient(tokens)
         hidden, uses = self._hidden_and_use(tokens, None, documents, counted, waiting)
@@ -203,16 +205,16 @@ class Decoder(nn.Module):
             )
 
     def _place_for_the_gradient(self, tokens: Tensor) -> list[Tensor] | None:
-        """Return the place where the head's gradient waits for the embedding's, if they are tied;
-        see `lookup`. On a GPU, whose memory is far faster, autograd's own way costs little and has
-        a deterministic kernel."""
+        """Return a list through which the head's gradient reaches the embedding, if they are tied;
+        see `lookup`. None on a GPU: with its faster memory, autograd's own accumulation costs
+        little and has a deterministic kernel."""
         tied = self.config.tie_word_embeddings and self.chunked_loss
         return [] if tied and tokens.device.type == "cpu" and torch.is_grad_enabled() else None
 
     def hidden(
         self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
     ) -> Tensor:
-        """Normed hidden states of the last layer. (B, T) -> (B, T, D)."""
+        """Return the normalized hidden states of the last layer. (B, T) -> (B, T, D)."""
         return self._hidden_and_use(tokens, cache, documents)[0]
 
     def _hidden_and_use(
@@ -223,7 +225,8 @@ class Decoder(nn.Module):
         counted: Tensor | None = None,
         waiting: list[Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """With `counted` (B, T), also the use of each sparse layer's experts by those tokens."""
+        """Return hidden states and, with `counted` (B, T), the expert use of these tokens in each
+        sparse layer."""
         assert cache is None or documents is None, "a cache remembers no documents"
         T, device = tokens.shape[1], tokens.device
         past = cache.length if cache else 0
@@ -255,11 +258,13 @@ class Decoder(nn.Module):
         return self.norm(x), uses
 
     def compile_parts(self, *, recompute_cheap: bool) -> None:
-        """Compile each block in place, and the loss's softmax. All blocks of a kind share one
-        compiled graph, so that costs the compile time of one or two blocks and not of the depth;
-        what is left is a few large products. With `recompute_cheap` the backward pass makes norms,
-        rotations and the like again, fused into what needs them. That is a setting of the whole
-        process."""
+        """Compile each block in place, and the softmax of the loss.
+
+        Blocks of a kind share one compiled graph, so compile time is that of one or two blocks at
+        any depth; only a few large products stay uncompiled. With `recompute_cheap` the backward
+        pass recomputes norms, rotations and other cheap operations, fused into their consumers.
+        This is a setting of the whole process.
+        """
         for name in ("materialized_backward", "used_far_apart", "long_fusible_chains"):
             setattr(autograd_config, f"ban_recompute_{name}", not recompute_cheap)
         for block in self.blocks:
@@ -267,7 +272,8 @@ class Decoder(nn.Module):
         self.softmax = torch.compile(softmax_)
 
     def embed(self, tokens: Tensor, waiting: list[Tensor] | None = None) -> Tensor:
-        """(B, T) -> (B, T, D). The scale is rounded to the type of the weights, as published."""
+        """Embed tokens. (B, T) -> (B, T, D). The scale is rounded to the type of the weights, as
+        published."""
         x = self.embedding(tokens) if waiting is None else lookup(tokens, self.embedding, waiting)
         if self.config.embedding_is_scaled:
             x = x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype).item()
@@ -275,21 +281,21 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Draw every weight anew: the same for merged and separate projections, on any device and
-        number of ranks."""
+        """Draw all weights from a seed; the result is the same for merged and separate projections,
+        on any device and number of ranks."""
         parameters = dict(self.named_parameters())
         for piece in parameter_map(self.config, merged=self.merged):
             piece.of(parameters[piece.parameter]).copy_(draw(self.config, piece, seed))
 
 
 def draw(config: ModelConfig, piece: PublishedTensor, seed: int) -> Tensor:
-    """A published tensor as training begins with it.
+    """Draw the initial value of a published tensor.
 
     | matrices, embedding, router, experts | normal, standard deviation initializer_range |
-    | norms                                | one: stored as 0 where zero-centred          |
+    | norms                                | one: stored as 0 where zero-centered          |
     | the padding token's embedding        | zero                                         |
 
-    Each has its own generator, seeded by its name.
+    Each tensor has its own generator, seeded by the tensor's name.
     """
     if piece.is_norm:
         return torch.full(piece.shape, 0.0 if config.norm_is_zero_centered else 1.0)

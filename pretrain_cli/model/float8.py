@@ -1,17 +1,17 @@
-"""The products of the layers' matrices in float8, to train on a GPU that multiplies in it.
+"""Float8 matrix products of the layers, for training on GPUs that support them.
 
-    y  = q(x) q(W)^T       q rounds to e4m3, r to e5m2: a tensor as a whole, by one scale, with
-    dx = r(dy) q(W)        which its largest value becomes the type's own. The scale is that of
-    dW = r(dy)^T q(x)      the moment ("dynamic, tensorwise").
+    y  = q(x) q(W)^T       q rounds to e4m3, r to e5m2. Each tensor has one scale, which maps
+    dx = r(dy) q(W)        its largest value to the largest of the type, computed at each
+    dW = r(dy)^T q(x)      use ("dynamic, tensorwise")
 
-What stands between products is bfloat16, and so are all other products: the head's, those of router
-and experts, and those inside attention. Weights, gradients and optimizer are float32 as ever.
+Everything between these products is bfloat16, as are all other products: those of the head, of
+router and experts, and inside attention. Weights, gradients and optimizer stay float32.
 
-Without gradients, as validation and samples are computed, all products are bfloat16: the loss of a
-checkpoint is that of its weights, and the same wherever it is evaluated.
+Without gradients, in validation and sampling, all products are bfloat16. The loss of a checkpoint
+therefore depends only on its weights.
 
-torchao would put modules of its own in the place of a model's. Here one of those, of no size, is
-called with our weights: names, checkpoints, first weights and ranks know nothing of it.
+torchao would replace the modules of a model. Here one torchao module without weights is called with
+our weights, so names, checkpoints, initialization and sharding do not change.
 """
 
 import importlib
@@ -32,7 +32,7 @@ MULTIPLE = 16
 
 
 def no_float8(config: ModelConfig) -> str | None:
-    """Why this model's products can't be in float8; None where they can."""
+    """Return the reason that this model cannot use float8; None if it can."""
     sides = {
         "hidden_size": config.hidden_size,
         "num_attention_heads × head_dim": config.num_attention_heads * config.head_dim,
@@ -47,7 +47,8 @@ def no_float8(config: ModelConfig) -> str | None:
 
 
 def float8_product(*, emulated: bool = False) -> Product:
-    """torchao's. Emulated, on any device, the rounded values are multiplied in float32."""
+    """Return torchao's product. `emulate` multiplies the rounded values in float32, on any
+    device."""
     quiet_torchao()
     torchao: Any = importlib.import_module("torchao.float8")
     whole, padded = (
@@ -69,14 +70,14 @@ def float8_product(*, emulated: bool = False) -> Product:
 
 
 def quiet_torchao() -> None:
-    """Before it is imported, by us or by transformers where it is installed: it warns of
-    kernels that it can't load on this machine, and torch of how it registers its types."""
+    """Silence warnings while torchao is imported, by us or by transformers: torchao warns of
+    kernels that cannot load on this machine, and torch of the way torchao registers types."""
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def multiply_by(model: Decoder, product: Product) -> None:
-    """Have it make the products that float8 is for."""
+    """Have the layers' matrices use this product."""
     blocks: Any = model.blocks
     for block in blocks:
         parts = [block.attention.qkv, block.attention.output]

@@ -33,7 +33,7 @@ def gemma3(
     max_position_embeddings: int,
     rope_scaling_factor: float,
 ) -> ModelConfig:
-    """A Gemma 3 of these sizes; everything that no size changes is stated here, once."""
+    """Return the Gemma 3 config of these sizes. Fields equal in all sizes are set here."""
     return ModelConfig(
         model_type="gemma3_text",
         vocab_size=vocab_size,

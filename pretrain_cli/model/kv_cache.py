@@ -1,16 +1,15 @@
 """Key/value cache of every layer, for several texts of different lengths.
 
-A sliding layer is a ring of `window` places, in which position p has place p mod window: a token is
-written over the one that has just left its window. A full layer remembers all, in a buffer that
-grows by an eighth, so that it's never much larger than the text and what is copied to grow it stays
-a small multiple of it.
+A sliding layer is a ring buffer of `window` slots: position p uses slot p mod window, so a token
+overwrites the one that has just left its window. A full layer keeps all positions in a buffer that
+grows by an eighth, which bounds both unused memory and copying.
 
-    window 4, six tokens:    place  0  1  2  3
-                          position  4  5  2  3
+    window 4, six tokens:    slot      0  1  2  3
+                             position  4  5  2  3
 
-A prompt is written piece by piece (`extend`, by the decoder's own attention), then a token of every
-text at a time (model/inference/decode.py). The reader decides how values lie in memory. Memory: see
-`cache_bytes` in counting.py.
+A prompt is written in chunks (`extend`, through the decoder's own attention), then one token of
+every text at a time (model/inference/decode.py). The reader chooses the memory layout of values.
+Memory: see `cache_bytes` in counting.py.
 """
 
 import torch
@@ -19,14 +18,14 @@ from torch import Tensor
 from pretrain_cli.model.config import ModelConfig
 
 BLOCK = 256
-"""Positions by which a full layer's buffer grows at least."""
+"""Smallest number of positions by which a full layer's buffer grows."""
 
 
 class LayerCache:
-    """One layer's keys and values, (B, Hkv, places, Dh) each.
+    """Keys and values of one layer, (B, Hkv, places, Dh) each.
 
-    Places that nothing was written to hold zeros: they are not seen, but 0 · NaN would be. With
-    `along_places`, each of a value's numbers has those of the next places beside it in memory.
+    Unused places hold zeros: they are masked, but 0 · NaN would still be NaN. With `along_places`,
+    values are stored transposed: consecutive places are adjacent in memory.
     """
 
     def __init__(self, keys: Tensor, window: int | None, *, along_places: bool = False) -> None:
@@ -42,7 +41,7 @@ class LayerCache:
         return self.keys.shape[2]
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add T positions to every text; give those before that are still seen, and these.
+        """Append T positions to every text; return the earlier positions still visible, and these.
         (B, T, Hkv, Dh) -> (B, S, Hkv, Dh)."""
         past, new = self.length, k.shape[1]
         self.length += new
@@ -65,7 +64,7 @@ class LayerCache:
         return seen_k.transpose(1, 2), seen_v.transpose(1, 2)
 
     def grow(self, places: int) -> None:
-        """Have so many places, what is remembered kept."""
+        """Enlarge the buffer to this many places, keeping its contents."""
         old = self.keys, self.values
         self.keys = self.keys.new_zeros((*self.keys.shape[:2], places, self.keys.shape[3]))
         self.values = self._empty_values(self.keys)
@@ -79,11 +78,10 @@ class LayerCache:
 
 
 class KVCache:
-    """Every layer's cache, for `batch` texts of at most `capacity` tokens.
+    """Caches of all layers, for `batch` texts of at most `capacity` tokens.
 
-    `ends`, where texts differ in length, is where each one's prompt ends: positions behind it are
-    padding. With `whole`, full layers have all their places from the beginning. `along_places`: as
-    of a layer.
+    `ends` is where each text's prompt ends, if lengths differ: later positions are padding. `whole`
+    allocates full layers completely at the start. `along_places`: see LayerCache.
     """
 
     def __init__(
@@ -114,7 +112,7 @@ class KVCache:
             self.layers.append(layer)
 
     def reserve(self, length: int) -> None:
-        """Have places for texts of so many tokens."""
+        """Make room for texts of this many tokens."""
         for layer in self.layers:
             if layer.window is None and layer.places < length:
                 grown = layer.places + max(BLOCK, layer.places // 8)
@@ -122,7 +120,7 @@ class KVCache:
                 layer.grow(min(wanted, self.capacity))
 
     def take(self, row: int, other: "KVCache", other_row: int, length: int) -> None:
-        """Begin text `row` with the `length` tokens of another cache's."""
+        """Fill row `row` with the `length` tokens of another cache."""
         self.reserve(length)
         for layer, source in zip(self.layers, other.layers, strict=True):
             kept = min(length, source.places, layer.places)
@@ -138,8 +136,9 @@ def seen_places(positions: Tensor, places: int) -> Tensor:
     """Return the cache places that each text's current token sees, itself included. (B,) -> (B,
     places).
 
-    Place s holds the last position up to p that has this place, p − (p − s) mod places; one below 0
-    was never written. The same for a ring and for a buffer with a place for every position.
+    Place s holds the last position up to p that maps to it, p − (p − s) mod places; if that is
+    negative, the place was never written. This holds for a ring and for a buffer with one place per
+    position.
     """
     place = torch.arange(places, device=positions.device)
     behind = (positions.unsqueeze(-1) - place) % places

@@ -1,8 +1,8 @@
-"""The parts that both families share: linear maps, the norm, the gated MLP.
+"""Layers of both families: linear maps, the norm, the gated MLP.
 
-Every parameter is stored in one type (float32 when training) and used in the type of the
-activations: a layer casts its weight to what comes in. So bfloat16 compute needs no autocast, and a
-model loaded in bfloat16 runs as it is.
+Parameters are stored in one type (float32 when training), and each layer casts its weight to the
+type of its input. bfloat16 compute therefore needs no autocast, and a model loaded in bfloat16 runs
+without changes.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Product = Callable[[Tensor, Tensor], Tensor]
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """The library's own, of the weight cast to x's type."""
+    """Return PyTorch's linear product, with the weight cast to x's type."""
     return F.linear(x, weight.to(x.dtype))
 
 
@@ -36,10 +36,10 @@ class Linear(nn.Module):
 
 
 class Projections(nn.Module):
-    """Several linear maps of the same input, as one matrix product or apart.
+    """Several linear maps of the same input, merged into one matrix product or separate.
 
-    (..., in) -> one (..., rows) for each name. Merged, their rows lie below each other in `weight`,
-    in the order of the names; apart, each is a Linear of its name.
+    (..., in) -> one (..., rows) for each name. Merged, their rows are stacked in `weight` in the
+    order of the names; separate, each is a Linear of that name.
     """
 
     def __init__(self, in_features: int, rows: dict[str, int], *, merged: bool) -> None:
@@ -64,7 +64,8 @@ class RMSNorm(nn.Module):
 
     Gemma 3 stores the weight minus one and multiplies in float32; Qwen 3 multiplies after casting
     back. In bfloat16 the two differ. Written out rather than F.rms_norm, which on a CPU is slower
-    than this both eager and compiled, and rounds in another order than either family."""
+    than this both eager and compiled, and rounds in another order than either family.
+    """
 
     def __init__(self, size: int, config: ModelConfig) -> None:
         super().__init__()
@@ -81,7 +82,7 @@ class RMSNorm(nn.Module):
 
 
 def activate(name: str, gate: Tensor) -> Tensor:
-    """The MLP's activation, by config.json's name for it."""
+    """Apply the MLP's activation, named as in config.json."""
     return F.silu(gate) if name == "silu" else F.gelu(gate, approximate="tanh")
 
 
@@ -122,10 +123,10 @@ class _Lookup(torch.autograd.Function):
 
 
 def lookup(tokens: Tensor, embedding: nn.Embedding, waiting: list[Tensor]) -> Tensor:
-    """The embedding of tokens, where it is the head as well. (B, T) -> (B, T, D).
+    """Embed tokens with a matrix that is also the head. (B, T) -> (B, T, D).
 
-    In the backward pass, of which the lookup is the end, it adds its rows to the head's gradient,
-    which `cross_entropy` left in `waiting`. Autograd would make another gradient of the
-    vocabulary's size, mostly of zeros, and add the two.
+    Its backward pass, the last of a step, adds its rows to the head's gradient, which
+    `cross_entropy` left in `waiting`. Autograd would create a second gradient of the vocabulary's
+    size, mostly zeros, and add the two.
     """
     return _Lookup.apply(tokens, embedding.weight, embedding.padding_idx, waiting)

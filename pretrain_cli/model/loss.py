@@ -1,21 +1,21 @@
-"""Cross entropy over a large vocabulary, without the logits.
+"""Cross entropy over a large vocabulary, without storing all logits.
 
-The logits of 8 × 1024 tokens over 262,144 words are 8.6 GB in float32; their gradient is as large.
-Chunked, some of the tokens at a time are taken through head, softmax and back: their gradients
-are formed on the way, in the forward pass, so nothing is kept and nothing is computed twice.
+The logits of 8 × 1024 tokens over 262,144 words are 8.6 GB in float32, and their gradient is as
+large. The chunked loss takes some tokens at a time through head, softmax and back. Gradients are
+computed in the forward pass, so nothing is stored for later and nothing is computed twice.
 
     for each chunk of tokens:  logits = h Wᵀ        loss += Σ (log Σ exp logits − logits[target])
                                g = softmax − onehot    dh = g W      dW += gᵀ h
 
-g takes the logits' place, in their type. It is made by one function, `softmax_`, which
-torch.compile makes one kernel of. On a CPU it is given a few rows at a time: it keeps their
-exponentials in float32, which for a whole chunk would be twice the logits' memory, and of a few
-rows stay in the cache. dW is summed in float32, a slice of the vocabulary at a time, so that the
-product to be added is still there, too.
+g overwrites the logits, in their type. One function computes it, `softmax_`, which torch.compile
+turns into one kernel. On a CPU it gets a few rows at a time: it keeps their exponentials in
+float32, which for a whole chunk would be twice the memory of the logits, while those of a few rows
+stay in the cache. dW is accumulated in float32, a slice of the vocabulary at a time, so that the
+product to add is still in the cache too.
 
-Targets of −100 are not counted. With a z-loss, z · (log Σ exp logits)² of each token is minimized
-as well, which keeps the logits from drifting away together (Chowdhery et al. 2022, section 5): the
-softmax in g is then times 1 + 2 z · log Σ exp logits.
+Targets of −100 are ignored. With a z-loss, z · (log Σ exp logits)² of each token is added, which
+keeps the logits from drifting (Chowdhery et al. 2022, section 5). The softmax in g is then
+multiplied by 1 + 2 z · log Σ exp logits.
 """
 
 from collections.abc import Callable
@@ -29,15 +29,15 @@ from pretrain_cli.model.counting import CHUNK_ELEMENTS, SOFTMAX_ELEMENTS
 
 IGNORE_INDEX = -100
 SLICE_ELEMENTS = 2**21
-"""Elements of the V × D gradient that are added up at a time on a CPU: 4 MB in bfloat16."""
+"""Elements of the V × D gradient accumulated at a time on a CPU: 4 MB in bfloat16."""
 
 
 Softmax = Callable[[Tensor, Tensor, float], Tensor]
-"""`softmax_`, or that compiled."""
+"""`softmax_`, plain or compiled."""
 
 
 class Loss(NamedTuple):
-    """Scalars in float32. Gradients flow from the first alone, the sum of the others."""
+    """Float32 scalars. Only the first has gradients; it is the sum of the others."""
 
     minimized: Tensor
     cross_entropy: Tensor
@@ -54,12 +54,13 @@ def cross_entropy(
     softmax: Softmax | None = None,
     waiting: list[Tensor] | None = None,
 ) -> Tensor:
-    """Summed cross entropy over `normalizer`, in float32: the mean where that is the target count.
+    """Return the summed cross entropy divided by `normalizer`, in float32: the mean if that is the
+    target count.
 
-    hidden (B, T, D) in the compute type, weight (V, D), targets (B, T). A step that is made of
-    several micro-steps passes the whole step's count, so that its parts add up to its mean; None
-    means the targets given here. With `waiting`, the chunked loss leaves weight's gradient there in
-    its backward pass, for a `lookup` to take, and gives autograd none.
+    hidden (B, T, D) in the compute type, weight (V, D), targets (B, T). A micro-step passes the
+    target count of its whole step, so that the micro-steps add up to the step's mean; None counts
+    the targets given here. With `waiting`, the backward pass of the chunked loss leaves the
+    gradient of `weight` there for a `lookup`, and gives autograd none.
     """
     return with_z_loss(
         hidden,
@@ -84,7 +85,7 @@ def with_z_loss(
     softmax: Softmax | None = None,
     waiting: list[Tensor] | None = None,
 ) -> Loss:
-    """The same with the z-loss, `z_loss` its coefficient."""
+    """Return cross entropy and z-loss; `z_loss` is its coefficient."""
     hidden, targets = hidden.flatten(0, 1), targets.flatten()
     count: Tensor | float = normalizer or (targets != IGNORE_INDEX).sum().clamp(min=1)
     if chunked and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
@@ -112,8 +113,8 @@ def _chunk_rows(hidden: Tensor, weight: Tensor) -> int:
 
 
 def softmax_(logits: Tensor, share: Tensor, z_loss: float) -> Tensor:
-    """Make of logits, in their place, the share of each row's softmax that is their gradient but
-    for the target. (rows, V), (rows, 1) -> log Σ exp, (rows, 1) in float32."""
+    """Replace logits by each row's softmax times the row's gradient scale: the gradient, except for
+    the target. (rows, V), (rows, 1) -> log Σ exp, (rows, 1) in float32."""
     wide = logits.float()
     largest = wide.amax(-1, keepdim=True)
     wide = wide.sub_(largest).exp_()
@@ -124,7 +125,7 @@ def softmax_(logits: Tensor, share: Tensor, z_loss: float) -> Tensor:
 
 
 def _by_rows(softmax: Softmax, logits: Tensor, share: Tensor, z_loss: float) -> Tensor:
-    """`softmax` of logits, on a CPU a few rows at a time. -> log Σ exp, (rows, 1)."""
+    """Apply `softmax` to logits, on a CPU a few rows at a time. -> log Σ exp, (rows, 1)."""
     if logits.device.type != "cpu":
         return softmax(logits, share, z_loss)
     rows = _power_of_two(SOFTMAX_ELEMENTS // logits.shape[1])
@@ -133,13 +134,13 @@ def _by_rows(softmax: Softmax, logits: Tensor, share: Tensor, z_loss: float) -> 
 
 
 def _power_of_two(count: int) -> int:
-    """The last up to `count`, or 1: chunks are of even numbers of rows, and products of matrices
-    with such a number of rows fast."""
+    """Return the largest power of two up to `count`, at least 1. Matrix products with such a number
+    of rows are fast."""
     return 1 << max(0, count.bit_length() - 1)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Σ (cross entropy + z-loss) · scale, with both gradients formed in the forward pass."""
+    """Σ (cross entropy + z-loss) · scale, with both gradients computed in the forward pass."""
 
     @staticmethod
     def forward(
@@ -196,7 +197,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """total += a @ b, or with `first` total = a @ b; total may be of a wider type."""
+    """Compute total += a @ b, or with `first` total = a @ b. `total` may have a wider type."""
     on_cpu = total.device.type == "cpu"
     rows = _power_of_two(SLICE_ELEMENTS // total.shape[1]) if on_cpu else len(total)
     for part, of_a in zip(total.split(rows), a.split(rows), strict=True):

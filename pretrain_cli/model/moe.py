@@ -1,12 +1,12 @@
-"""A mixture of experts, as Qwen 3 has it: every token goes to its best K of E small gated MLPs.
+"""Mixture of experts, as in Qwen 3: each token goes to its best K of E small gated MLPs.
 
-The experts' matrices are stacked and multiplied group by group with `grouped_mm`: tokens are sorted
-by expert, so each expert meets one run of rows. No loop over experts, no host synchronization, no
-capacity limit, no token dropped.
+The experts' matrices are stacked and multiplied with `grouped_mm`: tokens are sorted by expert, so
+each expert gets one contiguous range of rows. There is no loop over experts, no host
+synchronization, no capacity limit and no dropped token.
 
-What keeps the experts evenly used is a loss of its own, as published (Fedus et al. 2021, equations
-4 to 6, over all sparse layers together): E · Σ_e f_e P_e, where f_e counts the choices of expert e
-per token and P_e is its mean probability. Even use gives K. Gradients flow through P alone.
+An auxiliary loss balances the experts, as published (Fedus et al. 2021, equations 4 to 6, over all
+sparse layers together): E · Σ_e f_e P_e, where f_e is the number of choices of expert e per token
+and P_e its mean probability. Even use gives K. Gradients flow through P only.
 """
 
 import torch
@@ -18,9 +18,9 @@ from pretrain_cli.model.layers import Linear, activate
 
 
 class MixtureOfExperts(nn.Module):
-    """The sum of the K chosen experts' outputs, weighted by the router. (B, T, D) -> (B, T, D).
+    """Sum of the K chosen experts' outputs, weighted by the router. (B, T, D) -> (B, T, D).
 
-    With `counted` (B, T), true where a token is, also the use of the experts by those tokens,
+    With `counted` (B, T), True for tokens that count, also returns the expert use by those tokens,
     (2, E): how often each was chosen, and the sum of its probabilities.
     """
 
@@ -53,7 +53,8 @@ class MixtureOfExperts(nn.Module):
         return out, None if counted is None else _use(probabilities, experts, counted.flatten())
 
     def choose(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
-        """Each token's K experts and their weights, from its probabilities of all E in float32."""
+        """Return each token's K experts and their weights, from its float32 probabilities of all
+        E."""
         weights, experts = probabilities.topk(self.chosen, dim=-1)
         if self.normalized:
             weights = weights / weights.sum(-1, keepdim=True)
@@ -61,7 +62,7 @@ class MixtureOfExperts(nn.Module):
 
 
 def _use(probabilities: Tensor, experts: Tensor, counted: Tensor) -> Tensor:
-    """(N, E), (N, K), (N,) -> (2, E)."""
+    """Return the expert use of tokens. (N, E), (N, K), (N,) -> (2, E)."""
     each = counted.float()
     chosen = torch.zeros_like(probabilities[0])
     chosen = chosen.scatter_add(0, experts.flatten(), each.repeat_interleave(experts.shape[1]))
@@ -69,7 +70,8 @@ def _use(probabilities: Tensor, experts: Tensor, counted: Tensor) -> Tensor:
 
 
 def balancing_loss(use: Tensor, counted: Tensor) -> Tensor:
-    """The use of the experts by each sparse layer, (layers, 2, E), and its tokens -> a scalar."""
+    """Return the balancing loss, a scalar, from the expert use of each sparse layer, (layers, 2,
+    E), and the number of tokens."""
     layers, _, experts = use.shape
     chosen, probability = use.sum(0) / (layers * counted.sum().clamp(min=1))
     return experts * (chosen.detach() * probability).sum()

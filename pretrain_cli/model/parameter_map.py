@@ -1,11 +1,11 @@
-"""Map of published tensors to our parameters: one table, from the ModelConfig alone.
+"""Map from published tensors to our parameters: one table, built from the ModelConfig alone.
 
-The published files hold q, k and v, gate and up, and every expert apart; in memory they may be rows
-of one matrix. A Piece names a published tensor and the part of our parameter that holds it. Weights
-on disk, initial weights, optimizer state on disk and anything that must see the logical matrices go
-through this table, so none of them depends on whether projections are merged.
+Published files hold q, k and v, gate and up, and every expert separately; in memory these may be
+rows of one matrix. A PublishedTensor names a published tensor and the part of our parameter that
+holds it. Weights on disk, initial weights, saved optimizer state and all code that needs the
+logical matrices use this table, so none of them depends on whether projections are merged.
 
-(A table rather than save and load hooks on the modules: hooks see state_dict() only, and the
+(A table instead of save and load hooks on the modules: hooks see only state_dict(), while the
 optimizer's moments, initialization and sharded parameters need the same split.)
 """
 
@@ -28,27 +28,27 @@ class Merged(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedTensor:
-    """One published tensor, and the part of a parameter of ours that is it."""
+    """A published tensor, and the part of our parameter that holds it."""
 
     name: str
-    """As published: model.layers.0.self_attn.q_proj.weight."""
+    """Published name: model.layers.0.self_attn.q_proj.weight."""
     shape: tuple[int, ...]
     parameter: str
-    """Ours: blocks.0.attention.qkv.weight."""
+    """Our name: blocks.0.attention.qkv.weight."""
     index: tuple[Any, ...] = ()
-    """Expert and rows within the parameter; empty for the whole of it."""
+    """Expert and rows within the parameter; empty for the whole parameter."""
 
     @property
     def is_norm(self) -> bool:
         return len(self.shape) == 1
 
     def of(self, tensor: Any) -> Any:
-        """The view of a tensor shaped like the parameter that is this piece."""
+        """Return the view of this published tensor in a tensor shaped like the parameter."""
         return tensor[self.index] if self.index else tensor
 
 
 def parameter_map(config: ModelConfig, *, merged: Merged) -> Iterator[PublishedTensor]:
-    """Every published tensor of this model, in the order of the published files' layers."""
+    """Return every published tensor of a model, in the layer order of the published files."""
     D, Dh = config.hidden_size, config.head_dim
     q, kv = config.num_attention_heads * Dh, config.num_key_value_heads * Dh
 
@@ -96,8 +96,8 @@ def parameter_map(config: ModelConfig, *, merged: Merged) -> Iterator[PublishedT
 
 
 def row_blocks(pieces: Iterable[PublishedTensor]) -> dict[str, list[slice]]:
-    """The rows of each parameter that are one published matrix; of each expert's, where it stacks
-    them."""
+    """Return the ranges of rows that are one published matrix each, by parameter; for stacked
+    experts, the ranges within one expert."""
     blocks: dict[str, list[slice]] = {}
     for piece in pieces:
         rows = next((part for part in piece.index if isinstance(part, slice)), slice(None))
@@ -108,9 +108,9 @@ def row_blocks(pieces: Iterable[PublishedTensor]) -> dict[str, list[slice]]:
 
 
 def block_norm_names(config: ModelConfig) -> dict[str, str]:
-    """Published name to ours, of a block's norms over the hidden size.
+    """Map a block's norms over the hidden size from published names to ours.
 
-    `post_attention_layernorm` is the norm of attention's output in Gemma 3 and the norm before the
+    `post_attention_layernorm` is the norm of attention's output in Gemma 3, and the norm before the
     MLP in Qwen 3.
     """
     if config.has_post_norms:
@@ -124,7 +124,7 @@ def block_norm_names(config: ModelConfig) -> dict[str, str]:
 
 
 def _experts(config: ModelConfig, there: str, here: str) -> Iterator[PublishedTensor]:
-    """The router, and each expert's three matrices out of the two stacked ones."""
+    """Return the router and each expert's three matrices, parts of the two stacked parameters."""
     D, F = config.hidden_size, config.moe_intermediate_size
     router = f"{here}.mlp.router.weight"
     yield PublishedTensor(

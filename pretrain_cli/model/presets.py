@@ -11,7 +11,8 @@ PRESETS = {**PUBLISHED, **SMALL}
 
 
 def full_name(name: str) -> str:
-    """The preset's own name: `gemma3` is `gemma3-270m`. Raises ConfigError where there is none."""
+    """Return the full name of a preset: `gemma3` is `gemma3-270m`. Raises ConfigError for an
+    unknown name."""
     name = ALIASES.get(name, name)
     if name not in PRESETS:
         known = [*ALIASES, *PRESETS]
@@ -23,5 +24,5 @@ def full_name(name: str) -> str:
 
 
 def preset(name: str) -> ModelConfig:
-    """The ModelConfig of this name."""
+    """Return the ModelConfig of this name."""
     return PRESETS[full_name(name)]

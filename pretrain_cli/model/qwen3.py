@@ -33,7 +33,7 @@ def qwen3(
     num_experts_per_tok: int,
     moe_intermediate_size: int,
 ) -> ModelConfig:
-    """A Qwen 3 of these sizes; everything that no size changes is stated here, once."""
+    """Return the Qwen 3 config of these sizes. Fields equal in all sizes are set here."""
     is_moe = num_experts > 0
     return ModelConfig(
         model_type="qwen3_moe" if is_moe else "qwen3",
@@ -77,7 +77,8 @@ def _published(
     tied: bool,
     experts: tuple[int, int, int] = (0, 0, 0),
 ) -> ModelConfig:
-    """A size as published: every one has head_dim 128, 151,936 rows and 40,960 positions."""
+    """Return a published size. All have head_dim 128, 151,936 vocabulary rows and 40,960
+    positions."""
     return qwen3(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,

@@ -6,7 +6,8 @@ A document is a file, a part of a file between separator lines, a line of `.json
 Parquet. Its text is kept as it is: newlines are not translated and nothing is stripped. A document
 longer than a few megabytes is read twice, because its last byte decides whether it is UTF-8, held
 out or a duplicate: a plain file by seeking back, any other from a temporary copy. Only a line of
-`.jsonl` or a row is held in memory completely, whatever its length."""
+`.jsonl` or a row is held in memory completely, whatever its length.
+"""
 
 import codecs
 import hashlib

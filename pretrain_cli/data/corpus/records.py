@@ -1,6 +1,7 @@
 """Texts of JSON lines and of a Parquet column, each with its number, from 1.
 
-Only one text is held in memory at a time."""
+Only one text is held in memory at a time.
+"""
 
 import json
 import shutil

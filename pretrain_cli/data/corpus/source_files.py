@@ -2,7 +2,8 @@
 
 A name is a file, a folder, a pattern (`'corpus/**/*.txt'`), a stream such as a FIFO, or `-` for
 standard input. Files are recorded by names that do not depend on the location of the corpus, so a
-corpus that was moved, or has grown, is recognized."""
+corpus that was moved, or has grown, is recognized.
+"""
 
 import glob
 import os
@@ -70,7 +71,8 @@ def find_corpus(
     """Return the files under these names. Folders are searched recursively, without hidden files.
 
     `include` and `exclude` are patterns for file names or, if they contain a slash, for paths
-    inside the folder. They filter what folders and patterns yield."""
+    inside the folder. They filter what folders and patterns yield.
+    """
     corpus = Corpus([])
     for name in names:
         if name == STANDARD_INPUT:

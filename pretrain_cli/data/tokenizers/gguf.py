@@ -13,7 +13,8 @@ so these tokens are written as normal ones. (llama.cpp's own converter does othe
 
 Some behaviour is fixed in llama.cpp: it reads a typed ▁ as a space, and it makes control tokens of
 tokens that look like an end mark or a fill-in-the-middle mark. A typed </s> in Gemma's HTML and
-Qwen's <|fim_prefix|> are therefore several tokens."""
+Qwen's <|fim_prefix|> are therefore several tokens.
+"""
 
 import json
 import re

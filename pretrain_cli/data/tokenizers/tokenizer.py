@@ -85,7 +85,8 @@ class Tokenizer:
         """Return the first ids of a document that begins with this text.
 
         Without a BOS token, documents begin after the end mark of the previous one, so an empty
-        prompt is that mark."""
+        prompt is that mark.
+        """
         ids = list(self.backend.encode(text, add_special_tokens=False).ids)
         if self.bos is not None:
             return [self.bos, *ids]
@@ -101,7 +102,8 @@ class Tokenizer:
 
         transformers would otherwise choose a class by model type and rebuild the tokenizer by the
         rules of that class. PreTrainedTokenizerFast is the one class of versions 4 and 5 that does
-        not."""
+        not.
+        """
         (folder / "tokenizer.json").write_text(self.json, encoding="utf-8")
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",

@@ -12,7 +12,8 @@ spaces), the ids themselves are used: a border between two ids, far from both en
 stays a border when the text starts there.
 
 Some tokenizers (llama2) put a space before every text. They receive the continuation of a document
-after a newline, whose ids are then removed."""
+after a newline, whose ids are then removed.
+"""
 
 import re
 from collections.abc import Iterator

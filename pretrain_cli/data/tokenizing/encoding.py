@@ -6,7 +6,8 @@ cores. Processes are forked where the system allows (a tokenizer of 262,144 word
 second to load; a fork shares it). They end with their parent, however it ends.
 
 Each process encodes in a thread of its own: glibc gives that thread a separate heap, where the
-tokenizer's many small allocations are faster than in the heap fragmented by loading it."""
+tokenizer's many small allocations are faster than in the heap fragmented by loading it.
+"""
 
 import array
 import gc

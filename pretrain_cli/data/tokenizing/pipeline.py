@@ -5,7 +5,8 @@
                                                └ a BlockRecord a block, in order┘
 
 Reading runs ahead of writing by the blocks in the encoder. Each block's BlockRecord holds the
-corpus position after it. Together with the extent of the shards, that is a point to resume from."""
+corpus position after it. Together with the extent of the shards, that is a point to resume from.
+"""
 
 import shutil
 import time

@@ -4,7 +4,8 @@ One process reads text and writes tokens in one order, so the dataset is the sam
 workers. The position in that order is saved every few seconds; a killed run resumes from there.
 
 A hash of each document's text decides whether it belongs to the validation split, so the choice is
-stable when the corpus grows. A corpus with too few documents for that uses its last tokens."""
+stable when the corpus grows. A corpus with too few documents for that uses its last tokens.
+"""
 
 import sqlite3
 import sysconfig

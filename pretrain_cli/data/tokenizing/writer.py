@@ -2,7 +2,8 @@
 when complete.
 
 Every few seconds the files are flushed and their extent is saved in `progress.json`. The next
-writer truncates the files to that extent and continues, however the previous one ended."""
+writer truncates the files to that extent and continues, however the previous one ended.
+"""
 
 import fcntl
 import json

@@ -30,7 +30,8 @@ def model_card(
     """Return README.md. Names, paths and settings are escaped, so that they stay text.
 
     `run`: model, data, step and settings of the run; None for a model of no run. `evaluations`:
-    evaluation rows of metrics.jsonl."""
+    evaluation rows of metrics.jsonl.
+    """
     family = "Gemma 3" if config.model_type == "gemma3_text" else "Qwen 3"
     count = count_parameters(config)
     active = f", {count.active:,} active a token" if config.num_experts else ""

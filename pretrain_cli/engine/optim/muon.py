@@ -92,7 +92,8 @@ class MuonWithAdamW(Optimizer):
     and the state.
 
     `_step_supports_amp_scaling` is PyTorch's flag for an optimizer that honours `found_inf`. AdamW
-    does so only if it is fused."""
+    does so only if it is fused.
+    """
 
     def __init__(self, muon: Muon, adamw: AdamW) -> None:
         super().__init__([*muon.param_groups, *adamw.param_groups], adamw.defaults)

@@ -28,7 +28,8 @@ def learning_rate(
 def _height(progress: float, settings: OptimizerSettings) -> float:
     """Return the schedule's height, which falls from 1 to 0 as progress goes from 0 to 1.
 
-    A constant schedule stays at 1."""
+    A constant schedule stays at 1.
+    """
     decayed = max(0.0, 1.0 - (1.0 - progress) / settings.decay_fraction)
     match settings.schedule:
         case "cosine":

@@ -34,7 +34,8 @@ GPU_TOKENS_PER_STEP = 2**18
 def choose_seq_len(asked: int | str, config: ModelConfig, data: Mixture, on_cpu: bool) -> int:
     """Return the number of tokens in a sample.
 
-    Raises ConfigError if it exceeds the model's positions or the training split of a dataset."""
+    Raises ConfigError if it exceeds the model's positions or the training split of a dataset.
+    """
     shortest = min(data.trained_on, key=lambda source: len(source.dataset.train.tokens))
     tokens = len(shortest.dataset.train.tokens)
     if asked == "auto":
@@ -58,7 +59,8 @@ def choose_samples_per_step(
 ) -> int:
     """Return the number of sequences in a step, over all ranks.
 
-    Raises ConfigError if tokens_per_step is not a multiple of seq_len × micro-batch × ranks."""
+    Raises ConfigError if tokens_per_step is not a multiple of seq_len × micro-batch × ranks.
+    """
     asked, micro = settings.train.tokens_per_step, settings.train.micro_batch_size
     unit = ranks.world_size * (1 if micro == "auto" else micro)
     if asked != "auto":
@@ -93,7 +95,8 @@ def choose_micro_batch_size(
 ) -> MicroBatch:
     """Return the micro-batch of a rank and the reason for it: the smallest choice of any rank.
 
-    Every rank must call it. Raises ConfigError if the sequences don't divide among the ranks."""
+    Every rank must call it. Raises ConfigError if the sequences don't divide among the ranks.
+    """
     share, rest = divmod(samples_per_step, ranks.world_size)
     if rest:
         raise ConfigError(

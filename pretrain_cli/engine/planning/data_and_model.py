@@ -1,6 +1,7 @@
 """Find a run's datasets and model before training, and fit the model's vocabulary to the data.
 
-Without any dataset, a small demo dataset is made."""
+Without any dataset, a small demo dataset is made.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -33,7 +34,8 @@ def find_data(settings: RunConfig, ranks: Ranks, emit: Emit, stop: StopRequest) 
     """Return the datasets of data.path, else the only one in data/, else a new demo dataset.
 
     The first rank makes the demo; every rank must call this. Raises ConfigError if data/ holds
-    several datasets, and Stopped if a rank was asked to stop while the demo was made."""
+    several datasets, and Stopped if a rank was asked to stop while the demo was made.
+    """
     asked, tokenizer = settings.data.path, settings.data.tokenizer
     if asked is None and tokenizer is not None:
         raise ConfigError(
@@ -101,7 +103,8 @@ def open_path(path: str, tokenizer: str | None, notify: Callable[[str], None]) -
 def find_architecture(settings: RunConfig, known: ModelConfig | None) -> tuple[str, ModelConfig]:
     """Return (name, architecture), from a resumed run, the --init-from folder or model.name.
 
-    `known` is the resumed run's architecture; None for a new run."""
+    `known` is the resumed run's architecture; None for a new run.
+    """
     folder = settings.model.init_from
     if known is not None:
         return settings.model.name, known
@@ -122,7 +125,8 @@ def fit_to_data(config: ModelConfig, settings: RunConfig, data: Mixture, emit: E
     or the weights are given.
 
     Raises ConfigError if the vocabulary is smaller than the data's largest token, and DataError if
-    the --init-from weights were trained with another tokenizer."""
+    the --init-from weights were trained with another tokenizer.
+    """
     if settings.model.init_from is not None:
         check_tokenizer(settings.model.init_from, data, lambda text: emit(Notice(text)))
     elif "vocab_size" not in settings.model.changes:

@@ -206,7 +206,8 @@ def masks_bytes(t: StepShape) -> int:
     """Return the bytes of attention masks. All layers of a kind share one, rebuilt for each
     micro-batch.
 
-    `blocks` has none. `flex` has one entry for a whole block, which is not counted."""
+    `blocks` has none. `flex` has one entry for a whole block, which is not counted.
+    """
     if t.attention not in ("eager", "sdpa"):
         return 0
     each = _sdpa_mask if t.attention == "sdpa" else _eager_mask
@@ -226,7 +227,8 @@ def _sdpa_mask(t: StepShape, window: int | None) -> int:
 def _eager_mask(t: StepShape, window: int | None) -> int:
     """Return the bytes of the shared mask with activation checkpointing.
 
-    Without it each layer keeps its own mask, which `_kept_by_attention` counts."""
+    Without it each layer keeps its own mask, which `_kept_by_attention` counts.
+    """
     rows = t.micro_batch_size if t.document_mask else 1
     return rows * t.seq_len**2 if t.activation_checkpointing else 0
 

@@ -59,7 +59,8 @@ def choose_micro_batch(
     """Choose among the divisors of `share`, a rank's sequences in a step; 1 if none fits.
 
     `bytes_of` gives the estimated memory of a size, `room` the available bytes, `rates` measured
-    tokens/s by size, and `had` the run's earlier size on this machine."""
+    tokens/s by size, and `had` the run's earlier size on this machine.
+    """
     sizes = [size for size in range(1, share + 1) if share % size == 0]
     if had in sizes:
         return MicroBatch(had, "as before")
@@ -112,7 +113,8 @@ def measured(
 ) -> Measured:
     """Return rates with their machine and workload, converted to JSON's types.
 
-    The padding token is left out, because it doesn't change the speed."""
+    The padding token is left out, because it doesn't change the speed.
+    """
     fields = dataclasses.asdict(dataclasses.replace(model, pad_token_id=None))
     return Measured(
         machine,

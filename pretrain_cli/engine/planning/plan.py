@@ -44,7 +44,8 @@ from pretrain_cli.model.decoder import LossWeights
 class Plan:
     """A run with every choice made: the fields hold the resolved values, `settings` the given ones.
 
-    `resolved` puts the resolved values into a RunConfig."""
+    `resolved` puts the resolved values into a RunConfig.
+    """
 
     settings: RunConfig
     name: str
@@ -87,7 +88,8 @@ def make_plan(
     """Resolve every setting of a run. Every rank must call it.
 
     A resumed run keeps its model and, on the same machine, its micro-batch. Raises ConfigError for
-    settings that can't work together, and Stopped if a rank was asked to stop meanwhile."""
+    settings that can't work together, and Stopped if a rank was asked to stop meanwhile.
+    """
     model = resumed.model if resumed else None
     check_trackers(settings.train.log)
     speed = resolve_speed(settings.speed, ranks.device)
@@ -186,7 +188,8 @@ def resolved(plan: Plan) -> RunConfig:
     """Return the settings for run.yaml, with the plan's values in place of `auto`, so that a
     resumed run keeps them.
 
-    The micro-batch stays as given, because it depends on the machine."""
+    The micro-batch stays as given, because it depends on the machine.
+    """
     tree: dict[str, Any] = plan.settings.model_dump()
     asked = [source.asked for source in plan.data.sources]
     tree["data"] |= {"path": asked, "seq_len": plan.seq_len}

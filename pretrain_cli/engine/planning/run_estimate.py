@@ -154,7 +154,8 @@ def ways(
 ) -> dict[str, Parallelism]:
     """Return the estimates by name: "ddp" and "fsdp" for several GPUs, else "alone".
 
-    If no micro-batch fits, the estimate is for 1 and its `fits` is False."""
+    If no micro-batch fits, the estimate is for 1 and its `fits` is False.
+    """
     found = {}
     for name in ("ddp", "fsdp") if machine.gpus > 1 else ("alone",):
 
@@ -191,7 +192,8 @@ def _assumed(config: ModelConfig, seq_len: int, machine: Machine, mfu: float) ->
 def find_machine(device: str | None, gpus: int, asked: SpeedConfig) -> Machine:
     """Return a GPU of the table, which need not be present, or else the present device `device`.
 
-    Raises ConfigError if neither exists, or if the device can't train in a requested float8."""
+    Raises ConfigError if neither exists, or if the device can't train in a requested float8.
+    """
     stated = called(device) if device else None
     if device is None or stated is None:
         return _here(device or "auto", gpus, asked)

@@ -18,7 +18,8 @@ projections or separate ones, on one rank or many.
 training continues. It writes to a temporary folder, flushes it and renames it, so a folder named
 step-… is always complete. The checksums reveal later damage. Weights larger than
 train.max_shard_size are split into several files with an index. Moments are stored under published
-tensor names, so a run can resume with merged or separate projections, on one rank or many."""
+tensor names, so a run can resume with merged or separate projections, on one rank or many.
+"""
 
 import json
 import math
@@ -102,7 +103,8 @@ def take_snapshot(
     gets the snapshot.
 
     Training may continue without changing the snapshot, unless `copy` is false on a CPU: it then
-    shares the model's memory."""
+    shares the model's memory.
+    """
     if not ranks.is_first and not is_sharded(model):  # nothing that this rank has is needed
         return None
 

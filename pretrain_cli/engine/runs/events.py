@@ -1,7 +1,8 @@
 """Events that a run emits.
 
 `train` and `benchmark` know no terminal. They pass events to one callback, `emit`; the command
-displays them, and metrics.jsonl keeps those with numbers."""
+displays them, and metrics.jsonl keeps those with numbers.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,7 +48,8 @@ class StepMetrics:
     """Metrics of one logged step and of the interval since the line before.
 
     `tokens_per_second` and MFU leave out evaluating, sampling and saving; those of the whole run
-    include all of its time."""
+    include all of its time.
+    """
 
     step: int
     time: float

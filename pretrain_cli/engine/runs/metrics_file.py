@@ -25,7 +25,8 @@ class MetricsFile:
     """Writes metrics.jsonl: a line per start, logged step, evaluation, save, skipped step and
     rollback.
 
-    If the disk is full, lines stay in memory and are written before the next one."""
+    If the disk is full, lines stay in memory and are written before the next one.
+    """
 
     def __init__(
         self, path: Path, notify: Callable[[str], None], *, upto: int, rollbacks: int = 0

@@ -2,7 +2,8 @@
 
 A checkpoint is removed by renaming it first, as it was written, so a folder named step-… is always
 complete. A run that is killed while writing or removing leaves a folder whose name begins with a
-dot; the next process deletes it."""
+dot; the next process deletes it.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -37,7 +38,8 @@ def newest_intact(
 
     `model_only` does not read the files that only training needs. `finite` skips checkpoints saved
     after a loss, or with weights, that were not finite. Raises CheckpointError if all checkpoints
-    are damaged."""
+    are damaged.
+    """
     found = checkpoints(run)
     reasons = 0
     for folder in found:
@@ -115,7 +117,8 @@ def make_room(run: Path, train: TrainSettings) -> list[Path]:
     """Remove, before a save, the checkpoints that rotation would remove after it.
 
     First reads completely the checkpoint to resume from if the save fails: it stays, and is intact
-    and finite."""
+    and finite.
+    """
     found = checkpoints(run)
     kept = _kept(found, train, train.keep_checkpoints - 1)
     for folder in found:

@@ -5,7 +5,8 @@
 
 Both are optional dependencies. Neither can delete what it received, while a killed run repeats some
 steps. TensorBoard is told to purge those steps; Weights & Biases does not receive them a second
-time."""
+time.
+"""
 
 import html
 import importlib

@@ -75,7 +75,8 @@ class Ranks:
 def open_ranks(device: str) -> Iterator[Ranks]:
     """Open the process group that torchrun started, or a single rank, on this device.
 
-    Uses NCCL on GPUs and Gloo elsewhere. Raises ConfigError for `cuda:N` with several ranks."""
+    Uses NCCL on GPUs and Gloo elsewhere. Raises ConfigError for `cuda:N` with several ranks.
+    """
     if device.startswith("cuda:") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(f"train.device: '{device}' is one GPU, for several ranks; give cuda")
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -97,7 +98,8 @@ def open_ranks(device: str) -> Iterator[Ranks]:
 def find_device(name: str, local_rank: int | None = None) -> torch.device:
     """Return the device of this name. `auto`: CUDA if there is a GPU, else the CPU.
 
-    Raises ConfigError if the machine has no such device."""
+    Raises ConfigError if the machine has no such device.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -143,7 +145,8 @@ def parallelize(model: Decoder, ranks: Ranks, how: str) -> nn.Module:
     among the ranks ("fsdp").
 
     A single rank with "ddp" gets the model unchanged. "fsdp" shards in place; it raises ConfigError
-    without torchrun."""
+    without torchrun.
+    """
     if ranks.world_size == 1 and how == "ddp":
         return model
     if how == "fsdp":

@@ -53,7 +53,8 @@ def apply_memory(keep: bool) -> None:
 def give_back_memory() -> None:
     """Make glibc return freed memory to the kernel, with fixed thresholds instead of adaptive ones.
 
-    Holds for the rest of the process, and for processes forked from it."""
+    Holds for the rest of the process, and for processes forked from it.
+    """
     if platform.libc_ver()[0] == "glibc":
         libc: Any = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, 2**18)

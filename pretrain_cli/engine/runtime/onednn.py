@@ -35,7 +35,8 @@ def onednn_matmul(asked: bool | str, device: torch.device) -> tuple[bool, str]:
 def apply(in_force: bool) -> None:
     """Turn oneDNN's float32 products on for the whole process.
 
-    Call it after `set_float32_matmul_precision`, which resets the setting."""
+    Call it after `set_float32_matmul_precision`, which resets the setting.
+    """
     if in_force:
         _matmul().fp32_precision = "bf16"
 

@@ -50,7 +50,8 @@ def _measure(device: torch.device, dtype: torch.dtype, seconds: float) -> tuple[
     """Return (best FLOP/s of a square matrix product, its size), cached in the process.
 
     Sizes grow while products are short. A large product on a slow device would exceed the given
-    time; a small product on a fast device would not reach its peak."""
+    time; a small product on a fast device would not reach its peak.
+    """
     generator = torch.Generator(device).manual_seed(0)  # leaves the run's generator unchanged
     best, best_size, size, matrix = 0.0, 0, 128, None
     until = time.perf_counter() + seconds

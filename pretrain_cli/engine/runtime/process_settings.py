@@ -59,7 +59,8 @@ def process_age() -> float:
 def set_env_before_torch(asked: SpeedConfig) -> None:
     """Set the environment variables that torch reads when it is loaded.
 
-    Does nothing if torch is already loaded. Variables that are already set stay as they are."""
+    Does nothing if torch is already loaded. Variables that are already set stay as they are.
+    """
     if "torch" in sys.modules:
         return
     if asked.passive_threads is not False and POLICY not in os.environ:
@@ -70,7 +71,8 @@ def silence_kineto() -> None:
     """Silence Kineto, which torch's profiler uses, unless the environment sets its log level.
 
     Level 6 also hides its errors, because its message on every profile (USDT) has a higher level.
-    Call it before torch is loaded. Child processes inherit the setting."""
+    Call it before torch is loaded. Child processes inherit the setting.
+    """
     os.environ.setdefault(KINETO_LEVEL, "6")
 
 
@@ -113,5 +115,6 @@ def check_process_settings(option: str, assignments: Iterable[str]) -> None:
 def set_compile_cache(folder: Path) -> None:
     """Make torch.compile cache its kernels in this folder, unless the environment sets another.
 
-    Call it before anything is compiled."""
+    Call it before anything is compiled.
+    """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder.absolute()))

@@ -78,7 +78,8 @@ class Speed:
 def resolve_speed(asked: SpeedConfig, device: torch.device, *, training: bool = True) -> Speed:
     """Decide every setting for this device.
 
-    Raises ConfigError for a backend that can't train, and for float8 where it can't be used."""
+    Raises ConfigError for a backend that can't train, and for float8 where it can't be used.
+    """
     decide = {
         "attention": lambda asked, device: _attention(asked, device, training),
         "dtype": lambda value, device: _dtype(value, device, training, asked.compile),

@@ -186,7 +186,8 @@ class Interruption(StopRequest):
     """Request to stop a benchmark: a signal abandons the measurement in progress.
 
     Results so far are shown and written, marked as cut short. The exit code is 128 plus the
-    signal's number."""
+    signal's number.
+    """
 
     def __init__(self) -> None:
         super().__init__()

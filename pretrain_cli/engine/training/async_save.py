@@ -13,7 +13,8 @@ the checkpoints that rotation allows. If the retry fails, `Unsaved` is emitted a
 tries again. A run that would end without a checkpoint raises an error.
 
 The copy takes as much host memory as the checkpoint has bytes: 12 a parameter with AdamW. On a CPU
-with less memory left, training waits until the checkpoint is written."""
+with less memory left, training waits until the checkpoint is written.
+"""
 
 import errno
 import math
@@ -67,7 +68,8 @@ class AsyncSaver:
         """Copy the current state and start writing it. Every rank must call this, after `wait`.
 
         `since` is when training began to wait for this save. `goes_on` is false if training has
-        ended: nothing will change then, and no copy is needed."""
+        ended: nothing will change then, and no copy is needed.
+        """
         self.began = time.perf_counter()
         copy = goes_on and (is_sharded(model) or self._has_memory())
         contents = checkpoint.take_snapshot(
@@ -213,7 +215,8 @@ def check_space(plan: Plan, run: Path, ranks: Ranks, emit: Emit, *, done: int) -
     """Raise ConfigError if the checkpoints of a run cannot fit on the disk; warn if they may not.
 
     The disk holds the kept checkpoints and the one being written. If that is too much, the oldest
-    of the newest is removed first. At least one complete checkpoint always stays."""
+    of the newest is removed first. At least one complete checkpoint always stays.
+    """
     train, size, free = plan.settings.train, checkpoint_size(plan), free_space(run)
     there = len(retention.checkpoints(run))
     saves = there + math.ceil((plan.steps - done) / plan.checkpoint_every)

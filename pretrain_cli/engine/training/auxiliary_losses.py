@@ -16,7 +16,8 @@ class AuxiliaryLosses:
     The z-loss is a mean over the step's tokens, like the cross-entropy. The balancing loss is not:
     its f and P come from the tokens of one micro-step on one rank, as in transformers, and the step
     minimizes the token-weighted mean of these losses. A larger micro-batch therefore balances less
-    strictly."""
+    strictly.
+    """
 
     def __init__(self, coefficients: LossWeights) -> None:
         self.coefficients = coefficients

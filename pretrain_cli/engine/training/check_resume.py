@@ -5,7 +5,8 @@
     a process:  resumed, from N/2 to N                ─┘ of the two runs compared, bit for bit
 
 The steps are the first ones of the run that the settings describe, with its schedule. The run
-folders lie beside the place of that run and are removed afterwards."""
+folders lie beside the place of that run and are removed afterwards.
+"""
 
 import itertools
 import json

@@ -32,7 +32,8 @@ def evaluate(
 
     With several datasets, the result has these for each dataset as well. Returns None if no dataset
     has a validation split. All ranks call `check` before every batch; an exception it raises ends
-    the evaluation."""
+    the evaluation.
+    """
     sources = [source for source in data.sources if len(source.dataset.val.tokens) > 1]
     if not sources:
         return None

@@ -3,7 +3,8 @@
 Trains with the settings of the run, except that the learning rate grows by a constant factor each
 step, from far too small to far too large. The loss first stays, then falls, then rises. The weights
 are discarded. The test is short, so its suggestion suits the start of training; a long run usually
-wants a lower rate."""
+wants a lower rate.
+"""
 
 import json
 import math
@@ -62,7 +63,8 @@ def find_learning_rate(
     folder.
 
     Returns None on every rank but the first, which writes and reports. Raises Stopped if `stop`
-    requests it."""
+    requests it.
+    """
     if settings.train.steps == "auto" or settings.train.steps < FEWEST_STEPS:
         raise ConfigError(
             f"train.steps: {settings.train.steps}; a range test takes {FEWEST_STEPS} or more"

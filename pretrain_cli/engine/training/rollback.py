@@ -193,7 +193,8 @@ def diagnose(
     together.
 
     Every rank must call this. `same_weights` is whether the weights have not changed since that
-    step."""
+    step.
+    """
     batch = feed.at(samples[0])
     losses = _loss_of_each(model, batch, feed, ranks).tolist()
     add_gradients(

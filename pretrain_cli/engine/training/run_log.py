@@ -1,7 +1,8 @@
 """Files that a run writes while it trains: metrics.jsonl, samples.jsonl, and those of trackers.
 
 Only the first rank writes. Samples use their own random generator with the same seed at every step:
-two samples differ only by the model, and the random state of training is not touched."""
+two samples differ only by the model, and the random state of training is not touched.
+"""
 
 import contextlib
 import json

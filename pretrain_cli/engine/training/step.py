@@ -33,7 +33,8 @@ def train_step(
     The returned loss is this rank's part of the mean over all ranks. `terms` names the auxiliary
     losses that are minimized too, and collects them. With a guard, the guard decides whether the
     optimizer steps. Raises Stopped between two micro-steps if `stop` requests it; weights and
-    optimizer are then unchanged."""
+    optimizer are then unchanged.
+    """
     total = add_gradients(
         model,
         inputs,

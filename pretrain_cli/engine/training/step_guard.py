@@ -5,7 +5,8 @@
 The decision is made on the device, from the same numbers on every rank, so the CPU does not wait:
 it reads the outcomes only when a step is logged. A skipped step still counts as a step of the run,
 consumes its samples and moves the schedule. Weights, moments and the optimizer's own step count
-keep their exact bits."""
+keep their exact bits.
+"""
 
 import math
 from dataclasses import dataclass
@@ -43,7 +44,8 @@ class StepGuard:
     many standard deviations above the mean. Mean and variance are over the steps taken, weighted by
     0.98^(steps ago); up to the fiftieth all weigh the same. After `max_skips` consecutive skips no
     step is taken until the caller rolls back. The result therefore does not depend on when the
-    caller reads the outcomes."""
+    caller reads the outcomes.
+    """
 
     def __init__(
         self, ranks: Ranks, *, skip_spikes: float | None = None, max_skips: int = 10
@@ -56,7 +58,8 @@ class StepGuard:
         """Take or skip the step. `loss` is this rank's part of the mean, `norm` the norm of the
         full gradient.
 
-        Costs one all-reduce of two numbers and about twenty small kernels."""
+        Costs one all-reduce of two numbers and about twenty small kernels.
+        """
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         numbers = self.ranks.sum(torch.stack([loss, norm.to(loss) / self.ranks.world_size]))
@@ -144,7 +147,8 @@ def step_unless(skip: Tensor, optimizer: Optimizer) -> None:
     An optimizer with `_step_supports_amp_scaling`, such as PyTorch's fused ones, gets the flag as
     `found_inf` at no extra cost. For any other, weights and state are copied before the step and
     selected afterwards: they are in memory twice, and read and written twice. State that the first
-    step creates is taken to start at zero, as AdamW's and Muon's does."""
+    step creates is taken to start at zero, as AdamW's and Muon's does.
+    """
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.found_inf = skip.float()  # pyright: ignore[reportAttributeAccessIssue]
         optimizer.step()
@@ -162,7 +166,8 @@ def is_finite(optimizer: Optimizer, ranks: Ranks) -> bool:
     device.
 
     Checks the minimum and the maximum of each tensor, in one pass that writes nothing: with a NaN,
-    both are NaN."""
+    both are NaN.
+    """
     ends = [
         torch.stack(torch.aminmax(tensor)).to(ranks.device)
         for tensor in _tensors(optimizer).values()

@@ -58,7 +58,8 @@ def train(
 
     A resumed run starts from the named checkpoint, else from its newest intact one. `profile` is
     the number of steps to profile on the first rank. Raises Stopped if `stop` requests it before
-    the run exists."""
+    the run exists.
+    """
     if stop is None:
         stop = StopRequest(limit=settings.train.max_time)
     with open_ranks(settings.train.device) as ranks:

@@ -1,4 +1,4 @@
-"""Model files of others, read and written: Hugging Face folders (config.json, weights) and GGUF.
+"""Model file formats, read and written: Hugging Face folders (config.json, weights) and GGUF.
 
 Read `hf_config` first, then `hf_weights`.
 """

@@ -1,10 +1,10 @@
-"""A model in the words of a GGUF file, which llama.cpp opens: metadata and tensor names.
+"""GGUF metadata and tensor names of a model, for llama.cpp.
 
-What llama.cpp computes of an architecture is built into it: it has the scale of attention, the
-activation and, of experts, the rest of the block from the architecture's name. A model that differs
-there is refused by name, as llama.cpp would open it and compute something else.
+llama.cpp derives much of the computation from the architecture's name: the attention scale, the
+activation and the details of expert blocks. A model that differs in these is refused, because
+llama.cpp would open it and compute something else.
 
-Read from src/models/{gemma3,qwen3,qwen3moe}.cpp of llama.cpp; a test has it open the files.
+Source: src/models/{gemma3,qwen3,qwen3moe}.cpp of llama.cpp. A test opens the files with it.
 """
 
 import re
@@ -40,7 +40,7 @@ BLOCK_NAMES = {
     "mlp.experts.up_proj": "ffn_up_exps",
     "mlp.experts.down_proj": "ffn_down_exps",
 }
-"""Published name to GGUF's, within a block; experts lie in one tensor, one after the other."""
+"""Published name to GGUF name, within a block. The experts of a layer are stacked in one tensor."""
 NORM_NAMES = {
     True: {
         "post_attention_layernorm": "post_attention_norm",
@@ -55,7 +55,8 @@ EXPERT = re.compile(r"experts\.\d+\.")
 
 
 def gguf_metadata(config: ModelConfig) -> dict[str, Any]:
-    """The architecture's keys and values. ConfigError for what llama.cpp doesn't compute."""
+    """Return the architecture's keys and values. Raises ConfigError for a model that llama.cpp
+    cannot compute."""
     _refuse_what_differs(config)
     facts: dict[str, Any] = {
         "context_length": config.max_position_embeddings,
@@ -86,7 +87,7 @@ def gguf_metadata(config: ModelConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class FileTensor:
-    """One of the file's tensors: a published one, or those of all experts one after the other."""
+    """A tensor of the file: one published tensor, or those of all experts stacked."""
 
     name: str
     pieces: list[PublishedTensor]
@@ -101,7 +102,8 @@ class FileTensor:
 
     @property
     def stays_float32(self) -> bool:
-        """Norms and routers, whatever type the other weights have."""
+        """Whether the tensor stays float32 whatever the type of other weights: norms and
+        routers."""
         return self.is_norm or self.name.endswith("ffn_gate_inp.weight")
 
     @property
@@ -111,7 +113,7 @@ class FileTensor:
 
 
 def gguf_tensors(config: ModelConfig, merged: Merged) -> list[FileTensor]:
-    """The file's tensors, made of pieces of our parameters."""
+    """Return the tensors of the file, made of parts of our parameters."""
     found: dict[str, list[PublishedTensor]] = {}
     for piece in parameter_map(config, merged=merged):
         found.setdefault(gguf_name(config, piece.name), []).append(piece)
@@ -129,8 +131,8 @@ def gguf_name(config: ModelConfig, published: str) -> str:
 
 
 def _pattern(kinds: tuple[str, ...]) -> int | list[bool]:
-    """n where every n-th layer and no other is full, which versions of llama.cpp have read for
-    longer; else which layers slide, one by one."""
+    """Return n if exactly every n-th layer is full, the form that older versions of llama.cpp read
+    too; else a list of which layers slide."""
     for n in range(2, len(kinds) + 2):
         if all((kind == FULL) == (layer % n == n - 1) for layer, kind in enumerate(kinds)):
             return n

@@ -1,11 +1,11 @@
-"""config.json of either family, both ways.
+"""config.json of both families, read and written.
 
-Reading takes what transformers 4 and 5 write and what the hub holds, the text part of multimodal
-Gemma folders too. A field that would change the mathematics in a way this decoder doesn't compute
-is refused by name, never ignored.
+Reads files of transformers 4 and 5 and of the hub, including the text part of multimodal Gemma
+folders. A field that would change the computation in an unsupported way is refused by name, never
+ignored.
 
-Writing gives both spellings of what the two transformers versions call differently (RoPE, dtype,
-layer pattern, experts), so that either opens the folder with the same numbers.
+Writes both spellings where transformers 4 and 5 differ (RoPE, dtype, layer pattern, experts), so
+that either opens the folder with the same numbers.
 """
 
 import json
@@ -30,7 +30,7 @@ NUMBERS = (
 
 
 def to_config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """config.json of this model with weights in `dtype`, in the words of transformers 4 and 5."""
+    """Return config.json of a model with weights in `dtype`, for transformers 4 and 5."""
     out: dict[str, Any] = {
         "architectures": [ARCHITECTURES[config.model_type]],
         "model_type": config.model_type,
@@ -83,7 +83,7 @@ def to_config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def _linear(config: ModelConfig) -> dict[str, Any] | None:
-    """RoPE's linear scaling, or None where positions stay as they are."""
+    """Return RoPE's linear scaling; None if positions are not scaled."""
     factor = config.rope_scaling_factor
     return {"factor": factor, "rope_type": "linear"} if factor != 1.0 else None
 
@@ -112,7 +112,8 @@ def _gemma3_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def from_config_json(raw: dict[str, Any]) -> ModelConfig:
-    """The ModelConfig of a config.json; ConfigError for what this decoder doesn't compute."""
+    """Return the ModelConfig of a config.json. Raises ConfigError if this decoder cannot compute
+    it."""
     if raw.get("model_type") == "gemma3":
         raw = _text_config(raw)
     model_type = raw.get("model_type")
@@ -127,7 +128,7 @@ def from_config_json(raw: dict[str, Any]) -> ModelConfig:
 
 
 def _text_config(raw: dict[str, Any]) -> dict[str, Any]:
-    """The text part of a multimodal Gemma's config."""
+    """Return the text part of a multimodal Gemma config."""
     check_fields(raw, "gemma3")
     text = {"model_type": "gemma3_text", **raw.get("text_config", {})}
     outer, inner = (config.get("tie_word_embeddings", True) for config in (raw, text))
@@ -140,8 +141,8 @@ def _text_config(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_nulls(raw: dict[str, Any], model_type: str) -> dict[str, Any]:
-    """The fields that have a value, or a meaning without one. A number that is null is refused, for
-    no default stands in for it."""
+    """Drop null fields, except those for which null has a meaning. A required number that is null
+    raises ConfigError; no default replaces it."""
     given = {
         k: v for k, v in raw.items() if v is not None or k in ("pad_token_id", "sliding_window")
     }
@@ -156,7 +157,8 @@ def _without_nulls(raw: dict[str, Any], model_type: str) -> dict[str, Any]:
 
 
 def _common(raw: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """The fields that both families spell alike; absent ones are transformers' class defaults."""
+    """Return the fields that both families spell alike; absent ones get transformers' class
+    defaults."""
     get = {**defaults, **raw}.__getitem__
     try:
         return {
@@ -270,7 +272,7 @@ def _refuse_other_depth(kinds: list[str] | None, depth: int) -> None:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The ModelConfig of a model folder."""
+    """Return the ModelConfig of a model folder."""
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder}: no config.json; give a Hugging Face model folder")

@@ -1,12 +1,11 @@
-"""Every field that a config.json of the two families may have, and what becomes of it.
+"""Fields of config.json in both families, and how each is treated.
 
-    read        config_json.py makes the ModelConfig of it
-    plain       it changes the mathematics, and this decoder computes one value of it: another is
-                refused by name
-    harmless    it changes nothing of logits and loss
+    read        hf_config.py puts it into the ModelConfig
+    plain       changes the computation, and this decoder supports one value; others are refused
+    harmless    changes neither logits nor loss
 
-What is in none of these is refused too: it may change what the model computes, and nobody would
-see that. null counts as absent.
+A field in none of these groups is refused too: it might silently change what the model computes.
+null counts as absent.
 """
 
 from typing import Any
@@ -34,7 +33,7 @@ READ: dict[str, set[str]] = {
     "qwen3_moe": _READ | {"hidden_act"} | _EXPERTS,
     "gemma3": {"model_type", "text_config", "tie_word_embeddings"},
 }  # fmt: skip
-"""By model_type; `gemma3` is the outer config of a multimodal folder."""
+"""Fields read, by model_type; `gemma3` is the outer config of a multimodal folder."""
 
 PLAIN: dict[str, Any] = {
     "attention_bias": False,
@@ -53,7 +52,7 @@ PLAIN: dict[str, Any] = {
     "add_cross_attention": False,
     "pruned_heads": {},
 }
-"""The value that this decoder computes."""
+"""The one supported value of each field."""
 
 HARMLESS: dict[str, set[str]] = {
     "says who wrote the file, and in what type": {
@@ -90,7 +89,7 @@ HARMLESS: dict[str, set[str]] = {
     },
     "transformers reads it only where layer_types says the same": {"_sliding_window_pattern"},
 }  # fmt: skip
-"""By the reason."""
+"""Fields without effect, by reason."""
 
 OF_ONE_KIND = {
     "qwen3": {"sliding_window"},
@@ -101,13 +100,13 @@ OF_ONE_KIND = {
         "pad_token_id",
     },
 }  # fmt: skip
-"""Harmless in one kind of config: a Qwen's window, which is not in use; what is of images."""
+"""Fields without effect in one model_type: a Qwen's unused window, and image settings."""
 
 SHOWN = 60
 
 
 def check_fields(raw: dict[str, Any], model_type: str) -> None:
-    """Refuse a field whose value this decoder doesn't compute, and one that is unknown."""
+    """Raise ConfigError for an unknown field, or a value that this decoder does not compute."""
     harmless = set().union(*HARMLESS.values(), OF_ONE_KIND.get(model_type, set()))
     for name, value in raw.items():
         if value is None or name in READ[model_type] or name in harmless:
@@ -131,10 +130,10 @@ ROPE_FIELDS = {
 
 
 def read_rope(raw: dict[str, Any], kind: str, spelled: str, default: float) -> tuple[float, float]:
-    """(base, factor) of one kind of layer, from either spelling or both.
+    """Return (base, factor) of one layer type, from either spelling or both.
 
-    Where the two contradict each other, one version of transformers follows the one and the next
-    the other: refused.
+    If the two spellings contradict each other, one version of transformers follows the first and
+    another the second: raises ConfigError.
     """
     parameters = raw.get("rope_parameters", {})
     if FULL in parameters or SLIDING in parameters:

@@ -1,11 +1,11 @@
-"""Hugging Face model folders, both ways: the weights.
+"""Weights in Hugging Face model folders, read and written.
 
-    model.safetensors                       all of them, or of large models several such files,
-    model-00001-of-00002.safetensors, …     and which tensor is in which:
+    model.safetensors                       all weights; a large model has several files,
+    model-00001-of-00002.safetensors, …     and an index that says which holds each tensor:
     model.safetensors.index.json
 
-Reading takes one safetensors file or several with an index, with the names that text models have or
-those that multimodal Gemma folders keep their text part under.
+Reads one safetensors file or several with an index, under the names of text models or those of
+multimodal Gemma folders.
 """
 
 import hashlib
@@ -37,8 +37,10 @@ DECODER = re.compile(r"model\.(layers|embed_tokens|norm)\.")
 def write_weights(
     folder: Path, tensors: Mapping[str, Tensor], max_shard_size: int | None = None
 ) -> dict[str, str]:
-    """model.safetensors, or several files of at most so many bytes (more only for a tensor that is
-    larger) and their index, as transformers writes them. Returns the SHA-256 of each weights file.
+    """Write model.safetensors, or several files and their index, as transformers does.
+
+    A file has at most `max_shard_size` bytes, unless a single tensor is larger. Returns the SHA-256
+    of each weights file.
     """
     shards: list[dict[str, Tensor]] = [{}]
     room = max_shard_size
@@ -67,10 +69,12 @@ def write_weights(
 def published_tensors(
     model: Decoder, whole: Callable[[Parameter], Tensor | None]
 ) -> dict[str, Tensor]:
-    """Every weight under its published name, as parts of what `whole` gives for each parameter:
-    the value of all of it, or of something else in its shape; None leaves it out.
+    """Yield every weight under its published name, as parts of what `whole` returns for each
+    parameter: its full value, or another tensor of its shape. None leaves it out.
 
-    Each parameter is asked for once: the experts of a layer are hundreds of parts of two."""
+    `whole` is called once per parameter: a layer's experts are hundreds of parts of two
+    parameters.
+    """
     pieces = list(parameter_map(model.config, merged=model.merged))
     parameters = dict(model.named_parameters())
     names = dict.fromkeys(piece.parameter for piece in pieces)
@@ -84,9 +88,9 @@ def published_tensors(
 
 
 def load_weights(model: Decoder, folder: Path) -> list[str]:
-    """Copy a folder's weights into the model. Returns the names that were left out of it.
+    """Copy a folder's weights into the model. Returns the names of tensors that were left out.
 
-    Raises CheckpointError for a tensor that is missing or of another shape.
+    Raises CheckpointError for a tensor that is missing or has another shape.
     """
     files = weight_files(folder)
     where = _by_text_name(files)
@@ -123,8 +127,8 @@ def load_weights(model: Decoder, folder: Path) -> list[str]:
 
 
 def say_left_out(folder: Path, names: list[str]) -> str:
-    """A line about tensors that `load_weights` left out, alike ones counted: those of the decoder
-    by all but their numbers, other towers by their names alone."""
+    """Describe the tensors that `load_weights` left out in a line. Tensors that differ only by
+    numbers are counted; those of other towers (vision) are summed up by tower."""
     kinds = Counter(
         re.sub(r"\.\d+\.", ".*.", name)
         if DECODER.match(name)
@@ -136,7 +140,7 @@ def say_left_out(folder: Path, names: list[str]) -> str:
 
 
 def weight_files(folder: Path) -> dict[Path, list[str]]:
-    """Each safetensors file of a model folder, with the tensor names in it."""
+    """Return the safetensors files of a model folder, with the names of their tensors."""
     index = folder / INDEX
     single = folder / SINGLE
     if single.is_file():  # which transformers takes, index or not
@@ -157,7 +161,7 @@ def weight_files(folder: Path) -> dict[Path, list[str]]:
 
 
 def weight_types(folder: Path) -> set[str]:
-    """The types of a folder's tensors, as safetensors calls them: F32, BF16, …"""
+    """Return the types of a folder's tensors under their safetensors names: F32, BF16, …"""
     types = set()
     for path, names in weight_files(folder).items():
         with _opened(path) as file:
@@ -180,7 +184,7 @@ def _read(path: Path, name: str) -> Tensor:
 
 
 def _by_text_name(files: dict[Path, list[str]]) -> dict[str, tuple[Path, str]]:
-    """Return the file and the name of each tensor, by its name in a text model."""
+    """Map each tensor's name in a text model to its file and its name there."""
     where: dict[str, tuple[Path, str]] = {}
     for path, names in files.items():
         for name in names:
@@ -193,7 +197,7 @@ def _by_text_name(files: dict[Path, list[str]]) -> dict[str, tuple[Path, str]]:
 
 
 def _text_name(name: str) -> str:
-    """A tensor's name with the prefix that the text models have, whatever folder it comes from."""
+    """Return a tensor's name with the prefix of text models, whatever folder it comes from."""
     if name.endswith(HEAD):
         return HEAD
     for prefix in TEXT_PREFIXES:
@@ -205,7 +209,7 @@ def _text_name(name: str) -> str:
 def _by_file(
     folder: Path, where: dict[str, tuple[Path, str]], pieces: list[PublishedTensor]
 ) -> Iterator[tuple[Path, list[tuple[PublishedTensor, str]]]]:
-    """The pieces grouped by the file that holds them, so that each is opened once."""
+    """Group tensors by the file that holds them, so that each file is opened once."""
     missing = [piece.name for piece in pieces if piece.name not in where]
     if missing:
         raise CheckpointError(
@@ -232,9 +236,9 @@ PART = 2**24
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write and flush a file of tensors that are on the CPU and contiguous. -> its SHA-256.
+    """Write contiguous CPU tensors to a file and flush it. Return its SHA-256.
 
-    The metadata is what transformers looks for.
+    The metadata is required by transformers.
     """
     order = sorted(tensors, key=lambda name: list(TYPES).index(tensors[name].dtype))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}

@@ -1,4 +1,4 @@
-"""A decoder prepared to write text: decoding with a cache, fast products on a CPU, int8.
+"""A decoder prepared for generating text: decoding with a cache, fast CPU products, int8.
 
 Read `decode` first.
 """

@@ -1,24 +1,24 @@
-"""Matrix products with few rows on a CPU: what a token costs there is reading the matrices.
+"""Matrix products with few rows on a CPU, where the cost of a token is reading the matrices.
 
-The library's product with one row, or eight, reads a matrix far slower than the memory gives it.
-Two ways come nearer, both in float32 as in bfloat16:
+PyTorch's product with one to eight rows reads a matrix far below memory bandwidth. Two alternatives
+come closer, in float32 and in bfloat16:
 
-    SummedLinear    one row, in a compiled graph: a sum along each of the matrix's rows, of which
-                    the compiler makes a loop that reads every number once. The matrix is as it
-                    was, so the head, where it is the embedding too, is there once.
-    PackedLinear    any few rows, compiled or not: oneDNN's own layout, made once, by what
-                    PyTorch's compiler itself uses when it is told that weights are constants
+    SummedLinear    one row, in a compiled graph: a sum along each matrix row, compiled to a loop
+                    that reads every number once. The matrix keeps its layout, so a tied head
+                    and embedding stay one matrix.
+    PackedLinear    a few rows, compiled or not: oneDNN's own layout, made once with the
+                    functions that PyTorch's compiler uses for constant weights
                     (mkldnn._reorder_linear_weight and _linear_pointwise).
 
-Tried and left, for one row in float32, all slower than the sum: MKL's and oneDNN's products with
-the matrix as it is, transposed or in blocks, torch.mv, and an embedding bag of the matrix's columns
-weighted by the row, the fastest of them and faster than the packed layout. The sum with more rows
-is slower than the packed layout; compiled by itself, to be called from a step that is not, it loses
-much of what it gains.
+Tried for one row in float32, and slower than the sum: MKL's and oneDNN's products with the matrix
+as it is, transposed or in blocks; torch.mv; and an embedding bag of the matrix's columns weighted
+by the row, which was the fastest of these and faster than the packed layout. With more rows the sum
+is slower than the packed layout. Compiled alone and called from an uncompiled step, it loses much
+of its gain.
 
-A packed matrix is no tensor that torch.compile can pass around, so its product is an operator of
-our own, which takes the matrix by its number in a table. The number is a tensor: a plain one would
-be a constant of what is compiled, and every layer compiled anew.
+torch.compile cannot pass a packed matrix around, so the product is a custom operator that finds the
+matrix by its number in a table. The number is a tensor: a Python integer would be a constant of the
+graph, and every layer would be compiled again.
 """
 
 import weakref
@@ -52,8 +52,8 @@ torch.library.register_fake("pretrain::packed_linear", _shape, lib=_library)
 
 
 def faster_linear(device: torch.device, rows: int | None, compiled: bool) -> MakeLinear | None:
-    """Return a linear map that is faster than PyTorch's for this number of rows (None: any small
-    number), or None."""
+    """Return the linear map that beats PyTorch's for this number of rows, or None. `rows` None
+    means any small number."""
     if device.type != "cpu":
         return None
     if compiled and rows == 1:
@@ -88,19 +88,19 @@ class SummedLinear(nn.Module):
 
 
 def summed(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight^T by products and sums in float32. Not compiled, it holds all products at once."""
+    """Return x @ weight^T by products and sums in float32. Uncompiled, it holds all products at
+    once."""
     return (written_down(x).unsqueeze(-2).float() * weight.float()).sum(-1).to(x.dtype)
 
 
 def written_down(x: Tensor) -> Tensor:
-    """The same, which the compiler puts into memory before it is used. It would else make it anew
-    for each of a matrix's rows, from what x itself is made of: a norm, for example. (Whoever names
-    strides needs memory that has them.)"""
+    """Return x, and make the compiler materialize it. It would otherwise recompute x, for example a
+    norm, for each row of a matrix. (Asking for strides forces it into memory.)"""
     return x.as_strided(x.shape, x.stride())
 
 
 class OneProduct(nn.Module):
-    """Projections by one product. (..., in) -> one (..., rows) for each."""
+    """Merged projections by one product. (..., in) -> one (..., rows) for each."""
 
     def __init__(self, rows: list[int], linear: nn.Module) -> None:
         super().__init__()
@@ -112,9 +112,9 @@ class OneProduct(nn.Module):
 
 @torch.no_grad()
 def replace_matrices(model: Decoder, make: MakeLinear) -> None:
-    """Have the blocks' products made in another way, a layer at a time, of the matrices as they
-    are stored. Experts stay as they are, and so do embedding and head, which the decoder reads by
-    other ways too."""
+    """Replace the linear maps of the blocks, one layer at a time, using the stored matrices.
+    Experts, embedding and head stay as they are; the decoder reads the latter two in other ways
+    too."""
     blocks: Any = model.blocks
     for block in blocks:
         attention, mlp = block.attention, block.mlp

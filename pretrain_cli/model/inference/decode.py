@@ -1,10 +1,10 @@
-"""Writing text: a prompt in chunks, then one token of every text at a time.
+"""Decoding: prompts in chunks, then one token of every text at a time.
 
-A prompt goes through the decoder as it is, with its attention backend, a chunk at a time: no T × T
-scores, and no logits but the last. From then on a step has the shape of one token for each of B
-texts, every one at its own position, whatever their lengths: the same operations every time. On a
-GPU torch.compile makes one graph of a step; on a CPU of a block, all blocks of a kind sharing it,
-which is as fast there and takes the compile time of a block or two, and not of the depth.
+A prompt goes through the decoder and its attention backend in chunks, without T × T scores and
+without logits but the last. Each following step has a fixed shape: one token for each of B texts,
+each at its own position. On a GPU torch.compile makes one graph of a step. On a CPU it compiles one
+block, shared by all blocks of its kind: as fast there, with the compile time of one or two blocks
+instead of the whole depth.
 
 Shapes as in decoder.py; T is 1 and left out, so x is (B, D) and q (B, H, Dh).
 """
@@ -23,12 +23,12 @@ from pretrain_cli.model.kv_cache import KVCache, seen_places
 from pretrain_cli.model.rope import rope_table, rotate
 
 CHUNK = 512
-"""Tokens of all prompts together that go through the decoder at once."""
+"""Tokens, summed over all prompts, that go through the decoder at once."""
 
 Head = Callable[[Tensor], Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
-"""(q (B, H, Dh), keys and values (B, Hkv, places, Dh), what is added to scores (B, 1, 1, places),
-scale) -> (B, H, Dh). Heads that share keys are taken as queries of one head: (B, Hkv, G, Dh)."""
+"""(q (B, H, Dh), keys and values (B, Hkv, places, Dh), additive mask (B, 1, 1, places), scale) ->
+(B, H, Dh). Heads that share keys are treated as queries of one head: (B, Hkv, G, Dh)."""
 
 
 class Parts(NamedTuple):
@@ -38,15 +38,15 @@ class Parts(NamedTuple):
     logits: Callable[..., Tensor]
     attend: Attend
     apart: bool = False
-    """True if each is compiled on its own."""
+    """True if each function is compiled separately."""
 
 
 class DecodeSession:
-    """A decoder made ready to write text.
+    """A decoder prepared to generate text.
 
-    With `fast`, on a CPU, its matrices are multiplied as suits `rows` texts at a time, if that is
-    known (products.py), after which it can do nothing else. With `compiled` the first step
-    compiles.
+    With `fast` on a CPU, its matrices are replaced by ones suited to `rows` texts at a time, if
+    known (see cpu_linear.py); the decoder can then no longer be used for anything else. With
+    `compiled`, the first step compiles.
     """
 
     def __init__(
@@ -96,7 +96,8 @@ class DecodeSession:
 
     @torch.no_grad()
     def prefill(self, cache: KVCache, prompts: list[list[int]]) -> Tensor:
-        """Write prompts into a new cache; the logits behind each one's last token. -> (B, V)."""
+        """Write prompts into a new cache; return the logits after each one's last token. -> (B,
+        V)."""
         longest = max(map(len, prompts))
         padded = [ids + [0] * (longest - len(ids)) for ids in prompts]
         cache.reserve(longest)
@@ -111,7 +112,7 @@ class DecodeSession:
         return self.head(torch.stack(last))
 
     def warm_up(self, *, rows: int, capacity: int) -> None:
-        """Compile, by a step of a cache of its own."""
+        """Compile by running a step on a temporary cache."""
         cache = self.new_cache(batch=rows, capacity=capacity)
         for layer in cache.layers:
             if layer.window is None and not self.on_gpu_graph:
@@ -123,8 +124,8 @@ class DecodeSession:
 
     @torch.no_grad()
     def step(self, cache: KVCache, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Put each text's newest token in its place, and give the logits behind it.
-        tokens, positions (B,) -> (B, V)."""
+        """Write each text's newest token to its place and return the logits after it. tokens,
+        positions (B,) -> (B, V)."""
         keys = [layer.keys for layer in cache.layers]
         values = [layer.values for layer in cache.layers]
         if self.on_gpu_graph:
@@ -190,23 +191,24 @@ def _block(
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """In one kernel, which reads the keys once, and in bfloat16 on a CPU several times as fast as
-    with `enable_gqa`. As fast, and more steps: two matrix products with a softmax between them."""
+    """Attend with one fused kernel that reads the keys once. In bfloat16 on a CPU it is several
+    times as fast as `enable_gqa`. Equally fast but with more operations: two matrix products with a
+    softmax between."""
     grouped = q.unflatten(1, (keys.shape[1], -1))
     out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
     return out.flatten(1, 2)
 
 
 def attend_by_sums(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """By sums along each key, and along the places of each of a value's numbers, which have to lie
-    so in memory. For a compiled step on a CPU."""
+    """Attend by sums along each key, and along the places of each value component, which must be
+    contiguous (`along_places`). For a compiled step on a CPU."""
     grouped = q.unflatten(1, (keys.shape[1], -1))
     scores = _sums(grouped, keys) * scale + mask
     return _sums(scores.softmax(-1), values.mT).to(q.dtype).flatten(1, 2)
 
 
 def _sums(some: Tensor, rows: Tensor) -> Tensor:
-    """some @ rows^T in float32: (B, Hkv, G, N), (B, Hkv, M, N) -> (B, Hkv, G, M). What is summed
-    for all G is one loop, which reads the rows once. (`written_down`: see products.py.)"""
+    """Return some @ rows^T in float32: (B, Hkv, G, N), (B, Hkv, M, N) -> (B, Hkv, G, M). All G sums
+    share one loop, which reads the rows once. (`written_down`: see cpu_linear.py.)"""
     some, wide = written_down(some).float(), rows.float()
     return torch.stack([(wide * one.unsqueeze(-2)).sum(-1) for one in some.unbind(2)], dim=2)

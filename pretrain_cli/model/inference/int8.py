@@ -1,17 +1,16 @@
-"""Matrices in int8 with a scale for each row: half of what bfloat16 takes to read, a quarter of
-float32, and on a CPU a token costs little but reading them.
+"""Int8 matrices with one scale a row: half the bytes of bfloat16 and a quarter of float32, for
+CPUs, where the cost of a token is reading the weights.
 
-    row of W  ≈  scale · q,    q = −127 … 127 whole,    scale = max |row| / 127
+    row of W  ≈  scale · q,    q = −127 … 127,    scale = max |row| / 127
 
-With the one row of activations that a token has, or some, a product is compiled: it reads q once,
-makes floats of it and sums as many rows at once. With many, as of a prompt, it is the library's
-with q as floats, which holds them exactly in bfloat16 too, and then scaled: the same sums.
-Activations stay as they are, and so do the embedding, the norms and what is remembered of a text. A
-head that is the embedding is quantized apart.
+For one or a few rows of activations, the product is compiled: it reads q once, converts it and sums
+several rows at once. For many rows, as in a prompt, PyTorch multiplies by q as floats, which even
+bfloat16 represents exactly, and scales the result: the same sums. Activations, embedding, norms and
+cache are not quantized. A tied head gets its own quantized copy.
 
-Tried and left: PyTorch's own product for such weights (_weight_int8pack_mm). In float32 it is
-slower than oneDNN's product of floats, in bfloat16 no faster than that with more than a row; and
-there it reads beyond rows whose width is no multiple of its vectors (torch 2.13).
+Tried and rejected: PyTorch's product for such weights (_weight_int8pack_mm). In float32 it is
+slower than oneDNN's product of floats; in bfloat16 it is no faster than that with more than one
+row, and reads past rows whose width is no multiple of its vectors (torch 2.13).
 """
 
 from collections.abc import Callable
@@ -29,19 +28,21 @@ from pretrain_cli.model.inference.cpu_linear import replace_matrices
 from pretrain_cli.model.layers import Linear
 
 FEW = {torch.float32: 4, torch.bfloat16: 2}
-"""Rows up to which int8 is faster than floats laid out anew (products.py), on two CPU cores."""
+"""Largest number of rows for which int8 is faster than floats in packed layout (cpu_linear.py),
+measured on two CPU cores."""
 
 
 def _sums(x: Tensor, whole: Tensor, scales: Tensor) -> Tensor:
-    """(rows, in), (out, in), (out,) -> (rows, out). The sums of all rows are one loop over q."""
+    """Return the products of rows and q. (rows, in), (out, in), (out,) -> (rows, out). One loop
+    over q computes the sums of all rows."""
     wide = whole.float()
     return torch.stack([(wide * row).sum(-1) for row in x.unbind()]) * scales
 
 
 @cache
 def _compiled() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Compiled once for all sizes, for each number of rows. (To import the compiler takes a second;
-    a model that isn't quantized has no need of it.)"""
+    """Return the compiled product, compiled once for all sizes of each row count. (Importing the
+    compiler takes a second; only quantized models need it.)"""
     return torch.compile(_sums, dynamic=True)
 
 
@@ -62,7 +63,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix that this multiplies by, as floats."""
+        """Return the dequantized matrix."""
         return (self.whole.float() * self.scales.unsqueeze(1)).to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,7 +74,7 @@ class QuantizedLinear(nn.Module):
 
 
 def no_quantizing(config: ModelConfig) -> str | None:
-    """Why a model is not quantized here; None where it can be."""
+    """Return the reason that a model cannot be quantized here; None if it can."""
     if config.num_experts:
         return "the experts, which are most of a mixture's weights, are no single matrices"
     return None
@@ -81,7 +82,7 @@ def no_quantizing(config: ModelConfig) -> str | None:
 
 @torch.no_grad()
 def quantize(model: Decoder) -> None:
-    """Put quantized matrices in the place of the decoder's own, a layer at a time."""
+    """Replace the decoder's matrices by quantized ones, one layer at a time."""
     reason = no_quantizing(model.config)
     assert reason is None, reason
     whole: Any = model
@@ -93,7 +94,7 @@ def quantize(model: Decoder) -> None:
 
 @torch.no_grad()
 def as_floats(model: Decoder) -> None:
-    """Put floats in the place of the quantized matrices, of the same values."""
+    """Replace quantized matrices by floats of the same values."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, QuantizedLinear):

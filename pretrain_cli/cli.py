@@ -1,4 +1,4 @@
-"""The `pretrain` command: commands, and people's mistakes as one red line and exit code 2."""
+"""The `pretrain` command line. Users' mistakes print one red line and exit with code 2."""
 
 from typing import Annotated, Any
 
@@ -27,8 +27,8 @@ from pretrain_cli.files import is_disk_full
 
 
 class Commands(TyperGroup):
-    """The group of commands; it turns a PretrainError of any of them, and the refusal of a file
-    that this user may not read or write or that the disk has no room for, into a line."""
+    """Group of all commands. Prints one line and exits with code 2 if a command raises a
+    PretrainError, lacks permission for a file, or fills the disk."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -75,7 +75,7 @@ PANELS = {
         "guide": (guide.guide, ""),
     },
 }
-"""Panel of `pretrain --help` → command → its function, and the page of the manual to read."""
+"""Panel of `pretrain --help` → command → (function, manual page named at the end of its help)."""
 
 for panel, commands in PANELS.items():
     for name, (command, page) in commands.items():

@@ -1,4 +1,4 @@
-"""People's mistakes. Each message says what is wrong, the value, and what to do.
+"""Exceptions for users' mistakes. Each message gives the fault, the value, and what to do.
 
 PretrainError
 ├── ConfigError       a setting, an option, a device
@@ -14,11 +14,11 @@ from collections.abc import Iterable
 
 
 class PretrainError(Exception):
-    """A mistake of the user's. The message is one line: the fault, the value, and what to do."""
+    """A user's mistake. The message is one line: the fault, the value, and what to do."""
 
 
 class ConfigError(PretrainError):
-    """A setting, an option or a device that can't be honoured."""
+    """A setting, an option or a device that can't be used."""
 
 
 class DataError(PretrainError):
@@ -30,13 +30,13 @@ class CheckpointError(PretrainError):
 
 
 NEAR = 0.6
-"""Least similarity of two names: the share of letters they have in common in the same order. fleks
-and flex have 0.67; epochs and steps 0.55, fp16 and bfloat16 0.5."""
+"""Minimum similarity for a suggestion: the share of letters two names have in common in the same
+order. fleks and flex: 0.67; epochs and steps: 0.55; fp16 and bfloat16: 0.5."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` for the nearest known name, or nothing where none is near. The section
-    that a setting has in common with all others makes it no nearer."""
+    """Return `; did you mean X?` for the most similar known name; empty if none is similar enough.
+    If all known names begin with the section of `name` (as `speed.`), the section is ignored."""
     known, section = list(known), name[: name.rfind(".") + 1]
     if not all(other.startswith(section) for other in known):
         section = ""

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Durable file writing: a file is complete or absent, also after a crash or on a full disk."""
 
 import errno
 import hashlib
@@ -18,8 +18,8 @@ def is_disk_full(error: OSError | sqlite3.Error) -> bool:
 
 
 def free_space(folder: Path) -> float:
-    """Bytes that are free where a folder is or will be; no end of them where the file system
-    doesn't say."""
+    """Return the free bytes on the disk of a folder, which need not exist yet; infinity if the file
+    system does not report them."""
     while not folder.exists():
         folder = folder.parent
     usage = shutil.disk_usage(folder)
@@ -27,8 +27,8 @@ def free_space(folder: Path) -> float:
 
 
 def append_line(file: Any, line: bytes) -> None:
-    """Append to a file that is open without a buffer: all of the line, or on a full disk nothing
-    of it."""
+    """Append a line to a file opened without a buffer. If a write fails, as on a full disk, restore
+    the file's length and raise the OSError."""
     size = os.fstat(file.fileno()).st_size
     try:
         rest = memoryview(line)
@@ -40,7 +40,7 @@ def append_line(file: Any, line: bytes) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file aside, flush and rename it: it is the old one or the new one, never a part."""
+    """Write a file atomically, by renaming a temporary file: old or new contents, never a part."""
     aside = path.with_name(f".{path.name}.partial")
     with aside.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -49,12 +49,12 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def flush(file: Any) -> None:
-    """Bring what was written to a file onto the disk."""
+    """Flush a file's buffers and sync it to the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's contents."""
+    """Return the SHA-256 of a file's contents, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Parts of a step, by name, for a profile."""
+"""Named parts of a training step, for the profiler."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,7 +17,8 @@ def span(name: str) -> AbstractContextManager[object]:
 
 @contextmanager
 def _recorded(name: str) -> Iterator[None]:
-    """A GPU works behind the CPU, so while a profile is made each part waits for its own work."""
+    """Record a span. A GPU runs asynchronously, so synchronize before and after: then the span
+    covers exactly its own GPU work."""
     _wait()
     with record_function(PREFIX + name):
         yield

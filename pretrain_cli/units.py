@@ -1,4 +1,4 @@
-"""Numbers as people say them."""
+"""Human-readable numbers, sizes and durations."""
 
 import re
 from decimal import Decimal
@@ -7,7 +7,7 @@ COUNTS = {"T": 10**12, "B": 10**9, "M": 10**6, "K": 10**3, "": 1}
 
 
 def amount(number: float) -> str:
-    """1234567 as 1.23M."""
+    """Format a number in short form: 1234567 is 1.23M."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
             return f"{number / size:.3g}{letter}"
@@ -15,7 +15,7 @@ def amount(number: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes as 1.2 GB, decimal."""
+    """Format bytes in decimal units: 1.2 GB."""
     for unit, letter in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if count >= unit:
             return f"{count / unit:.1f} {letter}"
@@ -23,7 +23,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 5d03h, 1h02m, 3m20s or 12s."""
+    """Format seconds as 5d03h, 1h02m, 3m20s or 12s."""
     seconds = round(seconds)
     if seconds >= 2 * 86400:
         return f"{seconds // 86400}d{seconds % 86400 // 3600:02d}h"
@@ -33,7 +33,8 @@ def duration(seconds: float) -> str:
 
 
 def in_number(words: str) -> int:
-    """5B, 1.5T, 200M, 10k or 1000000 as a whole number. ValueError for what is no such number."""
+    """Parse 5B, 1.5T, 200M, 10k or 1000000 as an int. Raises ValueError for any other text, for a
+    fraction and for a number below 1."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([TBMK]?)", words.strip().upper())
     number = Decimal(match[1]) * COUNTS[match[2]] if match else Decimal(0)
     if number < 1 or number != int(number):

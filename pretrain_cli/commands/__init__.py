@@ -1,4 +1,4 @@
-"""One file a command: what is typed, one call of the engine, what is shown.
+"""The commands, one file each: parse the options, call the engine once, show the result.
 
-Nothing here imports torch or the engine until a command runs, so `--help` answers at once.
+Modules here import torch and the engine only when a command runs, so `--help` answers at once.
 """

@@ -1,4 +1,4 @@
-"""`pretrain count-params`: what a model is, before it is built."""
+"""`pretrain count-params`: a model's parameters, FLOPs and memory, computed without building it."""
 
 import json
 from dataclasses import asdict
@@ -101,8 +101,8 @@ def count_params(
 ) -> None:
     """Count parameters by part, training FLOPs and memory.
 
-    From the architecture's numbers alone: nothing is allocated. So is the plan of a run, unless it
-    is calibrated.
+    Everything is computed from the model's configuration; no memory is allocated. Only --calibrate
+    runs training steps.
     """
     from pretrain_cli.config.run_config import ModelSettings
     from pretrain_cli.config.yaml_files import find_model

@@ -1,4 +1,4 @@
-"""`pretrain count-params --plan`: what a run would take."""
+"""`pretrain count-params --plan`: the memory, time and disk space that a run would need."""
 
 import json
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ MOMENTS = {
 
 @dataclass(frozen=True)
 class Asked:
-    """The options of a plan, as typed."""
+    """Options of --plan, as typed."""
 
     tokens: str | None
     device: str | None
@@ -46,7 +46,7 @@ class Asked:
     calibrate: bool
 
     def refuse_alone(self) -> None:
-        """Without --plan none of them has a meaning."""
+        """Raise ConfigError if any option was given; they need --plan."""
         from pretrain_cli.errors import ConfigError
 
         for name, value in vars(self).items():
@@ -66,7 +66,7 @@ class Asked:
 
 
 def show_plan(name: str, config: Any, seq_len: int, asked: Asked, *, as_json: bool) -> None:
-    """Find it out and show it."""
+    """Estimate a run of the model and print the estimate."""
     from pretrain_cli.config.build import build_config
     from pretrain_cli.engine.planning.run_estimate import find_machine, forecast
 
@@ -101,7 +101,7 @@ def _tokens(words: str | None) -> int | None:
 
 
 def _calibrated(plan: Any, config: Any, speed: Any, asked: Asked) -> Any:
-    """The plan with the pace of real steps on the device that is here."""
+    """Time real steps on this machine's device; return the plan with the measured throughput."""
     from dataclasses import replace
 
     from pretrain_cli.engine.benchmark.rounds import calibrate
@@ -179,7 +179,8 @@ def _show(plan: Any, *, is_fixed: bool, is_given: bool) -> None:
 
 
 def _table(plan: Any) -> Table:
-    """A part a row, at its most; they are not all at their most at once."""
+    """Return a table of peak memory by part. Parts peak at different moments, so the total may be
+    less than their sum."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("memory" if plan.machine.gpus == 1 else "memory of each")
     headings = {"ddp": "a copy on each (ddp)", "fsdp": "a part on each (fsdp)"}

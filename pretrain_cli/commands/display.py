@@ -16,27 +16,27 @@ from rich.text import Text
 
 from pretrain_cli.units import amount, duration, size
 
-# Where the output is not a terminal, tables get the room they need rather than 80 columns.
+# Without a terminal rich assumes 80 columns, too few for the tables.
 console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 120)
 error_console = Console(stderr=True, highlight=False, emoji=False)
 
 
 SECONDS_A_LINE = 2.0
-"""Least seconds between printed steps without a live panel; metrics.jsonl has every step."""
+"""Minimum seconds between printed steps without a live panel; metrics.jsonl has every step."""
 
 
 def notice(text: str) -> None:
-    """A choice made for the person, or a fallback."""
+    """Print a choice made for the user, or a fallback, to standard output."""
     console.print(f"[yellow]·[/] {escape(text)}", soft_wrap=not console.is_terminal)
 
 
 def remark(text: str) -> None:
-    """The same where standard output is a result that another program reads."""
+    """Print a notice to standard error, for commands whose output another program reads."""
     error_console.print(f"[yellow]·[/] {escape(text)}", soft_wrap=True)
 
 
 def check_output(path: Path | None, option: str = "--json") -> None:
-    """Refuse a file that can't be written, before what it is to hold is made."""
+    """Raise ConfigError for a file that can't be written, before computing its contents."""
     from pretrain_cli.errors import ConfigError
 
     if path is not None and path.is_dir():
@@ -46,7 +46,7 @@ def check_output(path: Path | None, option: str = "--json") -> None:
 
 
 def check_folder(path: Path | None, option: str) -> None:
-    """Refuse a folder that can't be made, before what it is to hold is."""
+    """Raise ConfigError for a folder that can't be created, before computing its contents."""
     from pretrain_cli.errors import ConfigError
 
     if path is not None:
@@ -56,13 +56,13 @@ def check_folder(path: Path | None, option: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A command's results, to a file that was asked for."""
+    """Write a command's results to a file, and print its path."""
     path.write_text(json.dumps(value, indent=2) + "\n")
     console.print(f"Written to {escape(str(path))}", soft_wrap=True)
 
 
 class TokenizeProgress:
-    """A bar with MB/s and tokens/s, by what the tokenizing reports."""
+    """Progress bar with MB/s and tokens/s; tokenizing calls it with its progress."""
 
     def __init__(self) -> None:
         self.progress = Progress(
@@ -94,7 +94,7 @@ class TokenizeProgress:
 
 
 class Rate(ProgressColumn):
-    """The rate that the task was last updated with."""
+    """Column that shows the task's latest rate."""
 
     def render(self, task: Any) -> Text:
         return Text(task.fields.get("rate", ""))
@@ -128,7 +128,7 @@ def profile_table(title: str, profile: Any) -> RenderableType:
 
 
 class TrainDisplay:
-    """A training run: a live panel below the lines that stay."""
+    """Display of a training run: printed lines, with a live panel below them on a terminal."""
 
     def __init__(self) -> None:
         self.live: Live | None = None
@@ -144,7 +144,7 @@ class TrainDisplay:
         self._end_live()
 
     def __call__(self, event: Any) -> None:
-        """Show an event of the engine, by its kind."""
+        """Show an event of the engine: pass it to the `on_` method of its class."""
         getattr(self, f"on_{type(event).__name__.lower()}")(event)
 
     def on_notice(self, event: Any) -> None:

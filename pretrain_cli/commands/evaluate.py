@@ -1,4 +1,4 @@
-"""`pretrain evaluate`: the validation loss of any checkpoint, on any dataset of its tokenizer."""
+"""`pretrain evaluate`: the validation loss of a checkpoint on any dataset of its tokenizer."""
 
 import json
 from pathlib import Path
@@ -102,8 +102,8 @@ def evaluate(
 ) -> None:
     """Measure loss, perplexity and bits per byte on validation splits: every token once.
 
-    As training measures it; a checkpoint has the loss that its run's metrics.jsonl has for its
-    step. A dataset that another tokenizer made is refused.
+    The result equals training's validation: a checkpoint gets the loss that its run's metrics.jsonl
+    records for its step. The dataset must come from the model's tokenizer.
     """
     of_loss = {"data": data, "tokenizer": tokenizer, "eval-tokens": eval_tokens,
                "document-mask": document_mask, "compile": compile_}  # fmt: skip
@@ -166,7 +166,7 @@ def evaluate(
 
 
 def _refuse_others(of_loss: dict[str, Any], of_tasks: dict[str, Any], tasks: str | None) -> None:
-    """An option that what is asked for would ignore."""
+    """Raise ConfigError for an option that the chosen kind of evaluation would ignore."""
     from pretrain_cli.errors import ConfigError
 
     others, reason = of_tasks, "is of --tasks, which was not given; leave it out"

@@ -1,4 +1,4 @@
-"""`pretrain evaluate --tasks`: how well a model does what benchmarks ask."""
+"""`pretrain evaluate --tasks`: a model's scores on tasks of lm-evaluation-harness."""
 
 import json
 from dataclasses import asdict

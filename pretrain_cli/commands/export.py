@@ -1,4 +1,4 @@
-"""`pretrain export`: a checkpoint as a folder to publish."""
+"""`pretrain export`: write a checkpoint as a folder or a GGUF file to publish."""
 
 from pathlib import Path
 from typing import Annotated

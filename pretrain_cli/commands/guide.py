@@ -1,4 +1,4 @@
-"""`pretrain guide`: the manual, a page a topic."""
+"""`pretrain guide`: the manual, one page per topic."""
 
 import re
 import sys
@@ -47,7 +47,7 @@ def topics() -> dict[str, Path]:
 
 
 def summary(page: Path) -> str:
-    """Return a page's first paragraph, which says in a sentence what the page is about."""
+    """Return a page's first paragraph, a one-sentence summary."""
     paragraphs = page.read_text(encoding="utf-8").split("\n\n")
     return " ".join(paragraphs[1].split())
 

@@ -1,4 +1,4 @@
-"""`pretrain inspect`: what a tokenized dataset holds, and whether it is whole."""
+"""`pretrain inspect`: the contents of a tokenized dataset, and any damage."""
 
 import json
 from pathlib import Path
@@ -110,7 +110,7 @@ def _facts(folder: Path, manifest: Any) -> dict[str, Any]:
 
 
 def _sample(folder: Path, number: int, seq_len: int, packing: str, seed: int) -> dict[str, Any]:
-    """The training sample of this number in a run on this dataset alone, by documents."""
+    """Return training sample `number` of a run on this dataset alone, split into documents."""
     import numpy as np
 
     from pretrain_cli.data.batches import order_of

@@ -8,7 +8,7 @@ from pretrain_cli.errors import ConfigError
 
 RANGE_TEST_STEPS = 100
 LINES = 20
-"""Printed while it goes; the file has every step."""
+"""Number of steps printed during the test; lr-find.json has every step."""
 
 
 def refuse_meaningless(resume: Path | None, flags: dict[str, Any]) -> None:
@@ -22,7 +22,7 @@ def refuse_meaningless(resume: Path | None, flags: dict[str, Any]) -> None:
 
 
 def suggest_rate(settings: Any, out: Path | None, display: TrainDisplay, stop: Any) -> None:
-    """Run the test and say what it found."""
+    """Run the test and print the suggested learning rate."""
     from pretrain_cli.engine.training.lr_find import find_learning_rate
 
     folder = out or Path()

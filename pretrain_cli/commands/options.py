@@ -1,6 +1,6 @@
-"""One rule for every option and argument: what is empty is no value.
+"""Shared behaviour of options: empty values are errors, and `--set` for process settings.
 
-`--attn ""`, as from a shell's variable that isn't set, would otherwise be as good as no option.
+Without the check, `--attn ""`, as from an unset shell variable, would act like no option.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 from pretrain_cli.errors import ConfigError
 
 MAY_BE_EMPTY = ("prompt", "document_separator")
-"""Nothing to go on from; an empty line between documents."""
+"""Options whose empty value has a meaning: no prompt; an empty line between documents."""
 
 
 class Command(TyperCommand):
@@ -28,17 +28,17 @@ class Group(TyperGroup):
 
 
 def refuse_empty(context: Any) -> None:
-    """Raise ConfigError for the first value that was given and is empty."""
+    """Raise ConfigError for the first empty value."""
     for parameter in context.command.params:
         value = context.params.get(parameter.name)
         several = value if isinstance(value, list | tuple) else [value]
         if "" in several and parameter.name not in MAY_BE_EMPTY:
-            name = parameter.opts[0]  # of an argument, its name
+            name = parameter.opts[0]  # an argument has its name here
             raise ConfigError(f"{name}: is empty; give a value, or leave it out")
 
 
 SPEED = "Speed"
-"""Panel of the help."""
+"""Panel title in the help."""
 
 OfProcess = Annotated[
     list[str] | None,
@@ -52,7 +52,7 @@ OfProcess = Annotated[
 
 
 def settle_process(assignments: Sequence[str] | None) -> None:
-    """Set what has to be set before torch is loaded."""
+    """Set environment variables from `--set`. Must be called before torch is imported."""
     from pretrain_cli.config.build import build_config
     from pretrain_cli.engine.runtime.process_settings import (
         check_process_settings,

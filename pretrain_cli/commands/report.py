@@ -1,4 +1,4 @@
-"""`pretrain report`: runs as a page to look at, and as a picture."""
+"""`pretrain report`: write runs' curves as an HTML page, and optionally as a PNG."""
 
 from pathlib import Path
 from typing import Annotated
@@ -26,8 +26,8 @@ def report(
 ) -> None:
     """Show runs in one HTML page that opens with no network.
 
-    Loss and validation over tokens, time and steps, learning rate, gradient norm, throughput,
-    memory, restarts and skipped steps, samples, settings; of several runs beside each other.
+    Shows loss and validation over tokens, time and steps; learning rate, gradient norm, throughput,
+    memory, restarts, skipped steps, samples and settings. Compares several runs side by side.
     """
     from pretrain_cli.engine.report.writing import write_report
 

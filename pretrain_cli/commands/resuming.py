@@ -1,4 +1,4 @@
-"""`pretrain train --resume`, and `--check-resume`: that a resumed run is the run."""
+"""`pretrain train --resume`, and `--check-resume`, which tests that resuming is exact."""
 
 from pathlib import Path
 from typing import Any, NoReturn
@@ -9,12 +9,13 @@ from rich.markup import escape
 from pretrain_cli.commands.display import TrainDisplay, console
 
 STOPPED = 75
-"""Exit code of a run that was asked to stop, or ran out of time, saved itself and has steps left:
-sysexits.h's EX_TEMPFAIL, "try again". Put it in the queue again."""
+"""Exit code of a run that stopped with steps left, on a signal or at --max-time, after saving:
+EX_TEMPFAIL of sysexits.h, "try again". Schedulers can requeue the job on it."""
 
 
 def prove_resume(settings: Any, steps: int, display: TrainDisplay, stop: Any) -> NoReturn:
-    """Say whether a run that is resumed is the run straight through: exit code 0, else 1."""
+    """Compare a resumed run with an uninterrupted one. Exits with code 0 if they are equal, else 1;
+    STOPPED if the check itself was stopped."""
     from pretrain_cli.engine.runtime.stop import Stopped
     from pretrain_cli.engine.training.check_resume import check_resume
 
@@ -36,7 +37,8 @@ def prove_resume(settings: Any, steps: int, display: TrainDisplay, stop: Any) ->
 def resumed(
     resume: Path, flags: dict[str, Any], assignments: list[str], allow_change: bool
 ) -> tuple[Any, dict[str, Any]]:
-    """The run's settings with the changes asked for, and where training goes on."""
+    """Return the run's settings with the requested changes, and train()'s arguments `resume` (the
+    run folder and its record) and `resume_from` (a checkpoint; None: the newest intact one)."""
     from pretrain_cli.config.build import build_config
     from pretrain_cli.engine.runs.run_yaml import read_record, resumed_settings
     from pretrain_cli.errors import CheckpointError
@@ -48,7 +50,7 @@ def resumed(
         checkpoint, resume = resume, resume.parent.parent
     record = read_record(resume)
     base = {name: dict(section) for name, section in record.settings.items()}
-    base["train"].pop("max_time", None)  # which was that process's
+    base["train"].pop("max_time", None)  # it limited that process only
     if flags["train.tokens"] is not None:
         base["train"].pop("steps")
     changed = build_config(base, flags, assignments)

@@ -1,4 +1,4 @@
-"""`pretrain sample`: text from a checkpoint, as it is made."""
+"""`pretrain sample`: generate text from a checkpoint, shown as it is sampled."""
 
 import json
 import select
@@ -168,8 +168,8 @@ def sample(
 
 
 class _InOrder(ABC):
-    """Pieces of several texts, which come mixed: shown text by text, the first unfinished one as it
-    comes, and those behind it once it is their turn."""
+    """Shows texts in order, though their pieces arrive interleaved. The first unfinished text is
+    streamed; pieces of later texts are kept until their turn."""
 
     def __init__(self, prompts: list[str], n: int) -> None:
         self.prompts, self.n = prompts, n
@@ -188,18 +188,18 @@ class _InOrder(ABC):
 
     @abstractmethod
     def show(self, delta: Any) -> None:
-        """A delta of the text whose turn it is."""
+        """Show a delta of the text whose turn it is."""
 
     @abstractmethod
     def interrupted(self) -> None:
-        """End the output in the middle of a text."""
+        """End the output after an interrupt in the middle of a text."""
 
     def prompt(self, text: Any) -> str:
         return self.prompts[text.number // self.n]
 
 
 class _Written(_InOrder):
-    """Texts behind their prompts, which a terminal shows dim."""
+    """Shows each text after its prompt; on a terminal the prompt is dim."""
 
     begun = -1
 
@@ -220,7 +220,7 @@ class _Written(_InOrder):
 
 
 class _JsonLines(_InOrder):
-    """A line for each text, once it is whole."""
+    """Writes one JSON line for each text, once it is complete."""
 
     def show(self, delta: Any) -> None:
         if delta.full_text is None:
@@ -237,7 +237,7 @@ class _JsonLines(_InOrder):
         _write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def interrupted(self) -> None:
-        """Lines are whole."""
+        """Do nothing: only complete lines are written."""
 
 
 def _read_standard_input() -> str:
@@ -250,17 +250,17 @@ def _read_standard_input() -> str:
 
 
 def _is_waiting(stream: TextIO) -> bool:
-    """Return whether something was piped in. A pipe that stays open and empty, as a program that
-    starts this one may leave, is not waited for; `--prompt -` waits."""
+    """Return True if input was piped in. Does not wait for an open, empty pipe, which a parent
+    process may have left; `--prompt -` waits."""
     if stream.isatty():
         return False
     try:
         return bool(select.select([stream], [], [], 0)[0])
-    except (OSError, ValueError):  # not a file that can be asked
+    except (OSError, ValueError):  # the stream does not support select
         return True
 
 
 def _write(text: str) -> None:
-    """As it is: rich would turn tabs into spaces and `:x:` into a picture."""
+    """Write text unchanged. rich would turn tabs into spaces and `:x:` into an emoji."""
     sys.stdout.write(text)
     sys.stdout.flush()

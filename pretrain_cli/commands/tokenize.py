@@ -1,4 +1,4 @@
-"""`pretrain tokenize`: text to a tokenized dataset."""
+"""`pretrain tokenize`: turn text into a tokenized dataset."""
 
 import glob
 from dataclasses import replace
@@ -147,10 +147,10 @@ def tokenize(
 ) -> None:
     """Turn text into a dataset to train on.
 
-    A document is a file, a line of a .jsonl file, a row of a .parquet file, or what is between two
-    separator lines; each also as .gz, .zst, .xz or .bz2. Killed at any instant, the same command
-    goes on where it was. Without any text, a small demo dataset is made of the Python standard
-    library's sources.
+    A document is a file, a line of a .jsonl file, a row of a .parquet file, or the text between two
+    separator lines. Files may be compressed: .gz, .zst, .xz, .bz2. If the command is killed, run it
+    again: it continues where it stopped. Without paths, it makes a small demo dataset from the
+    Python standard library's sources.
     """
     from pretrain_cli.data.corpus.readers import ReadOptions
     from pretrain_cli.data.tokenizing.request import TokenizeRequest
@@ -224,7 +224,7 @@ def tokenize(
             "them: no place was found where they don't"
         )
     held_out = manifest.splits["val"].tokens
-    # of the files: one that the end of a split is held out of is in both splits
+    # Count by source: a document cut between the splits is counted in both splits.
     documents = sum(part.documents for part in manifest.sources.values())
     console.print(
         f"[bold]{folder}[/]: {total.tokens:,} tokens of {escape(manifest.tokenizer)} "
@@ -237,7 +237,7 @@ def tokenize(
 
 
 def _name(path: str) -> str:
-    """Name the dataset of a path: `input` for input.txt, `wiki.en` for the folder wiki.en."""
+    """Return a path's dataset name: `input` for input.txt, `wiki.en` for the folder wiki.en."""
     if path == "-":
         return "stdin"
     if glob.has_magic(path):

@@ -1,4 +1,4 @@
-"""`pretrain train`: a dataset to a run folder."""
+"""`pretrain train`: train a model on a dataset, into a run folder."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -191,9 +191,9 @@ def train(
 ) -> None:
     """Train a model.
 
-    With no dataset, a small one is made from the Python standard library's sources. Ctrl-C,
-    SIGTERM, SIGUSR1 and --max-time save and stop, with exit code 75 while steps are left, which
-    --resume goes on with; a second signal leaves at once. On several GPUs: torchrun
+    Without a dataset, it makes a small one from the Python standard library's sources. Ctrl-C,
+    SIGTERM, SIGUSR1 and --max-time save and stop; if steps remain, the exit code is 75 and --resume
+    continues. A second signal exits at once. On several GPUs: torchrun
     --nproc-per-node N -m pretrain_cli train …
     """
     flags: dict[str, Any] = {
@@ -236,7 +236,7 @@ def train(
         raise ConfigError(f"--config: {config} does not go with --resume, which has the run's own")
     if lr_find:
         refuse_meaningless(resume, flags)
-        flags["train.steps"] = steps or RANGE_TEST_STEPS  # and not those of a file
+        flags["train.steps"] = steps or RANGE_TEST_STEPS  # overrides those of --config
     if allow_change and resume is None:
         raise ConfigError("--allow-change: goes with --resume, whose settings it lets change")
     if check_resume is not None and resume is not None:
@@ -278,5 +278,5 @@ def train(
 
 
 def _number(text: str | None) -> int | str | None:
-    """A whole number as one; what else it is is for the settings to judge."""
+    """Return digits as an int, and any other text unchanged; the settings validate it."""
     return int(text) if text is not None and text.isdecimal() else text

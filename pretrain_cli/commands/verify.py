@@ -1,4 +1,4 @@
-"""`pretrain verify`: whether transformers computes the same from a folder."""
+"""`pretrain verify`: compare a model with the same folder opened by transformers."""
 
 import json
 from pathlib import Path
@@ -35,10 +35,10 @@ def verify(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, mps or auto.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
-    """Compare logits, loss and greedy text with transformers'; exit 1 where they differ.
+    """Compare logits, loss and greedy text with transformers'; exit 1 if they differ.
 
-    Both compute in float32. Tolerance, relative: 1e-4; of a float16 folder against another type
-    5e-3, and of bfloat16 5e-2, which is what rounding the weights costs.
+    Both compute in float32. The relative tolerance is 1e-4. If the folders' weight types differ, it
+    allows for rounding the weights: 5e-3 with float16, 5e-2 with bfloat16.
     """
     from pretrain_cli.engine.evaluation import compare_transformers as engine
 

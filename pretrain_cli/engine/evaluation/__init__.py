@@ -1,4 +1,4 @@
-"""A checkpoint in, numbers about it out: loss, lm-eval tasks, comparison with transformers.
+"""Evaluation of a checkpoint: loss, lm-eval tasks, comparison with transformers.
 
 Read `evaluate_checkpoint` first.
 """

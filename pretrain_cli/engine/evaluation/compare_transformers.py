@@ -1,7 +1,8 @@
 """Compare a folder with the same model in transformers: logits, loss and greedy text.
 
-Both sides compute in float32 with the weights on disk. Two folders of one weight type may differ
-only by the order of sums; if one folder holds rounded weights, by the rounding of the weights too.
+Both sides compute in float32 with the weights on disk. If both folders have the same weight types,
+results may differ only by the order of sums. If one folder holds rounded weights, they also differ
+by that rounding.
 """
 
 import importlib
@@ -29,10 +30,11 @@ from pretrain_cli.model.formats.hf_config import read_config
 from pretrain_cli.model.formats.hf_weights import weight_types
 
 TOLERANCES = {"F64": 1e-4, "F32": 1e-4, "F16": 5e-3, "BF16": 5e-2}
-"""Largest relative difference of logits, |ours − theirs| / |theirs|, and of the loss, by the type
-of the weights that were rounded. Two folders of one type: the first."""
+"""Largest allowed relative difference of logits, |ours − theirs| / |theirs|, and of the loss, for
+each weight type. The largest value among the folders' types applies; if both folders have the same
+types, the smallest of all."""
 PROMPT_TOKENS = 16
-"""Tokens of the prompt for greedy text."""
+"""Length of the prompt for greedy text; tokens."""
 
 Logits = Callable[[Tensor], Tensor]
 """tokens (1, T) -> logits (1, T, V)."""
@@ -51,7 +53,7 @@ class Comparison:
     logits: float
     """|ours − theirs| / |theirs|; maximum over the windows."""
     largest: float
-    """Largest difference between two logits."""
+    """Largest absolute difference between corresponding logits."""
     loss: float
     their_loss: float
     agreed: int
@@ -193,8 +195,9 @@ def _windows(
     vocabulary: int,
     notify: Callable[[str], None],
 ) -> tuple[Tensor, str]:
-    """Return (windows, seq_len + 1) tokens and their source: evenly spaced in the validation split,
-    in the training split if that is too short, or random if there is no dataset."""
+    """Return tokens (windows, seq_len + 1) and the name of their source. Windows are evenly spaced
+    in the validation split, or in the training split if the validation split is too short. Without
+    a dataset the tokens are random."""
     if data is None:
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randint(0, vocabulary, (windows, seq_len + 1), generator=generator)
@@ -240,8 +243,8 @@ def _tolerance(folder: Path, other: Path) -> float:
 
 
 def import_transformers(who: str) -> Any:
-    """Import transformers, with its messages and progress bars off. Raises ConfigError if it is not
-    installed. `who`: the command or option that needs it, for the message."""
+    """Import transformers and silence its messages and progress bars. Raises ConfigError if it is
+    not installed. `who`: the command or option that needs it, for the error message."""
     try:
         library: Any = importlib.import_module("transformers")
     except ImportError:

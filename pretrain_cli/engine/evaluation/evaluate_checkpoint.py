@@ -1,7 +1,7 @@
-"""Evaluate any checkpoint or model folder on any dataset of its tokenizer, as training validates.
+"""Evaluate any checkpoint or model folder on any dataset of its tokenizer, as validation does.
 
-Settings that are not given come from the run of the checkpoint: datasets, sample length, document
-mask, attention backend and compute type. So a checkpoint gets the loss that metrics.jsonl has for
+Settings that are not given come from the checkpoint's run: datasets, sample length, document mask,
+attention backend and compute type. So a checkpoint gets the same loss as metrics.jsonl records for
 its step.
 """
 
@@ -33,7 +33,8 @@ BATCH_TOKENS = 8192
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateRequest:
-    """Inputs of an evaluation. None takes the setting of the checkpoint's run, or the device's."""
+    """Inputs of an evaluation. None: the setting of the checkpoint's run, else the device's default
+    (unless the field says otherwise)."""
 
     where: Path | None = None
     best: bool = False
@@ -41,7 +42,8 @@ class EvaluateRequest:
     data: tuple[str, ...] | None = None
     tokenizer: str | None = None
     eval_tokens: int | None = None
-    """Number of first targets to evaluate in each dataset; None means all."""
+    """Number of targets to evaluate, from the start of each dataset's validation split; None: the
+    run's number, or all."""
     seq_len: int | None = None
     document_mask: bool | None = None
     device: str = "auto"
@@ -49,14 +51,15 @@ class EvaluateRequest:
     attention: str | None = None
     compile: bool | None = None
     quantize: str | None = None
-    """int8 evaluates the weights unchanged, then in int8; None only unchanged."""
+    """int8 evaluates the weights unchanged and then in int8; None evaluates them unchanged only."""
     settings: tuple[str, ...] = ()
     """Speed settings as `speed.NAME=VALUE`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateResult:
-    """EvaluateResult of an evaluation, and the settings in force."""
+    """Measures of an evaluation, and the settings in force. With `quantize`, `evaluation` measures
+    the int8 weights and `unquantized` the unchanged ones."""
 
     folder: Path
     data: str
@@ -73,7 +76,8 @@ def evaluate_checkpoint(
     request: EvaluateRequest, notify: Callable[[str], None]
 ) -> EvaluateResult | None:
     """Evaluate a checkpoint. Every rank must call this; all but the first return None. Raises
-    ConfigError, DataError or CheckpointError for what can't be evaluated."""
+    ConfigError for wrong settings, DataError for an unsuitable dataset, and CheckpointError for a
+    broken model folder or a loss that is not finite."""
     for name, value in (("eval-tokens", request.eval_tokens), ("seq-len", request.seq_len)):
         if value is not None and value < 1:
             raise ConfigError(f"--{name}: {value} is not at least 1")
@@ -92,7 +96,7 @@ def evaluate_checkpoint(
             "speed.compile": request.compile,
         }
         if request.data is not None:
-            settings["data"].pop("tokenizer", None)  # it belongs to the run's own token files
+            settings["data"].pop("tokenizer", None)  # it describes the run's own .bin files
         config = build_config(settings, flags, request.settings)
         if config.data.path is None:
             raise ConfigError(f"--data: {folder} belongs to no run that names one; give a dataset")
@@ -141,7 +145,8 @@ def evaluate_checkpoint(
 
 
 def _checked(evaluation: Evaluation | None, folder: Path, data: Mixture) -> Evaluation:
-    """Return the evaluation; refuse a missing validation split and a loss that is not finite."""
+    """Return the evaluation. Raises DataError if there is no validation split, CheckpointError if
+    the loss is not finite."""
     if evaluation is None:
         raise DataError(f"{data.name}: no validation split; tokenize with --val-fraction above 0")
     if not math.isfinite(evaluation.loss):
@@ -153,7 +158,8 @@ def _checked(evaluation: Evaluation | None, folder: Path, data: Mixture) -> Eval
 
 
 def run_settings(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the settings of a checkpoint's run that its validation depends on."""
+    """Return the run's settings that the validation loss depends on, or defaults for a folder that
+    belongs to no run."""
     run = run_of(folder)
     if run is None:
         return {"data": {}, "speed": {"compile": False}}
@@ -167,8 +173,8 @@ def run_settings(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _seq_len(config: ModelConfig, data: Mixture, requested: int | str, device: torch.device) -> int:
-    """Return the sample length. Refuses more than the model has positions for, and token ids
-    beyond its vocabulary."""
+    """Return the sample length. Raises ConfigError for a length beyond the model's positions,
+    DataError for token ids beyond its vocabulary."""
     positions = config.max_position_embeddings
     if config.vocab_size <= data.largest_token:
         raise DataError(

@@ -1,8 +1,9 @@
-"""Log-likelihoods of texts, and continuations of prompts, as evaluation tasks need them.
+"""Log-likelihoods of texts and continuations of prompts, for evaluation tasks.
 
-A text is conditioned on what its tokenizer begins documents with (Tokenizer.encode_prompt). Texts
-are batched by length, longest first, which keeps padding low. Logits are computed for scored tokens
-only, ROWS_OF_LOGITS at a time: with a vocabulary of 262,144 they take 1 MB a token.
+A text begins as a document does (Tokenizer.encode_prompt): with the beginning-of-document token. If
+the tokenizer has none, a text without a context follows an end-of-document token. Texts are batched
+by length, longest first, which keeps padding low. Logits are computed for scored tokens only,
+ROWS_OF_LOGITS at a time: with a vocabulary of 262,144 they take 1 MB a token.
 """
 
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.inference.decode import DecodeSession
 
 BATCH_TOKENS = 8192
-"""Tokens in a batch of texts that are scored, padding included."""
+"""Tokens in a batch of texts to score, padding included."""
 ROWS_OF_LOGITS = 64
 """Tokens whose logits are computed at a time."""
 GENERATED_ROWS = 8
@@ -29,7 +30,7 @@ GENERATED_ROWS = 8
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens, of which the last `scored` are scored; at least one precedes those."""
+    """Tokens, of which the last `scored` are scored. At least one token precedes these."""
 
     tokens: list[int]
     scored: int
@@ -37,14 +38,14 @@ class Span:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Sum of the log-probabilities of scored tokens, and whether each was the most likely."""
+    """Sum of the scored tokens' log-probabilities; `is_greedy` if each was the most likely one."""
 
     logprob: float
     is_greedy: bool
 
 
 class Query(NamedTuple):
-    """Inputs of one forward pass, and the numbers of the spans that share it."""
+    """Inputs of one row of a forward pass, and the numbers of the spans that share this row."""
 
     scored: int
     inputs: tuple[int, ...]
@@ -52,7 +53,7 @@ class Query(NamedTuple):
 
 
 class Scorer:
-    """Scores texts with a model. Texts beyond `positions` tokens lose their beginning."""
+    """Scores texts with a model. Longer texts are cut to their last `positions` tokens."""
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, positions: int) -> None:
         self.model, self.tokenizer, self.positions = model, tokenizer, positions
@@ -60,7 +61,7 @@ class Scorer:
 
     def continuation(self, context: str, text: str) -> Span:
         """Return a span that scores the text after the context. Spaces at the end of the context
-        move to the text, where they are part of a word's token."""
+        move to the text, because tokenizers join a space to the word after it."""
         stripped = context.rstrip()
         context, text = stripped, context[len(stripped) :] + text
         before = self.tokenizer.encode_prompt(context)
@@ -72,7 +73,7 @@ class Scorer:
 
     def windows(self, text: str) -> list[Span]:
         """Return spans that score each token of a text once. A long text takes several windows; the
-        last one is as long as the others, and scores fewer tokens."""
+        last window is as long as the others but scores fewer tokens."""
         tokens = [*self.tokenizer.encode_prompt(""), *self._encode(text)]
         ends = [*range(1 + self.positions, len(tokens), self.positions), len(tokens)]
         spans, start = [], 1
@@ -87,7 +88,8 @@ class Scorer:
 
     def likelihoods(self, spans: list[Span]) -> Iterator[tuple[int, Likelihood]]:
         """Yield each span's number and likelihood, in the order of computation. Spans that differ
-        only in their last token, as the choices of many questions do, share a forward pass."""
+        only in their last token share a row of the forward pass, as multiple-choice answers of one
+        token do."""
         numbers_of: dict[tuple[int, tuple[int, ...]], list[int]] = {}
         for number, span in enumerate(spans):
             if scored := min(span.scored, self.positions):
@@ -127,7 +129,7 @@ class Scorer:
                 yield number, Likelihood(logprob, is_greedy)
 
     def generate(self, prompts: list[str], params: SamplingParams) -> Iterator[tuple[int, str]]:
-        """Yield each prompt's number and its continuation, up to a stop string."""
+        """Yield each prompt's number and its continuation, which ends before a stop string."""
         limit = min(params.max_tokens, self.positions - 1)
         room = self.positions - limit
         completions = [

@@ -1,7 +1,7 @@
 """Run tasks of lm-evaluation-harness with our model, in this process.
 
-The harness provides questions, prompts and metrics. It asks a model for three things, which
-likelihood.py computes (`_harness_model`). A task whose data are on this machine needs no network.
+The harness provides questions, prompts and metrics. It calls three methods of a model, which
+likelihood.py implements (`_harness_model`). A task whose data are on this machine needs no network.
 """
 
 import importlib
@@ -28,26 +28,27 @@ from pretrain_cli.model.formats.hf_config import read_config
 from pretrain_cli.model.inference.int8 import as_floats
 
 MAX_TOKENS = 256
-"""Maximum length of an answer if a task sets none; tokens."""
+"""Maximum length of an answer if the task sets none; tokens."""
 LENGTH_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""Names in tasks for the maximum length of an answer."""
+"""Keys in a task's generation settings for the maximum length of an answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRequest:
-    """Tasks to run and the model to run them with. None means as in the model's run, or by the
-    device."""
+    """Tasks to run and the model to run them with. None: the setting of the model's run, else the
+    device's default (unless the field says otherwise)."""
 
     where: Path | None = None
     best: bool = False
     tasks: tuple[str, ...]
     """Names known to the harness, or YAML files."""
     include_path: Path | None = None
-    """Folder with YAML files of the user's tasks; None if there is none."""
+    """Folder with YAML files of the user's own tasks; None: none."""
     limit: int | None = None
-    """Number of first questions of each task; None means all."""
+    """Number of questions, from the start of each task; None: all."""
     seq_len: int | None = None
-    """Maximum tokens of a text; longer ones lose their beginning. None: the model's positions."""
+    """Maximum length of a text; tokens. Longer texts lose their beginning. None: the model's
+    positions."""
     device: str = "auto"
     dtype: str | None = None
     attention: str | None = None
@@ -168,8 +169,8 @@ def _load_tasks(request: TaskRequest) -> Any:
 
 
 def _manager(request: TaskRequest) -> Any:
-    """Return the harness's task manager. Its own index is thousands of files, read only if a task
-    is not one of the user's."""
+    """Return the harness's task manager. The harness's own tasks are thousands of files, which are
+    read only if a requested task is not one of the user's."""
     manager_class: Any = importlib.import_module("lm_eval.tasks").TaskManager
     own = str(request.include_path) if request.include_path else None
     manager = manager_class(include_path=own, include_defaults=False)
@@ -180,7 +181,7 @@ def _manager(request: TaskRequest) -> Any:
 
 
 def _harness_model(scorer: Scorer) -> Any:
-    """Return the scorer as a model of the harness. The class is made here because its base class
+    """Wrap the scorer as a model of the harness. The class is defined here because its base class
     is imported only when tasks run."""
     base: Any = importlib.import_module("lm_eval.api.model").LM
 
@@ -234,7 +235,7 @@ def _sampling_params(settings: dict[str, Any]) -> SamplingParams:
 
 
 def _scores(results: dict[str, Any]) -> list[TaskScore]:
-    """Return the harness's results; `acc,none` and `acc_stderr,none` of a task make one score."""
+    """Convert the harness's results; a task's `acc,none` and `acc_stderr,none` become one score."""
     scores = []
     for task, measures in results["results"].items():
         for key, value in measures.items():

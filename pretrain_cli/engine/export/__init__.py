@@ -1,4 +1,4 @@
-"""A checkpoint in, something to publish out: a Hugging Face folder with a model card, or GGUF.
+"""Export of a checkpoint: a Hugging Face folder with a model card, or a GGUF file.
 
 Read `export` first.
 """

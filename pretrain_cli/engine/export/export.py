@@ -1,5 +1,5 @@
 """Export a model folder to publish: weights of one type in shards, tokenizer, configuration, model
-card. It is written to a staging folder and renamed, so it is complete or absent.
+card. The export is written to a staging folder, which is then renamed, so it is complete or absent.
 """
 
 import json
@@ -41,8 +41,8 @@ def export(
 ) -> Path:
     """Write a model to the folder `out`. Returns the source folder.
 
-    Needs memory for the weights twice: in float32, and in the exported type. Raises ConfigError for
-    an existing target and for weights that overflow the type.
+    Holds the weights in memory twice: in float32 and in the exported type. Raises ConfigError if
+    the target exists or weights overflow the type.
     """
     check_target(out, dtype)
     folder = find_model_folder(where, notify, best=best)
@@ -69,7 +69,7 @@ def export(
 
 
 def check_target(out: Path, dtype: str) -> None:
-    """Raise ConfigError for an unknown type, an existing target, and a missing parent folder."""
+    """Raise ConfigError for an unknown type, an existing target or a missing parent folder."""
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype: '{dtype}' is not one of {', '.join(DTYPES)}")
     if out.exists():
@@ -93,13 +93,14 @@ def _write_configuration(
 
 
 def name_of(folder: Path) -> str:
-    """Return the name of a checkpoint's run and its step; else the folder's name."""
+    """Return a checkpoint's run name and step folder; for other folders, the folder's name."""
     run = run_of(folder)
     return folder.resolve().name if run is None else f"{run[0].name} {folder.name}"
 
 
 def _run_facts(folder: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """Return a checkpoint's run as the model card shows it, and its evaluations up to that step."""
+    """Return the facts of a checkpoint's run for the model card, and the run's evaluations up to
+    the checkpoint's step; (None, []) if the folder belongs to no run."""
     checkpoint_run = run_of(folder)
     if checkpoint_run is None:
         return None, []
@@ -118,7 +119,7 @@ def _run_facts(folder: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]
 
 
 def _refuse_overflow(weights: dict[str, Tensor], folder: Path, dtype: str) -> None:
-    """Raise ConfigError for weights that are not finite. float16 ends at 65,504."""
+    """Raise ConfigError for weights that are not finite. The largest float16 is 65,504."""
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise ConfigError(f"--dtype: {name} of {folder} is not finite in {dtype}; give bf16")

@@ -30,7 +30,7 @@ from pretrain_cli.model.formats.gguf import (
 from pretrain_cli.model.formats.hf_config import read_config
 
 TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-"""torch types, and their names in GGUF."""
+"""GGUF name of each torch type."""
 FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}
 
 
@@ -42,9 +42,9 @@ def export_gguf(
     best: bool,
     notify: Callable[[str], None],
 ) -> Path:
-    """Write a model to the file `out`: to a staging file, then renamed. Returns the source folder.
+    """Write a model to the file `out`, through a staging file. Returns the source folder.
 
-    Needs memory for the weights in float32 and for the largest tensor twice. Raises ConfigError as
+    Holds in memory the weights in float32 and the largest tensor twice. Raises ConfigError as
     `export` does, and if the package gguf is not installed.
     """
     check_target(out, dtype)
@@ -120,7 +120,8 @@ def _write(
 
 
 def _value(tensor: FileTensor, parameters: dict[str, Any], model: Decoder) -> Tensor:
-    """Return a tensor's values as llama.cpp uses them."""
+    """Return a tensor's values in llama.cpp's form: experts stacked, 1 added to Gemma's norm
+    weights."""
     parts = [piece.of(parameters[piece.parameter].detach()) for piece in tensor.pieces]
     value = torch.stack(parts) if tensor.is_stacked else parts[0]
     return 1.0 + value if tensor.is_norm and model.config.norm_is_zero_centered else value

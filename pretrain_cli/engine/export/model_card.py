@@ -1,6 +1,6 @@
-"""Model card of an exported model: what it is, what it was trained on, and its validation losses.
+"""Model card of an exported model: architecture, training data, settings and validation losses.
 
-huggingface_hub, which comes with tokenizers, writes the metadata that the hub reads.
+huggingface_hub, a dependency of tokenizers, writes the metadata that the hub reads.
 """
 
 import html
@@ -16,7 +16,7 @@ from pretrain_cli.model.counting import count_parameters
 
 MARKDOWN_MARKS = "\\`*_[]{}()#|~!"
 MAX_EVALUATIONS = 20
-"""Evaluations in the table at most; evenly spaced, the last one included."""
+"""Maximum number of evaluations in the table; evenly spaced, including the last."""
 
 
 def model_card(
@@ -27,10 +27,11 @@ def model_card(
     run: dict[str, Any] | None,
     evaluations: list[dict[str, Any]],
 ) -> str:
-    """Return README.md. Names, paths and settings are escaped, so that they stay text.
+    """Return the text of README.md. Names, paths and settings are escaped, so that Markdown shows
+    them unchanged.
 
-    `run`: model, data, step and settings of the run; None for a model of no run. `evaluations`:
-    evaluation rows of metrics.jsonl.
+    `run`: model, data, step and settings of the run; None if the model belongs to no run.
+    `evaluations`: evaluation rows of metrics.jsonl.
     """
     family = "Gemma 3" if config.model_type == "gemma3_text" else "Qwen 3"
     count = count_parameters(config)
@@ -81,7 +82,7 @@ def model_card(
         lines += ["", "## Validation", "", "| step | loss | perplexity | bits per byte |"]
         lines += ["|---|---|---|---|"]
         stride = math.ceil(len(evaluations) / MAX_EVALUATIONS)
-        for row in evaluations[::-1][::stride][::-1]:  # backwards, which keeps the last one
+        for row in evaluations[::-1][::stride][::-1]:  # backwards, to keep the last one
             perplexity = math.exp(min(row["loss"], 700.0))
             lines.append(
                 f"| {row['step']:,} | {row['loss']:.4f} | {perplexity:.4g} | "
@@ -92,7 +93,7 @@ def model_card(
 
 
 def escaped(value: Any) -> str:
-    """Return the value as one line that Markdown and HTML show unchanged."""
+    """Escape a value so that Markdown and HTML show it unchanged, on one line."""
     text = html.escape(" ".join(str(value).split()), quote=False)
     return "".join(f"\\{letter}" if letter in MARKDOWN_MARKS else letter for letter in text)
 

@@ -1,4 +1,4 @@
-"""A checkpoint and prompts in, text out.
+"""Text generation from a checkpoint.
 
 Read `sample` first: it opens the model, decodes in batches and streams the text.
 """

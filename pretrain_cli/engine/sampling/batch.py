@@ -1,17 +1,17 @@
 """Continuous batching: many completions at once, in rows that are refilled as completions end.
 
 Every turn is one decoding step for all rows (model/inference/decode.py), then one sampled token for
-all rows (sampler.py), both on the device. Completions wait in a queue. A row whose completion ended
-takes the next one, whose prompt is prefilled separately, so short completions do not wait for long
-ones. Equal prompts in succession are prefilled once.
+each row (sampler.py), both on the device. Completions wait in a queue. When a row's completion
+ends, the row takes the next completion from the queue and its prompt is prefilled separately, so
+short completions do not wait for long ones. Consecutive equal prompts are prefilled once.
 
 On a GPU sampled tokens are fetched FETCH_LAG turns late, while the next ones are computed, so that
 no turn waits for the CPU. Tokens sampled after a completion's end are dropped. Reaching the token
 limit needs no fetch: the number of tokens is known.
 
-A completion depends on the others in its batch only by rounding: matrix products of another number
-of rows may sum in another order. With greedy sampling, or equal uniforms, another token is chosen
-only where two are equally likely to within that rounding.
+Other completions in the batch change a completion only by rounding: a matrix product with a
+different number of rows may sum in a different order. With greedy sampling, or with equal uniforms,
+the chosen token differs only where two tokens are equally likely to within that rounding.
 """
 
 from collections import deque
@@ -28,7 +28,7 @@ from pretrain_cli.model.inference.decode import DecodeSession
 from pretrain_cli.model.kv_cache import KVCache
 
 FETCH_LAG = 4
-"""Turns between sampling a token and reading it on the CPU, if the device is a GPU."""
+"""Turns between sampling a token on a GPU and reading it on the CPU; 0 on other devices."""
 MAX_PADDING = 0.25
 """Largest fraction of padding among prompts that are prefilled together."""
 
@@ -40,14 +40,14 @@ class Completion:
     number: int
     prompt: list[int]
     limit: int
-    """Maximum number of tokens: as requested, or as many as there are positions for."""
+    """Maximum number of tokens: the requested number, or the model's positions left for it."""
     reason: str
-    """Value of `stopped` at the limit: max-tokens or positions."""
+    """Value that `stopped` takes at the limit: max-tokens or positions."""
     seed: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stopped: str = ""
-    """Reason of the end: end, max-tokens, positions, or one the consumer sets; empty until then."""
+    """Reason for ending: end, max-tokens, positions, or one the consumer sets; empty until then."""
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Row:
 
 
 class Prefilled(NamedTuple):
-    """A prompt, its row in the cache that holds it, and the logits after its last token. (V,)"""
+    """A prompt, the cache and row that hold it, and the logits after its last token. (V,)"""
 
     prompt: list[int]
     cache: KVCache
@@ -68,7 +68,7 @@ class Prefilled(NamedTuple):
 
 
 class Fetch(NamedTuple):
-    """Sampled tokens on their way to the CPU, and the completion of each row."""
+    """Sampled tokens being copied to the CPU, and the completion of each row."""
 
     ids: Tensor
     logprobs: Tensor
@@ -91,7 +91,7 @@ class ContinuousBatch:
         vocab_size: int,
     ) -> None:
         """Allocate the cache. `capacity`: tokens of the longest completion with its prompt. Ids
-        from `vocab_size` on only pad the model's embedding and are never sampled."""
+        >= `vocab_size` only pad the model's embedding and are never sampled."""
         self.session, self.params, self.eos, self.vocab_size = session, params, eos, vocab_size
         self.device = session.device
         self.rows = [Row() for _ in range(rows)]
@@ -184,7 +184,7 @@ class ContinuousBatch:
             self.present[row, torch.tensor(prompt, device=self.device)] = True
 
     def _fetch(self, next_token: NextToken) -> Fetch:
-        """Start to copy sampled tokens to the CPU."""
+        """Start copying sampled tokens to the CPU."""
         completions = [row.completion for row in self.rows]
         if self.device.type != "cuda":
             return Fetch(next_token.ids.cpu(), next_token.logprobs.cpu(), None, completions)

@@ -1,21 +1,22 @@
 """Convert tokens to text as they arrive: whole characters, and no part of a stop string.
 
-TextStream is the algorithm of `tokenizers.decoders.DecodeStream`, which was tried in its place:
+TextStream uses the algorithm of `tokenizers.decoders.DecodeStream`. DecodeStream itself was tried
+and has two faults:
 
 - It never returns bytes at the end that form no character. transformers decodes them to U+FFFD.
 - With byte fallback (Gemma 3, Llama 2) an invalid byte makes the byte tokens before it invalid too.
   If their character was already returned, `step` raises "Invalid prefix" for that token and all
   later ones. An untrained model writes such bytes.
 
-For everything else it gives the same pieces. Handling these two around it takes more code than
-TextStream itself.
+Otherwise DecodeStream gives the same pieces. A workaround for both takes more code than TextStream.
 """
 
 from pretrain_cli.data.tokenizers.tokenizer import Tokenizer
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 CONTEXT = 8
-"""Tokens of the prompt that the first token's text may depend on: a leading space, bytes."""
+"""Last tokens of the prompt kept, as the first token's text may depend on them (a leading space,
+a character split into bytes)."""
 
 
 class TextStream:
@@ -30,7 +31,7 @@ class TextStream:
         self.tokenizer = tokenizer
         self.ids = prompt[-CONTEXT:]
         self.known = len(self.ids)
-        """Number of ids whose text was returned or is the prompt's."""
+        """Number of ids whose text was already returned or belongs to the prompt."""
 
     def add(self, token: int) -> str:
         """Return the text that is now certain."""
@@ -49,7 +50,7 @@ class TextStream:
 
 
 class StopStrings:
-    """Text up to the first stop string. Text that may begin one is held back."""
+    """Text up to the first stop string. Text that may begin a stop string is held back."""
 
     def __init__(self, strings: tuple[str, ...]) -> None:
         self.strings = strings
@@ -68,7 +69,7 @@ class StopStrings:
         return text[: len(text) - keep]
 
     def end(self) -> str:
-        """Return the text held back for a stop string that did not come."""
+        """Return the held-back text, which turned out to begin no stop string."""
         text, self.held = self.held, ""
         return text
 

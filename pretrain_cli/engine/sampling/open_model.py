@@ -24,7 +24,8 @@ from pretrain_cli.model.inference.int8 import no_quantizing
 def open_model(
     folder: Path, speed: Speed, device: torch.device, notify: Callable[[str], None]
 ) -> Decoder:
-    """Open a folder's model with its weights. Reports tensors that the model has no place for."""
+    """Open a folder's model with its weights. Reports tensors in the files that the model does not
+    have."""
     config = read_config(folder)
     apply_process_settings(speed)
     model = build_model(config, speed, device)
@@ -47,7 +48,7 @@ def wants_int8(quantize: str | None, config: ModelConfig) -> bool:
 
 
 def folder_tokenizer(folder: Path) -> Tokenizer:
-    """Read the tokenizer beside a folder's weights. Raises CheckpointError if there is none."""
+    """Read the tokenizer in a model folder. Raises CheckpointError if there is none."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise CheckpointError(f"{folder}: no tokenizer.json; put the model's beside its weights")

@@ -30,7 +30,8 @@ Notify = Callable[[str], None]
 CPU = torch.device("cpu")
 
 COMPILE_SECONDS = 6.0
-"""Compile time for each kind of layer; seconds on two CPU cores (7 for one kind, 11 for two)."""
+"""Compile time for each kind of layer; seconds. Measured on two CPU cores: 7 s for one kind of
+layer, 11 s for two."""
 SECONDS_SAVED = 0.6e-3
 """Time that compiling saves in each layer of a step; seconds, a lower bound. By `pretrain benchmark
 sample` with --no-compile and --compile, one text: 0.6 ms for gemma3-tiny in float32 (163 and 403
@@ -67,7 +68,7 @@ def open_for_sampling(
 def open_for_decoding(
     folder: Path, speed: Speed, device: torch.device, notify: Notify, *, int8: bool = False
 ) -> Decoder:
-    """Open a folder's model, its matrices cast or quantized once instead of at every token."""
+    """Open a folder's model. Casts or quantizes its matrices once, instead of at every token."""
     model = open_model(folder, speed, device, notify)
     if int8:
         quantize_model(model)
@@ -181,8 +182,8 @@ def open_session(
     rows: int,
     notify: Notify,
 ) -> DecodeSession:
-    """Prepare the model for generating these completions; it can do nothing else afterwards.
-    `compile_`: whether to compile a step; None compiles if it pays (`decide_compile`)."""
+    """Prepare the model for generating these completions; afterwards it can do nothing else.
+    `compile_`: whether to compile a step; None lets `decide_compile` choose."""
     rows = min(rows, len(completions))
     if is_quantized(model) and (why := no_int8_steps(model, compile_, rows)):
         as_floats(model)
@@ -206,7 +207,8 @@ def _capacity(completions: list[Completion]) -> int:
 
 
 def no_int8_steps(model: Decoder, compile_: bool | None, rows: int) -> str:
-    """Return why an int8 model is to compute steps of `rows` texts in floats; empty for int8."""
+    """Return the reason to compute an int8 model's steps of `rows` texts in floats; empty if int8
+    products are to be used."""
     if compile_ is False:
         return "int8 products are always compiled"
     if rows > FEW[model.dtype]:
@@ -218,8 +220,9 @@ def no_int8_steps(model: Decoder, compile_: bool | None, rows: int) -> str:
 def decide_compile(
     model: Decoder, requested: bool | None, completions: list[Completion], rows: int
 ) -> tuple[bool, str]:
-    """Return whether to compile a step, and why. If None is requested: on a GPU always; on a CPU
-    if the completions may take as many steps as `worth_compiling` says."""
+    """Return whether to compile a step, and why. If `requested` is None: compile on a GPU; on a
+    CPU, compile if the completions may take at least `worth_compiling` steps. Never compile where
+    torch.compile is unavailable, or a mixture of experts in float32."""
     if requested is False:
         return False, ""
     device = model.embedding.weight.device
@@ -237,7 +240,8 @@ def decide_compile(
 
 
 def worth_compiling(config: ModelConfig) -> float:
-    """Return the number of steps from which compiling pays on a CPU, for one text or several."""
+    """Return the number of steps at which compiling saves as much time as it costs on a CPU. It is
+    used for any number of texts at a time."""
     return (
         COMPILE_SECONDS * len(set(config.layer_types)) / (SECONDS_SAVED * config.num_hidden_layers)
     )

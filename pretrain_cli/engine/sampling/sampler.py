@@ -9,8 +9,8 @@ The parameters apply in this order, as in transformers:
     min_p                keep tokens at least P times as likely as the most likely
 
 A draw compares one uniform number in [0, 1) with the cumulative probabilities in vocabulary order.
-Each text has its own numbers, drawn on the CPU from its own seed before it begins. So equal logits
-give equal tokens, whatever else is in the batch and on every device.
+Each text has its own numbers, drawn on the CPU from its own seed before the text begins. So equal
+logits give equal tokens on every device and in every batch.
 """
 
 from dataclasses import dataclass
@@ -22,13 +22,14 @@ from torch import Tensor
 from pretrain_cli.errors import ConfigError
 
 NUCLEUS = 1024
-"""Tokens that usually contain a top-p nucleus. On a CPU, finding them is much faster than sorting a
-vocabulary of 262,144. A GPU sorts all: checking whether they suffice would make the CPU wait."""
+"""Number of most likely tokens that usually contain the top-p nucleus. On a CPU, finding these is
+much faster than sorting a vocabulary of 262,144. A GPU sorts all tokens: checking whether NUCLEUS
+suffices would make the CPU wait."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Parameters of choosing tokens, and of ending a text."""
+    """Parameters for choosing tokens and for ending a text."""
 
     max_tokens: int = 200
     temperature: float = 0.8
@@ -67,12 +68,12 @@ class NextToken(NamedTuple):
     ids: Tensor
     """(B,); −1 where the logits are not finite."""
     logprobs: Tensor
-    """Log-probabilities by the model itself, over the tokenizer's vocabulary, before any parameter
-    applies. (B,)"""
+    """(B,); the model's log-probabilities over the tokenizer's vocabulary, before any sampling
+    parameter applies."""
 
 
 def uniforms(seed: int, count: int) -> Tensor:
-    """Draw the numbers that a text's tokens are sampled with. -> (count,), float64."""
+    """Draw the uniform numbers for sampling a text's tokens. -> (count,), float64."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(count, generator=generator, dtype=torch.float64)
 
@@ -81,7 +82,7 @@ def sample_next(
     logits: Tensor, params: SamplingParams, numbers: Tensor, present: Tensor | None
 ) -> NextToken:
     """Sample one token for each text. logits (B, V), float32; numbers (B,), each text's next
-    uniform. With a repetition penalty, present (B, V) is true for tokens of the prompt and text."""
+    uniform. With a repetition penalty, present (B, V) is true for tokens in the prompt or text."""
     scores = logits
     if present is not None:
         penalty = params.repetition_penalty
@@ -124,8 +125,8 @@ def _nucleus_threshold(probs: Tensor, top_p: float) -> Tensor:
 
 
 def draw(weights: Tensor, numbers: Tensor) -> Tensor:
-    """Return the tokens at which the cumulative weights, scaled to 1, exceed the numbers.
-    (B, V), (B,) -> (B,)."""
+    """Return for each row the first token whose cumulative weight, scaled to a total of 1,
+    exceeds the row's number. (B, V), (B,) -> (B,)."""
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     thresholds = numbers.unsqueeze(-1) * cumulative[:, -1:]
     return (

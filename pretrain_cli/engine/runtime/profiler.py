@@ -1,14 +1,14 @@
-"""A few steps looked into: a Chrome trace, the operators that take longest, and a step's parts.
+"""Profile a few steps: a Chrome trace, the slowest operators, and the time of each part of a step.
 
     data        waiting for the batch
     forward     embedding and blocks
-    loss        head and cross entropy; chunked, their gradients with it, which are formed there
-    backward
-    optimizer   clipping, the guard, the update
-    other       what is between them
+    loss        head and cross entropy; the chunked loss also computes their gradients here
+    backward    backward pass
+    optimizer   gradient clipping, the step guard, the update
+    other       time between these parts
 
-While steps are profiled they take longer, the more so the smaller their operators; shares are what
-to read. On a GPU each part waits for its own work, which training doesn't.
+Profiling slows steps down, more so with small operators, so read the shares rather than the times.
+On a GPU each part waits for its own kernels, which it doesn't in training.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,35 +25,35 @@ from pretrain_cli.spans import PREFIX, span
 PARTS = ("data", "forward", "loss", "backward", "optimizer")
 STEP = "step"
 WARMUP_STEPS = 3
-"""Steps before those that are profiled: memory is faulted in, and kernels are compiled."""
+"""Steps before the profiled ones, which fault memory in and compile kernels."""
 TOP = 12
 
 
 @dataclass(frozen=True)
 class Operator:
-    """One kind of operator, without those that it calls."""
+    """One kind of operator; operators that it calls are not included."""
 
     name: str
     calls: float
-    """A step."""
+    """Calls a step."""
     seconds: float
-    """A step."""
+    """Seconds a step."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Profile of some steps; seconds are the average of a step, while profiled."""
+    """Profile of some steps. Seconds are means over the profiled steps."""
 
     steps: int
     seconds: float
     parts: dict[str, float]
     operators: list[Operator]
     trace: str
-    """For chrome://tracing or ui.perfetto.dev."""
+    """Path of the Chrome trace, for chrome://tracing or ui.perfetto.dev."""
 
 
 class Profiler:
-    """Profiles so many steps, after some that it leaves alone."""
+    """Profiler of `steps` steps, starting after the first `after` steps."""
 
     def __init__(self, steps: int, *, after: int, device: torch.device, trace: Path) -> None:
         self.first, self.end = after, after + steps
@@ -61,11 +61,11 @@ class Profiler:
         self.seen = 0
         self.running: Any = None
         self.profile: Profile | None = None
-        """Once it is made."""
+        """Result; None until the last profiled step has ended."""
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """A step is taken inside."""
+        """Wrap one step; start and end the profile at the right steps."""
         if self.seen == self.first < self.end:
             self._start()
         with span(STEP) if self.running else nullcontext():
@@ -78,12 +78,12 @@ class Profiler:
         activities = [ProfilerActivity.CPU]
         if self.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-        # One cycle alone; without acc_events torch 2.11 warns that it would forget others.
+        # There is one cycle only, but torch 2.11 warns of discarded cycles without acc_events.
         self.running = torch.profiler.profile(activities=activities, acc_events=True)
         self.running.start()
 
     def close(self) -> None:
-        """With as many steps as there were."""
+        """Stop profiling, write the trace, and summarize the steps so far, even if fewer."""
         if self.running is None:
             return
         running, self.running = self.running, None
@@ -99,7 +99,7 @@ class Profiler:
 def profile_steps(
     step: Callable[[], object], steps: int, device: torch.device, trace: str
 ) -> Profile:
-    """These steps, each a call of `step`, after one that sets the profiler up."""
+    """Return the profile of `steps` calls of `step`, after one unprofiled call."""
     profiler = Profiler(steps, after=1, device=device, trace=Path(trace))
     for _ in range(1 + steps):
         with profiler.step():
@@ -109,7 +109,7 @@ def profile_steps(
 
 
 def summarize(averages: Any, steps: int, trace: str, *, on_gpu: bool) -> Profile:
-    """Parts and operators from torch's table of events."""
+    """Return parts and slowest operators from `averages`, torch's `key_averages()`."""
     named = {event.key: event for event in averages}
 
     def seconds(name: str) -> float:
@@ -118,7 +118,7 @@ def summarize(averages: Any, steps: int, trace: str, *, on_gpu: bool) -> Profile
 
     whole = seconds(STEP)
     parts = {name: seconds(name) for name in PARTS}
-    parts["forward"] -= parts["loss"]  # which lies in it
+    parts["forward"] -= parts["loss"]  # the forward span contains the loss span
     parts["other"] = whole - sum(parts.values())
 
     def own(event: Any) -> float:

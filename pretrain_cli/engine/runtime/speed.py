@@ -1,7 +1,9 @@
-"""The speed settings: what was asked, what is in force here, and why where the two differ.
+"""Resolve the speed settings: the requested value, the value in force, and the reason if they
+differ.
 
-Each is a field of SpeedConfig. `auto` takes what suits the device. What the device can't do is
-refused where something else would have to stand in, and said where it merely has no effect.
+Each setting is a field of SpeedConfig. `auto` takes the value that suits the device. A value that
+the device can't provide raises ConfigError if another implementation would have to replace it
+(attention, float8). If it merely has no effect, `Speed.departures` reports it.
 """
 
 import contextlib
@@ -32,18 +34,18 @@ DETERMINISM = (
 
 @dataclass(frozen=True)
 class Decision:
-    """One setting as asked and as in force."""
+    """One setting: the requested value and the value in force."""
 
     setting: str
     asked: Any
     in_force: Any
     reason: str
-    """Empty where what was asked is in force."""
+    """Reason for the value in force; empty if it is the requested one."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """The settings in force, one decision each."""
+    """Resolved speed settings. `speed.NAME` is the value in force."""
 
     decisions: dict[str, Decision]
 
@@ -55,11 +57,11 @@ class Speed:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Type of activations, and of all products that are not in float8."""
+        """Dtype of activations, and of all matrix products that are not in float8."""
         return torch.bfloat16 if self.dtype == "float8" else getattr(torch, self.dtype)
 
     def record(self) -> dict[str, dict[str, Any]]:
-        """For run.yaml and benchmark files: setting to asked, in_force and reason."""
+        """Return asked, in_force and reason for each setting, for run.yaml and benchmark files."""
         return {
             name: {"asked": d.asked, "in_force": d.in_force}
             | ({"reason": d.reason} if d.reason else {})
@@ -67,7 +69,7 @@ class Speed:
         }
 
     def departures(self) -> list[str]:
-        """A line for each setting that is not in force as it was asked for."""
+        """Return a line for each setting whose requested value, unless auto, is not in force."""
         return [
             f"speed.{d.setting}: {d.in_force}, {d.reason}"
             for d in self.decisions.values()
@@ -76,10 +78,10 @@ class Speed:
 
 
 def resolve_speed(asked: SpeedConfig, device: torch.device, *, training: bool = True) -> Speed:
-    """Decide every setting for this device.
+    """Resolve every setting for this device. `training` is False to evaluate or sample only.
 
-    Raises ConfigError for a backend that can't train, and for float8 where it can't be used.
-    """
+    Raises ConfigError for an attention backend that can't run (or train) here, and for float8 if
+    the device can't use it or `training` is False."""
     decide = {
         "attention": lambda asked, device: _attention(asked, device, training),
         "dtype": lambda value, device: _dtype(value, device, training, asked.compile),
@@ -109,7 +111,7 @@ def resolve_speed(asked: SpeedConfig, device: torch.device, *, training: bool = 
 
 
 def apply_process_settings(speed: Speed) -> None:
-    """Set what holds for the whole process. Before any tensor is made."""
+    """Apply the process-wide settings. Call it before any tensor is made."""
     host_memory.apply_memory(speed.keep_freed_memory)
     torch.set_float32_matmul_precision(speed.float32_matmul)
     onednn.apply(speed.onednn_matmul)
@@ -119,7 +121,7 @@ def apply_process_settings(speed: Speed) -> None:
     if speed.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     if torch.cuda.is_available():
-        # The environment is read when CUDA starts, which was when the device was looked for.
+        # Too late for the environment variable: CUDA read it when the device was looked up.
         torch.cuda.memory._set_allocator_settings(
             f"expandable_segments:{speed.expandable_segments}"
         )
@@ -127,7 +129,7 @@ def apply_process_settings(speed: Speed) -> None:
 
 @contextlib.contextmanager
 def only_deterministic(speed: Speed) -> Iterator[None]:
-    """An operation that has no deterministic kernel is the setting's mistake, and no bug."""
+    """Turn the error for an operation without a deterministic kernel into a ConfigError."""
     try:
         yield
     except RuntimeError as error:
@@ -141,7 +143,7 @@ def only_deterministic(speed: Speed) -> Iterator[None]:
 
 
 def build_model(config: ModelConfig, speed: Speed, device: torch.device) -> Decoder:
-    """The decoder with these settings, its weights allocated and not yet set."""
+    """Return the decoder with these settings. Its weights are allocated but not initialized."""
     with torch.device("meta"):
         model = Decoder(
             config,
@@ -158,13 +160,13 @@ def build_model(config: ModelConfig, speed: Speed, device: torch.device) -> Deco
 
 
 def check_float8(config: ModelConfig) -> None:
-    """Refuse a model that can't be trained in float8."""
+    """Raise ConfigError if this model can't be trained in float8."""
     if reason := float8.no_float8(config):
         raise ConfigError(f"speed.dtype: 'float8' can't be used: {reason}; use bfloat16")
 
 
 def compile_blocks(model: Decoder, speed: Speed) -> None:
-    """Compile what of the model is worth it, in place."""
+    """Compile blocks and softmax in place, if speed.compile is true."""
     if speed.compile:
         model.compile_parts(recompute_cheap=speed.recompute_cheap)
 
@@ -197,7 +199,7 @@ def _dtype(
 
 
 def float8_unavailable(device: torch.device, compile_asked: bool | str) -> str:
-    """Why products can't be in float8 on this device; empty where they can."""
+    """Return the reason why this device can't use float8 products; empty if it can."""
     least = f"compute capability {FLOAT8[0]}.{FLOAT8[1]}"
     if device.type != "cuda" or torch.version.hip:
         return f"it is for NVIDIA's GPUs, from {least} on"

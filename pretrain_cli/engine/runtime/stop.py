@@ -1,11 +1,11 @@
-"""Asked to stop: by a signal, or by the clock of train.max_time.
+"""Stop requests: by a signal, or by the time limit train.max_time.
 
-What is under way looks whether it should stop wherever Python has control: between micro-steps,
-batches of an evaluation, tokens of a sample. It is then abandoned, and the run saved as the last
-whole step left it. A second signal ends the process at once, also while it waits in a kernel or
-for another rank: a thread sees to it. What is on disk is whole at any instant.
+Work checks for a request between micro-steps, batches of an evaluation, and tokens of a sample. On
+a request the current work is abandoned, and the run is saved in the state after the last completed
+step. A second signal ends the process at once, even during a kernel or while it waits for another
+rank, because a separate thread handles it. Files on disk are complete at every instant.
 
-This module imports no torch, so that a command can be asked to stop before torch is loaded.
+This module imports no torch, so that a command can receive a request before torch is loaded.
 """
 
 import contextlib
@@ -22,11 +22,12 @@ from pretrain_cli.engine.runtime.process_settings import process_age
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 SAME_REQUEST = 1.0
-"""Seconds in which another signal is the first one again, by way of the launcher."""
+"""Seconds after the first signal in which another counts as the same request: the launcher forwards
+signals."""
 BETWEEN_AGREEMENTS = 2.0
-"""Seconds, about, in which several ranks agree once on whether to stop: it costs a host sync."""
+"""Approximate seconds between two agreements of several ranks; each costs a host sync."""
 SPARE = 3.0
-"""Seconds of the clock left for what can't be measured: closing files, leaving the process."""
+"""Seconds reserved before the limit for work that can't be measured: closing files, exiting."""
 
 T = TypeVar("T")
 
@@ -36,7 +37,7 @@ class Stopped(Exception):
 
 
 class Several(Protocol):
-    """The part of `Ranks` that is needed here."""
+    """Part of `Ranks` that this module needs; importing `Ranks` would load torch."""
 
     @property
     def world_size(self) -> int: ...
@@ -45,13 +46,14 @@ class Several(Protocol):
 
 
 class StopRequest:
-    """Request to stop: by a signal, at a process age of `limit` (a time as in train.max_time), or
-    after step `after_step`."""
+    """Request to stop: by a signal, before the process age reaches `limit` (a duration as in
+    train.max_time), or after step `after_step`."""
 
     def __init__(self, *, limit: str | None = None, after_step: int | None = None) -> None:
         self.limit, self.after_step = limit, after_step
         self.reason = ""
-        """Why this rank was asked to stop: a signal's name, or the limit."""
+        """Reason why this rank was asked to stop: a signal's name or the limit; empty if it wasn't.
+        """
         self.out_of_time = False
         self.ranks: Several | None = None
         self.agreed = False
@@ -60,14 +62,14 @@ class StopRequest:
         self.gap, self.looked = 0.0, time.perf_counter()
         self.polls, self.polls_between, self.agreed_at = 0, 1, time.perf_counter()
         self.came = 0.0
-        """Time of the first signal, by the monotonic clock; 0 before it."""
+        """Time of the first signal, by the monotonic clock; 0 if none has come."""
         self.restore: dict[int, object] = {}
         self.pipe: tuple[int, int] | None = None
 
     # --- signals ---------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        """Take the signals, from now to the end of the block."""
+        """Handle the signals until the end of the block. Does nothing outside the main thread."""
         if threading.current_thread() is threading.main_thread():
             self.pipe = os.pipe()
             os.set_blocking(self.pipe[1], False)
@@ -86,10 +88,10 @@ class StopRequest:
         self.pipe = None
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        """Python must have a handler for a signal's number to be written to the pipe."""
+        """Do nothing. Python writes a signal's number to the pipe only if a handler is set."""
 
     def _watch(self, pipe: int) -> None:
-        """Wait for signals: the interpreter writes each one's number into the pipe as it comes."""
+        """Wait for signals: the interpreter writes the number of each into the pipe."""
         while number := os.read(pipe, 1):
             if number[0] not in SIGNALS:
                 continue
@@ -103,23 +105,24 @@ class StopRequest:
     # --- the clock -------------------------------------------------------------------------------
 
     def saved(self, seconds: float) -> None:
-        """A save took so long."""
+        """Record the duration of a save."""
         self.save_seconds = seconds
 
     def paused(self) -> None:
-        """Leave the time since the last look at the clock out of account: it was not training."""
+        """Exclude the time since the last look at the clock from `gap`: it was not training."""
         self.looked = time.perf_counter()
 
     @property
     def room(self) -> float:
-        """Seconds before the limit at which to stop: two saves, as one may be under way, twice the
-        time from one look at the clock to the next, and some to spare."""
+        """Seconds before the limit at which to stop: two saves, because one may be in progress;
+        twice the time between two looks at the clock; and SPARE."""
         return 2 * self.save_seconds + 2 * self.gap + SPARE
 
     def _look_at_the_clock(self) -> None:
         now = time.perf_counter()
         gap, self.looked = now - self.looked, now
-        self.gap = max(gap, self.gap - gap / 10)  # that of a first step, which compiles, wears off
+        # A long gap, such as a first step with its compilation, decays over the next ones.
+        self.gap = max(gap, self.gap - gap / 10)
         if self.limit and not self.reason and process_age() + self.room >= seconds_of(self.limit):
             self.reason, self.out_of_time = f"train.max_time: {self.limit}", True
 
@@ -132,8 +135,8 @@ class StopRequest:
         return bool(self.reason)
 
     def agree(self) -> bool:
-        """Return whether any rank was asked to stop. Every rank must call it, and waits for the
-        others."""
+        """Return whether any rank was asked to stop. Every rank must call it, because each waits
+        for the others."""
         asked = self.asked
         if self.ranks is None or self.ranks.world_size == 1:
             self.agreed = asked
@@ -147,8 +150,10 @@ class StopRequest:
         return self.agreed
 
     def poll(self) -> bool:
-        """As `agree`, but several ranks agree only once in a while: after as many calls as fill
-        that time, which they all make alike."""
+        """Return whether any rank was asked to stop, by the latest agreement.
+
+        Several ranks agree only about every BETWEEN_AGREEMENTS seconds, after `polls_between`
+        calls. Every rank must call it equally often."""
         self.polls += 1
         alone = self.ranks is None or self.ranks.world_size == 1
         if alone or self.polls >= self.polls_between:
@@ -157,22 +162,22 @@ class StopRequest:
         return self.agreed
 
     def check(self) -> None:
-        """Raise Stopped where `poll` says so."""
+        """Raise Stopped if `poll` returns True. Every rank must call it equally often."""
         if self.poll():
             raise Stopped
 
     def after(self, step: int) -> None:
-        """Raise Stopped at the step that the run was to stop after."""
+        """Raise Stopped if `step` is `after_step`."""
         if step == self.after_step:
             raise Stopped
 
     def check_here(self) -> None:
-        """Raise Stopped once this rank was asked to, whatever the others do."""
+        """Raise Stopped if this rank was asked to stop, without asking the other ranks."""
         if self.asked:
             raise Stopped
 
     def until_asked(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, one by one; raises Stopped between two of them once this rank was asked to."""
+        """Yield the items; raise Stopped before an item if this rank was asked to stop."""
         for item in items:
             self.check_here()
             yield item
@@ -192,7 +197,7 @@ class Interruption(StopRequest):
     def __init__(self) -> None:
         super().__init__()
         self.signal: signal.Signals | None = None
-        """First signal that came."""
+        """First signal received; None before it."""
         self.gives_up = False
 
     @property
@@ -211,7 +216,8 @@ class Interruption(StopRequest):
 
     @contextlib.contextmanager
     def can_be_given_up(self) -> Iterator[None]:
-        """Raise CutShort in this block if a signal comes; elsewhere files are left whole."""
+        """Raise CutShort in this block on a signal. Code outside such blocks is never interrupted,
+        so that files stay complete."""
         self.gives_up = True
         try:
             if self.signal is not None:

@@ -1,4 +1,4 @@
-"""Settings of a run: YAML, `--set` and flags in; one checked, frozen `RunConfig` out. No torch.
+"""Settings of a run: merge YAML, `--set` and flags into one checked, frozen `RunConfig`. No torch.
 
 Read `run_config` first.
 """

@@ -1,6 +1,8 @@
-"""Settings from a file, flags and `--set` merged into one checked RunConfig.
+"""Merge settings from a file, flags and `--set` into one checked RunConfig.
 
-defaults  <  --config FILE  <  flags and --set section.name=value
+Later sources override earlier ones:
+
+    defaults  <  --config FILE  <  flags and --set section.name=value
 """
 
 import re
@@ -17,7 +19,8 @@ from pretrain_cli.errors import ConfigError, did_you_mean
 def build_config(
     base: dict[str, Any], flags: dict[str, Any], assignments: Iterable[str]
 ) -> RunConfig:
-    """A RunConfig from a file's tree, flags by dotted name (None where not given) and `a.b=c`."""
+    """Return a RunConfig from a file's tree, flags by dotted name (None if not given) and `--set`
+    assignments such as `train.steps=100`. Raises ConfigError for the first mistake."""
     tree = {name: dict(section) for name, section in base.items()}
     given = {name: value for name, value in flags.items() if value is not None}
     for assignment in assignments:
@@ -28,7 +31,7 @@ def build_config(
             given[name.strip()] = yaml.safe_load(text)
         except yaml.YAMLError:
             raise ConfigError(f"--set {assignment}: '{text}' is not a YAML value") from None
-    # one of the two says how long a run is: what is asked for here stands in for the file's other
+    # steps and tokens exclude each other: a flag or --set for one removes the file's other one
     for name, other in (("steps", "tokens"), ("tokens", "steps")):
         if f"train.{name}" in given and f"train.{other}" not in given:
             tree.get("train", {}).pop(other, None)
@@ -39,7 +42,7 @@ def build_config(
 
 
 def check_config(tree: dict[str, Any]) -> RunConfig:
-    """The tree as a RunConfig, or one line about the first thing that is wrong with it."""
+    """Return the tree as a RunConfig. Raises ConfigError with one line about the first mistake."""
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as failure:
@@ -59,7 +62,7 @@ def check_config(tree: dict[str, Any]) -> RunConfig:
 
 
 def _refuse_unused(optimizer: OptimizerSettings) -> None:
-    """Refuse a setting that was changed and that another one leaves without a meaning."""
+    """Raise ConfigError for a changed setting that has no effect with the other settings."""
     schedule = optimizer.schedule
     for setting, is_used, reason in (
         ("momentum", optimizer.name == "muon", f"optimizer.name '{optimizer.name}'"),
@@ -74,7 +77,7 @@ def _refuse_unused(optimizer: OptimizerSettings) -> None:
 
 
 def _first_fault(failure: ValidationError) -> str:
-    """`section.name: value is wrong; do this`, from pydantic's report."""
+    """Return pydantic's first error as `section.name: VALUE is not EXPECTED`, with suggestions."""
     fault = failure.errors()[0]
     path = [str(part) for part in fault["loc"]]
     fields: dict[str, Any] = RunConfig.model_fields
@@ -87,7 +90,7 @@ def _first_fault(failure: ValidationError) -> str:
         return f"{name}: no such setting{did_you_mean(name, known)}"
     value = fault["input"]
     shown = f"'{value}'" if isinstance(value, str) else repr(value)
-    # A union reports each of its branches; together they say what is taken.
+    # Pydantic reports each branch of a union; all of them together list the accepted values.
     branches: list[Any] = [e for e in failure.errors() if e["loc"][:2] == fault["loc"][:2]]
     taken = dict.fromkeys(_taken(branch) for branch in branches)
     words = [b["ctx"]["expected"] for b in branches if b["type"] == "literal_error"]
@@ -101,7 +104,7 @@ def _taken(branch: Any) -> str:
         choices = branch["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
         return f"one of {choices}" if "," in choices else choices
     if branch["type"] in ("missing", "too_long"):
-        return "a pair of numbers"  # of betas, the one setting of several values
+        return "a pair of numbers"  # betas is the only setting of that kind
     kind, _, how = branch["type"].partition("_")
     if how in ("parsing", "type", "from_float"):
         names = {"int": "a whole number", "float": "a number", "bool": "true or false"}

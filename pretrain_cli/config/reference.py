@@ -1,9 +1,9 @@
-"""Tables of every setting, as Markdown: made from the settings' own classes for the manual.
+"""Generate the manual's Markdown tables of every setting from the settings' classes.
 
     python -m pretrain_cli.config.reference
 
-writes them into `guide/configuration.md`, between its two markers. A test fails while the page
-holds older ones.
+writes the tables into `guide/configuration.md`, between its two markers. A test fails if the page
+is out of date.
 """
 
 from pathlib import Path
@@ -73,7 +73,7 @@ def _default(value: Any) -> str:
 
 
 def write_page() -> None:
-    """Put the tables into the manual's page, between its markers."""
+    """Write the tables into the manual's page, between its markers."""
     before, rest = PAGE.read_text(encoding="utf-8").split(START)
     after = rest.split(END)[1]
     page = f"{before}{START}\n\n{settings_tables()}\n{END}{after}"

@@ -37,8 +37,8 @@ class Section(BaseModel):
 
 
 class ModelSettings(BaseModel):
-    """The model. Besides these keys, the section takes any field of ModelConfig, by its name in
-    config.json, to change it in the named model."""
+    """Settings of the model. Any field of ModelConfig, by its name in config.json, is also a key of
+    this section; it changes that field of the named model."""
 
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
@@ -59,9 +59,11 @@ class DataSettings(Section):
     """Tokenized dataset, or another program's `.bin` files (one file, a quoted pattern, a folder).
     A list mixes several, each `PATH` or `PATH:WEIGHT`. None takes the only dataset in `data/`."""
     tokenizer: str | None = None
-    """Tokenizer that made the `.bin` files, as for `pretrain tokenize`. A dataset knows its own."""
+    """Tokenizer that made the `.bin` files, as for `pretrain tokenize`. A tokenized dataset names
+    its own."""
     seq_len: PositiveInt | Auto = "auto"
-    """Tokens in a sample. auto: 512 on a CPU, 1024 elsewhere, at most the model's positions."""
+    """Tokens in a sample. auto: 512 on a CPU, 1024 elsewhere, but at most the model's positions and
+    the shortest dataset."""
     packing: Literal["concat", "best-fit"] = "concat"
     """`concat` cuts the concatenated documents every `seq_len` tokens. `best-fit` fills samples
     with whole documents and pads the rest."""
@@ -73,15 +75,15 @@ class OptimizerSettings(Section):
     name: Literal["adamw", "muon"] = "adamw"
     """`muon` updates the matrices of the layers with Muon and everything else with AdamW."""
     learning_rate: Positive | Auto = "auto"
-    """Highest learning rate, reached after warm-up. auto: by the model's size."""
+    """Highest learning rate, reached after warm-up. auto: chosen by the model's size."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
-    """AdamW's decay rates of the first and second moment."""
+    """AdamW's decay rates of the first and second moments."""
     eps: Positive = 1e-8
-    """AdamW's term added to the denominator."""
+    """Term that AdamW adds to the denominator."""
     momentum: Beta = 0.95
     """Muon's momentum."""
     weight_decay: NotNegative = 0.1
-    """Decoupled weight decay of matrices, embedding and head included. Norms are not decayed."""
+    """Decoupled weight decay of matrices, including embedding and head. Norms are not decayed."""
     embedding_rate_scale: Positive = 1.0
     """Factor on the learning rate of the embedding, and of a head tied to it."""
     head_rate_scale: Positive = 1.0
@@ -91,11 +93,11 @@ class OptimizerSettings(Section):
     clip: NotNegative = 1.0
     """Largest gradient norm; larger gradients are scaled down to it. 0 turns clipping off."""
     z_loss: NotNegative = 0.0
-    """Weight of the z-loss, the mean of (log Σ exp logits)², added to what is minimized; 1e-4 is
+    """Weight of the z-loss, the mean of (log Σ exp logits)², in the training objective; 1e-4 is
     usual. The logged loss stays the cross entropy."""
     schedule: Literal["cosine", "linear", "wsd", "wsd-sqrt", "constant"] = "cosine"
-    """Learning rate after warm-up: falls along a cosine or a line; stays, then falls linearly
-    (`wsd`) or as 1 − √ (`wsd-sqrt`); or stays."""
+    """Learning rate after warm-up. `cosine`, `linear`: falls along that curve. `wsd`, `wsd-sqrt`:
+    stays, then falls linearly or as 1 − √. `constant`: stays."""
     warmup_steps: Count | Auto = "auto"
     """Steps of linear warm-up. auto: a twentieth of the steps, at most 1000."""
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
@@ -110,107 +112,108 @@ class TrainSettings(Section):
     tokens: Amount | None = None
     """Tokens to train on, such as 5B or 200M, instead of `steps`."""
     tokens_per_step: PositiveInt | Auto = "auto"
-    """Tokens in an optimizer step, over all ranks. Gradients are accumulated over as many
-    micro-batches as that takes. auto: 262,144 on a GPU, less on a CPU."""
+    """Tokens in an optimizer step, over all ranks. Gradients are accumulated over the micro-batches
+    of a step. auto: 262,144 on a GPU, fewer on a CPU."""
     micro_batch_size: PositiveInt | Auto = "auto"
-    """Samples a rank computes at once. auto: the fastest that `pretrain benchmark
-    --find-micro-batch` measured on this machine, or the most whose estimated memory fits."""
+    """Samples that a rank computes at once. auto: the fastest size that `pretrain benchmark
+    --find-micro-batch` measured on this machine, else the largest whose estimated memory fits."""
     seed: Seed = 0
     """Seed of the initial weights and of the data order."""
     device: str = "auto"
-    """`cpu`, `cuda`, `cuda:N` or `mps`. auto: `cuda` if there is one, else `cpu`."""
+    """Device: `cpu`, `cuda`, `cuda:N` or `mps`. auto: `cuda` if there is one, else `cpu`."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Sharing of the model among ranks: `ddp` copies it to each, `fsdp` shards weights, gradients
-    and optimizer."""
+    """Distribution of the model over the ranks: `ddp` copies it to each rank, `fsdp` shards
+    weights, gradients and optimizer state."""
     out: Path | None = None
-    """Run folder. None names it after model and dataset, in `runs/`."""
+    """Run folder. None: a folder in `runs/`, named after model and dataset."""
     log_every: PositiveInt | Auto = "auto"
     """Steps between logged lines. auto: 1 on a CPU, 10 elsewhere."""
     eval_every: PositiveInt | Auto = "auto"
     """Steps between evaluations. auto: a fifth of the run, at least 50."""
     eval_tokens: PositiveInt | None = None
-    """Validate on the first so many tokens of each validation split. None: on all of them."""
+    """Tokens to validate on, from the start of each validation split. None: all of them."""
     checkpoint_every: PositiveInt | Auto = "auto"
     """Steps between checkpoints. auto: a fifth of the run, at least 100, at evaluated steps."""
     keep_checkpoints: PositiveInt = 2
-    """Newest checkpoints to keep. The last one known to be finite is kept besides."""
+    """Number of newest checkpoints to keep. The last one known to be finite is also kept."""
     keep_best: bool = True
-    """Keep the checkpoint with the lowest validation loss too."""
+    """Also keep the checkpoint with the lowest validation loss."""
     keep_every: PositiveInt | None = None
-    """Keep one checkpoint every so many steps for good. None: no others."""
+    """Steps between checkpoints that are kept permanently. None keeps no others."""
     max_shard_size: Size = "5GB"
     """Largest file of a checkpoint's weights; larger models are split into several."""
     max_time: Duration | None = None
-    """Save and stop before the process is this old: 90s, 15m, 3h55m, 1d. Applies to this process
-    only; give it again with `--resume`."""
+    """Age of the process before which it saves and stops: 90s, 15m, 3h55m, 1d. Applies to this
+    process only; give it again with `--resume`."""
     skip_spikes: Positive | None = None
-    """Skip a step whose loss or gradient norm is this many standard deviations above its running
-    mean. None skips only steps that are not finite."""
+    """Standard deviations above the running mean of the loss or gradient norm at which a step is
+    skipped. None skips only steps that are not finite."""
     max_skips: PositiveInt = 10
     """Skipped steps in a row after which the run rolls back to its last finite checkpoint."""
     max_rollbacks: Count = 3
     """Rollbacks after which the run stops."""
     sample_prompts: Texts = ("",)
-    """Prompts to sample text from while training: one text or a list."""
+    """Prompts that the model continues with sampled text during training: one text or a list."""
     sample_tokens: Count = 100
-    """Tokens in each sampled text; 0 samples nothing."""
+    """Tokens in each sampled text; 0 turns sampling off."""
     log: Trackers = ()
-    """Trackers to log to besides `metrics.jsonl`: `tensorboard`, `wandb` or both."""
+    """Trackers to log to in addition to `metrics.jsonl`: `tensorboard`, `wandb` or both."""
     sample_every: Count = 0
-    """Steps between samples; 0 samples at the end only."""
+    """Steps between samples; 0 samples only at the end."""
 
 
 class SpeedConfig(Section):
-    """Speed settings. Each may change rounding and memory, but not what is learned.
+    """Speed settings. Each may change rounding and memory, but not what the model learns.
 
-    A setting's first value that isn't `auto`, or false, is the plain one: `pretrain benchmark
-    --ablate` starts from all of those.
+    A setting's plain value is false, or its first choice other than `auto`. `pretrain benchmark
+    --ablate` starts from the plain values.
     """
 
     attention: Literal["auto", "eager", "sdpa", "flex", "blocks"] = "auto"
-    """Attention backend: `eager` is the readable definition; `sdpa` PyTorch's fused kernels, with
-    sliding windows folded into blocks; `flex` block-sparse kernels, which train on GPUs only;
-    `blocks` matrix products over blocks of queries, for CPUs. auto: blocks on a CPU, else sdpa."""
+    """Attention backend. `eager`: the readable reference. `sdpa`: PyTorch's fused kernels, with
+    sliding windows folded into blocks. `flex`: block-sparse kernels, which train on GPUs only.
+    `blocks`: matrix products over blocks of queries, for CPUs. auto: blocks on a CPU, else sdpa."""
     dtype: Literal["auto", "float32", "bfloat16", "float8"] = "auto"
-    """Type of activations and matrix products. Weights, gradients and optimizer stay float32.
-    auto: bfloat16 if the device multiplies in it, else float32."""
+    """Type of activations and matrix products. Weights, gradients and optimizer state stay
+    float32. auto: bfloat16 if the device multiplies in it, else float32."""
     float32_matmul: Literal["auto", "highest", "high", "medium"] = "auto"
     """Precision of float32 products on a GPU, as in `torch.set_float32_matmul_precision`. auto:
     high (TF32) on a GPU."""
     onednn_matmul: bool | Auto = "auto"
-    """Compute float32 products by oneDNN, after a check that they stay float32. auto: on an AMD
+    """Compute float32 products with oneDNN, after a check that they stay float32. auto: on an AMD
     CPU."""
     compile: bool | Auto = "auto"
-    """`torch.compile`, block by block. auto: on a GPU."""
+    """Compile each block with `torch.compile`. auto: on a GPU."""
     recompute_cheap: bool | Auto = "auto"
-    """In compiled blocks, recompute norms, rotations and activations in the backward pass instead
+    """Recompute norms, rotations and activations of compiled blocks in the backward pass instead
     of keeping them. auto: on a CPU."""
     merged_qkv: bool = True
-    """Compute queries, keys and values in one product. They stay separate on disk."""
+    """Compute queries, keys and values in one product. Their weights stay separate on disk."""
     merged_gate_up: bool = True
-    """Compute gate and up of the MLP in one product. They stay separate on disk."""
+    """Compute gate and up of the MLP in one product. Their weights stay separate on disk."""
     fused_optimizer: bool | Auto = "auto"
-    """AdamW in one pass over the parameters. auto: true."""
+    """Run AdamW in one pass over the parameters. auto: true."""
     chunked_loss: bool = True
-    """Compute the loss for a part of the tokens at a time, so that all logits of a large
-    vocabulary never exist at once."""
+    """Compute the loss for a part of the tokens at a time, so that the logits of all tokens never
+    exist at once."""
     activation_checkpointing: bool = False
     """Recompute each block's activations in the backward pass: less memory, more time."""
     prefetch: bool = True
     """Read the next batch while the current one trains."""
     passive_threads: bool | Auto = "auto"
-    """Let waiting OpenMP threads spin briefly and then sleep, so that another program on a core
-    costs less. auto: true."""
+    """Let waiting OpenMP threads spin briefly and then sleep, so that other programs on the same
+    cores cost less time. auto: true."""
     keep_freed_memory: bool | Auto = "auto"
     """Keep freed memory for the next step instead of returning it to the kernel. auto: on a CPU
     with glibc."""
     cudnn_benchmark: bool | Auto = "auto"
-    """Let cuDNN time its convolutions. auto: false, as these models have none."""
+    """Let cuDNN time its convolution kernels and take the fastest. auto: false, because these
+    models have no convolutions."""
     expandable_segments: bool | Auto = "auto"
-    """Let the CUDA allocator grow its segments: less memory lost to fragments. auto: on a GPU."""
+    """Let the CUDA allocator grow its segments, which reduces fragmentation. auto: on a GPU."""
     deterministic: bool = False
-    """Sum in the same order every time, on a GPU too. Slower there; operations without a
-    deterministic kernel are refused."""
+    """Use deterministic kernels, on a GPU too: sums run in the same order every time. Slower on a
+    GPU; operations without a deterministic kernel are refused."""
 
 
 class RunConfig(Section):

@@ -1,7 +1,7 @@
 """Types of single settings: numbers with bounds, paths, 3h55m, 5GB, 200M.
 
-Each accepts the same text in YAML, in `--set` and in flags. The JSON schema of a type is what the
-manual's tables of settings show; see `reference`.
+Each type accepts the same text in YAML, in `--set` and in flags. The manual's tables of settings
+show the JSON schema of a type; see `reference`.
 """
 
 import re

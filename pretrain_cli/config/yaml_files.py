@@ -1,4 +1,4 @@
-"""YAML files of settings: a user's own, one that ships with the package, or a model's numbers."""
+"""Read YAML files: settings of a run, from a path or shipped with the package, and models."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,10 @@ from pretrain_cli.model.presets import PRESETS, full_name, preset
 
 
 def read_config(name: str) -> dict[str, Any]:
-    """The tree of a run's YAML file: a path, or the name of one that ships with the package."""
+    """Return the tree of a run's YAML file, given its path or the name of a shipped file.
+
+    Raises ConfigError if there is no such file, or if it has unknown sections.
+    """
     path = Path(name)
     if not path.is_file():
         shipped = {file.stem: file for file in _shipped_configs()}
@@ -33,7 +36,7 @@ def read_config(name: str) -> dict[str, Any]:
 
 
 def find_model(settings: ModelSettings) -> tuple[str, ModelConfig]:
-    """(a short name, the ModelConfig) that a run's settings ask for, changes applied."""
+    """Return (short name, ModelConfig) of the model in a run's settings, with changes applied."""
     if settings.name.endswith((".yaml", ".yml")):
         name, config = Path(settings.name).stem, _model_file(Path(settings.name))
     else:
@@ -42,7 +45,7 @@ def find_model(settings: ModelSettings) -> tuple[str, ModelConfig]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping."""
+    """Return the mapping in a YAML file. Raises ConfigError for anything else."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -54,7 +57,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _model_file(path: Path) -> ModelConfig:
-    """A model from a YAML file: `base: NAME` and what differs from it, or every field."""
+    """Return a model from a YAML file, which holds every field, or `base: NAME` and changed fields.
+
+    Raises ConfigError if the file or a field is missing.
+    """
     if not path.is_file():
         raise ConfigError(f"model: no file {path}; give a YAML file or one of {', '.join(PRESETS)}")
     tree = read_yaml(path)
@@ -73,7 +79,7 @@ def _model_file(path: Path) -> ModelConfig:
 
 
 def _shipped_configs() -> list[Path]:
-    """The YAML files in configs/: inside the installed package, or beside it in a checkout."""
+    """Return the YAML files of configs/: in the installed package, or beside it in a checkout."""
     here = Path(__file__).parent.parent
     for folder in (here / "configs", here.parent / "configs"):
         if folder.is_dir():

@@ -81,7 +81,8 @@ def resolve_speed(asked: SpeedConfig, device: torch.device, *, training: bool = 
     """Resolve every setting for this device. `training` is False to evaluate or sample only.
 
     Raises ConfigError for an attention backend that can't run (or train) here, and for float8 if
-    the device can't use it or `training` is False."""
+    the device can't use it or `training` is False.
+    """
     decide = {
         "attention": lambda asked, device: _attention(asked, device, training),
         "dtype": lambda value, device: _dtype(value, device, training, asked.compile),

@@ -153,7 +153,8 @@ class StopRequest:
         """Return whether any rank was asked to stop, by the latest agreement.
 
         Several ranks agree only about every BETWEEN_AGREEMENTS seconds, after `polls_between`
-        calls. Every rank must call it equally often."""
+        calls. Every rank must call it equally often.
+        """
         self.polls += 1
         alone = self.ranks is None or self.ranks.world_size == 1
         if alone or self.polls >= self.polls_between:

@@ -55,7 +55,7 @@ class Mask:
 
     @property
     def is_plain_causal(self) -> bool:
-        """Whether neither a window nor documents hide any earlier key."""
+        """True if neither a window nor documents hide any earlier key."""
         return self.documents is None and (self.window is None or self.window >= self.keys)
 
     def matrix(self, device: torch.device) -> Tensor:

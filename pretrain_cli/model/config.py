@@ -39,14 +39,14 @@ class ModelConfig:
     """Divisor of the positions in full layers; 1.0 has no effect."""
     rms_norm_eps: float
     norm_is_zero_centered: bool
-    """Whether norm weights are stored minus one (Gemma 3)."""
+    """True if norm weights are stored minus one (Gemma 3)."""
     has_post_norms: bool
-    """Whether a norm follows each sublayer, before the residual addition (Gemma 3)."""
+    """True if a norm follows each sublayer, before the residual addition (Gemma 3)."""
     hidden_activation: Activation
     embedding_is_scaled: bool
-    """Whether embeddings are multiplied by the square root of hidden_size (Gemma 3)."""
+    """True if embeddings are multiplied by the square root of hidden_size (Gemma 3)."""
     tie_word_embeddings: bool
-    """Whether the output head is the embedding matrix."""
+    """True if the output head is the embedding matrix."""
     initializer_range: float
     pad_token_id: int | None
     """Token whose embedding row starts at zero and gets no gradient from lookups, as in

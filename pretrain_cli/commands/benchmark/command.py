@@ -1,5 +1,5 @@
-"""`pretrain benchmark`: what a training step costs here, setting by setting; beside it, how fast
-batches are read, text is tokenized and written."""
+"""`pretrain benchmark`: the cost of a training step on this machine, setting by setting.
+Subcommands time reading batches, tokenizing and sampling."""
 
 import shlex
 import sys
@@ -23,7 +23,8 @@ from pretrain_cli.commands.display import check_folder, notice
 from pretrain_cli.commands.options import Command, Group
 
 NOT_SET = ("speed.attention=", "model.name=", "model.init_from=", "speed.prefetch=")
-"""--attn and --model say the first two; weights cost what random ones do; no batch is read."""
+"""Keys refused in --set: --attn and --model set the first two, trained weights cost as much as
+random ones, and no batch is read."""
 MODES, OUTPUTS = "What is measured, beside one step", "What is written"
 
 app = typer.Typer(cls=Group, invoke_without_command=True)
@@ -241,7 +242,7 @@ def benchmark(
 
 
 def _typed(context: typer.Context) -> list[str]:
-    """The options that were given on the command line."""
+    """Return the options given on the command line."""
     sources = {p: context.get_parameter_source(str(p.name)) for p in context.command.params}
     return [p.opts[0] for p, source in sources.items() if source and source.name == "COMMANDLINE"]
 
@@ -249,7 +250,7 @@ def _typed(context: typer.Context) -> list[str]:
 def _workload(
     flags: dict[str, Any], assignments: list[str], model: str | None, device: str
 ) -> tuple[Any, Any, Any]:
-    """(the settings, the workload that they describe, how another model is found)."""
+    """Return (settings, the workload they describe, how to name another model)."""
     from pretrain_cli.config.build import build_config
     from pretrain_cli.config.yaml_files import find_model
     from pretrain_cli.errors import ConfigError

@@ -39,8 +39,8 @@ def benchmark_data(
         Path | None, typer.Option("--json", help="Also write the results to this file.")
     ] = None,
 ) -> None:
-    """Time the reading of batches, from a warm page cache: of a dataset, or of one that is made and
-    taken away again."""
+    """Time the reading of batches from a warm page cache, of a given dataset or of a temporary
+    synthetic one."""
     from pretrain_cli.config.build import build_config
     from pretrain_cli.errors import ConfigError
 

@@ -12,7 +12,7 @@ from pretrain_cli.commands.display import console, size
 
 
 def search(workload: Any, speed: Any, repeats: Any, outputs: OutputFiles) -> None:
-    """Measure, show, and leave it for `pretrain train`."""
+    """Measure, show the results, and save them for `pretrain train`."""
     import torch
 
     from pretrain_cli.engine.benchmark.search import MicroBatchSearch

@@ -1,4 +1,4 @@
-"""`pretrain benchmark sample`: how fast text is written."""
+"""`pretrain benchmark sample`: the speed of prefill and decoding."""
 
 from dataclasses import asdict
 from pathlib import Path

@@ -24,14 +24,14 @@ from pretrain_cli.commands.display import (
 
 @dataclass(frozen=True)
 class OutputFiles:
-    """The files that are asked for."""
+    """Files requested on the command line."""
 
     json: Path | None
     markdown: Path | None
     plot: Path | None
 
     def check(self) -> None:
-        """Refuse those that can't be written, before anything is measured."""
+        """Raise ConfigError before measuring for files that cannot be written."""
         for name, path in vars(self).items():
             check_output(path, f"--{name}")
         if self.plot is not None:
@@ -77,8 +77,8 @@ def say_workload(workload: Any, repeats: Any, *, is_swept: bool) -> None:
 
 
 def watch(measured: Any, interruption: Any) -> None:
-    """Measure, with the table as far as it is known on a terminal; and say what was found, also
-    where a signal ends it early."""
+    """Measure, updating the table on a terminal, then print the results, also if a signal ends it
+    early."""
     try:
         with interruption.can_be_given_up():
             _measure(measured)
@@ -136,7 +136,7 @@ def _table(measured: Any) -> Table:
 
 
 def show_profiles(measured: Any, folder: Path, interruption: Any) -> None:
-    """Each arm's, one after the other."""
+    """Profile each arm in turn."""
     for arm in measured.arms:
         if arm.left_out or arm.name in measured.failures:
             continue
@@ -146,7 +146,7 @@ def show_profiles(measured: Any, folder: Path, interruption: Any) -> None:
 
 
 def show_comparison(first: Path, second: Path) -> None:
-    """Second over first, and where they measured something else."""
+    """Print the second record divided by the first, and differences in what was measured."""
     from pretrain_cli.engine.benchmark.record import compare, read
 
     found = compare(read(first), read(second))

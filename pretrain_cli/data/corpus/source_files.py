@@ -61,7 +61,7 @@ class Corpus:
 
     @property
     def has_streams(self) -> bool:
-        """Whether a part of the corpus can be read only once."""
+        """True if a part of the corpus can be read only once."""
         return any(file.is_stream for file in self.files)
 
 

@@ -1,6 +1,6 @@
 """Arms of a benchmark: attention backends, an ablation, a sweep, or another program.
 
-An ablation knows the settings by the fields of SpeedConfig alone, so that it can't forget one.
+An ablation takes its settings from the fields of SpeedConfig, so it cannot miss one.
 """
 
 import dataclasses
@@ -22,10 +22,10 @@ from pretrain_cli.model.config import FULL, SLIDING, ModelConfig, variant
 
 BASELINE, ALL_ON = "baseline", "all on"
 NOT_IN_A_STEP = {"prefetch": "it reads the next batch during a step, and here no batch is read"}
-"""Settings that these steps don't meet."""
+"""Settings without effect on the timed steps, with the reason."""
 OTHER_DTYPE = {"bfloat16": "float8", "float8": "bfloat16"}
-"""Second dtype for the arm with everything on: float8 pays only compiled, and is compared with
-bfloat16."""
+"""Second dtype, compared in the arm with everything on. float8 is compared with bfloat16, and pays
+off only when compiled."""
 
 FindModel = Callable[[str], tuple[str, ModelConfig]]
 
@@ -34,7 +34,7 @@ FindModel = Callable[[str], tuple[str, ModelConfig]]
 
 
 def parse_backends(text: str) -> list[str]:
-    """`eager,sdpa` or `all`."""
+    """Parse `eager,sdpa` or `all`."""
     names = list(BACKENDS) if text == "all" else [name.strip() for name in text.split(",")]
     for name in names:
         if name not in BACKENDS:
@@ -46,7 +46,7 @@ def parse_backends(text: str) -> list[str]:
 
 
 def backend_arms(workload: Workload, asked: SpeedConfig, names: list[str]) -> list[Arm]:
-    """An arm for each backend; forward only where it can't train here."""
+    """Return an arm for each backend; it is forward only if the backend cannot train here."""
     device, arms, first = torch.device(workload.device), list[Arm](), ""
     for name in names:
         reason = BACKENDS[name].unavailable(device, True) or ""
@@ -70,7 +70,7 @@ def backend_arms(workload: Workload, asked: SpeedConfig, names: list[str]) -> li
 
 
 def choices(settings: type[SpeedConfig], name: str) -> list[Any]:
-    """The values of a setting, but for auto, the plain one first."""
+    """Return the values of a setting, except auto, with the plain one first."""
 
     def values(kind: Any) -> list[Any]:
         if kind is bool:
@@ -85,9 +85,11 @@ def choices(settings: type[SpeedConfig], name: str) -> list[Any]:
 def ablation(
     workload: Workload, asked: SpeedConfig, given: Collection[str] = frozenset()
 ) -> list[Arm]:
-    """Everything plain; each value of each setting alone; what is asked, all on; and that with each
-    setting alone made plain. The settings `given` are in every arm as they are asked, and have none
-    of their own."""
+    """Return the arms of an ablation: everything plain; each value of each setting alone; the
+    requested settings together; and these with each setting made plain.
+
+    The settings in `given` keep the requested value in every arm and get no arm of their own.
+    """
     settings, device = type(asked), torch.device(workload.device)
     varied = [name for name in settings.model_fields if name not in given]
     plain = {name: choices(settings, name)[0] for name in varied}
@@ -128,7 +130,7 @@ def ablation(
 
 
 def _without_effect(speed: SpeedConfig, setting: str, value: Any, workload: Workload) -> str:
-    """Why a setting would change nothing here, if so."""
+    """Return the reason that a setting changes nothing here, or an empty string."""
     if setting in NOT_IN_A_STEP:
         return NOT_IN_A_STEP[setting]
     try:
@@ -146,7 +148,7 @@ def _without_effect(speed: SpeedConfig, setting: str, value: Any, workload: Work
 
 
 def sweep(workload: Workload, asked: SpeedConfig, axes: list[str], find: FindModel) -> list[Arm]:
-    """An arm for each combination of the values of `key=v1,v2,…`."""
+    """Return an arm for each combination of the values of `key=v1,v2,…`."""
     parsed = [_axis(text) for text in axes]
     keys = [key for key, _ in parsed]
     for key in keys:
@@ -166,7 +168,7 @@ def sweep(workload: Workload, asked: SpeedConfig, axes: list[str], find: FindMod
 
 
 def check_length(workload: Workload) -> None:
-    """Refuse sequences that the model has no positions for."""
+    """Raise ConfigError for sequences longer than the model's positions."""
     most = workload.model.max_position_embeddings
     if workload.seq_len > most:
         raise ConfigError(
@@ -205,7 +207,7 @@ def _vocab(workload: Workload, text: str, find: FindModel) -> Workload:
 
 
 def _window(workload: Workload, text: str, find: FindModel) -> Workload:
-    """Return the workload with this window in its sliding layers; `none` makes every layer full
+    """Return the workload with this window in its sliding layers. `none` makes every layer full
     attention."""
     kinds = workload.model.layer_types
     if SLIDING not in kinds:
@@ -235,8 +237,8 @@ SWEPT: dict[str, Callable[[Workload, str, FindModel], Workload]] = {
 
 
 def versus(workload: Workload, asked: SpeedConfig, peer: str) -> list[Arm]:
-    """Our step beside a peer's, compiled unless that is off, and not: the peer as it is shipped,
-    and tuned: with the settings of the process that ours has."""
+    """Return arms that compare our step with a peer's, uncompiled and, unless that is off,
+    compiled. The peer runs as shipped, and tuned: with the process settings of our step."""
     if peer not in peers.PEERS:
         known = ", ".join(peers.PEERS)
         raise ConfigError(f"--vs: '{peer}' is not one of {known}{did_you_mean(peer, peers.PEERS)}")

@@ -1,6 +1,7 @@
-"""Benchmark of reading batches: in order, as training does, and at random, as a resumed run begins.
+"""Benchmark of reading batches: in order, as in training, and at random positions, as after a
+resume.
 
-The real `Batches`, on one thread, from a dataset or a made one, the page cache warm.
+Uses the real `Batches` on one thread, on a given or synthetic dataset with a warm page cache.
 """
 
 import shutil
@@ -23,18 +24,19 @@ from pretrain_cli.errors import ConfigError
 SECONDS = 3.0
 RANDOM_BATCHES = 1000
 RANDOM_SAMPLES = 2**40
-"""Batches are drawn from so many samples: from many epochs, each with an order to be keyed."""
+"""Range of the random sample numbers: many epochs, so that each read computes another epoch's
+order."""
 DOCUMENT_TOKENS = 600
-"""The mean of a made document."""
+"""Mean length of a synthetic document."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Dataset to read, and how."""
+    """Dataset to read, and the batches to read from it."""
 
     seq_len: int
     samples: int
-    """A batch."""
+    """Samples of a batch."""
     packing: str
 
 
@@ -44,17 +46,17 @@ class Measurement:
     size: int
     """Bytes of the tokens."""
     tokens_per_second: float
-    """In order."""
+    """Rate in order."""
     batch_seconds: float
-    """At random, the median."""
+    """Median seconds of a batch at a random position."""
     index_seconds: float | None
-    """Building the index of packed documents."""
+    """Seconds to build the index of packed documents; None without packing."""
     filled: float | None
-    """The share of places in samples that hold a token, where documents are packed."""
+    """Share of positions in samples that hold a token; None without packing."""
 
 
 def measure(split: Split, workload: Workload) -> Measurement:
-    """Read batches of a split for some seconds."""
+    """Read batches of a split for a few seconds."""
     seq_len, index_seconds, filled = workload.seq_len, None, None
     if seq_len >= len(split.tokens):
         raise ConfigError(f"data.seq_len: {seq_len:,} is beyond the {len(split.tokens):,} tokens")
@@ -84,7 +86,8 @@ def measure(split: Split, workload: Workload) -> Measurement:
 
 
 def _into_the_page_cache(paths: list[Path]) -> None:
-    """By reading: through the map it would also get into this process's page table."""
+    """Load a file into the page cache by reading it. Reading through the memory map would also fill
+    this process's page table."""
     for path in paths:
         with path.open("rb") as file:
             while file.read(2**24):
@@ -92,7 +95,7 @@ def _into_the_page_cache(paths: list[Path]) -> None:
 
 
 def _in_order(batches: Batches, workload: Workload) -> float:
-    """Tokens a second."""
+    """Return tokens per second."""
     sample, seconds = 0, 0.0
     began = time.perf_counter()
     while seconds < SECONDS:
@@ -103,7 +106,7 @@ def _in_order(batches: Batches, workload: Workload) -> float:
 
 
 def _at_random(batches: Batches) -> float:
-    """Seconds a batch."""
+    """Return seconds per batch."""
     times = []
     for sample in np.random.default_rng(0).integers(RANDOM_SAMPLES, size=RANDOM_BATCHES).tolist():
         began = time.perf_counter()
@@ -114,7 +117,8 @@ def _at_random(batches: Batches) -> float:
 
 @contextmanager
 def made_split(size: int) -> Iterator[Split]:
-    """So many bytes of random 16-bit tokens, in documents of random lengths, for a while."""
+    """Yield a temporary split of this many bytes: random 16-bit tokens in documents of random
+    lengths."""
     free = shutil.disk_usage(tempfile.gettempdir()).free
     if size > free * 0.9:
         raise ConfigError(

@@ -1,8 +1,8 @@
-"""The same training step, computed by other programs.
+"""Peers: the same training step, computed by other programs.
 
-A peer is built as its users would: its own model of the same shape, with our weights and batch,
-float32 weights under autocast where the dtype is bfloat16, PyTorch's fused AdamW, gradients
-clipped. To add one: a function that gives its step, and a line in PEERS.
+Each peer is built as its users would build it: its own model of the same shape, with our weights
+and batch, float32 weights under autocast if the dtype is bfloat16, PyTorch's fused AdamW, and
+gradient clipping. To add one, write a function that returns its step, and add a row to PEERS.
 """
 
 import importlib.util
@@ -22,25 +22,25 @@ from pretrain_cli.model.formats.hf_config import to_config_json
 from pretrain_cli.model.parameter_map import Merged, parameter_map
 
 Step = Callable[[], tuple[Tensor, Tensor | None]]
-"""-> (loss, gradient norm before clipping), on the device."""
+"""() -> (loss, gradient norm before clipping), on the device."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A program to be measured beside this one."""
+    """A program to compare with."""
 
     package: str
     """Name of the package to import."""
     extra: str
     """Extra of this project that installs it."""
     build: Callable[[Workload, Speed, Tensor, Tensor, float], Step]
-    """(workload, speed, inputs, targets, learning rate) -> its step."""
+    """(workload, speed, inputs, targets, learning rate) -> the peer's step."""
 
 
 def _transformers(
     workload: Workload, speed: Speed, inputs: Tensor, targets: Tensor, rate: float
 ) -> Step:
-    """Its model of the family, with sdpa attention and its own loss."""
+    """Build transformers' model of the family, with sdpa attention and its own loss."""
     hf = import_transformers("--vs transformers")
     raw = to_config_json(workload.model, "float32")
     config = hf.AutoConfig.for_model(**raw)
@@ -67,7 +67,7 @@ PEERS = {"transformers": Peer("transformers", "verify", _transformers)}
 
 
 def require(name: str) -> None:
-    """Refuse a peer that isn't installed."""
+    """Raise ConfigError if a peer is not installed."""
     peer = PEERS[name]
     if importlib.util.find_spec(peer.package) is None:
         raise ConfigError(
@@ -84,7 +84,7 @@ def _weights(workload: Workload) -> dict[str, Tensor]:
 def _step(
     model: nn.Module, loss: Callable[[], Tensor], speed: Speed, device: torch.device, rate: float
 ) -> Step:
-    """A training loop's step around a model's loss, decayed as ours is."""
+    """Return a training step around a model's loss, with our weight decay."""
     settings = OptimizerSettings()
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]

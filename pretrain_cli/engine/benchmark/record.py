@@ -1,4 +1,4 @@
-"""A benchmark as JSON: what was measured where, and with which settings; and two of them compared.
+"""The JSON record of a benchmark: results, machine and settings; and the comparison of two records.
 
 {what, cut_short, command, machine, threads, torch, python, pretrain, commit, repeats, tolerance,
  norm_tolerance, peaks: {dtype: {flops, source, measured}}, results: [Result], ratios: [Ratio]}
@@ -20,11 +20,11 @@ from pretrain_cli.engine.runtime.distributed import device_name, find_device
 from pretrain_cli.errors import ConfigError
 
 ABOUT = ("command", "machine", "threads", "torch", "python", "pretrain", "commit", "repeats")
-"""Fields of a record that `--compare` compares besides its arms."""
+"""Fields of a record that `--compare` compares, besides the arms."""
 
 
 def record(rounds: Rounds, what: str, command: str) -> dict[str, Any]:
-    """Everything that was measured, in JSON's own types."""
+    """Return everything that was measured, in JSON types."""
     results = rounds.results()
     return {
         "what": what,
@@ -46,8 +46,8 @@ def record(rounds: Rounds, what: str, command: str) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Return the commit of the checkout that this package runs from, marked if files changed since;
-    empty for an installed package."""
+    """Return the commit of the checkout that this package runs from, marked if it has uncommitted
+    changes. Empty for an installed package."""
     root = Path(pretrain_cli.__file__).parent.parent
     if not (root / ".git").exists():
         return ""
@@ -65,7 +65,7 @@ def commit() -> str:
 
 @dataclass(frozen=True)
 class Beside:
-    """An arm of the second record beside the one of its name in the first: second over first."""
+    """An arm of the second record divided by the arm of that name in the first."""
 
     arm: str
     tokens_per_second: float
@@ -77,13 +77,13 @@ class Beside:
 class Comparison:
     arms: list[Beside]
     differences: list[str]
-    """In machine, software and settings."""
+    """Differences in machine, software and settings."""
     unmatched: list[str]
-    """Arms without figures in both."""
+    """Arms without results in both records."""
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A record from its file."""
+    """Read a record from a file."""
     try:
         found = json.loads(path.read_text())
     except OSError as error:
@@ -96,7 +96,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def compare(first: dict[str, Any], second: dict[str, Any]) -> Comparison:
-    """Arms of one name side by side, and where the two measured something else."""
+    """Compare arms of the same name, and list differences in what was measured."""
     ours, theirs = ({r["arm"]: r for r in each["results"]} for each in (first, second))
     arms, settings, unmatched = [], dict[str, list[str]](), []
     for name in dict.fromkeys([*ours, *theirs]):
@@ -127,7 +127,7 @@ def compare(first: dict[str, Any], second: dict[str, Any]) -> Comparison:
 
 
 def _changes(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """Return the differences between two arms in workload and settings in force."""
+    """Return the differences between two arms in workload and in the settings in force."""
     flat = [
         {f"workload.{name}": value for name, value in each["workload"].items() if name != "model"}
         | {f"model.{name}": value for name, value in each["workload"]["model"].items()}

@@ -1,4 +1,4 @@
-"""A record as rows of text, for the terminal and for Markdown."""
+"""Render a record: rows for the terminal, Markdown, and a picture."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +29,12 @@ class Row:
 
 
 def rows(results: list[dict[str, Any]]) -> list[Row]:
-    """A row an arm."""
+    """Return a row for each arm."""
     return [_row(result) for result in results]
 
 
 def remarks(results: list[dict[str, Any]]) -> list[str]:
-    """Return the notes on single arms, differing results first."""
+    """Return the notes on single arms, those with differing results first."""
     said = [f"{r['arm']} {r['differs']}" for r in results if r["differs"]]
     for result in results:
         if result["kind"] == "forward only":
@@ -73,7 +73,7 @@ def _row(result: dict[str, Any]) -> Row:
 
 
 def to_markdown(record: dict[str, Any]) -> str:
-    """The command, the machine, the table, and what is to be said of single arms."""
+    """Return the command, the machine, the table, and the notes on single arms."""
     first = record["results"][0]["workload"]
     commit = f", commit {record['commit']}" if record["commit"] else ""
     repeats = record["repeats"]
@@ -148,7 +148,7 @@ CHARACTERS = 150
 
 
 def need_matplotlib(path: Path) -> None:
-    """Refuse a picture that can't be made, before anything is measured."""
+    """Raise ConfigError before measuring if the picture cannot be drawn."""
     if path.suffix not in FORMATS:
         raise ConfigError(f"--plot: {path.name} is neither .png nor .svg; name one of them")
     try:
@@ -160,7 +160,7 @@ def need_matplotlib(path: Path) -> None:
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Write the picture, in the format of its name."""
+    """Write the picture in the format given by the file's suffix."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -208,7 +208,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
 
 def _places(results: list[dict[str, Any]]) -> list[float]:
-    """Rows from above, with a gap between groups."""
+    """Return the vertical position of each row, from the top, with a gap between groups."""
     places, place, group = [], 0.0, None
     for result in results:
         if group is not None and result["group"] != group:

@@ -1,5 +1,5 @@
-"""Rounds to results: medians, rates, MFU; and whether an arm learned the same as the one it is
-compared with."""
+"""Turn rounds into results: medians, rates and MFU, and whether an arm learned the same as the arm
+it must equal."""
 
 import dataclasses
 import statistics
@@ -14,60 +14,61 @@ from pretrain_cli.model import counting
 
 TOLERANCE = {"float32": 1e-4, "tf32": 2e-3, "bfloat16": 1e-2, "float8": 1e-1}
 """Largest relative difference of an arm's loss from that of the arm it must equal, by the coarser
-of their types. In float8 rounding is fed back by every step: an arm that memorizes few tokens, with
-hardly any loss left, may exceed it."""
+of their types. In float8 each step feeds rounding back: an arm that has nearly memorized a few
+tokens may exceed it."""
 NORM_TOLERANCE = TOLERANCE | {"float8": 3e-2}
-"""The same of the first gradient norm, which no step went before: float8 comes to 1e-2."""
+"""The same tolerance for the first gradient norm, before any step: float8 differs by about 1e-2."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """Over all steps of all rounds. Times are seconds."""
+    """Figures over all steps of all rounds. Times are seconds."""
 
     step_median: float
     step_fastest: float
     step_slowest: float
     warmup: float
-    """All warm-up steps of the first round."""
+    """Seconds of all warm-up steps in the first round."""
     compile_time: float
-    """Seconds that warm-up took beyond as many median steps: the time of compiling."""
+    """Compile time: seconds of the warm-up beyond as many median steps."""
     tokens_per_second: float
-    """By the median."""
+    """Rate at the median step time."""
     mfu: float
     mfu_conventional: float
     peak_memory: int
-    """In the steps that count."""
+    """Peak bytes during the counted steps."""
     loss: float
-    """After all steps of a round, the same tokens in each."""
+    """Loss after all steps of a round; the tokens are the same in every round."""
     loss_difference: float | None
-    """From that of the arm that it must learn the same as, as a share of it."""
+    """Relative difference of the loss from the arm it must equal; None if there is none."""
     gradient_norm_difference: float | None
-    """The same of the first step's gradient norm, before clipping."""
+    """The same for the first step's gradient norm, before clipping."""
     worth: float | None
-    """Tokens/s over those of the arm that it is compared with; the median of the rounds."""
+    """Tokens/s divided by that of the arm it is compared with; median over the rounds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """An arm, and what was measured of it."""
+    """An arm, and its measurements."""
 
     arm: str
     group: str
     peer: str
     kind: str
-    """training step, forward only, or not run."""
+    """"training step", "forward only" or "not run"."""
     reason: str
-    """Why it is not a training step."""
+    """Reason it is not a training step; empty if it is one."""
     notes: list[str]
-    """Settings that were asked for and are not in force."""
+    """Requested settings that are not in force."""
     same_as: str
     beside: str
     differs: str
-    """Difference of what this arm learned from the arm it must equal; empty if there is none."""
+    """Difference between this arm's result and that of the arm it must equal; empty if there is
+    none."""
     workload: dict[str, Any]
     tokens_per_step: int
     flops_per_token: float
-    """By the exact mask; of a forward pass, a third."""
+    """FLOPs per token under the exact mask; a third of that for a forward pass."""
     flops_per_token_conventional: float
     peak_flops: float
     """Peak FLOP/s that MFU refers to."""
@@ -79,7 +80,7 @@ class Result:
 def summarize(
     arm: Arm, measured: dict[str, list[Round]], peak: Peak | None, failure: str = ""
 ) -> Result:
-    """An arm's result, from the rounds of every arm."""
+    """Return an arm's result, from the rounds of all arms."""
     rounds = measured[arm.name]
     reference, beside = measured.get(arm.same_as, []), measured.get(arm.beside, [])
     flops = counting.training_flops(arm.workload.model, arm.workload.seq_len)
@@ -167,7 +168,7 @@ def _said(arm: Arm, loss: float | None, norm: float | None, kind: str) -> str:
 
 
 def _meant(arm: Arm, speed: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that mean something to a peer."""
+    """Return the settings that apply to a peer."""
     if not arm.peer:
         return speed
     return {name: speed[name] for name in ("dtype", "compile", *PROCESS_SETTINGS)}
@@ -185,7 +186,7 @@ def _notes(speed: dict[str, Any]) -> list[str]:
 
 
 def _rate_ratios(rounds: list[Round], others: list[Round]) -> list[float]:
-    """Tokens/s over the others', round by round."""
+    """Return tokens/s divided by the other arm's, round by round."""
     return [
         (one.tokens / statistics.median(one.times))
         / (other.tokens / statistics.median(other.times))
@@ -195,21 +196,21 @@ def _rate_ratios(rounds: list[Round], others: list[Round]) -> list[float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
-    """Ours beside a peer's arm that is compiled where ours is: round by round, for a machine that
-    is slow for a while is so for both."""
+    """Our arm divided by a peer's arm with the same use of compile. Computed round by round: a
+    machine that is slow for a while slows both."""
 
     arm: str
     ours: str
     tokens_per_second: float
-    """Ours over the peer's; the median of the rounds."""
+    """Median over the rounds of our rate divided by the peer's."""
     lowest: float
     highest: float
     peak_memory: float
-    """Ours over the peer's."""
+    """Our peak memory divided by the peer's."""
 
 
 def ratios(results: list[Result]) -> list[Ratio]:
-    """Return the ratios of our arms to every peer's arm that was run."""
+    """Return the ratios of our arms to every peer arm that ran."""
     ours = {r.speed["compile"]["in_force"]: r for r in results if r.figures and not r.peer}
     found = []
     for result in results:

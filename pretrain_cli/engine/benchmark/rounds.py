@@ -1,5 +1,5 @@
-"""Arms in turn: round by round, every arm once in each, every other round backwards. What slows a
-machine for a while is then no arm's alone."""
+"""Rounds: every arm runs once in each round, and every second round runs in reverse order, so that
+a temporary slowdown of the machine does not fall on one arm only."""
 
 import tempfile
 import traceback
@@ -20,12 +20,12 @@ from pretrain_cli.engine.runtime.speed import resolve_speed
 from pretrain_cli.errors import PretrainError
 
 Start = Callable[..., Any]
-"""`run_timing`; in tests, a call in this one."""
+"""`run_timing`; tests pass a function that runs in this process."""
 
 
 class Rounds:
-    """Every arm measured so many times. The device's peak is measured with them, once a round for
-    each type that is computed in, and the best counts."""
+    """Measurements of all arms, a given number of rounds. Each round also measures the device's
+    peak FLOP/s for each type in use; the best value counts."""
 
     def __init__(self, arms: list[Arm], repeats: Repeats, *, start: Start | None = None) -> None:
         self.repeats, self.start = repeats, start or run_timing
@@ -42,14 +42,14 @@ class Rounds:
             self.add(arm)
 
     def add(self, arm: Arm) -> None:
-        """One more, at the end."""
+        """Add an arm at the end."""
         self.arms.append(arm)
         self.measured[arm.name] = []
         if not arm.left_out:
             self.dtypes[arm.name] = _peak_dtype(arm)
 
     def go(self) -> Iterator[str]:
-        """Measure. Says what is next, each time."""
+        """Run the measurements, announcing each one."""
         with tempfile.TemporaryDirectory(prefix="pretrain-compiled-") as folder:
             yield from self._in_turn(self.arms, Path(folder))
 
@@ -87,14 +87,14 @@ class Rounds:
             self.measured[arm.name].append(measured)
 
     def cut(self, signal: str) -> None:
-        """It ended early. What was not measured at all says so."""
+        """Mark the benchmark as ended early. Arms that were not measured say so."""
         self.cut_short = signal
         for arm in self.arms:
             if not arm.left_out and not self.measured[arm.name]:
                 self.failures.setdefault(arm.name, f"{signal} came first")
 
     def results(self) -> list[Result]:
-        """As far as it has gone."""
+        """Return the results so far."""
         return [
             summarize(
                 arm,
@@ -106,18 +106,18 @@ class Rounds:
         ]
 
     def answers(self) -> dict[str, Any]:
-        """Return the answers that the results give, if a search was made."""
+        """Return the results of a search, if one was made."""
         return {}
 
     def profile(self, arm: Arm, trace: Path) -> Profile:
-        """One arm's step looked into, in one more process."""
+        """Profile a step of one arm in another fresh process."""
         with tempfile.TemporaryDirectory(prefix="pretrain-compiled-") as folder:
             return self.start("profile_arm", arm.speed, Path(folder), arm, self.repeats, str(trace))
 
 
 def _peak_dtype(arm: Arm) -> str:
-    """The type that an arm's MFU is a share of the peak in: of float8 it is bfloat16, in which much
-    of a step still is."""
+    """Return the type whose peak an arm's MFU refers to. For float8 it is bfloat16, because much of
+    the step still runs in it."""
     training, device = not arm.forward_only, torch.device(arm.workload.device)
     dtype = resolve_speed(arm.speed, device, training=training).compute_dtype
     return str(dtype).removeprefix("torch.")
@@ -127,7 +127,7 @@ REPEATS = Repeats(rounds=1, steps=5, warmup=2)
 
 
 def calibrate(workload: Workload, asked: SpeedConfig, *, start: Start | None = None) -> Figures:
-    """Rates and peak memory of the training step, in a process of its own."""
+    """Return rates and peak memory of the training step, measured in a fresh process."""
     rounds = Rounds([Arm(name=workload.name, workload=workload, speed=asked)], REPEATS, start=start)
     for _ in rounds.go():
         pass

@@ -1,12 +1,12 @@
-"""Benchmark of sampling: a prompt's prefill, then greedy decoding, token by token.
+"""Benchmark of sampling: prefill of a prompt, then greedy decoding token by token.
 
-Each arm (writers.py) in a fresh process with the same random weights; what ours sets for its
-process, transformers' is without. They take turns, so that a machine that is busy for a while is so
-for both; loading, compiling and one round to warm up are timed apart.
+Each arm (sample_arm.py) runs in its own fresh process with the same random weights; the process
+settings apply to our arms only. Arms take turns, so that a temporary slowdown affects all of them.
+Loading, compiling and one warm-up round are timed separately.
 
-What can be reached is a matter of memory: every token reads all weights and what its text has
-remembered. The limit is the rate at which this machine copies a large buffer, read and written
-bytes both counted, over those bytes.
+The limit is memory bandwidth: each token reads all weights and the cache of its text. It is
+estimated from the rate at which this machine copies a large buffer, counting bytes read and
+written, divided by those bytes.
 """
 
 import json
@@ -44,14 +44,14 @@ from pretrain_cli.model.formats.hf_config import to_config_json
 from pretrain_cli.model.formats.hf_weights import published_tensors, write_weights
 
 WARM_UP = 8
-"""Tokens of the round that does not count."""
+"""Tokens of the round that is not counted."""
 COPIED = 2**28
-"""Bytes of the buffer that is copied to see the memory's rate: far more than a cache holds."""
+"""Bytes of the buffer copied to measure memory bandwidth: far larger than any cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One arm's; medians over the rounds."""
+    """Result of one arm; medians over the rounds."""
 
     arm: str
     load_seconds: float
@@ -60,30 +60,30 @@ class Result:
     decode_tokens_per_second: float
     share_of_limit: float
     ratio: float | None
-    """Our decode rate over this arm's, the median of the rounds; None for our own."""
+    """Our decode rate divided by this arm's, median over the rounds; None for our own arm."""
     agreed: int | None
-    """Tokens of the first text up to the first that differs from ours."""
+    """Tokens of the first text before the first one that differs from ours."""
     rounds: list[tuple[float, float]]
-    """Prefill and decode rates of each."""
+    """Prefill and decode rates of each round."""
     said: list[str]
     speed: dict[str, Any]
-    """Our settings as asked and as in force; none of transformers'."""
+    """Our settings as requested and as in force; empty for transformers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """All arms' results, and what they are measured by."""
+    """Results of all arms, and the machine's limits."""
 
     results: list[Result]
     step_bytes: float
     copy_rate: float
-    """Bytes a second, read and written."""
+    """Bytes per second, read and written."""
     limit: float
-    """Tokens a second of the whole batch, if a step took what reading takes."""
+    """Tokens per second of the whole batch if a step took only the time to read memory."""
 
 
 def measure(workload: Workload, progress: Callable[[str], None]) -> Measured:
-    """Our rates, and those of the arms it is measured against."""
+    """Measure our rates and those of the other arms."""
     for arm in workload.vs:
         if arm != THEIRS and not arm.startswith("speed."):
             raise ConfigError(f"--vs: '{arm}' is not {THEIRS}, and not speed.NAME=VALUE")
@@ -129,7 +129,7 @@ def step_bytes(workload: Workload) -> float:
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes a second, read and written, of the fastest of some copies."""
+    """Return bytes per second, read and written, of the fastest of several copies."""
     source = torch.ones(COPIED // 4, device=device)
     target = torch.empty_like(source)
     best = float("inf")
@@ -179,7 +179,7 @@ def _result(
 def _processes(
     workload: Workload, arms: list[str], folder: Path
 ) -> Iterator[dict[str, Connection]]:
-    """A fresh process for each arm, and the pipe that it is asked by."""
+    """Start a fresh process for each arm, with a pipe for requests."""
     fresh = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
     try:
@@ -215,7 +215,7 @@ def _receive(pipe: Connection, arm: str) -> Any:
 
 @contextmanager
 def _drawn_folder(workload: Workload) -> Iterator[Path]:
-    """A model folder with random weights in the compute type, which goes away again."""
+    """Yield a temporary model folder with random weights in the compute type."""
     speed = speed_of(workload)
     model = build_model(workload.model, speed, torch.device("cpu"))
     model.initialize(0)

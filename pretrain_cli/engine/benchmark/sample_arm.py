@@ -1,9 +1,9 @@
-"""One arm of `pretrain benchmark sample`, in a process of its own: loaded, and then written with
-whenever it is told to.
+"""One arm of `pretrain benchmark sample`, in its own process: loads a model, then generates text on
+request.
 
-    pretrain            what `pretrain sample` does, without decoding tokens to text
-    speed.NAME=VALUE    the same with another setting of its process
-    transformers        `generate` with its own KV cache, as it comes
+pretrain            what `pretrain sample` does, without decoding tokens to text
+speed.NAME=VALUE    the same with another process setting
+transformers        `generate` with its own KV cache and default settings
 """
 
 import time
@@ -34,19 +34,19 @@ class Workload:
     prompt: int
     """Tokens of each prompt."""
     tokens: int
-    """Written behind each."""
+    """Tokens generated after each prompt."""
     batch: int
     rounds: int
     device: str
     dtype: str
-    """As speed.dtype: auto is what suits the device."""
+    """Same as speed.dtype: auto chooses by device."""
     compiled: bool | None
     settings: tuple[str, ...] = ()
     """Process settings as `speed.NAME=VALUE`."""
     vs: tuple[str, ...] = ()
-    """transformers, or such settings, each by itself beside those."""
+    """Arms to compare with: transformers, or process settings, each applied alone."""
     quantize: str | None = None
-    """int8 for our own matrices, None for the weights as they are."""
+    """int8 for our matrices; None for unquantized weights."""
 
 
 class Ready(NamedTuple):
@@ -79,7 +79,8 @@ def speed_of(workload: Workload, arm: str = OURS) -> Speed:
 
 
 def serve_arm(arm: str, folder: Path, pipe: Connection) -> None:
-    """Load when told what is measured, then write so many tokens whenever told to."""
+    """Load the model when told the workload, then generate the requested number of tokens each
+    time."""
     try:
         workload = pipe.recv()
         if arm == THEIRS:

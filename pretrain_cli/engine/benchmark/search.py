@@ -1,12 +1,13 @@
-"""The largest micro-batch that fits and the fastest, found by measuring.
+"""Search for the largest micro-batch that fits, and for the fastest one.
 
-    1, 2, 4, 8, …     until two in a row bring nothing more, or memory or time forbids it
-    around the best   it, three quarters of it, one and a half, its neighbours: in turn
-    the largest       where the estimate, corrected by the peaks so far, meets the room; tried,
-                      and again where it was wrong
+    1, 2, 4, 8, …     until two in a row bring no gain, or memory or time forbids more
+    around the best   the best, three quarters of it, one and a half times it, its neighbours
+    the largest       where the memory estimate, corrected by the peaks so far, reaches the
+                      limit; tried, and corrected again if wrong
 
-Every size is measured in a process of its own. None is tried that isn't estimated to fit: a CPU's
-machine would begin to swap. What is out of a GPU's memory all the same is told and left.
+Every size is measured in its own process. Sizes that are estimated not to fit are never tried: a
+CPU machine would start to swap. If one still runs out of GPU memory, that is reported and the
+search continues.
 """
 
 import dataclasses
@@ -37,30 +38,30 @@ from pretrain_cli.units import size as told
 SCOUTING = Repeats(rounds=1, steps=2, warmup=1)
 ONCE = Repeats(rounds=1, steps=1, warmup=1)
 LONGEST = 20.0
-"""Seconds of a step: a micro-batch that takes longer is not tried, whatever would fit."""
+"""Seconds of the longest acceptable step; larger micro-batches are not tried."""
 TRIES = 3
-"""To find the largest."""
+"""Attempts at finding the largest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """The two answers, with what they rest on, by micro-batch."""
+    """The largest and the fastest micro-batch, and the measurements behind them, by micro-batch."""
 
     fastest: int
     largest: int
     limit: str
-    """Why there is no larger one."""
+    """Reason there is no larger one."""
     room: int
-    """Bytes that a process may take."""
+    """Bytes a process may use."""
     tokens_per_second: dict[int, float]
     peaks: dict[int, int]
-    """Bytes, measured."""
+    """Measured peak bytes."""
     estimates: dict[int, int]
-    """Bytes, as they were estimated."""
+    """Estimated peak bytes."""
 
 
 class MicroBatchSearch(Rounds):
-    """Rounds whose arms, a micro-batch each, are found as they go."""
+    """Rounds whose arms, one micro-batch each, are chosen during the search."""
 
     def __init__(
         self,
@@ -71,7 +72,7 @@ class MicroBatchSearch(Rounds):
         room: int,
         start: Start | None = None,
     ) -> None:
-        """`room` is how many bytes a process may take."""
+        """`room` is the number of bytes a process may use."""
         super().__init__([], repeats, start=start)
         self.workload, self.speed, self.room = workload, speed, room
         in_force = resolve_speed(speed, torch.device(workload.device))
@@ -90,7 +91,8 @@ class MicroBatchSearch(Rounds):
             yield from self._try_largest(folder)
 
     def found(self) -> Found | None:
-        """The answers; None where not even one sample could be measured, or not all was."""
+        """Return the answers; None if not even one sample could be measured, or the search was cut
+        short."""
         fitting, rates, peaks = sorted(self._fitting()), self._rates(), self._peaks()
         if not fitting or self.cut_short:
             return None
@@ -106,7 +108,7 @@ class MicroBatchSearch(Rounds):
         )
 
     def results(self) -> list[Result]:
-        """By size."""
+        """Return the results, by size."""
         return sorted(super().results(), key=lambda r: r.workload["micro_batch_size"])
 
     def answers(self) -> dict[str, Any]:
@@ -114,7 +116,7 @@ class MicroBatchSearch(Rounds):
         return {"micro_batch": None if found is None else dataclasses.asdict(found)}
 
     def estimate(self, size: int) -> int:
-        """Bytes that a micro-batch takes."""
+        """Return the estimated bytes of a micro-batch."""
         training = StepShape(
             model=self.workload.model,
             seq_len=self.workload.seq_len,
@@ -152,7 +154,8 @@ class MicroBatchSearch(Rounds):
             yield from self._try(size, ONCE, folder)
 
     def _largest_that_should_fit(self) -> int:
-        """By the estimate, corrected; between what fitted and what did not."""
+        """Return the largest size by the corrected estimate, between the sizes that fitted and
+        those that did not."""
         most = max(self._fitting())
         size = max(most, largest(self._corrected, self.room))
         too_large = [size for size in self.tried if size > most and size not in self._fitting()]
@@ -165,7 +168,7 @@ class MicroBatchSearch(Rounds):
         return max(most, min(size, in_time))
 
     def _corrected(self, size: int) -> int:
-        """The estimate, by what it was wrong where most was measured."""
+        """Return the estimate, scaled by its error at the largest measured size."""
         peaks = self._peaks()
         return round(self.estimate(size) * peaks[max(peaks)] / self.estimate(max(peaks)))
 
@@ -195,7 +198,7 @@ class MicroBatchSearch(Rounds):
     # --- what is known so far --------------------------------------------------------------------
 
     def _rates(self) -> dict[int, float]:
-        """Tokens/s by micro-batch, of those that were measured."""
+        """Return tokens/s by micro-batch, of those measured."""
         rounds = {size: self.measured[arm.name] for size, arm in self.tried.items()}
         return {
             size: statistics.median(one.tokens / seconds for one in each for seconds in one.times)

@@ -1,4 +1,4 @@
-"""An arm's round, in this process: steps timed, and what they learned."""
+"""One round of an arm, in this process: times its steps and records its losses."""
 
 import itertools
 import time
@@ -28,8 +28,8 @@ from pretrain_cli.engine.training.step import train_step
 from pretrain_cli.engine.training.step_guard import StepGuard
 
 LEARNING_RATE = 3e-4
-"""Learning rate of every arm: high enough for the loss to fall in a few steps, so that an arm that
-learns something else shows."""
+"""Learning rate of every arm: high enough for the loss to fall within a few steps, so that an arm
+that computes something else stands out."""
 PEAK_SECONDS = 1.0
 PROFILED_STEPS = 3
 
@@ -39,7 +39,7 @@ class Round:
     """Measurements of one process; times in seconds."""
 
     tokens: int
-    """A step."""
+    """Tokens of a step."""
     times: list[float]
     """Time of each counted step."""
     warmup: list[float]
@@ -47,17 +47,17 @@ class Round:
     losses: list[float]
     """Loss of every step, warm-up included. All steps use the same batch."""
     gradient_norms: list[float]
-    """Before clipping. None of a forward pass."""
+    """Norms before clipping; empty for a forward pass."""
     peak_memory: int
-    """Bytes, in the steps that count."""
+    """Peak bytes during the counted steps."""
     warmup_peak_memory: int
-    """Bytes up to there, compiling among it."""
+    """Peak bytes before these, including compilation."""
     speed: dict[str, Any]
-    """As asked and as in force."""
+    """Settings as requested and as in force."""
 
 
 def measure_round(arm: Arm, repeats: Repeats) -> Round:
-    """Build the arm's step, warm it up, time it. Sets what holds for the whole process."""
+    """Build the arm's step, warm it up and time it. Changes settings of the whole process."""
     device = find_device(arm.workload.device)
     speed = resolve_speed(arm.speed, device, training=not arm.forward_only)
     apply_process_settings(speed)
@@ -88,7 +88,7 @@ def measure_peak(device: str, asked: SpeedConfig) -> Peak:
 
 
 def profile_arm(arm: Arm, repeats: Repeats, trace: str) -> Profile:
-    """The arm's step looked into, after the warm-up; a Chrome trace is written."""
+    """Profile the arm's step after the warm-up, and write a Chrome trace."""
     device = find_device(arm.workload.device)
     speed = resolve_speed(arm.speed, device, training=not arm.forward_only)
     apply_process_settings(speed)
@@ -99,7 +99,7 @@ def profile_arm(arm: Arm, repeats: Repeats, trace: str) -> Profile:
 
 
 def build_step(arm: Arm, speed: Speed, device: torch.device) -> Step:
-    """A step of the arm: () -> (loss, gradient norm), on the device."""
+    """Return a step of the arm: () -> (loss, gradient norm), on the device."""
     inputs, targets = synthetic_batch(arm.workload, device)
     if arm.peer:
         return PEERS[arm.peer].build(arm.workload, speed, inputs, targets, LEARNING_RATE)
@@ -129,7 +129,7 @@ def build_step(arm: Arm, speed: Speed, device: torch.device) -> Step:
 
 
 def synthetic_batch(workload: Workload, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (B, T): random tokens, the same for every arm."""
+    """Return inputs and targets (B, T): random tokens, the same for every arm."""
     size = (workload.micro_batch_size, workload.seq_len + 1)
     generator = torch.Generator().manual_seed(0)
     windows = torch.randint(workload.model.vocab_size, size, generator=generator).to(device)
@@ -137,8 +137,8 @@ def synthetic_batch(workload: Workload, device: torch.device) -> tuple[Tensor, T
 
 
 def _timed(step: Callable[[], object], count: int, device: torch.device) -> list[float]:
-    """Seconds of each of so many steps. On a GPU by its own clock, which training doesn't wait for
-    either."""
+    """Return the seconds of each step. Uses the GPU's own events, so that timing adds no
+    synchronization."""
     if device.type == "cuda":
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
         marks[0].record()

@@ -1,11 +1,11 @@
-"""Benchmark of tokenizing, beside the tokenizers library's own encoder.
+"""Benchmark of tokenizing, compared with the tokenizers library's own encoder.
 
-    ours       `tokenize`: files read, documents hashed and cut, encoded, written, checksummed
-    library    `encode_batch_fast` of the tokenizers library, the same documents held in memory
+    ours       `tokenize`: reads files, hashes and cuts documents, encodes, writes, checksums
+    library    `encode_batch_fast` of the tokenizers library, on the same documents in memory
 
-Both have the tokenizer loaded, and as many cores. They take turns, so that a machine that is busy
-for a while is so for both; each turn in a fresh process, since what the library leaves behind in a
-process's memory slows whatever it encodes there next, and every process forked from it.
+Both have the tokenizer loaded and use the same number of cores. They take turns, so that a
+temporary slowdown affects both. Each turn runs in a fresh process: the library leaves memory
+fragmented, which slows later encoding in the process and in its forks.
 """
 
 import os
@@ -30,7 +30,7 @@ from pretrain_cli.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One tokenizer's; medians over the rounds."""
+    """Result for one tokenizer; medians over the rounds."""
 
     tokenizer: str
     workers: int
@@ -41,12 +41,12 @@ class Measurement:
 
     @property
     def ratio(self) -> float:
-        """Our rate over the library's."""
+        """Our rate divided by the library's."""
         return self.library_seconds / self.seconds
 
 
 def request_for(paths: tuple[str, ...], tokenizer: str, workers: int | None) -> TokenizeRequest:
-    """Tokenizing these paths, or Python's own sources where there are none."""
+    """Return a request to tokenize these paths, or Python's own sources if there are none."""
     demo = demo_request()
     return TokenizeRequest(
         paths=paths or demo.paths,
@@ -58,7 +58,7 @@ def request_for(paths: tuple[str, ...], tokenizer: str, workers: int | None) -> 
 
 
 def measure(request: TokenizeRequest, rounds: int, progress: Callable[[str], None]) -> Measurement:
-    """Tokenize the request's text and encode it with the library, so many times in turn."""
+    """Tokenize the text of the request and encode it with the library, in turns."""
     corpus = find_corpus(request.paths, include=request.include)
     if corpus.has_streams:
         raise DataError(f"{', '.join(request.paths)}: can be read once; give files or folders")
@@ -95,7 +95,7 @@ def our_turn(request: TokenizeRequest) -> Turn:
 
 
 def library_turn(request: TokenizeRequest) -> Turn:
-    """The tokens are without the marks around documents."""
+    """Encode with the library; tokens are counted without document marks."""
     os.environ["RAYON_NUM_THREADS"] = str(request.workers)
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     texts = list(_texts(find_corpus(request.paths, include=request.include), request))

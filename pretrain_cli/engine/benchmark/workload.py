@@ -1,5 +1,5 @@
-"""Workloads and arms, the input of a benchmark. No torch here: a fresh process reads these before
-it loads torch, because the behaviour of waiting threads is decided before that."""
+"""Workloads and arms: the input of a benchmark. Imports no torch, because a fresh process must set
+how threads wait before it loads torch."""
 
 import importlib
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ CPU_STEP_FLOPS = 1e12
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Work of a step: a model and its batch."""
+    """Work of a step: a model and a batch shape."""
 
     name: str
-    """Name of the model, for people."""
+    """Name of the model, for display."""
     model: ModelConfig
     seq_len: int
     micro_batch_size: int
@@ -33,7 +33,7 @@ class Workload:
 
 
 def usual_micro_batch(model: ModelConfig, seq_len: int, *, on_cpu: bool) -> int:
-    """Samples that are timed where nothing is said: on a CPU as many as take seconds."""
+    """Return the default number of samples: on a CPU, as many as take seconds."""
     if not on_cpu:
         return 16
     affordable = CPU_STEP_FLOPS / (training_flops(model, seq_len).exact * seq_len)
@@ -42,39 +42,39 @@ def usual_micro_batch(model: ModelConfig, seq_len: int, *, on_cpu: bool) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One way to run a workload."""
+    """One way of running a workload."""
 
     name: str
     group: str = ""
-    """Arms that are shown together."""
+    """Label of arms that are shown together."""
     workload: Workload
     speed: SpeedConfig
     peer: str = ""
-    """The program whose step it is; ours where there is no name."""
+    """Program whose step is timed; empty for ours."""
     same_as: str = ""
-    """The arm that it must learn the same as."""
+    """Name of the arm whose results it must equal; empty for none."""
     beside: str = ""
-    """The arm whose speed its own is compared with."""
+    """Name of the arm whose speed it is compared with; empty for none."""
     forward_only: str = ""
-    """Why its forward pass alone is timed."""
+    """Reason for timing only the forward pass; empty to time training."""
     left_out: str = ""
-    """Why it is not run."""
+    """Reason it is not run; empty if it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Repeats:
-    """Repetitions of each arm."""
+    """Numbers of repetitions of each arm."""
 
     rounds: int
     steps: int
     """Counted steps of a round."""
     warmup: int
-    """Steps before them, timed apart."""
+    """Steps before them, timed separately."""
 
 
 def run_timing(name: str, speed: SpeedConfig, compiled: Path, *arguments: Any) -> Any:
-    """Return the result of `timing.NAME(*arguments)`, computed in a fresh process under these speed
-    settings. Compiled kernels are cached in the folder `compiled`."""
+    """Run `timing.NAME(*arguments)` in a fresh process under these speed settings and return its
+    result. `compiled` is the folder that caches compiled kernels."""
     return in_a_fresh_process(_run_timing, name, speed, compiled, arguments)
 
 
@@ -86,8 +86,8 @@ def _run_timing(name: str, speed: SpeedConfig, compiled: Path, arguments: tuple[
 
 
 def serve(ours: SpeedConfig | None, compiled: Path, arm: str, *arguments: Any) -> None:
-    """Run `sample_arm.serve_arm` in a process that was just started: ours with these settings, as
-    `pretrain sample` has them, or another program's."""
+    """Run `sample_arm.serve_arm` in this fresh process: ours with process settings as in `pretrain
+    sample`, or another program's."""
     if ours is not None:
         set_env_before_torch(ours)
     set_compile_cache(compiled)

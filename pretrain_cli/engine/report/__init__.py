@@ -1,4 +1,4 @@
-"""Run folders in, one HTML page out, which opens without a network. No torch.
+"""Report: reads run folders and writes one HTML page that works offline. Imports no torch.
 
-Read `history` first: it holds what a run folder says; the rest draws it.
+Read `history` first: it reads a run folder; the other modules draw it.
 """

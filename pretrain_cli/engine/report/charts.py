@@ -1,7 +1,7 @@
-"""Group curves into charts, assign colours, and name the curves that no run has.
+"""Charts: group curves into charts, assign colors, and list curves that runs lack.
 
-One run has a colour for each curve of a chart; several have a colour for each run, and a dash for
-each curve.
+With one run, each curve of a chart has a color. With several, each run has a color and each curve a
+dash pattern.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ Unit = Literal["number", "amount", "bytes", "share", "seconds", "tiny"]
 
 @dataclass(frozen=True)
 class Curve:
-    """A field of a run's rows, and how it is drawn."""
+    """A field of a run's rows, and how to draw it."""
 
     run: int
     table: Table
@@ -32,7 +32,7 @@ class Chart:
     title: str
     unit: Unit
     about: str
-    """A sentence on what the number is."""
+    """A sentence that explains the number."""
     curves: tuple[Curve, ...]
     missing: str
     """Note on missing curves; empty if every run has them."""
@@ -41,13 +41,13 @@ class Chart:
 
 @dataclass(frozen=True)
 class _Kind:
-    """A chart of some fields of one table."""
+    """A chart of certain fields of one table."""
 
     title: str
     unit: Unit
     about: str
     fields: dict[str, str]
-    """Field → what its curve is called, beside others."""
+    """Field to the curve's label among others."""
     expected: bool = False
     """True if its absence is worth a note."""
 
@@ -83,12 +83,13 @@ KINDS: dict[Table, list[_Kind]] = {
 }  # fmt: skip
 SAID_ELSEWHERE = {"split_tokens", "evaluation_time"}
 """Fields of an evaluation that get no chart: the size of the split, and a time that the next step's
-line has."""
+line contains."""
 _FROM_SOURCE = "loss of "
 
 
 def build_charts(histories: list[History]) -> list[Chart]:
-    """Loss first; then what every run should have, then what else the rows hold."""
+    """Return the loss chart first, then the charts that every run should have, then other fields of
+    the rows."""
     charts = [_loss(histories)]
     by_source = _fields(histories, "evaluations", _FROM_SOURCE)
     if by_source:
@@ -112,7 +113,7 @@ def _table(history: History, table: Table) -> Curves:
 
 
 def _fields(histories: list[History], table: Table, prefix: str = "") -> list[str]:
-    """Fields that some run has numbers of, in the order of the rows."""
+    """Return the fields for which some run has numbers, in the order of the rows."""
     curves = [_table(history, table) for history in histories]
     names = dict.fromkeys(name for one in curves for name in one.values if one.has(name))
     return [name for name in names if name.startswith(prefix)]

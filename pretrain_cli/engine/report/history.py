@@ -1,13 +1,13 @@
-"""Read a run folder into memory: curves, marks, samples, settings.
+"""Read a run folder: curves, marks, samples and settings.
 
-    run.yaml         the record, as it is
+    run.yaml         the record, unchanged
     metrics.jsonl    step          a row of `steps`
                      evaluation    a row of `evaluations`
                      any other     a mark: start, skipped, rolled_back, saved, …
     samples.jsonl    samples
 
-Any number in a row is a curve under the name that the row gives it, so what a later version writes
-is shown too. Every row has a place on three axes: its step, the tokens seen, and the time.
+Every number in a row becomes a curve with that field's name, so fields of later versions appear
+too. Every row has a position on three axes: step, tokens and time.
 """
 
 import json
@@ -27,21 +27,22 @@ from pretrain_cli.errors import CheckpointError
 
 Row = dict[str, Any]
 BUCKETS = 1500
-"""About as many as a screen has columns; a run of a million steps is then half a megabyte."""
+"""Maximum points of a curve, about the width of a screen. A run of a million steps then takes half
+a megabyte."""
 MARKS = 300
-"""Most marks of a kind drawn for a run; a chart can't show more. The card of a run counts all."""
+"""Maximum marks of a kind drawn for a run. The run's card counts all of them."""
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 AXES = ("tokens", "time", "step")
-"""Tokens seen; seconds that the run has taken; steps."""
+"""Tokens seen; seconds of training; steps."""
 PLACES = {"kind", "step", "tokens", "seconds", "time"}
-"""Fields that say where or when a row is, and are no curves."""
+"""Fields that locate a row, and are not curves."""
 START = "start"
 RESTARTED, NOT_FINITE = "restarted", "not finite"
 Floats = NDArray[np.float64]
 
 
 class Columns:
-    """Rows as a column of numbers for each field; where a row has none, NaN."""
+    """Rows as one column of numbers per field; NaN where a row lacks the field."""
 
     def __init__(self) -> None:
         self.rows = 0
@@ -60,7 +61,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Curves:
-    """Rows in the order of the file: where each is, and its numbers."""
+    """Rows in file order: their positions, and their numbers."""
 
     axes: dict[str, Floats]
     values: dict[str, Floats]
@@ -74,7 +75,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class Mark:
-    """Something that happened at a step."""
+    """An event at a step."""
 
     kind: str
     details: Row
@@ -100,7 +101,7 @@ class History:
     marks: list[Mark]
     samples: list[Sample]
     source_tokens: dict[str, float]
-    """Tokens seen of each of several datasets, at the last step."""
+    """Tokens seen of each dataset at the last step, if there are several."""
     notes: list[str] = field(default_factory=list)
     """Notes on lines that could not be read."""
 
@@ -108,7 +109,7 @@ class History:
         return [mark for mark in self.marks if mark.kind == kind]
 
     def section(self, *path: str) -> dict[str, Any]:
-        """A mapping of run.yaml; empty where there is none of that name."""
+        """Return a mapping of run.yaml; empty if it has none of this name."""
         found: Any = self.record
         for name in path:
             found = found.get(name) if isinstance(found, dict) else None
@@ -116,7 +117,7 @@ class History:
 
 
 def check_run(folder: Path) -> None:
-    """Refuse what is not the folder of a run."""
+    """Raise CheckpointError for a folder that is not a run."""
     if not folder.exists():
         raise CheckpointError(f"{folder}: no such run; name the folder of a run, as runs/NAME")
     if not (folder / RUN_YAML).is_file():
@@ -124,7 +125,7 @@ def check_run(folder: Path) -> None:
 
 
 def read_history(folder: Path) -> History:
-    """A run, from its folder. Raises CheckpointError where it is none."""
+    """Read a run from its folder. Raises CheckpointError if it is not one."""
     check_run(folder)
     metrics, samples = Rows(folder / METRICS), Rows(folder / SAMPLES)
     reader = _Reader()
@@ -159,7 +160,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 class _Reader:
-    """Rows of metrics.jsonl, one after the other."""
+    """Reads the rows of metrics.jsonl in order."""
 
     def __init__(self) -> None:
         self.steps, self.evaluations = Columns(), Columns()
@@ -207,7 +208,8 @@ class _Reader:
         self.marks.append((kind, step, self.steps.rows, details))
 
     def _numbers(self, row: Row, step: float) -> dict[str, float]:
-        """A row's numbers; those that are not finite are marks, and gaps in their curves."""
+        """Return a row's numbers. Those that are not finite become marks, and gaps in their
+        curves."""
         found = {}
         for name, value in row.items():
             if name in PLACES or not is_number(value):
@@ -239,8 +241,8 @@ class _Reader:
 
 
 class _Clock:
-    """Seconds that the run has taken. Where each of its processes counted its own from zero, as
-    runs of the first version do, the sum."""
+    """Seconds of training of the run. Runs of the first version count from zero in each process;
+    these are summed."""
 
     def __init__(self) -> None:
         self.before = 0.0
@@ -257,7 +259,7 @@ class _Clock:
 
 
 def _by_source(row: Row) -> dict[str, float]:
-    """`sources: {web: {loss: 2.0}}` as `loss of web`."""
+    """Flatten `sources: {web: {loss: 2.0}}` to `loss of web`."""
     sources = row.get("sources")
     return {
         f"{name} of {source}": float(value)
@@ -282,7 +284,7 @@ def _place(steps: Curves, step: float, before: int) -> dict[str, float]:
 
 
 class Rows:
-    """The rows of a .jsonl file that are whole and have a step; the others are counted."""
+    """Yields the complete rows of a .jsonl file that have a step; counts the others."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -312,7 +314,7 @@ class Rows:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Return whether JSON's value is a number that a float holds; NaN and Infinity are."""
+    """Return whether a JSON value is a number that a float holds. NaN and Infinity are."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return isinstance(value, float) or abs(value) < 2**1000
@@ -320,8 +322,8 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 @dataclass(frozen=True)
 class Thinned:
-    """Curves as drawn. Where rows were put together, values are means, and `low` and `high` the
-    bounds between which they lie."""
+    """Curves as drawn. Where rows were merged, values are means, and `low` and `high` their
+    bounds."""
 
     curves: Curves
     rows_together: int
@@ -330,7 +332,7 @@ class Thinned:
 
 
 def thin(curves: Curves, buckets: int = BUCKETS) -> Thinned:
-    """At most so many points; the curves themselves where they have no more."""
+    """Reduce curves to at most this many points; shorter ones are unchanged."""
     rows = len(curves)
     if rows <= buckets:
         return Thinned(curves, 1, {}, {})
@@ -348,7 +350,7 @@ def thin(curves: Curves, buckets: int = BUCKETS) -> Thinned:
 
 
 def _means(column: Floats, starts: np.ndarray) -> Floats:
-    """The mean of the numbers in each bucket; NaN in one that has none."""
+    """Return the mean of each bucket's numbers; NaN for an empty bucket."""
     known = np.isfinite(column)
     sums = np.add.reduceat(np.where(known, column, 0.0), starts)
     counts = np.add.reduceat(known.astype(float), starts)
@@ -356,7 +358,7 @@ def _means(column: Floats, starts: np.ndarray) -> Floats:
 
 
 def some(marks: list[Mark]) -> list[Mark]:
-    """At most so many of them, evenly from the first to the last."""
+    """Return at most `count` items, evenly spaced from first to last."""
     if len(marks) <= MARKS:
         return marks
     return [marks[int(place)] for place in np.linspace(0, len(marks) - 1, MARKS)]

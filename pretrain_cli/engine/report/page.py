@@ -1,7 +1,7 @@
-"""One HTML file with everything in it: it opens with no network, years from now, from a mail.
+"""One self-contained HTML file: it opens offline, years from now, from an e-mail.
 
-Its numbers are a block of JSON, its text is escaped, and a Content-Security-Policy lets run nothing
-but the one script that the page comes with: what a sample or a name holds is text in any case.
+Numbers are in a JSON block, text is escaped, and a Content-Security-Policy allows only the script
+that comes with the page. Content of samples and names is always shown as text.
 """
 
 import base64
@@ -21,7 +21,7 @@ from pretrain_cli.engine.report.tables import COLORS, settings, text
 
 
 def render(histories: list[History]) -> str:
-    """The page."""
+    """Return the page's HTML."""
     style = _part("vendor/uPlot.min.css") + _part("page.css")
     licence = f"/* uPlot:\n{_part('vendor/uPlot.LICENSE.txt')}*/\n"
     script = licence + _part("vendor/uPlot.iife.min.js") + _part("page.js")
@@ -47,7 +47,7 @@ def render(histories: list[History]) -> str:
 
 
 def page_data(histories: list[History]) -> dict[str, Any]:
-    """Return the data that the page's script draws. Numbers are the files', to the last digit."""
+    """Return the data that the page's script draws, with all digits of the files' numbers."""
     return {
         "runs": [
             {
@@ -90,7 +90,7 @@ def _lists(columns: dict[str, Floats]) -> dict[str, list[float | None]]:
 
 
 def _number(value: float) -> float | None:
-    """JSON has no NaN; whole numbers are shorter without their `.0`."""
+    """Replace NaN, which JSON lacks, by None, and drop the `.0` of whole numbers."""
     value = float(value)
     if not np.isfinite(value):
         return None
@@ -112,7 +112,7 @@ def _marks(history: History) -> list[dict[str, Any]]:
 
 
 def _embedded(value: Any) -> str:
-    """JSON that can't end the element it is in, or begin another."""
+    """Return JSON that can neither close the element that contains it nor open another."""
     written = json.dumps(value, allow_nan=False, separators=(",", ":"))
     for sign in "<>&":
         written = written.replace(sign, f"\\u{ord(sign):04x}")
@@ -124,5 +124,5 @@ def _part(name: str) -> str:
 
 
 def _hash(content: str) -> str:
-    """As a Content-Security-Policy names an element's content."""
+    """Return the hash of an element's content, as a Content-Security-Policy names it."""
     return base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()

@@ -1,4 +1,4 @@
-"""The curves as one PNG, with matplotlib: loss over tokens and over time, and what goes with it."""
+"""The curves as one PNG, by matplotlib: loss over tokens and over time, and related curves."""
 
 import warnings
 from pathlib import Path
@@ -37,12 +37,12 @@ TIMES = (
     86400,
     432000,
 )
-"""Seconds that people count in."""
+"""Tick spacings of a time axis, in seconds."""
 GRAVE, CALM = "#c2182b", "#6b7480"
 
 
 def draw(histories: list[History], path: Path) -> None:
-    """Write the picture. The curves are thinned as on the page."""
+    """Write the picture. Curves are thinned as on the page."""
     charts = {chart.title: chart for chart in build_charts(histories)}
     figure = Figure(figsize=(13, 8.2), layout="constrained")
     grid = figure.add_gridspec(2, 4, height_ratios=(1.5, 1))

@@ -1,4 +1,4 @@
-"""The parts of the page that are text: a summary of each run, what happened, samples."""
+"""Text parts of the page: a summary of each run, its events and its samples."""
 
 from collections.abc import Callable, Iterable
 from html import escape
@@ -10,14 +10,14 @@ from pretrain_cli.engine.report.history import RESTARTED, START, History, Mark, 
 from pretrain_cli.units import amount, duration, size
 
 EVENTS_SHOWN, SAMPLES_SHOWN = 200, 30
-"""Most events and samples shown for a run; the page counts the rest."""
+"""Maximum events and samples shown for a run; the page counts the rest."""
 
 
 # --- summary -------------------------------------------------------------------------------------
 
 
 def summary(histories: list[History]) -> str:
-    """A card for each run: how far it came, and its main numbers."""
+    """Return a card for each run: its progress and main numbers."""
     cards = []
     for number, history in enumerate(histories):
         facts = "".join(
@@ -37,7 +37,7 @@ def _what(history: History) -> str:
 
 
 def _facts(history: History) -> list[tuple[str, str, str]]:
-    """(name, value, where or of what) of what the run has; what it has not is left out."""
+    """Return (name, value, detail) for each fact that the run has."""
     steps, evaluations = history.steps, history.evaluations
     facts = []
     if len(steps):
@@ -81,7 +81,7 @@ def _facts(history: History) -> list[tuple[str, str, str]]:
 
 
 def kinds(history: History) -> list[str]:
-    """Return the kinds of events of a run, restarts first, without its start."""
+    """Return the kinds of a run's events, restarts first, without its start."""
     found = dict.fromkeys(mark.kind for mark in history.marks if mark.kind != START)
     return sorted(found, key=lambda kind: kind != RESTARTED)
 
@@ -140,7 +140,7 @@ def _plain(value: Any) -> str:
 
 
 def samples(histories: list[History]) -> str:
-    """Texts that the models wrote, the newest first and open."""
+    """Return the texts sampled from the models, newest first, with the newest expanded."""
     parts = []
     for number, history in enumerate(histories):
         if not history.samples:
@@ -168,7 +168,7 @@ def _left_out(count: int, what: str) -> str:
 
 
 def settings(histories: list[History]) -> str:
-    """Every setting in force, beside what was asked where that is something else."""
+    """Return the table of settings in force, with the requested value if it differs."""
     tables = [_settings_of(history) for history in histories]
     names = dict.fromkeys(name for table in tables for name in table)
     sections: dict[str, list[str]] = {}
@@ -201,7 +201,7 @@ def _setting(cell: tuple[str, str, str] | None) -> str:
 
 
 def _settings_of(history: History) -> dict[str, tuple[str, str, str]]:
-    """section.name → (in force, asked, why)."""
+    """Return section.name → (in force, requested, reason)."""
     found: dict[str, tuple[str, str, str]] = {}
     decisions = history.section("speed")
     for section, values in history.section("settings").items():
@@ -219,7 +219,7 @@ def _settings_of(history: History) -> dict[str, tuple[str, str, str]]:
 
 
 def _value(value: Any) -> str:
-    """As YAML has it; a row of equal words counted."""
+    """Format a value as YAML; repeated words in a row are counted."""
     if value is None:
         return "—"
     if isinstance(value, bool):
@@ -230,7 +230,7 @@ def _value(value: Any) -> str:
 
 
 def _runs(words: Iterable[str]) -> list[str]:
-    """`a a a b` as `3 × a, b`."""
+    """Shorten `a a a b` to `3 × a, b`."""
     groups: list[tuple[str, int]] = []
     for word in words:
         if groups and groups[-1][0] == word:
@@ -244,18 +244,18 @@ COLORS = 8
 
 
 def text(value: Any) -> str:
-    """Anything from a file, as text of a page."""
+    """Escape text from a file for the page."""
     return escape(str(value))
 
 
 def tag(name: str, content: str, **attributes: str) -> str:
-    """An element; `content` is HTML already, attributes are not."""
+    """Return an element. `content` is HTML; attributes are escaped."""
     given = "".join(f' {key.rstrip("_")}="{text(value)}"' for key, value in attributes.items())
     return f"<{name}{given}>{content}</{name}>"
 
 
 def title(histories: list[History], number: int) -> str:
-    """A run's name, and among several its colour."""
+    """Return a run's name, with its color if there are several runs."""
     name = text(histories[number].name)
     if len(histories) == 1:
         return name

@@ -1,4 +1,4 @@
-"""Runs to a page, and to a picture where one is asked for."""
+"""Write the report of runs: the page, and a picture if requested."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -17,8 +17,8 @@ PAGE = "report.html"
 def write_report(
     folders: list[Path], out: Path | None, png: Path | None, notify: Callable[[str], None]
 ) -> list[Path]:
-    """The files written: the page, and the picture. Without a folder, of the newest run; without
-    `out`, the page is in the run's folder, of several runs in the current one."""
+    """Write the report and return its files. Without folders, reports the newest run. Without
+    `out`, the page goes to the run's folder, or for several runs to the current folder."""
     folders = folders or [newest_run()]
     for folder in folders:
         check_run(folder)
@@ -51,7 +51,7 @@ def write_report(
 
 
 def newest_run() -> Path:
-    """The run in runs/ that wrote its metrics last."""
+    """Return the run in runs/ that last wrote metrics."""
     runs = [record.parent for record in RUNS.glob(f"*/{RUN_YAML}")]
     if not runs:
         raise CheckpointError(
@@ -65,7 +65,7 @@ def _written(path: Path) -> float:
 
 
 def read_histories(folders: list[Path]) -> list[History]:
-    """The runs, under names that tell them apart."""
+    """Read the runs, under distinct names."""
     counts = Counter(folder.resolve() for folder in folders)
     for folder in folders:
         if counts[folder.resolve()] > 1:
@@ -79,7 +79,8 @@ def read_histories(folders: list[Path]) -> list[History]:
 
 
 def _check_place(option: str, path: Path, endings: tuple[str, ...]) -> None:
-    """Refuse what would be no such file, or would be written over another kind of file."""
+    """Raise ConfigError for a path that is not a file of the right kind, or would overwrite another
+    kind of file."""
     if path.suffix.lower() not in endings:
         raise ConfigError(f"{option}: {path} doesn't end in {endings[0]}; choose a name that does")
     if path.is_dir() or not path.parent.is_dir():

@@ -102,7 +102,7 @@ class FileTensor:
 
     @property
     def stays_float32(self) -> bool:
-        """Whether the tensor stays float32 whatever the type of other weights: norms and
+        """True if the tensor stays float32 whatever the type of other weights: norms and
         routers."""
         return self.is_norm or self.name.endswith("ffn_gate_inp.weight")
 

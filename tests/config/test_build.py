@@ -1,4 +1,4 @@
-"""RunConfig: where a setting's value comes from, and what is said when it is wrong."""
+"""RunConfig: sources of a setting's value, and the messages for wrong values."""
 
 import pytest
 
@@ -21,7 +21,7 @@ SETTINGS = [f"{name}.{key}" for name, kind in SECTIONS.items() for key in kind.m
 
 
 def refusal(*assignments, base=None, flags=None):
-    """The one line that these settings are refused with."""
+    """Return the one-line message of the ConfigError for these settings."""
     with pytest.raises(ConfigError) as error:
         build_config(base or {}, flags or {}, assignments)
     message = str(error.value)
@@ -41,7 +41,7 @@ def test_a_file_wins_over_defaults_and_flags_over_a_file():
     assert config.train.seed == 3
     assert config.train.log_every == 7
     assert config.optimizer.weight_decay == OptimizerSettings().weight_decay
-    assert file["optimizer"]["learning_rate"] == 0.5  # the file's tree is left alone
+    assert file["optimizer"]["learning_rate"] == 0.5  # the file's tree is unchanged
 
 
 def test_set_wins_over_a_file_and_the_last_one_wins():
@@ -122,7 +122,7 @@ def test_a_wrong_setting_is_refused_in_one_line(assignment, said):
 def test_every_setting_refuses_what_it_does_not_take(setting):
     message = refusal(f"{setting}={{a: [1]}}")
     assert message.startswith(f"{setting}: {{'a': [1]}} is not ")
-    assert "input" not in message.lower()  # pydantic's own words
+    assert "input" not in message.lower()  # pydantic's wording must not show
 
 
 @pytest.mark.parametrize(

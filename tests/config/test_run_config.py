@@ -1,4 +1,4 @@
-"""RunConfig: defaults, frozen, and the same after a dump."""
+"""RunConfig: its defaults, frozen fields, and an unchanged value after dump and load."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Types of single settings: numbers such as 5B, and a path or several."""
+"""Types of single settings: numbers such as 5B, and one or several paths."""
 
 from pathlib import Path
 

@@ -41,7 +41,7 @@ GPU_SETTINGS = {
 even if they are set to true. (For a present GPU, engine/runtime/speed.py decides.)"""
 KEPT = TrainSettings()
 CHECKPOINTS = KEPT.keep_checkpoints + KEPT.keep_best + 1
-"""Most checkpoints on disk at once by default: the newest, the best, and the one being written."""
+"""Most checkpoints on disk at once by default: the newest ones, the best, the one being written."""
 
 
 @dataclass(frozen=True, kw_only=True)

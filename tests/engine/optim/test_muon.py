@@ -1,4 +1,4 @@
-"""Muon on merged and stacked parameters against torch.optim.Muon on each matrix apart."""
+"""Muon on merged and stacked parameters against torch.optim.Muon on each separate matrix."""
 
 import pytest
 import torch

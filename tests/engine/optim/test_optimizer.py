@@ -1,4 +1,4 @@
-"""AdamW against PyTorch's own on each published tensor apart, and what is decayed."""
+"""AdamW against PyTorch's AdamW on each separate published tensor, and weight decay by group."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Values of `auto`: intervals of a run, and the learning rate by size."""
+"""Values of `auto`: the intervals of a run, and the learning rate by model size."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def test_an_interval_is_a_fifth_of_the_run_but_not_too_short(given, steps, inter
     [
         ("auto", 526, 106, 106),
         ("auto", 1000, 30, 210),  # 200, rounded up to an evaluated step
-        ("auto", 100, 500, 100),  # evaluations are rarer than saves
+        ("auto", 100, 500, 100),  # not rounded: evaluations are rarer than saves
         (33, 1000, 50, 33),
     ],
 )

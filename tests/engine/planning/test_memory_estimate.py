@@ -1,5 +1,5 @@
-"""The memory of a training step: what autograd keeps to the byte, what is live at its peak, and
-what is resident in a process of its own."""
+"""Memory estimates against measurements: autograd's saved activations to the byte, the peak of live
+memory in a step, and the resident peak of a fresh process."""
 
 import itertools
 
@@ -27,7 +27,7 @@ from pretrain_cli.model.config import FULL, SLIDING, variant
 from pretrain_cli.model.presets import preset
 
 CPU = torch.device("cpu")
-# no two widths alike
+# all widths differ, so that a formula with the wrong one fails
 SHAPE = {
     "hidden_size": 240,
     "intermediate_size": 704,
@@ -69,19 +69,19 @@ def tokens(config, rows, seq_len):
 
 
 def documents(rows, seq_len):
-    """One that ends in the middle, and another."""
+    """Return document numbers (rows, seq_len): each row holds two documents of half its length."""
     return (torch.arange(seq_len) >= seq_len // 2).long().expand(rows, seq_len).contiguous()
 
 
 def kept_by_blocks(config, speed, rows, seq_len, masked=False):
-    """Bytes that autograd keeps of the last two blocks, behind those that meet the RoPE tables and
-    masks first; weights and copies of them aside."""
+    """Return the bytes that autograd saves for each of the last two blocks, without weights and
+    their copies. Earlier blocks also save the RoPE tables and masks that all blocks share."""
     model = build_model(config, speed, CPU)
     model.initialize(0)
     compile_blocks(model, speed)
     inputs, targets = tokens(config, rows, seq_len)
     parted = documents(rows, seq_len) if masked else None
-    model(inputs, targets, documents=parted).backward()  # compiled now, where it is
+    model(inputs, targets, documents=parted).backward()  # compiles here, if compile is set
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     shapes = [tuple(p.shape) for p in model.parameters()]
     copies = {shape for each in shapes for shape in (each, (*each[:-2], *each[:-3:-1]))}
@@ -109,7 +109,7 @@ def test_what_a_block_keeps_is_counted_to_the_byte(name, dtype, attention, merge
     speed = in_force(dtype=dtype, attention=attention, merged_qkv=merged)
     counted = training(config, rows, seq_len, speed)
     expected = [kept_by_block(counted, layer) for layer in (2, 3)]
-    # of experts a few numbers a layer beside
+    # with experts autograd saves a few more numbers a layer
     slack = 2e-4 if config.num_experts else 0
     assert kept_by_blocks(config, speed, rows, seq_len) == pytest.approx(expected, rel=slack)
 
@@ -127,7 +127,7 @@ def test_memory_of_a_block_with_a_document_mask_is_exact_to_the_byte(attention):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("seq_len", [30, 48, 100, 144])
 def test_the_masks_that_sdpa_makes_are_counted_to_the_byte(seq_len, masked, dtype):
-    """A full layer, and one with a window of 48."""
+    """Compare the masks of a full layer and of one with a window of 48."""
     config, rows = small("gemma3-tiny"), 3
     parted = documents(rows, seq_len) if masked else None
     made = [
@@ -157,7 +157,7 @@ def test_the_masks_that_sdpa_makes_are_counted_to_the_byte(seq_len, masked, dtyp
     ],
 )
 def test_what_a_compiled_block_keeps_is_counted(name, dtype, recompute):
-    torch.compiler.reset()  # of the same block it would be taken as it was
+    torch.compiler.reset()  # otherwise the compiled code of an earlier case is reused
     config, rows, seq_len = small(name), 2, 144
     speed = in_force(dtype=dtype, compile=True, recompute_cheap=recompute)
     if not speed.compile:
@@ -170,7 +170,7 @@ def test_what_a_compiled_block_keeps_is_counted(name, dtype, recompute):
 
 
 def live_peak(config, speed, rows, seq_len, *, micro_steps=1, optimizer="adamw", masked=False):
-    """The most bytes that are allocated at once in a step, weights and moments among them."""
+    """Return the peak of allocated bytes in a step, including weights and optimizer state."""
     model = build_model(config, speed, CPU)
     model.initialize(0)
     settings = OptimizerSettings(name=optimizer)
@@ -189,7 +189,7 @@ def live_peak(config, speed, rows, seq_len, *, micro_steps=1, optimizer="adamw",
     step()
     with profile(
         activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profiled:  # torch 2.11 warns of what it does without acc_events
+    ) as profiled:  # torch 2.11 warns without acc_events
         step()
     events = profiled.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
@@ -202,7 +202,7 @@ def live_peak(config, speed, rows, seq_len, *, micro_steps=1, optimizer="adamw",
 
 
 def without_process(found):
-    """An estimate's peak of what is allocated."""
+    """Return an estimate's peak of allocated bytes, without the process and the heap's overhead."""
     return max(
         sum(n for part, n in parts.items() if part not in ("process", "lost"))
         for parts in found.phases.values()
@@ -249,7 +249,7 @@ def test_the_peak_of_what_is_allocated_is_as_estimated(name, changes, asked, row
     ],
 )
 def test_what_masking_documents_adds_to_the_peak_is_as_estimated(attention, more, tolerance):
-    """A megabyte, of masks of 512 × 512."""
+    """Use samples of 512 tokens, whose 512 × 512 masks add about a megabyte."""
     config, rows, seq_len = small("gemma3-tiny"), 2, 512
     speed = in_force(dtype="bfloat16", attention=attention, **more)
     plain, masked = (
@@ -267,7 +267,7 @@ def test_what_masking_documents_adds_to_the_peak_is_as_estimated(attention, more
     [("qwen3-small", {}), ("gemma3-small", {}), ("gemma3-270m", {"num_hidden_layers": 4})],
 )
 def test_the_resident_peak_of_real_sizes_is_within_a_tenth(name, changes, rows, tmp_path):
-    """As the benchmark tells it, of two families and a large vocabulary."""
+    """Compare with the benchmark's peak memory, for both families and a large vocabulary."""
     config, asked = variant(preset(name), changes), SpeedConfig.model_validate({"compile": False})
     workload = Workload(name=name, model=config, seq_len=256, micro_batch_size=rows, device="cpu")
     arm = Arm(name=name, workload=workload, speed=asked)
@@ -287,8 +287,8 @@ def test_the_largest_is_the_last_that_fits(room):
 
 
 def test_gpus_that_part_the_model_hold_their_parts_of_it():
-    """The 8B among eight: 12 bytes a weight and moments, of an eighth, and what is whole a while:
-    the embedding and the head of 151,936 × 4096."""
+    """Shard the 8B over eight GPUs: each holds an eighth of the weights and moments, 12 bytes a
+    parameter, and temporarily the whole embedding and head, 151,936 × 4096 each."""
     config, speed = preset("qwen3-8b"), in_force(dtype="bfloat16")
     alone, copy, part = (
         training(config, 1, 1024, speed, parallel=how, ranks=8) for how in ("alone", "ddp", "fsdp")
@@ -298,5 +298,5 @@ def test_gpus_that_part_the_model_hold_their_parts_of_it():
     assert [m["weights"] for m in of_each] == [4 * parameters, 4 * parameters, parameters // 2]
     assert [m["optimizer"] for m in of_each] == [8 * parameters, 8 * parameters, parameters]
     assert estimate(part).phases["loss"]["gathered"] > 2 * 4 * 151_936 * 4096
-    # DDP's buckets hold every gradient all the time
+    # DDP's buckets hold all gradients at every moment
     assert estimate(copy).phases["loss"]["gradients"] == 4 * (parameters + 151_936 * 4096)

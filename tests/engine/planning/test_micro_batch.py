@@ -1,4 +1,4 @@
-"""Choice of the micro-batch: as given, as before, the fastest, or the largest that fits."""
+"""Choice of the micro-batch: given, kept from before, the fastest, or the largest that fits."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ from pretrain_cli.model.presets import preset
 
 @pytest.fixture(autouse=True)
 def _apart(tmp_path, monkeypatch):
-    """Keep measured micro-batches in a folder of the test's own."""
+    """Keep measured micro-batches in a temporary folder."""
     monkeypatch.setattr(micro_batch, "MEASURED", tmp_path / "found" / "micro-batches.json")
 
 

@@ -1,4 +1,4 @@
-"""A run planned: against arithmetic by hand, and what `auto` becomes on a GPU that is not here."""
+"""Estimates of a run against arithmetic by hand, and `auto` on a GPU that is not present."""
 
 import subprocess
 import sys
@@ -59,7 +59,7 @@ def test_float8_is_planned_as_bfloat16_and_refused_like_in_training():
 
 
 def test_time_memory_and_disk_of_a_run_on_eight_gpus():
-    """Gemma 3 270M, 5 billion tokens in samples of 1024, which take 1.698 GFLOP each."""
+    """Estimate Gemma 3 270M on 5 billion tokens, 1.698 GFLOP each, in samples of 1024."""
     machine = find_machine("h200", 8, SpeedConfig())
     found = forecast("gemma3-270m", preset("gemma3"), 1024, machine, tokens=5 * 10**9)
     assert found.pace.tokens_per_second == pytest.approx(0.4 * 8 * 989e12 / 1.698e9, rel=1e-3)
@@ -87,7 +87,7 @@ def test_the_micro_batch_is_the_largest_that_fits():
 
 
 def test_a_model_that_does_not_fit_is_told():
-    """Weights, gradients and moments of the 8B: 131 GB."""
+    """Estimate the 8B, whose weights, gradients and moments take 131 GB."""
     way = forecast("", preset("qwen3-8b"), 1024, find_machine("h100", 1, SpeedConfig()))
     assert not way.ways["alone"].fits
     assert way.ways["alone"].memory.peak > 131e9
@@ -110,7 +110,7 @@ def test_gpus_of_a_machine_without_any_are_refused():
 
 
 def test_a_plan_for_a_gpu_of_the_table_is_arithmetic():
-    """It loads no torch."""
+    """Make the plan in a fresh process, which must not load torch."""
     program = (
         "import sys; from pretrain_cli.commands.count_params_plan import Asked, show_plan; "
         "from pretrain_cli.model.presets import preset; "

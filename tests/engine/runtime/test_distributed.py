@@ -1,4 +1,4 @@
-"""Ranks and devices: one process alone, names of devices, and what is refused."""
+"""Ranks and devices: a single process, device names, and refused devices."""
 
 import pytest
 import torch

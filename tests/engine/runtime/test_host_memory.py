@@ -1,4 +1,4 @@
-"""Memory of the host: what is available, by the kernel and control groups, and what glibc keeps."""
+"""Host memory: available bytes by kernel and control groups, and memory that glibc keeps."""
 
 import platform
 import subprocess
@@ -18,7 +18,7 @@ def limit(group: Path, **numbers: str) -> None:
 
 @pytest.fixture
 def groups(tmp_path, monkeypatch):
-    """Control groups of the test's own, in one of which this process is."""
+    """Return the root folder of fake control groups; this process belongs to /job/step."""
     real = Path.read_text
 
     def read(path, *arguments, **options):

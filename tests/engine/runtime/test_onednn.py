@@ -1,4 +1,4 @@
-"""float32 stays float32, whoever multiplies."""
+"""Float32 products by oneDNN keep float32's precision."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_products_are_those_of_float32():
     error = (a @ b - exact).abs().max() / exact.abs().max()
     rounded = (a.bfloat16() @ b.bfloat16() - exact).abs().max() / exact.abs().max()
     assert error < 2e-6
-    assert rounded > 1e-3  # what it must not come to
+    assert rounded > 1e-3  # the error if products were in bfloat16
 
 
 @needs_onednn

@@ -1,4 +1,4 @@
-"""The device's peak: the table's by the device's name, and a measured one."""
+"""Peak FLOP/s of a device: from the table by the device's name, and measured."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_an_unknown_device_gets_its_measured_peak():
     before = torch.get_rng_state()
     peak = find_peak(torch.device("cpu"), torch.float32, seconds=0.05)
     assert peak.flops == peak.measured
-    assert 1e9 < peak.flops < 1e14  # a core at a clock that exists, and any machine
+    assert 1e9 < peak.flops < 1e14  # between one slow core and any machine
     assert peak.source.startswith("measured, ")
     assert peak.source.endswith("³ matrix product in float32")
     assert torch.equal(torch.get_rng_state(), before)

@@ -1,4 +1,4 @@
-"""Settings of the process: the environment before torch is loaded, and `--set`."""
+"""Process-wide settings: the environment before torch is loaded, and `--set`."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from pretrain_cli.errors import ConfigError
 
 @pytest.fixture
 def no_torch(monkeypatch):
-    """As before torch is loaded, in an environment that says nothing."""
+    """Pretend that torch is not loaded yet, and that the environment sets no thread policy."""
     monkeypatch.delitem(sys.modules, "torch")
     for name in (process_settings.SPINS, process_settings.POLICY):
         monkeypatch.setenv(name, "")  # so that it is undone

@@ -1,4 +1,4 @@
-"""A profile names the parts of a step and its operators; without one the names cost nothing."""
+"""Profiles name the parts of a step and its operators; without one the spans cost nothing."""
 
 import json
 from contextlib import nullcontext

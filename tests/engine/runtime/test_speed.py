@@ -1,4 +1,4 @@
-"""A speed setting never changes what is learned, and is recorded as asked and as in force."""
+"""Speed settings: none changes what is learned; each is recorded as requested and as in force."""
 
 import sys
 import types
@@ -36,7 +36,7 @@ EVERY = [(setting, value) for setting in SpeedConfig.model_fields for value in c
 
 @pytest.fixture(scope="module")
 def plain() -> dict[str, object]:
-    """The baseline's losses and checkpoint, made once."""
+    """Return the baseline's losses and checkpoint, computed once for all tests."""
     return {}
 
 
@@ -102,7 +102,7 @@ def test_making_cheap_things_again_is_for_compiled_blocks_on_a_cpu(monkeypatch):
         speed = resolve_speed(SpeedConfig(recompute_cheap=asked, **more), device)
         return speed.decisions["recompute_cheap"]
 
-    monkeypatch.setattr("shutil.which", lambda name: name)  # a compiler is there
+    monkeypatch.setattr("shutil.which", lambda name: name)  # a compiler is found
     assert decided("auto", compile=True).in_force is True
     assert decided(False, compile=True).in_force is False
     for found in (decided(True), decided("auto")):

@@ -1,4 +1,5 @@
-"""Asked to stop, by a signal or the clock, in every phase: saved, and resumed to the same end."""
+"""Stop requests, by a signal or the clock, in every phase: the run is saved, and resuming it gives
+the same result."""
 
 import datetime
 import os
@@ -23,7 +24,7 @@ from tests.engine.training.test_resume import assert_same_weights, numbers, resu
 
 
 def signalled(request: StopRequest, number: int = signal.SIGTERM) -> None:
-    """Send this process a signal, and wait until the request knows of it."""
+    """Send this process a signal, and wait until the request has received it."""
     signal.raise_signal(number)
     until = time.monotonic() + 10
     while not request.reason and time.monotonic() < until:
@@ -32,7 +33,7 @@ def signalled(request: StopRequest, number: int = signal.SIGTERM) -> None:
 
 
 def calling_at(function, count: int, action):
-    """`function`, which calls `action` before it is called for the count-th time."""
+    """Return `function`, wrapped to call `action` before its count-th call."""
     calls = 0
 
     def wrapped(*args, **kwargs):
@@ -45,9 +46,9 @@ def calling_at(function, count: int, action):
     return wrapped
 
 
-# What is called when the signal comes, for the how-manieth time, and the step that is then the last
-# whole one. A step is two micro-steps; evaluations are at 3 and 6, saves at 4 and 6,
-# samples of 8 tokens at 2, 4 and 6.
+# Phase: (module, function, n, last completed step). The signal comes at the n-th call of the
+# function. A step is two micro-steps; evaluations are at steps 3 and 6, saves at 4 and 6, samples
+# of 8 tokens at 2, 4 and 6.
 PHASES = {
     "the very first micro-step": (step, "sync_gradients", 1, 0),
     "the first micro-step of step 3": (step, "sync_gradients", 5, 2),
@@ -110,7 +111,7 @@ def test_a_second_signal_leaves_at_once_and_a_repeated_one_does_not():
         try:
             assert process.stdout.readline() == "ready\n"
             process.send_signal(signal.SIGTERM)
-            process.send_signal(signal.SIGTERM)  # by way of the launcher
+            process.send_signal(signal.SIGTERM)  # as the launcher forwards it
             time.sleep(1.2)
             assert process.poll() is None
             process.send_signal(signal.SIGTERM)
@@ -123,7 +124,7 @@ def test_a_second_signal_leaves_at_once_and_a_repeated_one_does_not():
 
 
 class Pair:
-    """Two ranks that are threads."""
+    """Two ranks as threads of one process, with the parts of `Ranks` that StopRequest needs."""
 
     world_size = 2
 
@@ -152,7 +153,7 @@ def test_ranks_stop_at_the_same_poll_and_agree_rarely(monkeypatch):
         while not request.poll() and polls < 5000:
             polls += 1
             if rank == 1 and polls == 300:
-                request.reason = "SIGTERM"  # on this rank alone
+                request.reason = "SIGTERM"  # on this rank only
             time.sleep(0.001)
         ended[rank] = polls
 
@@ -171,7 +172,7 @@ def test_ranks_stop_at_the_same_poll_and_agree_rarely(monkeypatch):
 def test_two_ranks_of_which_one_is_signalled_save_and_say_so_alike(
     settings, run, tmp_path, parallel
 ):
-    """Started as Slurm's srun would: no launcher forwards the signal."""
+    """Start the ranks as Slurm's srun would: no launcher forwards the signal."""
     common = {"train__log_every": 10, "train__eval_every": 10**6}
     config = settings("two", **common, train__steps=10**6, train__parallel=parallel)
     flags = [f"--set={section}.{name}={value}"
@@ -231,8 +232,8 @@ def test_what_is_no_time_is_refused(settings, text):
 
 @pytest.mark.parametrize(("every", "last"), [(100, 4), (1, 6)])
 def test_a_limit_stops_a_run_with_room_for_a_save(settings, tmp_path, monkeypatch, every, last):
-    """A hundred seconds a step, by a clock of the test's own. A save is thought to take two minutes
-    until there was one."""
+    """Run with a fake clock, on which a step takes 100 s. The estimate for a save is two minutes
+    until one is measured."""
     clock = [0.0]
     monkeypatch.setattr(stop, "process_age", lambda: clock[0])
 
@@ -247,7 +248,8 @@ def test_a_limit_stops_a_run_with_room_for_a_save(settings, tmp_path, monkeypatc
     config = settings(train__max_time="10m", train__checkpoint_every=every, train__steps=60)
     request = StopRequest(limit="10m")
     finished = train(config, tick, stop=request)
-    # two saves of 120 s and three to spare before 600 s: from 357 s on; or, measured, from 597 s
+    # The run stops two saves of 120 s and 3 s before 600 s, from 357 s on; once a short save is
+    # measured, from 597 s on.
     assert (finished.step, finished.reason) == (last, "stopped")
     assert retention.checkpoints(tmp_path / "run")[0].name == f"step-{last:06d}"
     assert any("max_time: 10m" in event.text for event in events if isinstance(event, Notice))

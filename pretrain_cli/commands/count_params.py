@@ -16,38 +16,39 @@ PARTS = ("embeddings", "attention", "mlp", "norms", "head")
 
 
 def count_params(
-    model: Annotated[str, typer.Option(help="A name or a YAML file.")] = "gemma3",
+    model: Annotated[str, typer.Option(help="Model name or YAML file.")] = "gemma3",
     tied: Annotated[
         bool | None,
         typer.Option(
             "--tied/--untied",
-            help="Head and embedding one matrix, or two.",
+            help="Head and embedding share one matrix, or have two.",
             show_default="both, side by side",
         ),
     ] = None,
     vocab_size: Annotated[
-        int | None, typer.Option(help="Another vocabulary.", show_default="the model's")
+        int | None,
+        typer.Option(help="Vocabulary size instead of the model's.", show_default="the model's"),
     ] = None,
     seq_len: Annotated[
-        int, typer.Option(help="For the FLOPs, and what sampling remembers.")
+        int, typer.Option(help="Sequence length for FLOPs and the key/value cache.")
     ] = 1024,
     plan: Annotated[
         bool,
         typer.Option(
             "--plan",
-            help="What a run would take: memory by part, the micro-batch that fits, time, disk.",
+            help="Estimate a run: memory by part, micro-batch that fits, time, disk.",
         ),
     ] = False,
     tokens: Annotated[
         str | None,
         typer.Option(
-            help="To train on: 5B, 200M, …", show_default="20 a parameter", rich_help_panel=PLAN
+            help="Training tokens: 5B, 200M, …", show_default="20 a parameter", rich_help_panel=PLAN
         ),
     ] = None,
     device: Annotated[
         str | None,
         typer.Option(
-            help="h200, h100, a100, … need not be here; cpu, cuda and mps are this machine's.",
+            help="A GPU by name (h200, h100, a100, …), or cpu, cuda or mps of this machine.",
             show_default="the one that is here",
             rich_help_panel=PLAN,
         ),
@@ -55,7 +56,7 @@ def count_params(
     gpus: Annotated[
         int | None,
         typer.Option(
-            help="So many, with a copy of the model on each, and with a part.",
+            help="Number of GPUs: a copy of the model on each, and sharded.",
             show_default="1",
             rich_help_panel=PLAN,
         ),
@@ -84,7 +85,7 @@ def count_params(
     mfu: Annotated[
         float | None,
         typer.Option(
-            help="Share of the stated peak, by the exact mask.",
+            help="MFU to assume, under the exact mask.",
             show_default="0.4",
             rich_help_panel=PLAN,
         ),
@@ -93,7 +94,7 @@ def count_params(
         bool,
         typer.Option(
             "--calibrate",
-            help="Time some real steps on the device that is here.",
+            help="Time real steps on this machine.",
             rich_help_panel=PLAN,
         ),
     ] = False,

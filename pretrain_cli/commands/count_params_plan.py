@@ -163,7 +163,7 @@ def _show(plan: Any, *, is_fixed: bool, is_given: bool) -> None:
         )
     tokens = f"{amount(plan.tokens)} tokens" + ("" if is_given else " (20 a parameter)")
     if plan.pace is None:
-        console.print(f"{tokens}: how long is not known here; --calibrate times some steps")
+        console.print(f"{tokens}: time not known; --calibrate times real steps")
     else:
         console.print(
             f"{tokens} in [bold]{duration(plan.seconds)}[/]: {plan.pace.tokens_per_second:,.0f} "

@@ -217,8 +217,8 @@ class TrainDisplay:
     def on_rolledback(self, event: Any) -> None:
         first, behind = event.samples
         console.print(
-            f"[red]Back from step {event.from_step:,} to {event.step:,}:[/] "
-            f"{escape(event.reason)}. Samples {first:,} to {behind - 1:,} are passed over",
+            f"[red]Rolled back from step {event.from_step:,} to {event.step:,}:[/] "
+            f"{escape(event.reason)}. Samples {first:,} to {behind - 1:,}are skipped",
             soft_wrap=True,
         )
 
@@ -231,8 +231,8 @@ class TrainDisplay:
 
     def on_unsaved(self, event: Any) -> None:
         console.print(
-            f"[bold red]step {event.step:,} is NOT saved:[/] {escape(event.reason)}. Training goes "
-            "on, and the next save tries again",
+            f"[bold red]step {event.step:,} is NOT saved:[/] {escape(event.reason)}. Training "
+            "continues, and the next save tries again",
             soft_wrap=True,
         )
 
@@ -250,12 +250,12 @@ class TrainDisplay:
             saved = ", saved" if event.step else ""
             console.print(
                 f"[yellow]Stopped at step {event.step:,} of {event.steps:,}{saved}.[/] "
-                f"Go on with: pretrain train --resume {run}",
+                f"Continue with: pretrain train --resume {run}",
                 soft_wrap=True,
             )
             return
         console.print(
-            f"[green]Done:[/] {event.step:,} steps. Text from it: pretrain sample {run}  ·  "
+            f"[green]Done:[/] {event.step:,} steps. Sample from it: pretrain sample {run}  ·  "
             f"more steps: pretrain train --resume {run} --steps {2 * event.steps}",
             soft_wrap=True,
         )

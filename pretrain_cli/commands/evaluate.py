@@ -24,7 +24,8 @@ def evaluate(
         ),
     ] = None,
     best: Annotated[
-        bool, typer.Option("--best", help="The run's checkpoint of lowest validation loss.")
+        bool,
+        typer.Option("--best", help="Use the run's checkpoint with the lowest validation loss."),
     ] = False,
     data: Annotated[
         list[str] | None,
@@ -35,16 +36,18 @@ def evaluate(
         ),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="What made the .bin files, as for pretrain tokenize.")
+        str | None, typer.Option(help="Tokenizer of .bin files, as for pretrain tokenize.")
     ] = None,
     eval_tokens: Annotated[
         int | None,
-        typer.Option(help="Of each split the first so many.", show_default="the run's, or all"),
+        typer.Option(
+            help="Evaluate only this many tokens of each split.", show_default="the run's, or all"
+        ),
     ] = None,
     seq_len: Annotated[
         int | None,
         typer.Option(
-            help="Tokens a window; with --tasks, the longest text.",
+            help="Tokens per window; with --tasks, the longest text.",
             show_default="the run's; else 512 on a CPU, 1024; with --tasks, the model's",
         ),
     ] = None,
@@ -52,7 +55,7 @@ def evaluate(
         bool | None,
         typer.Option(
             "--document-mask/--no-document-mask",
-            help="A token sees its own document alone.",
+            help="Stop attention at document boundaries.",
             show_default="the run's",
         ),
     ] = None,
@@ -74,7 +77,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="int8",
-            help="The loss of the weights in int8 too, as pretrain sample has them.",
+            help="Also evaluate int8 weights, as in pretrain sample.",
             show_default="no",
         ),
     ] = None,
@@ -82,18 +85,18 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="NAME,…",
-            help="Of lm-evaluation-harness, or YAML files of its kind, instead of the loss.",
+            help="Tasks of lm-evaluation-harness, or its YAML files, instead of the loss.",
             rich_help_panel=TASKS,
         ),
     ] = None,
     include_path: Annotated[
         Path | None,
-        typer.Option(help="A folder with tasks of your own.", rich_help_panel=TASKS),
+        typer.Option(help="Folder of your own tasks.", rich_help_panel=TASKS),
     ] = None,
     limit: Annotated[
         int | None,
         typer.Option(
-            help="Of each task the first so many questions.",
+            help="Evaluate only this many questions of each task.",
             show_default="all",
             rich_help_panel=TASKS,
         ),
@@ -162,7 +165,7 @@ def evaluate(
     console.print(_table(result.data, facts))
     if result.unquantized is not None:
         plain, loss = result.unquantized.loss, result.evaluation.loss
-        console.print(f"Of the weights as they are: {plain:.4f}; {loss - plain:+.5f} by int8")
+        console.print(f"Without quantization: {plain:.4f}; {loss - plain:+.5f} by int8")
 
 
 def _refuse_others(of_loss: dict[str, Any], of_tasks: dict[str, Any], tasks: str | None) -> None:

@@ -15,15 +15,18 @@ def export(
     where: Annotated[Path, typer.Argument(help="A run, a checkpoint or a model folder.")],
     out: Annotated[Path, typer.Argument(help="The folder, or .gguf file, to write.")],
     best: Annotated[
-        bool, typer.Option("--best", help="The run's checkpoint of lowest validation loss.")
+        bool,
+        typer.Option("--best", help="Use the run's checkpoint with the lowest validation loss."),
     ] = False,
-    dtype: Annotated[str, typer.Option(help="Of the weights: bf16, fp16 or fp32.")] = "bf16",
+    dtype: Annotated[str, typer.Option(help="Type of the weights: bf16, fp16 or fp32.")] = "bf16",
     max_shard_size: Annotated[
         str | None,
-        typer.Option(help="Weights beyond it are several files.", show_default=SHARD),
+        typer.Option(
+            help="Largest size of a weights file; larger weights are split.", show_default=SHARD
+        ),
     ] = None,
     gguf: Annotated[
-        bool, typer.Option("--gguf", help="One file that llama.cpp opens, instead of a folder.")
+        bool, typer.Option("--gguf", help="Write one file for llama.cpp instead of a folder.")
     ] = False,
 ) -> None:
     """Write a model for others: weights, tokenizer, configuration and a model card.

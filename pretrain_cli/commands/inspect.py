@@ -23,14 +23,12 @@ def inspect(
     seq_len: Annotated[int | None, typer.Option(help="Of the sample.", show_default="512")] = None,
     packing: Annotated[
         Literal["concat", "best-fit"] | None,
-        typer.Option(help="Of the run whose sample it is.", show_default="concat"),
+        typer.Option(help="Sequence length of the run.", show_default="concat"),
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Of the run whose order it is.", show_default="0")
-    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the run.", show_default="0")] = None,
     verify: Annotated[
         bool,
-        typer.Option("--verify", help="Recompute every checksum; exit 1 where one differs."),
+        typer.Option("--verify", help="Recompute every checksum; exit with 1 if one differs."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:

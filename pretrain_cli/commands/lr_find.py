@@ -14,7 +14,7 @@ LINES = 20
 def refuse_meaningless(resume: Path | None, flags: dict[str, Any]) -> None:
     """Refuse options that have no meaning in a learning-rate range test."""
     if resume is not None:
-        raise ConfigError(f"--resume: {resume} does not go with --lr-find, which begins anew")
+        raise ConfigError(f"--resume: {resume} does not go with --lr-find, which starts a new run")
     for name in ("optimizer.learning_rate", "optimizer.schedule", "train.tokens"):
         if flags[name] is not None:
             option = "--" + name.partition(".")[2].replace("_", "-")

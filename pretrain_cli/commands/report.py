@@ -21,7 +21,7 @@ def report(
         ),
     ] = None,
     png: Annotated[
-        Path | None, typer.Option(help="Also the curves as a picture; needs matplotlib.")
+        Path | None, typer.Option(help="Also draw the curves as a PNG; needs matplotlib.")
     ] = None,
 ) -> None:
     """Show runs in one HTML page that opens with no network.

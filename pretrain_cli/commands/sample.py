@@ -27,44 +27,49 @@ def sample(
     ] = None,
     prompt: Annotated[
         str | None,
-        typer.Option(help="Text to go on from, or piped in; '-' waits for standard input."),
+        typer.Option(help="Text to continue, or piped in; '-' waits for standard input."),
     ] = None,
     best: Annotated[
-        bool, typer.Option("--best", help="Of a run, the checkpoint of lowest validation loss.")
+        bool,
+        typer.Option("--best", help="Use the run's checkpoint with the lowest validation loss."),
     ] = False,
-    max_tokens: Annotated[int, typer.Option(help="Longest continuation.")] = 200,
+    max_tokens: Annotated[int, typer.Option(help="Maximum tokens of a continuation.")] = 200,
     stop: Annotated[
         list[str] | None, typer.Option(help="Text that ends a continuation. Repeatable.")
     ] = None,
     temperature: Annotated[
-        float, typer.Option(help="0 takes the likeliest token.", rich_help_panel=CHOOSING)
+        float,
+        typer.Option(help="Temperature; 0 takes the likeliest token.", rich_help_panel=CHOOSING),
     ] = 0.8,
     top_k: Annotated[
         int | None,
-        typer.Option(help="Of the likeliest K tokens only.", rich_help_panel=CHOOSING),
+        typer.Option(help="Sample from the K likeliest tokens.", rich_help_panel=CHOOSING),
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(help="Of the likeliest tokens that make up P.", rich_help_panel=CHOOSING),
+        typer.Option(
+            help="Sample from the likeliest tokens whose probabilities sum to P.",
+            rich_help_panel=CHOOSING,
+        ),
     ] = None,
     min_p: Annotated[
         float | None,
         typer.Option(
-            help="Of tokens at least P times as likely as the likeliest.",
+            help="Sample from tokens at least P times as likely as the likeliest.",
             rich_help_panel=CHOOSING,
         ),
     ] = None,
     repetition_penalty: Annotated[
         float,
         typer.Option(
-            help="Logits of tokens that are in the text, divided by it where above 0.",
+            help="Penalty on tokens already in the text: divides their positive logits.",
             rich_help_panel=CHOOSING,
         ),
     ] = 1.0,
     seed: Annotated[
         int,
         typer.Option(
-            help="The same seed gives the same text. The k-th text after it has the seed + k.",
+            help="The same seed gives the same text. The k-th text after the first uses seed + k.",
             rich_help_panel=CHOOSING,
         ),
     ] = 0,
@@ -75,17 +80,15 @@ def sample(
             rich_help_panel=SEVERAL,
         ),
     ] = None,
-    n: Annotated[
-        int, typer.Option("--n", help="Texts of each prompt.", rich_help_panel=SEVERAL)
-    ] = 1,
+    n: Annotated[int, typer.Option("--n", help="Texts per prompt.", rich_help_panel=SEVERAL)] = 1,
     batch_size: Annotated[
-        int, typer.Option(help="Texts written at a time.", rich_help_panel=SEVERAL)
+        int, typer.Option(help="Texts generated at a time.", rich_help_panel=SEVERAL)
     ] = BATCH,
     as_json: Annotated[
         bool,
         typer.Option(
             "--json",
-            help="A JSON line for each text: tokens, log-probabilities, why it ended.",
+            help="Print a JSON line per text: tokens, log-probabilities, why it ended.",
             rich_help_panel=SEVERAL,
         ),
     ] = False,
@@ -99,7 +102,7 @@ def sample(
         str | None,
         typer.Option(
             metavar="int8",
-            help="Matrices in int8, on a CPU: less to read for a token.",
+            help="Use int8 matrices on a CPU: fewer bytes to read per token.",
             show_default="no",
             rich_help_panel=SPEED,
         ),
@@ -108,7 +111,7 @@ def sample(
         bool | None,
         typer.Option(
             "--compile/--no-compile",
-            help="torch.compile a step.",
+            help="Compile the decoding step.",
             show_default="on a GPU; on a CPU for long texts",
             rich_help_panel=SPEED,
         ),

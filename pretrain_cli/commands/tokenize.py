@@ -37,16 +37,18 @@ def tokenize(
     include: Annotated[
         list[str] | None,
         typer.Option(
-            help="Of folders, only files that match this pattern: '*.py'.", rich_help_panel=CORPUS
+            help="In folders, only files that match this pattern: '*.py'.", rich_help_panel=CORPUS
         ),
     ] = None,
     exclude: Annotated[
         list[str] | None,
-        typer.Option(help="Of folders, no files that match this.", rich_help_panel=CORPUS),
+        typer.Option(
+            help="In folders, skip files that match this pattern.", rich_help_panel=CORPUS
+        ),
     ] = None,
     input: Annotated[
         Literal["auto", "text", "jsonl", "parquet"],
-        typer.Option(help="What files hold; auto goes by their names.", rich_help_panel=CORPUS),
+        typer.Option(help="Format of the files; auto decides by name.", rich_help_panel=CORPUS),
     ] = "auto",
     text_key: Annotated[
         str,
@@ -57,7 +59,7 @@ def tokenize(
     document_separator: Annotated[
         str | None,
         typer.Option(
-            help="A line that equals this parts documents in plain files.",
+            help="Line that separates documents in plain text files.",
             show_default="a file is a document",
             rich_help_panel=CORPUS,
         ),
@@ -65,15 +67,15 @@ def tokenize(
     errors: Annotated[
         Literal["skip", "replace", "fail"],
         typer.Option(
-            help="Of a document that is not UTF-8: leave it out, replace the bytes that aren't, or "
-            "stop. Likewise of what is left of a damaged file.",
+            help="Documents that are not UTF-8: skip them, replace invalid bytes, or stop. The "
+            "same for the rest of a damaged file.",
             rich_help_panel=CORPUS,
         ),
     ] = "skip",
     dedup: Annotated[
         bool,
         typer.Option(
-            "--dedup", help="Leave out documents that came before.", rich_help_panel=SPLITS
+            "--dedup", help="Drop exact duplicates of earlier documents.", rich_help_panel=SPLITS
         ),
     ] = False,
     val_fraction: Annotated[
@@ -88,7 +90,7 @@ def tokenize(
         bool,
         typer.Option(
             "--allow-special",
-            help="Special tokens typed in a text are special, not text.",
+            help="Encode special tokens in the text as such, not as plain text.",
             rich_help_panel=SPLITS,
         ),
     ] = False,
@@ -118,19 +120,19 @@ def tokenize(
         bool,
         typer.Option(
             "--append",
-            help="Add the files that the dataset doesn't have yet.",
+            help="Add files that the dataset does not have yet.",
             rich_help_panel=OUTPUT,
         ),
     ] = False,
     force: Annotated[
         bool,
         typer.Option(
-            "--force", help="Tokenize again, replacing what is there.", rich_help_panel=OUTPUT
+            "--force", help="Tokenize again and replace the dataset.", rich_help_panel=OUTPUT
         ),
     ] = False,
     format: Annotated[
         Literal["pretrain", "llm.c"],
-        typer.Option(help="llm.c: also that program's shards, in llm.c/.", rich_help_panel=OUTPUT),
+        typer.Option(help="llm.c: also write shards for llm.c, to llm.c/.", rich_help_panel=OUTPUT),
     ] = "pretrain",
     shard_tokens: Annotated[
         int | None,
@@ -139,7 +141,7 @@ def tokenize(
     workers: Annotated[
         int | None,
         typer.Option(
-            help="Processes that encode; the dataset is the same for any number.",
+            help="Number of encoding processes; does not change the dataset.",
             show_default="all cores",
             rich_help_panel=OUTPUT,
         ),
@@ -201,7 +203,7 @@ def tokenize(
             soft_wrap=True,
         )
     if result.resumed:
-        notice("Went on from what an earlier run had finished")
+        notice("Continued what an earlier run had finished")
     for path, why in list(result.left_out.items())[:5]:
         notice(f"Left out {path}: {why}")
     if len(result.left_out) > 5:
@@ -217,7 +219,7 @@ def tokenize(
             "more to merge"
         )
     if manifest.duplicates:
-        notice(f"{manifest.duplicates:,} documents that had come before are left out")
+        notice(f"{manifest.duplicates:,} duplicate documents are left out")
     if manifest.inexact_cuts:
         notice(
             f"{manifest.inexact_cuts:,} cuts in long documents may have changed the tokens beside "

@@ -30,10 +30,10 @@ def train(
     ] = None,
     more_data: Annotated[
         list[str] | None,
-        typer.Argument(metavar="DATASET", help="Those after the first, behind --data."),
+        typer.Argument(metavar="DATASET", help="More datasets, after the first of --data."),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="What made the .bin files, as for pretrain tokenize.")
+        str | None, typer.Option(help="Tokenizer of .bin files, as for pretrain tokenize.")
     ] = None,
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens a sample.", show_default="512 on a CPU, 1024 else")
@@ -41,32 +41,35 @@ def train(
     packing: Annotated[
         str | None,
         typer.Option(
-            help="concat: windows on the tokens in a row. best-fit: whole documents, padded.",
+            help="concat: windows over all documents in a row. best-fit: whole documents, padded.",
             show_default="concat",
         ),
     ] = None,
     document_mask: Annotated[
         bool | None,
-        typer.Option("--document-mask", help="A token sees its own document alone."),
+        typer.Option("--document-mask", help="Stop attention at document boundaries."),
     ] = None,
     micro_batch_size: Annotated[
         str | None,
         typer.Option(
-            help="Samples at once; auto: the fastest that pretrain benchmark --find-micro-batch "
-            "measured here, else the most that are estimated to fit.",
+            help="Samples per micro-step; auto: the fastest that pretrain benchmark "
+            "--find-micro-batch "
+            "measured here, else the largest estimated to fit.",
             show_default="auto",
         ),
     ] = None,
     tokens_per_step: Annotated[
         int | None,
-        typer.Option(help="Tokens an optimizer step, accumulated.", show_default="by the device"),
+        typer.Option(
+            help="Tokens per optimizer step; gradients accumulate.", show_default="by the device"
+        ),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Optimizer steps.", show_default="by the device")
     ] = None,
     tokens: Annotated[
         str | None,
-        typer.Option(help="Tokens in all, as 5B or 200M; instead of --steps."),
+        typer.Option(help="Training tokens, such as 5B or 200M; instead of --steps."),
     ] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="The highest.", show_default="by the model's size")
@@ -78,25 +81,25 @@ def train(
     schedule: Annotated[
         str | None,
         typer.Option(
-            help="Of the rate, after warm-up: cosine, linear, wsd, wsd-sqrt, constant.",
+            help="Learning rate after warm-up: cosine, linear, wsd, wsd-sqrt, constant.",
             show_default="cosine",
         ),
     ] = None,
     lr_find: Annotated[
         bool,
-        typer.Option("--lr-find", help="Suggest a learning rate by a short test; train nothing."),
+        typer.Option("--lr-find", help="Suggest a learning rate by a short range test, then stop."),
     ] = False,
     max_time: Annotated[
         str | None,
         typer.Option(
             metavar="TIME",
-            help="Save and stop before the process is so old: 90s, 15m, 3h55m, 1d. Of this process "
-            "alone: --resume has none unless it is given again.",
+            help="Save and stop before the process reaches this age: 90s, 15m, 3h55m, 1d. For "
+            "this process only: give it again with --resume.",
             show_default="no limit",
         ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of weights and data order.", show_default="0")
+        int | None, typer.Option(help="Seed of weights and data order.", show_default="0")
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:N, mps.", show_default="cuda, else cpu")
@@ -119,32 +122,34 @@ def train(
         float | None,
         typer.Option(
             metavar="K",
-            help="Skip steps whose loss or gradient norm is K deviations above its mean.",
+            help="Skip steps whose loss or gradient norm is K standard deviations above its mean.",
             show_default="none",
         ),
     ] = None,
     keep: Annotated[
         int | None,
-        typer.Option(help="Newest checkpoints to keep, beside the best.", show_default="2"),
+        typer.Option(help="Newest checkpoints to keep, besides the best.", show_default="2"),
     ] = None,
     keep_every: Annotated[
-        int | None, typer.Option(help="Keep one every so many steps, too.", show_default="none")
+        int | None, typer.Option(help="Also keep a checkpoint every N steps.", show_default="none")
     ] = None,
     max_shard_size: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Weights of a checkpoint beyond it are several files.",
+            help="Largest size of a weights file; larger weights are split.",
             show_default="5GB",
         ),
     ] = None,
     eval_tokens: Annotated[
         int | None,
-        typer.Option(help="Validate on the first so many of each split.", show_default="all"),
+        typer.Option(help="Validate on only this many tokens of each split.", show_default="all"),
     ] = None,
     log: Annotated[
         str | None,
-        typer.Option(help="tensorboard, wandb or both, with a comma.", show_default="neither"),
+        typer.Option(
+            help="Trackers: tensorboard, wandb or both, with a comma.", show_default="neither"
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Run folder.", show_default="runs/MODEL-DATASET")
@@ -155,38 +160,43 @@ def train(
     deterministic: Annotated[
         bool | None,
         typer.Option(
-            "--deterministic", help="The same bits every time on a GPU too, where kernels can."
+            "--deterministic",
+            help="Bitwise reproducible results on a GPU too, where kernels allow it.",
         ),
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Go on with a run, from its newest intact checkpoint.")
+        Path | None, typer.Option(help="Resume a run from its newest intact checkpoint.")
     ] = None,
     allow_change: Annotated[
         bool,
-        typer.Option("--allow-change", help="Resume with settings that change what is learned."),
+        typer.Option(
+            "--allow-change", help="Let --resume change settings that affect what is learned."
+        ),
     ] = False,
     check_resume: Annotated[
         int | None,
         typer.Option(
             metavar="N",
-            help="Prove exact resume here: N steps straight, against N/2, saved and resumed.",
+            help="Check that resuming is exact: N steps in one go against N/2, saved and resumed.",
         ),
     ] = None,
     profile: Annotated[
         int | None,
         typer.Option(
             metavar="STEPS",
-            help="Look into so many steps: a Chrome trace in the run folder, top operators, parts "
+            help="Profile this many steps: a Chrome trace in the run folder, top operators, parts "
             "of a step.",
             show_default="none",
         ),
     ] = None,
     config: Annotated[
-        str | None, typer.Option(help="A YAML file of settings, or a built-in one by name.")
+        str | None, typer.Option(help="YAML file of settings, or the name of a built-in one.")
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.NAME=VALUE", help="Any other setting. Repeatable."),
+        typer.Option(
+            "--set", metavar="SECTION.NAME=VALUE", help="Change any other setting. Repeatable."
+        ),
     ] = None,
 ) -> None:
     """Train a model.

@@ -20,14 +20,19 @@ def verify(
         ),
     ] = None,
     best: Annotated[
-        bool, typer.Option("--best", help="The run's checkpoint of lowest validation loss.")
+        bool,
+        typer.Option("--best", help="Use the run's checkpoint with the lowest validation loss."),
     ] = False,
     against: Annotated[
         Path | None,
-        typer.Option(help="What transformers opens, as an export.", show_default="the same folder"),
+        typer.Option(
+            help="Model folder that transformers opens, such as an export.",
+            show_default="the same folder",
+        ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Windows of this dataset.", show_default="random tokens")
+        str | None,
+        typer.Option(help="Compare on windows of this dataset.", show_default="random tokens"),
     ] = None,
     windows: Annotated[int, typer.Option(help="How many.")] = 4,
     seq_len: Annotated[int, typer.Option(help="Tokens a window.")] = 128,

@@ -52,7 +52,7 @@ def test_a_cpu_plan_offers_to_calibrate_and_calibrates(pretrain, monkeypatch):
     monkeypatch.setattr(rounds, "run_timing", here)
     line = "count-params --plan --model qwen3-tiny --vocab-size 500 --seq-len 32 --tokens 1M"
     outcome = pretrain(line)
-    assert "1M tokens: how long is not known here; --calibrate times some steps" in outcome.out
+    assert "1M tokens: time not known; --calibrate times real steps" in outcome.out
     assert "the program itself" in outcome.out
     plan = json.loads(pretrain(f"{line} --micro-batch-size 2 --calibrate --json").out)
     assert plan["pace"]["source"].startswith("measured on ")

@@ -257,7 +257,7 @@ def test_documents_that_came_before_are_left_out_where_asked_for(pretrain, corpu
     (corpus / "again.txt").write_bytes((corpus / "verse-07.txt").read_bytes())
     outcome = pretrain("tokenize --tokenizer bytes corpus --dedup")
     assert outcome.code == 0, outcome.err
-    assert "1 documents that had come before are left out" in outcome.out
+    assert "1 duplicate documents are left out" in outcome.out
     assert "from 30 documents" in outcome.out
 
 

@@ -319,7 +319,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(pretrain, tiny):
     step = metrics(run)[-1]["step"]
     assert out.splitlines()[-1] == (
         f"Stopped at step {step:,} of 100,000, saved. "
-        "Go on with: pretrain train --resume runs/gemma3-tiny-corpus"
+        "Continue with: pretrain train --resume runs/gemma3-tiny-corpus"
     )
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{step:06d}"]
 

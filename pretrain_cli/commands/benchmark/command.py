@@ -47,8 +47,8 @@ def benchmark(
         bool,
         typer.Option(
             "--ablate",
-            help="Everything plain, each speed setting alone on, all on, each alone off. A setting "
-            "that is given a value (--no-compile, --dtype, --attn, --set speed.NAME) has it in "
+            help="Ablation: all speed settings off, each alone on, all on, each alone off. A "
+            "setting that you give (--no-compile, --dtype, --attn, --set speed.NAME) has it in "
             "every arm, and no arm of its own.",
             rich_help_panel=MODES,
         ),
@@ -57,8 +57,8 @@ def benchmark(
         list[str] | None,
         typer.Option(
             metavar="KEY=V1,V2",
-            help="seq-len, window (none: all dense), vocab, micro-batch or model. Repeatable, for "
-            "every combination.",
+            help="Vary seq-len, window (none: all full), vocab, micro-batch or model. "
+            "Repeatable, for every combination.",
             rich_help_panel=MODES,
         ),
     ] = None,
@@ -66,7 +66,7 @@ def benchmark(
         str | None,
         typer.Option(
             metavar="PROGRAM",
-            help="The same step by transformers, in turns.",
+            help="Compare with the same step by transformers.",
             rich_help_panel=MODES,
         ),
     ] = None,
@@ -74,7 +74,7 @@ def benchmark(
         bool,
         typer.Option(
             "--find-micro-batch",
-            help="The largest micro-batch that fits, and the fastest; train takes that.",
+            help="Find the largest micro-batch that fits, and the fastest, for train to use.",
             rich_help_panel=MODES,
         ),
     ] = False,
@@ -82,14 +82,14 @@ def benchmark(
         tuple[Path, Path] | None,
         typer.Option(
             metavar="A.json B.json",
-            help="Two results side by side; nothing is measured.",
+            help="Compare two result files; measures nothing.",
             rich_help_panel=MODES,
         ),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="A name or a YAML file.", show_default="gemma3-tiny on a CPU, gemma3-270m else"
+            help="Model name or YAML file.", show_default="gemma3-tiny on a CPU, gemma3-270m else"
         ),
     ] = None,
     seq_len: Annotated[
@@ -101,12 +101,12 @@ def benchmark(
     rounds: Annotated[
         int | None,
         typer.Option(
-            help="Times that each is measured, in turn with the others.",
+            help="Rounds: how often each arm is measured.",
             show_default="3, and 1 of attention backends",
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Steps of a round that count.")] = 5,
-    warmup: Annotated[int, typer.Option(help="Steps before them, timed apart.")] = 2,
+    steps: Annotated[int, typer.Option(help="Counted steps of a round.")] = 5,
+    warmup: Annotated[int, typer.Option(help="Warm-up steps of a round, not counted.")] = 2,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, mps or auto.")] = "auto",
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float8 or auto.", show_default="auto")
@@ -121,28 +121,33 @@ def benchmark(
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SPEED.NAME=VALUE", help="A speed setting, or model.NAME."),
+        typer.Option(
+            "--set", metavar="SPEED.NAME=VALUE", help="Change a speed setting, or model.NAME."
+        ),
     ] = None,
     profile: Annotated[
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Look into a few steps: Chrome traces, top operators, parts of a step.",
+            help="Profile a few steps: Chrome traces, top operators, parts of a step.",
             rich_help_panel=OUTPUTS,
         ),
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(help="A picture, .png or .svg; needs matplotlib.", rich_help_panel=OUTPUTS),
+        typer.Option(
+            help="Also draw the results, .png or .svg; needs matplotlib.", rich_help_panel=OUTPUTS
+        ),
     ] = None,
     markdown: Annotated[
-        Path | None, typer.Option(help="The tables as Markdown.", rich_help_panel=OUTPUTS)
+        Path | None,
+        typer.Option(help="Also write the tables as Markdown.", rich_help_panel=OUTPUTS),
     ] = None,
     as_json: Annotated[
         Path | None,
         typer.Option(
             "--json",
-            help="Everything: each step's time, settings as asked and in force, machine, commit.",
+            help="Also write all results as JSON: every step's time, settings, machine, commit.",
             rich_help_panel=OUTPUTS,
         ),
     ] = None,

@@ -22,7 +22,7 @@ def benchmark_data(
         str | None, typer.Option(help="Read this dataset.", show_default="made, of --size")
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="What made the .bin files of --data.")
+        str | None, typer.Option(help="Tokenizer of the .bin files of --data.")
     ] = None,
     size: Annotated[float | None, typer.Option(help="GB to make.", show_default="2")] = None,
     packing: Annotated[

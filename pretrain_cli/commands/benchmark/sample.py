@@ -20,28 +20,28 @@ def benchmark_sample(
     model: Annotated[
         str | None,
         typer.Option(
-            help="A name or a YAML file.", show_default="gemma3-tiny on a CPU, gemma3-270m else"
+            help="Model name or YAML file.", show_default="gemma3-tiny on a CPU, gemma3-270m else"
         ),
     ] = None,
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens of a prompt.", show_default=str(PROMPT))
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens written behind it.")] = TOKENS,
-    batch_size: Annotated[int, typer.Option(help="Texts written at a time.")] = 1,
-    rounds: Annotated[int, typer.Option(help="Times each is measured.")] = ROUNDS,
+    max_tokens: Annotated[int, typer.Option(help="Tokens generated after it.")] = TOKENS,
+    batch_size: Annotated[int, typer.Option(help="Texts generated at a time.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Rounds: how often each arm is measured.")] = ROUNDS,
     vs: Annotated[
         str | None,
         typer.Option(
             metavar="PROGRAM",
-            help="The same texts by transformers, or by us with speed.NAME=VALUE, a setting of the "
-            "process, in turns. Several with commas.",
+            help="Compare with transformers, or with a process setting speed.NAME=VALUE. "
+            "Several with commas.",
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, mps or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto.")] = "auto",
     quantize: Annotated[
         str | None,
-        typer.Option(metavar="int8", help="Our matrices in int8.", show_default="no"),
+        typer.Option(metavar="int8", help="Use int8 matrices in our arms.", show_default="no"),
     ] = None,
     compile_: Annotated[
         bool | None,
@@ -106,7 +106,7 @@ def benchmark_sample(
     with console.status("starting") as status:
         measured = measure(workload, status.update)
     console.print(
-        f"[bold]{escape(name)}[/] {batch_size} × {prompt} tokens, {max_tokens} behind each, "
+        f"[bold]{escape(name)}[/] {batch_size} × {prompt} tokens, then {max_tokens} generated, "
         f"{speed.dtype}{int8}, {device_name(place)}\n"
         f"A step reads {in_bytes(measured.step_bytes)}; memory copies "
         f"{in_bytes(measured.copy_rate)}/s, which is {measured.limit:.1f} tokens/s",

@@ -84,7 +84,7 @@ def watch(measured: Any, interruption: Any) -> None:
             _measure(measured)
     except KeyboardInterrupt:
         measured.cut(interruption.signal.name)
-        notice(f"{measured.cut_short}: cut short; this is what is there")
+        notice(f"{measured.cut_short}: ended early; these are the results so far")
     from pretrain_cli.engine.benchmark.render import LEGEND, peaks, remarks
     from pretrain_cli.engine.benchmark.results import ratios
 

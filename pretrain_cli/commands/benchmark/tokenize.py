@@ -16,7 +16,7 @@ def benchmark_tokenize(
         str | None,
         typer.Option(
             "--tokenizer",
-            help="One, or several with commas.",
+            help="Tokenizers, several with commas.",
             show_default="the published ones",
         ),
     ] = None,
@@ -24,10 +24,10 @@ def benchmark_tokenize(
         list[str] | None,
         typer.Option(help="Tokenize these files. Repeatable.", show_default="Python's own sources"),
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Times each is tokenized.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Rounds: how often each is measured.")] = 3,
     workers: Annotated[
         int | None,
-        typer.Option(help="Processes that tokenize.", show_default="as pretrain tokenize has"),
+        typer.Option(help="Number of processes.", show_default="as pretrain tokenize has"),
     ] = None,
     as_json: Annotated[
         Path | None, typer.Option("--json", help="Also write the results to this file.")

@@ -144,7 +144,7 @@ def _in_order(
             yield under_way.popleft().result()
     except BrokenProcessPool:
         raise DataError(
-            "a tokenizing process was ended from outside, perhaps for want of memory; run the "
+            "a tokenizing process was ended from outside, perhaps because memory ran out; run the "
             "command again, with fewer --workers"
         ) from None
 

@@ -106,8 +106,8 @@ def tokenize(request: TokenizeRequest, progress: Progress) -> Tokenized:
             if not is_disk_full(error):
                 raise
             raise DataError(
-                f"{writer.aside}: the disk is full; free some space and run the command again: it "
-                "goes on from what is finished"
+                f"{writer.aside}: the disk is full; free some space and run the command again: "
+                "it continues from what is finished"
             ) from None
     return Tokenized(
         request.out,

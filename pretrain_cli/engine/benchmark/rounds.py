@@ -75,7 +75,7 @@ class Rounds:
         try:
             measured = self.start("measure_round", arm.speed, folder, arm, repeats)
         except BrokenProcessPool:
-            self.failures[arm.name] = "its process was killed, perhaps for want of memory"
+            self.failures[arm.name] = "its process was killed, perhaps because memory ran out"
         except torch.OutOfMemoryError:
             self.failures[arm.name] = "out of memory"
         except PretrainError as error:

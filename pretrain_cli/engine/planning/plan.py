@@ -100,7 +100,7 @@ def make_plan(
     if model is None:
         config = fit_to_data(config, settings, mixture, emit)
     if config.num_experts and not config.router_aux_loss_coef:
-        emit(Notice("Experts are trained without a balancing loss, and may come to be unused"))
+        emit(Notice("Experts are trained without a balancing loss, and may end up unused"))
     if settings.optimizer.name == "muon" and settings.train.parallel == "fsdp":
         raise ConfigError(
             "optimizer.name: 'muon' makes whole matrices orthogonal, and train.parallel 'fsdp' "
@@ -137,8 +137,8 @@ def make_plan(
         steps = min(4 * CPU_STEPS, max(20, round(CPU_RUN_FLOPS / (flops * per_step))))
         emit(
             Notice(
-                f"{steps} steps: a few minutes on a CPU; --steps or --tokens sets it, and --resume "
-                "with more steps goes on"
+                f"{steps} steps: a few minutes on a CPU; --steps or --tokens sets it, and "
+                "--resume with more steps continues"
             )
         )
     elif steps == "auto":

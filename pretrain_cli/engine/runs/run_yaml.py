@@ -106,8 +106,8 @@ def resumed_settings(
             )
         if section != "speed" and name not in SAFE and not allow_change:
             raise ConfigError(
-                f"{differs}; from here on the run would learn as another one does. If that is "
-                "meant, add --allow-change"
+                f"{differs}; this changes what the run learns from here on. To do it anyway, "
+                "add --allow-change"
             )
         if name == "train.tokens_per_step" and changed.train.tokens is not None:
             raise ConfigError(

@@ -70,7 +70,7 @@ def have_each(trackers: list[Tracker], do: Callable[[Tracker], None], emit: Emit
         except OSError as error:
             trackers.remove(tracker)
             said = error.strerror or error
-            emit(Notice(f"{type(tracker).__name__}: {said}; it is given no more of this run"))
+            emit(Notice(f"{type(tracker).__name__}: {said}; it gets no further events of this run"))
 
 
 def numbers(event: StepMetrics | Evaluation) -> dict[str, float]:

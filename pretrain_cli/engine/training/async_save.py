@@ -97,7 +97,7 @@ class AsyncSaver:
             self.waits_told = True
             self.emit(
                 Notice(
-                    f"Saving keeps training waiting: a copy of weights and moments would take "
+                    f"Training waits for every save: a copy of weights and moments would take "
                     f"{told(self.size)} of memory, and {told(free or 0)} are left"
                 )
             )
@@ -141,7 +141,7 @@ class AsyncSaver:
         last = f"is step {retention.step_of(found[0]):,}" if found else "doesn't exist"
         raise PretrainError(
             f"step {self.state.step:,} is not saved: {reason}. The newest checkpoint of {self.run} "
-            f"{last}. Mend that, and go on from there: pretrain train --resume {self.run}"
+            f"{last}. Fix that and resume: pretrain train --resume {self.run}"
         )
 
     def close(self) -> None:
@@ -226,9 +226,9 @@ def check_space(plan: Plan, run: Path, ranks: Ranks, emit: Emit, *, done: int) -
     room = free + there * size
     if ranks.any(ranks.is_first and plan.steps > done and room < least * size):
         raise ConfigError(
-            f"{run}: {told(free)} are free there, and {least - there} more checkpoints of "
-            f"{told(size)} have to fit; make room, or choose another disk with --out or less to "
-            "keep with --keep"
+            f"{run}: {told(free)} are free, but {least - there} more checkpoints of "
+            f"{told(size)} must fit; free some space, choose another disk with --out, or keep "
+            "fewer with --keep"
         )
     if room < most * size:
         emit(

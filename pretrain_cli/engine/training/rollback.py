@@ -116,7 +116,7 @@ class Rollback:
                 why = f"it went back {state.rollbacks} times, as train.max_rollbacks allows"
             raise PretrainError(
                 f"step {state.step}: training diverged: {self.rollback_reason}, and {why}. "
-                "Nothing of this is saved; metrics.jsonl tells of the batches. Start again with a "
+                "Nothing of this is saved; metrics.jsonl describes the batches. Start again with a "
                 f"lower --learning-rate, or with --init-from an earlier checkpoint of {self.run}"
             )
         # Steps after the guard had given up were not judged: their samples are still to come.

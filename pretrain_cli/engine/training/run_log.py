@@ -91,7 +91,7 @@ class SampleLog:
         self.possible = self.settings.sample_tokens > 0
         if self.possible and self.settings.parallel == "fsdp":
             self.possible = False
-            emit(Notice("No samples: the model is parted among the ranks. pretrain sample"))
+            emit(Notice("No samples: the model is sharded across the ranks. pretrain sample"))
 
     def truncate_after(self, step: int) -> None:
         """Drop lines after this step: those steps will run again."""

@@ -137,7 +137,7 @@ class Trainer:
         )
         first, stopped = state.step, False
         if state.step >= steps:
-            self.emit(Notice(f"{self.run} has its {steps:,} steps; --steps with more goes on"))
+            self.emit(Notice(f"{self.run} has its {steps:,} steps; give more --steps to continue"))
         try:
             if self._missed_evaluation(state):
                 with meter.held_up("evaluation"):

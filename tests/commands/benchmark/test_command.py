@@ -189,7 +189,7 @@ def test_what_was_measured_before_a_signal_is_shown_and_written(pretrain, stoppe
     line = TINY.replace("--seq-len 32", "--sweep seq-len=10,20,30")
     outcome = pretrain(f"benchmark {line} --json c.json --markdown c.md --plot c.svg")
     assert outcome.code == 128 + number
-    assert f"{number.name}: cut short; this is what is there" in outcome.out
+    assert f"{number.name}: ended early; these are the results so far" in outcome.out
     assert f"seq-len 20, seq-len 30: not run: {number.name} came first" in outcome.out
     written = json.loads(Path("c.json").read_text())
     assert written["cut_short"] == number.name

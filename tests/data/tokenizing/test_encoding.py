@@ -143,7 +143,8 @@ def test_a_process_that_is_ended_from_outside_is_one_line(
     with pytest.raises(DataError) as error:
         make(corpus, tmp_path / "made", workers=2)
     assert str(error.value) == (
-        "a tokenizing process was ended from outside, perhaps for want of memory; run the command "
+        "a tokenizing process was ended from outside, perhaps because memory ran out; run the "
+        "command "
         "again, with fewer --workers"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]

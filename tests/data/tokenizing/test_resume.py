@@ -34,7 +34,7 @@ FULL = (
     "error: killed/made.partial: the disk is full; free some space and run the command again: it "
     "goes on from what is finished\n"
 )
-WENT_ON = "Went on from what an earlier run had finished"
+WENT_ON = "Continued what an earlier run had finished"
 
 ADD = "pretrain_cli.data.tokenizing.writer.DatasetWriter.add"
 NOTE = "pretrain_cli.data.tokenizing.writer.DatasetWriter.note"

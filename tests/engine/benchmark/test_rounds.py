@@ -85,7 +85,7 @@ def test_arms_take_turns_and_every_other_round_goes_backwards():
 @pytest.mark.parametrize(
     ("error", "said", "is_bug"),
     [
-        (BrokenProcessPool(), "its process was killed, perhaps for want of memory", False),
+        (BrokenProcessPool(), "its process was killed, perhaps because memory ran out", False),
         (ConfigError("speed.compile: no"), "speed.compile: no", False),
         (ValueError("two\nlines"), "ValueError: two", True),
     ],

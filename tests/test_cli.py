@@ -58,7 +58,7 @@ def test_a_wrong_option_is_named(pretrain, line, said):
 @pytest.mark.parametrize("kind", [ConfigError, DataError, CheckpointError])
 def test_a_persons_mistake_is_one_line_and_exit_code_2(pretrain, monkeypatch, kind):
     def refuse(*_):
-        raise kind("data/[/x] :x:: 'a' is wrong; give b")  # nothing in it is markup
+        raise kind("data/[/x] :x:: 'a' is wrong; give b")  # must not be read as markup
 
     monkeypatch.setattr("pretrain_cli.config.build.build_config", refuse)
     outcome = pretrain("train")
@@ -107,7 +107,7 @@ def test_help_imports_nothing_that_is_slow():
 
 
 def test_help_answers_at_once():
-    """Under half a second on a quiet machine; a busy one is given three tries."""
+    """--help takes under half a second on an idle machine; a busy one gets three tries."""
     taken = []
     while len(taken) < 3 and (not taken or min(taken) > 1.5):
         began = time.perf_counter()

@@ -140,7 +140,7 @@ def test_git_ignores_what_the_documented_commands_write():
                 written.add(str(value))
     assert {"published", "ablation.md", "curves.png", "profile", "model.gguf"} <= written
     command = ["git", "-C", str(ROOT), "check-ignore", "--no-index", "--stdin"]
-    # a folder's pattern matches what is in it
+    # a folder's pattern matches the files in it
     paths = "\n".join(path if Path(path).suffix else f"{path}/x" for path in sorted(written))
     done = subprocess.run(command, input=paths, capture_output=True, text=True)
     assert done.stdout.splitlines() == paths.splitlines()
@@ -148,7 +148,7 @@ def test_git_ignores_what_the_documented_commands_write():
 
 @pytest.mark.slow
 def test_the_four_fixed_commands_run_as_written(tmp_path):
-    """The whole line, the 270M on a CPU among it: some minutes."""
+    """Takes some minutes: one command trains the 270M model on a CPU."""
     tokenizers = os.environ.get("PRETRAIN_TOKENIZERS", "")
     if not Path(tokenizers, "gemma3/tokenizer.json").is_file():
         pytest.skip("the gemma3 tokenizer is not in $PRETRAIN_TOKENIZERS")

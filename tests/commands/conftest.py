@@ -1,4 +1,4 @@
-"""Fixtures of the command tests: a refusal, and that it leaves nothing behind."""
+"""Fixtures of the command tests: `refused` checks an error and that no file changed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every file below, hidden ones too, with size and time; and every folder but data/, runs/."""
+    """Map every file below, hidden ones too, to (size, mtime); list folders but data/ and runs/."""
     found = {}
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
@@ -22,8 +22,8 @@ def tree(folder: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.fixture
 def refused(pretrain: Callable[..., Any], tmp_path: Path) -> Callable[..., str]:
-    """Runs a command line that must be refused: exit code 2, one `error:` line, which is returned,
-    and no file in the current folder made, changed or taken away."""
+    """Run a command line that must be refused, and return its error message. Checks for exit code
+    2, one `error:` line, and no file created, changed or removed in the current folder."""
 
     def check(line: str, stdin: str = "") -> str:
         before = tree(tmp_path)
@@ -31,7 +31,7 @@ def refused(pretrain: Callable[..., Any], tmp_path: Path) -> Callable[..., str]:
         assert outcome.code == 2, (outcome.code, outcome.out, outcome.err)
         errors = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1
-        assert outcome.err.splitlines()[-1] == errors[0]  # the last word, on one line
+        assert outcome.err.splitlines()[-1] == errors[0]  # the last line of the output
         assert "error:" not in outcome.out
         after = tree(tmp_path)
         names = before.keys() | after.keys()

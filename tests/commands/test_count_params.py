@@ -1,4 +1,4 @@
-"""`pretrain count-params`: the published totals, from the architecture's numbers alone."""
+"""`pretrain count-params`: published totals, computed from the configuration."""
 
 import json
 
@@ -44,9 +44,9 @@ def test_the_same_numbers_for_machines(pretrain):
 
 
 def test_training_flops_follow_the_length(pretrain):
-    """6 FLOPs a weight that multiplies, and 12 × heads × head_dim for each key seen: here, at
-    full attention, 18 layers of 4 heads of 256 dimensions that see all T tokens."""
-    matrices = GEMMA_TIED - 55_936  # all but norms; the tied embedding multiplies as the head
+    """A token takes 6 FLOPs per matrix weight, and 12 × heads × head_dim per key and layer: here,
+    at full attention, 18 layers of 4 heads of 256 dimensions that see all T tokens."""
+    matrices = GEMMA_TIED - 55_936  # all but norms; the tied embedding is also the head's matrix
     for length in (1024, 4096):
         counts = json.loads(pretrain(f"count-params --json --tied --seq-len {length}").out)
         flops = counts["tied"]["training_flops_per_token"]
@@ -55,7 +55,7 @@ def test_training_flops_follow_the_length(pretrain):
 
 
 def test_what_sampling_remembers_follows_the_length_and_the_windows(pretrain):
-    """A text of 32,768 tokens of the 27B: 10 full layers, and 52 with windows of 1024."""
+    """KV cache of the 27B for 32,768 tokens: 10 full layers, and 52 with windows of 1024."""
     counts = json.loads(pretrain("count-params --model gemma3-27b --seq-len 32768 --json").out)
     remembered = counts["tied"]["sampling_bytes"]["cache_per_text"]
     assert remembered == 2 * 2 * 16 * 128 * (10 * 32768 + 52 * 1024)
@@ -70,7 +70,7 @@ def test_another_vocabulary_changes_the_embeddings_alone(pretrain):
 
 
 def test_experts_that_a_token_does_not_meet_are_told_apart(pretrain):
-    """Qwen3-30B-A3B: 30.5 billion parameters, 3.3 billion of them active, says its model card."""
+    """Source: the model card of Qwen3-30B-A3B. 30.5 billion parameters, 3.3 billion active."""
     outcome = pretrain("count-params --model qwen3-30b-a3b")
     assert "30,532,122,624" in outcome.out
     assert "active a token" in outcome.out

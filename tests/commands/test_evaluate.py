@@ -1,4 +1,4 @@
-"""`pretrain evaluate`: the run's own validation, on any checkpoint and any dataset."""
+"""`pretrain evaluate`: the same loss as the run's validation, on other datasets and checkpoints."""
 
 import json
 import math
@@ -13,7 +13,7 @@ NUMBERS = ("loss", "perplexity", "bits_per_byte", "tokens")
 
 @pytest.fixture
 def birds(trained, pretrain):
-    """A second dataset of the same tokenizer."""
+    """Dataset other than the run's, from the same tokenizer."""
     Path("birds").mkdir()
     for number in range(20):
         Path(f"birds/{number}.txt").write_text(f"{number} birds sing" * (number + 1))
@@ -58,7 +58,7 @@ def test_a_run_a_checkpoint_and_a_model_folder_have_the_same_loss(pretrain):
 
 @pytest.mark.usefixtures("trained")
 def test_the_best_checkpoint_is_the_one_of_lowest_validation_loss(pretrain, refused):
-    """The run gets worse: good weights, and a learning rate that grows too high."""
+    """The run diverges: it starts from good weights, and its learning rate grows too high."""
     done = pretrain(
         f"train --init-from {CHECKPOINT} --seq-len 32 --tokens-per-step 128 --micro-batch-size 2 "
         "--dtype float32 --steps 4 --learning-rate 0.3 --keep 1 --out worse "

@@ -1,4 +1,4 @@
-"""`pretrain evaluate --tasks`: small tasks on this disk, and what transformers answers to them."""
+"""`pretrain evaluate --tasks`: small local tasks, compared with transformers' answers."""
 
 import importlib.util
 import json
@@ -11,12 +11,12 @@ from tests.engine.evaluation.conftest import CHECKPOINT, cache_datasets_in, writ
 needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed"
 )
-quietly = pytest.mark.filterwarnings("ignore")  # of the harness's own imports
+quietly = pytest.mark.filterwarnings("ignore")  # from the harness's imports
 
 
 @pytest.fixture
 def tasks(trained, monkeypatch):
-    """Three tasks with their questions in files: of choices, of whole texts, of written answers."""
+    """Three local tasks: multiple choice, likelihood of texts, generated answers."""
     cache_datasets_in(trained / "cache", monkeypatch)
     return write_tasks(trained / "tasks")
 

@@ -1,4 +1,4 @@
-"""`pretrain export`: a folder to publish, which is the same model and says what it is."""
+"""`pretrain export`: the written folder holds the same model, and a model card."""
 
 import importlib
 import json
@@ -83,7 +83,7 @@ def test_a_run_is_written_as_one_file_for_llama_cpp(pretrain):
     assert "in fp16, " in outcome.out
     assert reader.get_field("general.name").contents().startswith("tiny step-")
     head = {tensor.name: tensor for tensor in reader.tensors}
-    assert "output.weight" not in head  # it is the embedding
+    assert "output.weight" not in head  # tied: the embedding serves as the head
     assert head["token_embd.weight"].tensor_type.name == "F16"
 
 

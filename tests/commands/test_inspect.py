@@ -1,4 +1,4 @@
-"""`pretrain inspect` says what is in a dataset, and finds what is wrong with it."""
+"""`pretrain inspect`: shows a dataset's contents and finds damage."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ LINES = [f"line {number} of the corpus, {'x' * number}" for number in range(40)]
 
 @pytest.fixture
 def dataset(pretrain):
-    """`data/mixed`, of a folder and a file of lines, 40 documents in all, the bytes as tokens."""
+    """Dataset `data/mixed`: a folder and a .jsonl file, 40 documents in all, bytes as tokens."""
     Path("texts").mkdir()
     for number, line in enumerate(LINES[:10]):
         Path(f"texts/{number}.txt").write_text(line)

@@ -1,4 +1,4 @@
-"""`pretrain train --lr-find`, as it is typed."""
+"""`pretrain train --lr-find`, run from the command line."""
 
 from pathlib import Path
 

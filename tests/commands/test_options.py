@@ -11,8 +11,8 @@ from pretrain_cli.commands.options import MAY_BE_EMPTY
 
 
 def texts():
-    """Each option and argument that takes a text or several, and a line that gives it an empty
-    one."""
+    """Yield for each option and argument of text a command line with an empty value, and its
+    name."""
 
     def of(line, command):
         kinds = typing.get_type_hints(inspect.unwrap(command.callback))

@@ -1,5 +1,5 @@
-"""`--quantize int8` of sample, evaluate and benchmark sample: one model, and refused where it
-isn't to be had."""
+"""`--quantize int8` of sample, evaluate and benchmark sample: the same model in all three, and an
+error where int8 is unavailable."""
 
 import importlib
 import json
@@ -15,14 +15,14 @@ from tests.engine.evaluation.test_evaluate_checkpoint import reference
 
 
 def rounded(weight):
-    """Whole numbers from −127 to 127 times a scale for each row."""
+    """Round a matrix to whole numbers from −127 to 127, times one scale per row."""
     scale = weight.abs().amax(1, keepdim=True) / 127
     return (weight / scale).round() * scale
 
 
 @pytest.fixture
 def rounded_folder(trained):
-    """The checkpoint as transformers has it, its matrices rounded, its embedding not."""
+    """Checkpoint saved by transformers with rounded matrices; the embedding is not rounded."""
     transformers = importlib.import_module("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
     head = rounded(model.lm_head.weight.detach())
@@ -95,7 +95,7 @@ def test_a_benchmark_reads_a_byte_a_weight(pretrain):
         found = json.loads(Path("out.json").read_text())
         assert found["results"][0]["decode_tokens_per_second"] > 0
         read.append(found["step_bytes"])
-    assert 3 < read[0] / read[1] < 4  # what the texts remember is as it was
+    assert 3 < read[0] / read[1] < 4  # less than 4: the KV cache is not quantized
 
 
 @pytest.mark.usefixtures("trained")

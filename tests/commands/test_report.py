@@ -1,4 +1,4 @@
-"""`pretrain report`: the page has the numbers of the files, says what is missing, runs nothing."""
+"""`pretrain report`: the page has the files' numbers, says what is missing, loads nothing."""
 
 import json
 import re
@@ -12,7 +12,7 @@ import yaml
 
 
 class Page(HTMLParser):
-    """A page as a browser takes it apart: elements, their text, and what scripts it would run."""
+    """Parsed page: elements, their text, and the scripts that a browser would run."""
 
     def __init__(self, path):
         super().__init__()
@@ -41,7 +41,7 @@ class Page(HTMLParser):
 
 
 def make_run(folder, rows, **record):
-    """A run folder of our own making."""
+    """Write a run folder by hand."""
     folder.mkdir(parents=True)
     settings = {"train": {"steps": 10}, "optimizer": {"learning_rate": 0.1}}
     record = {"settings": settings, "asked": settings, "model": {"name": "m"}, **record}
@@ -74,14 +74,14 @@ def test_the_page_has_the_numbers_of_the_file(pretrain):
     titles = [chart["title"] for chart in page.data["charts"]]
     assert sorted(set(titles)) == sorted(titles)
     assert "Split tokens" not in titles
-    # an evaluation is where its step is
+    # an evaluation has the tokens of its step
     tokens = [128 * row["step"] for row in rows["evaluation"]]
     assert run["evaluations"]["axes"]["tokens"] == tokens
     assert [curve["what"] for curve in page.chart("Loss")["curves"]] == ["training", "validation"]
     assert f"{rows['evaluation'][-1]['loss']:.4f}" in page.text
     sample = json.loads(Path("runs/tiny/samples.jsonl").read_text())["text"]
     assert sample in page.inside("pre")
-    # as asked and in force
+    # settings as given and as resolved
     assert "asked: auto" in page.text
     assert "0.01" in page.inside("td")
 
@@ -93,7 +93,7 @@ def test_a_restart_is_marked_where_it_was(pretrain):
     marks = Page("runs/tiny/report.html").data["runs"][0]["marks"]
     (mark,) = (mark for mark in marks if mark["shown"])
     assert (mark["kind"], mark["step"], mark["tokens"]) == ("restarted", 60, 60 * 128)
-    assert mark["text"] == "steps 64"  # and nothing else is another
+    assert mark["text"] == "steps 64"  # the only changed setting
 
 
 # --- safe ----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`pretrain sample`: text from a run, a checkpoint or a model folder, and to the letter."""
+"""`pretrain sample`: text from a run, a checkpoint or a model folder, printed unchanged."""
 
 import importlib
 import json
@@ -38,7 +38,7 @@ def test_a_run_a_checkpoint_and_a_model_folder_write_the_same(pretrain):
 
 @pytest.mark.usefixtures("trained")
 def test_greedy_text_is_what_transformers_generates(pretrain):
-    """From our checkpoint, opened by transformers with no export."""
+    """transformers opens our checkpoint directly, without an export."""
     transformers = importlib.import_module("transformers")
     folder = "runs/tiny/checkpoints/step-000060"
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -63,13 +63,13 @@ def test_a_transformers_folder_samples_what_transformers_generates(pretrain, tmp
     tokenizer.save(tmp_path / "theirs")
     prompt = torch.tensor([tokenizer.encode_prompt("green bottles")])
     mask = torch.ones_like(prompt)
-    # the rows above 256 pad the vocabulary, and are no text
+    # ids above 256 pad the vocabulary and have no text
     ids = model.generate(prompt, attention_mask=mask, max_new_tokens=24, do_sample=False,
                          suppress_tokens=list(range(257, 320)), pad_token_id=256)[0]  # fmt: skip
     text = tokenizer.decode(ids.tolist())
     outcome = pretrain(f"sample theirs {GREEDY}")
     assert outcome.code == 0, outcome.err
-    # bytes that are no character yet at the end are kept back
+    # trailing bytes that do not complete a character are held back
     assert outcome.out.rstrip("\n\ufffd") == text.rstrip("\n\ufffd")
 
 
@@ -83,7 +83,7 @@ def test_the_prompt_may_come_from_standard_input(pretrain):
 
 @pytest.mark.usefixtures("trained")
 def test_text_is_written_as_it_is(pretrain):
-    """Nothing in it is markup, a picture or something to tidy up."""
+    """Markup, emoji codes, control characters and spaces are printed unchanged."""
     prompt = "a\tb [bold]c[/] [/x] :smile: \\ \x07 é\r \n   "
     outcome = pretrain(f"sample --max-tokens 1 --temperature 0 --prompt {shlex.quote(prompt)}")
     assert outcome.code == 0, outcome.err
@@ -103,7 +103,7 @@ def test_a_seed_gives_a_text_and_n_gives_several(pretrain):
 
 @pytest.mark.usefixtures("trained")
 def test_prompts_of_a_file_are_written_in_order_and_as_one_by_one(pretrain):
-    """Prompts of different lengths, beyond windows of 8, in batches that don't divide them."""
+    """Prompts have different lengths, beyond windows of 8; no batch size divides their number."""
     prompts = ["And if one green bottle " * k + "x" * k for k in range(1, 6)] + ["a", "green"]
     Path("prompts.txt").write_text("\n\n".join(prompts) + "\n")
     line = "sample --max-tokens 30 --dtype float32 --json"
@@ -221,7 +221,7 @@ def test_a_prompt_that_fills_every_position(refused, pretrain):
 @pytest.mark.usefixtures("trained")
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_checkpoint_cut_short(pretrain, refused, name):
-    """It is refused by itself; a run falls back to the one before, and says so."""
+    """Given alone it is refused; given the run, sample uses the one before it and says so."""
     newest = Path("runs/tiny/checkpoints/step-000060")
     cut(newest / name)
     message = refused(f"sample {newest}")
@@ -240,7 +240,7 @@ def test_a_checkpoint_cut_short(pretrain, refused, name):
 @pytest.mark.usefixtures("trained")
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_model_folder_cut_short(refused, name):
-    """Without our checksums the files themselves must show it."""
+    """The folder has no checksums, so the damage must be found in the files themselves."""
     shutil.copytree("runs/tiny/checkpoints/step-000060", "model")
     shutil.rmtree("model/training")
     cut(Path("model", name))

@@ -1,4 +1,4 @@
-"""`pretrain tokenize`, as it is typed: text to a dataset folder, or one line that says why not."""
+"""`pretrain tokenize`, run from the command line: a dataset folder, or one error line."""
 
 import bz2
 import gzip
@@ -35,14 +35,14 @@ def test_a_folder_of_text_becomes_a_dataset(pretrain, corpus):
     assert outcome.code == 0, outcome.err
     assert {path.name for path in Path("data/corpus").iterdir()} == FILES
     size = sum(path.stat().st_size for path in corpus.rglob("*.txt"))
-    assert f"data/corpus: {size + 30:,} tokens of bytes" in outcome.out  # an end a document
+    assert f"data/corpus: {size + 30:,} tokens of bytes" in outcome.out  # 30 end-of-document tokens
     assert "from 30 documents, 12.4 kB of text" in outcome.out
     assert "pretrain train --data data/corpus" in outcome.out
     assert list(Path("data").iterdir()) == [Path("data/corpus")]
 
 
 def test_a_published_tokenizer_makes_a_dataset(pretrain, corpus, tmp_path, monkeypatch):
-    """The command of the README; where the real file is not there, one of the same form."""
+    """The README's command, with a stand-in file of the same format for the published tokenizer."""
     (tmp_path / "published/gemma3").mkdir(parents=True)
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eos>": 0, "wall": 1}, "<eos>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -74,7 +74,7 @@ def test_bpe_is_trained_to_the_size_asked_for(pretrain, corpus):
 
 
 def test_a_bpe_of_a_text_with_less_to_merge_is_smaller_and_named_so(pretrain, tmp_path):
-    (tmp_path / "a.txt").write_text("aaaa " * 9)  # aa, aaaa and, with its space, the word
+    (tmp_path / "a.txt").write_text("aaaa " * 9)  # merges: aa, aaaa, and the word with its space
     outcome = pretrain("tokenize --tokenizer bpe --vocab-size 5000 a.txt")
     assert outcome.code == 0, outcome.err
     assert (manifest("data/a")["vocab_size"], manifest("data/a")["tokenizer"]) == (260, "bpe-260")
@@ -142,7 +142,7 @@ def test_a_folder_named_in_markup_is_shown_as_it_is(pretrain, corpus):
 
 
 def tokens(folder="data/corpus", split="train"):
-    """The bytes of the documents of a split, each of which ends with 256."""
+    """Read a split's tokens: bytes of the documents, each document ending with 256."""
     found = []
     for path in sorted(Path(folder).glob(f"{split}-*.bin")):
         found += np.fromfile(path, "<u2").tolist()
@@ -173,7 +173,7 @@ def test_standard_input_may_hold_what_a_file_may(pretrain):
 
 
 def test_standard_input_is_that_of_the_process(pretrain, tmp_path):
-    """And is read to its end, whatever comes in which portions."""
+    """It is read to its end, in whatever chunks it arrives."""
     command = [sys.executable, "-m", "pretrain_cli", "tokenize", *ALL_TRAIN.split(), "-"]
     environment = {**os.environ, "PYTHONPATH": str(Path(pretrain_cli.__file__).parent.parent)}
     text = "words and words\n" * 200_000

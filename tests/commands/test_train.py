@@ -1,4 +1,4 @@
-"""`pretrain train`, as it is typed: a dataset to a run folder, stopped and gone on with."""
+"""`pretrain train`, run from the command line: train into a run folder, stop, resume."""
 
 import json
 import os
@@ -24,7 +24,7 @@ CHECKPOINT = {"config.json", "generation_config.json", "model.safetensors", "tok
 
 @pytest.fixture
 def dataset(pretrain, corpus):
-    """`data/corpus`, 12 thousand bytes."""
+    """Dataset `data/corpus`, 12 thousand bytes."""
     assert pretrain("tokenize --tokenizer bytes --val-fraction 0.1 corpus").code == 0
     return Path("data/corpus")
 
@@ -48,7 +48,7 @@ def test_a_run_folder_is_as_drawn():
     steps = metrics("runs/tiny")
     assert [row["step"] for row in steps] == list(range(1, 61))
     assert [row["tokens"] for row in steps] == list(range(128, 61 * 128, 128))
-    assert steps[0]["loss"] > 5  # of 320 rows, ln 320 = 5.8
+    assert steps[0]["loss"] > 5  # random weights: ln 320 = 5.8, for 320 ids
     assert steps[-1]["loss"] < 3
     (last,) = metrics("runs/tiny", "evaluation")[-1:]
     assert last["step"] == 60
@@ -141,7 +141,7 @@ def test_the_record_says_what_was_asked_and_what_it_became(pretrain, tiny):
     auto = [key for section in ("data", "optimizer", "train")
             for key, value in made["settings"][section].items()
             if value == "auto"]  # fmt: skip
-    assert set(auto) <= {"device", "micro_batch_size", "log_every"}  # the machine's, and told there
+    assert set(auto) <= {"device", "micro_batch_size", "log_every"}  # `machine` has their values
     assert made["machine"]["micro_batch_size"] == 2
     matmul = made["speed"]["float32_matmul"]
     assert (matmul["asked"], matmul["in_force"]) == ("high", "highest")
@@ -199,7 +199,7 @@ def test_with_several_datasets_one_must_be_chosen(pretrain, refused, dataset, ti
 
 @pytest.fixture
 def other(pretrain, dataset):
-    """`data/other`: another part of the same text, nothing held out."""
+    """Dataset `data/other`: another part of the same text, without a validation split."""
     line = "tokenize --tokenizer bytes --val-fraction 0 corpus/more corpus/verse-03.txt"
     assert pretrain(f"{line} --out data/other").code == 0
     return Path("data/other")
@@ -212,11 +212,11 @@ def other(pretrain, dataset):
 def test_datasets_are_mixed_by_weight_as_it_is_typed(pretrain, tiny, data):
     outcome = pretrain(f"train {data} {tiny} --steps 4 --out mixed --learning-rate 0.01")
     assert outcome.code == 0, outcome.err
-    # 16 samples of 32 tokens, three of one to one of the other
+    # 16 samples of 32 tokens, mixed 3 : 1
     assert metrics("mixed")[-1]["sources"] == {"data/corpus": 384, "data/other": 128}
     assert "Tokens seen: data/corpus 384, data/other 128" in outcome.out
     (evaluation,) = metrics("mixed", "evaluation")
-    assert list(evaluation["sources"]) == ["data/corpus"]  # the other holds nothing out
+    assert list(evaluation["sources"]) == ["data/corpus"]  # data/other has no validation split
     assert "data/corpus: " in outcome.out.split("validation loss")[1]
     made = record("mixed")
     assert made["dataset"]["path"] == data.replace("--data ", "")
@@ -275,7 +275,7 @@ def test_different_tokenizers_do_not_mix(pretrain, refused, dataset, tiny):
 
 
 def test_whole_documents_are_packed_once_and_it_is_told_how_well(pretrain, tiny, dataset):
-    """Documents of some 400 tokens in samples of 33: each is cut."""
+    """Documents have about 400 tokens, samples 33, so every document is cut."""
     line = f"train {tiny} --data {dataset} --packing best-fit --steps 2 --out"
     outcome = pretrain(f"{line} first")
     assert outcome.code == 0, outcome.err
@@ -397,7 +397,7 @@ def test_a_run_does_not_go_on_with_another_dataset(pretrain, refused):
     pretrain("tokenize --tokenizer bytes --val-fraction 0.3 corpus --out data/other")
     message = refused("train --resume runs/tiny --steps 62 --data data/other")
     assert message.startswith("data/other: not the dataset that runs/tiny was trained on")
-    shutil.move("data/corpus", "data/moved")  # the same tokens in another place are the same
+    shutil.move("data/corpus", "data/moved")  # a moved dataset counts as unchanged
     assert pretrain("train --resume runs/tiny --steps 61 --data data/moved").code == 0
 
 

@@ -1,4 +1,4 @@
-"""`pretrain train` on the .bin files of other programs, as it is typed."""
+"""`pretrain train` on the .bin files of other programs, run from the command line."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ VERSE = b"green bottles hanging on the wall,\nAnd if one green bottle should acc
 
 
 def write(path, documents, *, header=True):
-    """Bytes as tokens, as llm.c writes them or, without a header, as nanoGPT does."""
+    """Write bytes as tokens, in llm.c's format or, without a header, in nanoGPT's."""
     ends = [[256, *text] if header else [*text, 256] for text in documents]
     tokens = np.concatenate(ends).astype("<u2")
     numbers = np.zeros(256, "<i4")
@@ -27,7 +27,7 @@ def write(path, documents, *, header=True):
 
 @pytest.fixture
 def files(pretrain):
-    """Two shards to train on and one to validate on, in the current folder."""
+    """Two training shards and one validation shard, in the current folder."""
     write("song_train_000001.bin", [VERSE * 20, VERSE * 10])
     write("song_train_000002.bin", [VERSE * 30])
     write("song_val_000000.bin", [VERSE * 4] * 2)
@@ -128,7 +128,7 @@ def test_a_single_file_whose_end_is_held_out(pretrain, tiny):
 def test_an_id_beyond_the_vocabulary_ends_a_run_on_large_files(
     pretrain, tiny, monkeypatch, prefetch
 ):
-    """Nothing but the first and the last block is read before."""
+    """Opening reads only the first and the last block, so training must find the id."""
     monkeypatch.setattr(token_files, "VERIFIED_WHEN_OPENED", 0)
     monkeypatch.setattr(token_files, "SAMPLED", 1)
     monkeypatch.setattr(token_files, "BLOCK", 64)
@@ -186,7 +186,7 @@ def test_the_tokenizer_of_a_dataset_is_its_own(pretrain, refused, tiny):
     assert refused(f"{line} bytes --data data/bpe") == (
         "data.tokenizer: 'bytes' is not bpe-300, which made data/bpe; leave it out"
     )
-    assert open_data("data/bpe", "data/bpe").separator == 0  # the first id that a BPE is given
+    assert open_data("data/bpe", "data/bpe").separator == 0  # the first id of a trained BPE
 
 
 @pytest.mark.usefixtures("trained")

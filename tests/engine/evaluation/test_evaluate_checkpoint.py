@@ -1,4 +1,4 @@
-"""Validation of a checkpoint: transformers' loss, the first tokens, documents apart."""
+"""Validation of a checkpoint: transformers' loss, --eval-tokens, document masks."""
 
 import importlib
 import math

@@ -1,4 +1,4 @@
-"""Log-likelihoods against sums of transformers' logits, and continuations."""
+"""Log-likelihoods, compared with sums over transformers' logits, and continuations."""
 
 import importlib
 from dataclasses import replace
@@ -22,7 +22,7 @@ BEGIN, END = 258, 256
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A Gemma 3 of transformers', in a folder with the tokenizer of bytes."""
+    """Gemma 3 model of transformers, saved in a folder with the byte tokenizer."""
     transformers = importlib.import_module("transformers")
     numbers = GEMMA | {"vocab_size": ROWS, "num_key_value_heads": 2}
     config = transformers.Gemma3TextConfig(**numbers, attn_implementation="eager")
@@ -46,7 +46,7 @@ def scorer(theirs: Any) -> Scorer:
 
 
 def by_hand(theirs: Any, tokens: list[int], asked: int) -> tuple[float, bool]:
-    """The sum of the log-probabilities of the last `asked` tokens, and whether all are greedy."""
+    """Return the sum of the last `asked` tokens' log-probabilities, and whether all are greedy."""
     with torch.no_grad():
         logits = theirs(torch.tensor([tokens[:-1]])).logits[0, -asked:]
     targets = torch.tensor(tokens[-asked:])

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval: scores and likelihoods as transformers gives them, on tasks on this disk."""
+"""lm-eval tasks on this disk: scores and likelihoods equal transformers'."""
 
 import importlib
 import importlib.util
@@ -35,7 +35,7 @@ quietly = pytest.mark.filterwarnings("ignore")  # from the harness's imports
 
 @pytest.fixture
 def tasks(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Three tasks in a folder of the current one."""
+    """Three tasks, in a subfolder of the current folder."""
     cache_datasets_in(trained / "cache", monkeypatch)
     return write_tasks(trained / "tasks")
 
@@ -47,7 +47,7 @@ def scores(*names: str, include_path: Path | None = None) -> TaskResult:
 
 @pytest.fixture
 def scored(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """The log-probabilities that the harness received, by context and continuation."""
+    """Log-probabilities that the harness received, by context and continuation."""
     scored: dict[str, float] = {}
     likelihoods = Scorer.likelihoods
 
@@ -102,7 +102,7 @@ def test_accuracy_and_likelihoods_are_transformers(tasks, theirs, scored):
 @needs_harness
 @quietly
 def test_few_shot_examples_precede_a_question(tasks, theirs, scored):
-    """Two examples of another file, as the harness formats them: an empty line after each."""
+    """Two examples come from another file; the harness puts an empty line after each."""
     examples = [
         {"question": "7 green bottles hanging on the", "choices": ["wall", "cat"], "answer": 0},
         {"question": "And if one green", "choices": ["dog", "bottle"], "answer": 1},

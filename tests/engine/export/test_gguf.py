@@ -1,7 +1,7 @@
-"""A GGUF file holds the model: read back by the gguf package, and opened by llama.cpp.
+"""GGUF files: read back by the gguf package, and opened by llama.cpp.
 
-The models are transformers' own, drawn wide; what is expected of a file is what transformers saved,
-by the gguf package's names, and what transformers computes.
+The models come from transformers, with widely drawn weights. Expected tensors are those that
+transformers saved, under the gguf package's names; expected logits are those of transformers.
 """
 
 import importlib
@@ -50,7 +50,7 @@ LENGTH = 33  # several windows of 7
 
 @pytest.fixture(scope="module", params=MODELS)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder as transformers saves it, with the tokenizer of bytes."""
+    """Model folder saved by transformers, with the byte tokenizer."""
     transformers = importlib.import_module("transformers")
     family, numbers = MODELS[request.param]
     config_class = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
@@ -168,7 +168,7 @@ def test_what_can_not_be_written_leaves_nothing(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def llama() -> Callable[..., Any]:
-    """Opens a file with llama.cpp, all of it in float32 that can be."""
+    """Function that opens a file with llama.cpp, computing in float32 wherever it can."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 
     def open_file(path: Path, **more: Any) -> Any:
@@ -190,7 +190,7 @@ def test_llama_cpp_computes_the_same_logits(folder, export, llama, dtype):
     model = llama(export(folder, dtype))
     model.eval(tokens[0].tolist())
     logits = torch.from_numpy(model.scores[:LENGTH].copy())
-    is_gemma = "Gemma" in type(theirs).__name__  # whose GELU llama.cpp has as a float16 table
+    is_gemma = "Gemma" in type(theirs).__name__  # llama.cpp computes its GELU from a float16 table
     tolerance = {"fp32": 2e-3 if is_gemma else 1e-5, "fp16": 5e-3, "bf16": 4e-2}[dtype]
     assert (logits - expected).norm() / expected.norm() < tolerance
 

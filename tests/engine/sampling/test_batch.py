@@ -1,4 +1,4 @@
-"""Many texts at once are the texts one by one, and each begins, is chosen and ends by itself."""
+"""Continuous batching: texts generated together equal the same texts generated alone."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def finish(model, texts, params, *, rows, end=-1, known=V, until=None):
 
 @torch.no_grad()
 def greedy(model, prompt, count):
-    """By the whole text anew for every token."""
+    """Generate greedily without a cache: the whole text is computed again for every token."""
     tokens, logprobs = list(prompt), []
     for _ in range(count):
         last = model(torch.tensor([tokens]), last_only=True)[0, -1].float()
@@ -138,7 +138,7 @@ def test_each_text_ends_for_its_own_reason_and_the_rest_go_on(model):
 
 
 def test_tokens_looked_at_late_make_the_same_texts(model, monkeypatch):
-    """As on a GPU, where a text's end is seen some turns after more of it was begun."""
+    """Simulates a GPU, where the CPU sees a text's end some turns after it was sampled."""
     expected = [greedy(model, prompt, 20)[0] for prompt in PROMPTS[:6]]
     end = expected[2][4]
     plain = finish(model, texts_of(PROMPTS[:6]), SamplingParams(temperature=0), rows=2, end=end)

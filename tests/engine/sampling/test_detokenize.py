@@ -21,7 +21,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def byte_fallback(tmp_path_factory):
-    """A tokenizer with byte fallback, as llama2's and gemma3's: bytes for all but a few words."""
+    """Tokenizer with byte fallback, as llama2's and gemma3's: bytes for all but a few words."""
     vocab = {"<unk>": 0, "</s>": 1, "▁": 2, "a": 3, "b": 4, "▁a": 5}
     vocab |= {f"<0x{byte:02X}>": 6 + byte for byte in range(256)}
     backend = tokenizers.Tokenizer(
@@ -105,7 +105,7 @@ def test_an_invalid_byte_after_a_returned_character_stops_no_stream(byte_fallbac
 @example(pieces=["aa", "b"], strings=["aab"])  # the longest possible beginning is held back
 @example(pieces=["b", "ab", "a", "c"], strings=["abac", "bb"])
 def test_text_ends_before_the_first_stop_string(pieces, strings):
-    """Compared with a search in the text received so far."""
+    """Compare with a search in the text received so far."""
     stop = StopStrings(tuple(strings))
     released, seen = "", ""
     for piece in pieces:

@@ -1,4 +1,4 @@
-"""Texts of prompts: planned, written as they come, ended by strings, compiled where that pays."""
+"""Generation from prompts: planning, streaming, stop strings, and when to compile."""
 
 import math
 
@@ -136,8 +136,8 @@ def test_prompts_that_cannot_be_read_are_refused(tmp_path, text, said):
 
 
 def test_compiling_pays_where_its_seconds_are_saved():
-    """By pretrain benchmark sample with and without: 10 s over what is saved of a token of
-    gemma3-tiny in float32, 11 s over that of gemma3-270m in bfloat16."""
+    """Break-even steps are compile time / time saved per token, in tokens/s of `pretrain benchmark
+    sample` with and without --compile: gemma3-tiny in float32, gemma3-270m in bfloat16."""
     for name, seconds, compiled, plain in (
         ("gemma3-tiny", 10, 402.6, 162.9),
         ("gemma3-270m", 11, 42.1, 24.8),
@@ -156,7 +156,7 @@ def test_compiling_is_for_long_texts_on_a_cpu_or_when_asked(model, tokenizer, mo
     worth = math.ceil(worth_compiling(model.config))
     assert decided(None, worth) == (True, f"up to {worth:,} steps")
     assert decided(None, worth - 1)[0] is False
-    assert decided(None, worth // 2 + 1, count=8, rows=4)[0] is True  # two after the other
+    assert decided(None, worth // 2 + 1, count=8, rows=4)[0] is True  # two texts for each row
     assert decided(None, worth // 2, count=4, rows=8)[0] is False
     assert decided(True, 1)[0] is True
     assert decided(False, 10 * worth)[0] is False
@@ -168,7 +168,7 @@ def test_compiling_is_for_long_texts_on_a_cpu_or_when_asked(model, tokenizer, mo
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "rows"), [("gemma3-tiny", 3), ("qwen3-tiny", 1)])
 def test_a_compiled_step_writes_the_same(tokenizer, family, rows):
-    """Beyond the growth of a full layer's buffer, and compiled once for all its sizes."""
+    """600 tokens: a full layer's buffer grows, and no new size compiles the step again."""
     config = variant(
         preset(family),
         {"hidden_size": 32, "vocab_size": 320, "num_hidden_layers": 6 if "gemma" in family else 2,
@@ -184,7 +184,7 @@ def test_a_compiled_step_writes_the_same(tokenizer, family, rows):
         torch._dynamo.utils.counters.clear()
         writer = sample.open_session(model, compiled, texts, rows, said.append)
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        assert graphs == compiled * (3 if "gemma" in family else 2)  # a block of a kind, the head
+        assert graphs == compiled * (3 if "gemma" in family else 2)  # each kind of block; the head
         with torch.compiler.set_stance("fail_on_recompile" if compiled else "default"):
             for _ in generate_text(writer, tokenizer, texts, params, rows=rows):
                 pass

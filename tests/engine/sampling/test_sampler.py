@@ -1,4 +1,4 @@
-"""Sampling against transformers' own processors, and draws by a seed alone."""
+"""Sampling: equal to transformers' processors, and draws that depend on the seed only."""
 
 import importlib
 
@@ -16,7 +16,7 @@ from pretrain_cli.errors import ConfigError
 
 
 def warped(logits, prompt, **params):
-    """The probabilities that transformers' processors and warpers leave."""
+    """Return the probabilities after transformers' processors and warpers."""
     transformers = importlib.import_module("transformers")
     makers = {
         "repetition_penalty": transformers.RepetitionPenaltyLogitsProcessor,

@@ -2,15 +2,15 @@
 
     python .tools/draw_architectures.py
 
-writes the SVG and, from a screenshot of it by a headless Chromium or Chrome on PATH, the WebP
-(needs Pillow). Every number shown is read from the ModelConfigs or counted from them, so a changed
-preset changes the picture; `tests/test_picture.py` fails while the committed SVG is an older one.
+Writes the SVG, and a WebP from a screenshot of the SVG. The WebP needs Pillow, and a headless
+Chromium or Chrome on PATH. Every number shown comes from the ModelConfigs, so a changed preset
+changes the picture; `tests/test_picture.py` fails if the committed SVG is out of date.
 
-One column a model, top to bottom, the same row for the same part. What only one family has is in
-that family's colour; where a family has nothing to draw, the line just runs on. Each colour is a
-CSS class with a light and a dark value, on a card of its own, so the SVG follows the reader's
-theme; the WebP is the light card. Fonts differ between machines (Inter where it is installed), so
-every text has room to be a sixth wider.
+Each model is one column, drawn from top to bottom, with equal parts in equal rows. Parts that only
+one family has are in that family's colour; the other family's column shows a plain line there. Each
+colour is a CSS class with a light and a dark value, so the SVG follows the reader's theme; the WebP
+is always light. Fonts differ between machines (Inter if installed), so each text has room to be a
+sixth wider.
 """
 
 import shutil
@@ -30,13 +30,13 @@ FAMILIES = {"gemma3": "Gemma 3", "qwen3": "Qwen 3"}
 ACTIVATIONS = {"gelu_pytorch_tanh": "GELU", "silu": "SiLU"}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
-WIDTH, HEIGHT = 830, 1232  # 830: what GitHub gives a README, so that 12px is 12 pixels there
+WIDTH, HEIGHT = 830, 1232  # GitHub shows READMEs 830 pixels wide: no scaling
 COLUMNS = {"gemma3": 28, "qwen3": 430}
-BODY, TIED = 354, 370  # right edges: of the boxes, and of the line around them to the tied head
+BODY, TIED = 354, 370  # right edges of the boxes, and of the line to the tied head
 STREAM = 34  # the residual stream's x
-BRANCH, BRANCH_WIDTH, MIDDLE = 64, 276, 202  # what reads from the stream and adds to it
-LEFT, RIGHT = BRANCH + 14, BRANCH + BRANCH_WIDTH - 14  # of the words in there
-MASK_TOKENS, MASK_WINDOW = 7, 3  # the masks are sketches: any sizes that show the two shapes
+BRANCH, BRANCH_WIDTH, MIDDLE = 64, 276, 202  # left edge, width and center of a sublayer
+LEFT, RIGHT = BRANCH + 14, BRANCH + BRANCH_WIDTH - 14  # edges of its text
+MASK_TOKENS, MASK_WINDOW = 7, 3  # sizes of the mask sketches
 LONGEST_BAR = 150
 
 STYLE = """
@@ -70,7 +70,7 @@ def sign(number: float) -> int:
 
 
 class Column:
-    """The shapes of one model. x counts from the column's left edge; a look is CSS classes."""
+    """SVG shapes of one model. x is relative to the column's left edge; `look` is CSS classes."""
 
     def __init__(self, family: str) -> None:
         self.family, self.config = family, preset(family)
@@ -87,7 +87,7 @@ class Column:
         self.shapes.append(f'<path class="{look}" d="{d}"/>')
 
     def text(self, x: float, y: float, words: str, look: str = "ink", turned: bool = False) -> None:
-        """Words with their baseline at y; `turned` ones read upwards."""
+        """Draw text with its baseline at y; `turned` text reads upwards."""
         turn = f' transform="rotate(-90 {x:g} {y:g})"' if turned else ""
         self.shapes.append(f'<text class="{look}" x="{x:g}" y="{y:g}"{turn}>{escape(words)}</text>')
 
@@ -96,7 +96,7 @@ class Column:
         self.text(right, y, note, "muted end")
 
     def line(self, *points: tuple[float, float], look: str = "", arrow: bool = True) -> None:
-        """A line with round corners; an arrow's tip is the last point."""
+        """Draw a line with round corners; with `arrow`, its tip is at the last point."""
         (x0, y0), (x, y) = points[-2:]
         dx, dy = sign(x - x0), sign(y - y0)
         d = f"M{points[0][0]:g} {points[0][1]:g}"
@@ -114,12 +114,12 @@ class Column:
         self.path(f"M{x:g} {y:g}{cross}", "none s-ink")
 
     def pill(self, x: float, y: float, width: float, words: str) -> None:
-        """What only this family has, 24 high and about x."""
+        """Draw a part that only this family has: 24 high, centered at x."""
         self.rect(x - width / 2, y, width, 24, self.own, rx=12)
         self.text(x, y + 16.5, words, f"{self.family} bold middle")
 
     def norm(self, x: float, y: float, width: float, name: str, *, own: bool = False) -> None:
-        """An RMSNorm, 26 high, with its name in the code; `own` if only this family has it."""
+        """Draw an RMSNorm, 26 high, with its name in the code; `own` if only this family has it."""
         self.rect(x, y, width, 26, self.own if own else "box s-edge", rx=13)
         self.text(x + 16, y + 17.5, "RMSNorm", f"{self.family if own else 'ink'} bold")
         self.text(x + width - 16, y + 17.5, name, f"{self.family if own else 'muted'} end")
@@ -128,7 +128,7 @@ class Column:
         return self.family if kind == SLIDING else "muted"
 
     def draw(self) -> str:
-        """The whole column, from the name down to the parameters, in its place on the card."""
+        """Return the whole column, from the name to the parameters, as an SVG group."""
         self.header()
         self.embedding()
         self.block()
@@ -145,7 +145,7 @@ class Column:
         self.text(BODY, 78, "parameters", "muted end")
 
     def embedding(self) -> None:
-        """From tokens to the residual stream."""
+        """Draw the embedding, from tokens to the residual stream."""
         config = self.config
         self.line((STREAM, 100), (STREAM, 124))
         self.text(STREAM + 12, 114, "tokens", "muted")
@@ -158,7 +158,7 @@ class Column:
             self.text(STREAM + 42, 194.5, "embeddings enter scaled up", self.family)
 
     def block(self) -> None:
-        """The stream runs straight down; attention and MLP read from it and add to it."""
+        """Draw a block: the residual stream runs down; attention and MLP read it and add to it."""
         config, layers = self.config, self.config.layer_types
         pattern = "every layer full"
         if SLIDING in layers:
@@ -176,7 +176,7 @@ class Column:
         self.sublayer(634, "mlp", self.gated_mlp, 853)
 
     def sublayer(self, top: float, name: str, draw: Callable[[float], float], plus: float) -> None:
-        """A norm, the sublayer, perhaps a norm behind it, and the sum at y = `plus`."""
+        """Draw a norm, the sublayer, its post-norm if any, and the addition at y = `plus`."""
         self.line((STREAM, top + 13), (BRANCH, top + 13))
         self.norm(BRANCH, top, BRANCH_WIDTH, f"{name}_norm")
         self.line((MIDDLE, top + 26), (MIDDLE, top + 42))
@@ -190,7 +190,7 @@ class Column:
         self.circled(STREAM, plus, "m-4.5 0h9m-4.5 -4.5v9")
 
     def attention(self, top: float) -> float:
-        """The heads, and what each kind of layer lets them see. Gives the y of its bottom."""
+        """Draw the heads and each layer type's mask. Return the y of the bottom."""
         kinds = [kind for kind in (FULL, SLIDING) if kind in self.config.layer_types]
         height = 112 + 64 * len(kinds)
         self.rect(BRANCH, top, BRANCH_WIDTH, height)
@@ -206,14 +206,14 @@ class Column:
         return top + height
 
     def heads(self, top: float) -> None:
-        """Query heads above the key/value heads they share; a pixel is 16 of head_dim."""
+        """Draw query heads above the key/value heads they share; one pixel is 16 of head_dim."""
         queries, keys = self.config.num_attention_heads, self.config.num_key_value_heads
         width = self.config.head_dim / 16
         self.text(LEFT, top + 10.5, f"{queries} query", "muted")
         self.text(LEFT, top + 31.5, f"{keys} key/value", "muted")
         for head in range(queries):
             self.rect(LEFT + 90 + head * (width + 2), top, width, 12, "line", rx=2)
-        span = (queries // keys - 1) * (width + 2)  # between a group's first and last middle
+        span = (queries // keys - 1) * (width + 2)  # between a group's outer head centers
         for key in range(keys):
             x = LEFT + 90 + key * (span + width + 2) + width / 2
             d = f"M{x:g} {top + 12:g}v4h{span:g}v-4M{x + span / 2:g} {top + 16:g}v5"
@@ -221,7 +221,7 @@ class Column:
             self.rect(x + span / 2 - width / 2, top + 21, width, 12, "muted", rx=2)
 
     def kind(self, top: float, kind: str) -> None:
-        """One kind of layer: its mask as a sketch, what a token sees, its RoPE."""
+        """Draw one layer type: a sketch of its mask, the visible tokens, the RoPE base."""
         left, colour, window = BRANCH + 10, self.kind_colour(kind), self.config.window(kind)
         base, _ = self.config.rope_base(kind)
         seen = "see every earlier token" if window is None else f"see the last {window} tokens"
@@ -238,7 +238,7 @@ class Column:
         self.text(left + 64, top + 48, f"RoPE base {base:,.0f}", colour)
 
     def gated_mlp(self, top: float) -> float:
-        """down(activation(gate) × up). Gives the y of its bottom."""
+        """Draw down(activation(gate) × up). Return the y of the bottom."""
         D, F = f"{self.config.hidden_size:,}", f"{self.config.intermediate_size:,}"
         gate, up = LEFT + 50, RIGHT - 50
         self.rect(BRANCH, top, BRANCH_WIDTH, 148)
@@ -255,7 +255,7 @@ class Column:
         return top + 148
 
     def head(self) -> None:
-        """The final norm and the head, whose matrix is the embedding's where they are tied."""
+        """Draw the final norm and the head; a dashed line joins it to a tied embedding."""
         config = self.config
         self.norm(0, 906, BODY, "norm")
         self.line((STREAM, 932), (STREAM, 950))
@@ -270,7 +270,7 @@ class Column:
             self.text(TIED + 4, 560, "tied: one matrix, used twice", "muted middle", turned=True)
 
     def parameters(self) -> None:
-        """Where the parameters are, with bars of both models to one scale, and what colour says."""
+        """Draw parameters by part, with one scale for both models, and the legend of colours."""
         parts = ("embeddings", "attention", "mlp", "norms")
         counts = {family: count_parameters(preset(family)) for family in FAMILIES}
         largest = max(getattr(count, part) for count in counts.values() for part in parts)
@@ -294,7 +294,7 @@ class Column:
 
 
 def svg(*, follow_theme: bool = True) -> str:
-    """The picture; without `follow_theme` it is light everywhere."""
+    """Return the SVG; without `follow_theme` it is always light."""
     light, dark = (
         "\n".join(
             f".{name}{{fill:{c[i]}}} .s-{name}{{stroke:{c[i]}}}" for name, c in COLOURS.items()
@@ -317,7 +317,7 @@ def svg(*, follow_theme: bool = True) -> str:
 
 
 def write_webp(browser: str, target: Path) -> None:
-    """The light picture, two pixels to one, transparent around the card."""
+    """Write the light picture at twice the size, transparent around the card."""
     from PIL import Image
 
     with tempfile.TemporaryDirectory() as folder:
@@ -328,7 +328,7 @@ def write_webp(browser: str, target: Path) -> None:
         )
         options += " --disable-background-networking --disable-component-update --hide-scrollbars"
         options += " --force-device-scale-factor=2 --default-background-color=00000000"
-        options += f" --window-size={WIDTH},{HEIGHT + 200}"  # some count their own frame in it
+        options += f" --window-size={WIDTH},{HEIGHT + 200}"  # some browsers count their frame
         places = [f"--user-data-dir={folder}/profile", f"--screenshot={png}", page.as_uri()]
         subprocess.run([browser, *options.split(), *places], check=True, capture_output=True)
         with Image.open(png) as image:

@@ -68,7 +68,7 @@ def _weights(
     scores = torch.bmm(_of(q, rows), k.flatten(0, 1)[:, seen].mT)
     by_query = scores.view(B, Hkv, n, G, m)
     by_query[..., m - n :] += _hidden(q, n, n).triu(1).unsqueeze(1)
-    if window is not None and m > window:  # the last row sees `window` keys, those above see …
+    if window is not None and m > window:  # hide keys before the window
         by_query[..., : m - window] += _hidden(q, n, m - window).tril(m - window - n).unsqueeze(1)
     if documents is not None:
         past = seen.stop - rows.stop

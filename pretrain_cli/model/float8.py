@@ -62,7 +62,7 @@ def float8_product(*, emulated: bool = False) -> Product:
     def product(x: Tensor, weight: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return layers.product(x, weight)
-        rows = x.numel() // x.shape[-1]  # dW is a sum over them
+        rows = x.numel() // x.shape[-1]  # dW sums over the rows
         linear = padded if rows % MULTIPLE else whole
         return functional_call(linear, {"weight": weight.to(x.dtype)}, (x,))
 
@@ -84,5 +84,5 @@ def multiply_by(model: Decoder, product: Product) -> None:
         if isinstance(block.mlp, GatedMLP):
             parts += [block.mlp.gate_up, block.mlp.down]
         for part in parts:
-            for linear in part.modules():  # projections that are apart have several
+            for linear in part.modules():  # separate projections have several
                 linear.product = product

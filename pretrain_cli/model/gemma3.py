@@ -127,7 +127,7 @@ PUBLISHED = {
         num_attention_heads=32,
         num_key_value_heads=16,
         head_dim=128,
-        query_pre_attn_scalar=168,  # hidden_size / heads, and in this size alone not head_dim
+        query_pre_attn_scalar=168,  # hidden_size / heads; head_dim in all other sizes
         sliding_window=1024,
         vocab_size=262_208,
         max_position_embeddings=131_072,
@@ -135,10 +135,10 @@ PUBLISHED = {
     ),
 }
 
-# Not published by Google. The tiny one learns something on two CPU cores in minutes; so narrow a
-# model starts its weights near 1/√hidden_size; at the published 0.02 its first minutes bring less.
-# The small one is large enough that its matrix products, as those of the published sizes, set the
-# pace, and small enough to be measured on two CPU cores.
+# Not published by Google. The tiny one learns something on two CPU cores in minutes. Its initial
+# standard deviation is near 1/√hidden_size: with the published 0.02, so narrow a model learns less
+# in its first minutes. The small one is large enough that matrix products dominate its time, as in
+# the published sizes, and small enough to be measured on two CPU cores.
 SMALL = {
     "gemma3-tiny": replace(
         gemma3(

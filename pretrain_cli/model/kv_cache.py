@@ -57,7 +57,7 @@ class LayerCache:
         for row, end in enumerate(self.ends or [past + new] * len(k)):
             end = min(end, past + new)
             first = max(past, end - self.places)
-            if first < end:  # what pads a text must not be written over what it remembers
+            if first < end:  # padding must not overwrite the text's keys
                 places = torch.arange(first, end, device=k.device) % self.places
                 self.keys[row, :, places] = k[row, :, first - past : end - past]
                 self.values[row, :, places] = v[row, :, first - past : end - past]

@@ -153,7 +153,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         softmax: Softmax,
         waiting: list[Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # the largest first, which finds its place of the step before
+        # Allocate the largest buffer first: it then reuses its memory of the previous step.
         d_weight = torch.empty(weight.shape, device=weight.device, dtype=torch.float32)
         w = weight.to(hidden.dtype)
         d_hidden = torch.empty_like(hidden)
@@ -163,7 +163,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk = hidden.new_empty(min(rows, len(hidden)), len(w))
         parts = zip(*(x.split(rows) for x in (hidden, targets, d_hidden)), strict=True)
         for number, (h, t, dh) in enumerate(parts):
-            share = (t != IGNORE_INDEX).unsqueeze(-1) * scale  # of the loss: 0 for an ignored token
+            share = (t != IGNORE_INDEX).unsqueeze(-1) * scale  # token weight; 0 if ignored
             t = t.clamp(min=0).unsqueeze(-1)
             logits = torch.mm(h, w.t(), out=chunk[: len(h)])  # (rows, V)
             of_target = logits.gather(-1, t).float()
@@ -172,7 +172,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             z_term += z_loss * (log_sum.square() * share).sum()
             probability = (of_target - log_sum).exp()
             of_target = share * (probability * (1 + 2 * z_loss * log_sum) - 1)
-            row = torch.arange(len(h), device=h.device)  # on a CPU scatter_ copies all logits first
+            row = torch.arange(len(h), device=h.device)  # on CPUs scatter_ copies all logits
             logits[row, t.squeeze(-1)] = of_target.squeeze(-1).to(logits.dtype)
             torch.mm(logits, w, out=dh)
             _add_product(d_weight, logits.t(), h, first=number == 0)
@@ -185,9 +185,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("a loss is taken backward once: its gradients are given away")
         outer, (d_hidden, d_weight) = grad_outputs[0], ctx.gradients
-        ctx.gradients = None  # held by none but autograd, they are not copied
-        # Training passes 1. On a CPU a second V × D tensor would cost more than the product, and
-        # looking at a number is free; on a GPU it is the other way round.
+        ctx.gradients = None  # autograd copies gradients that are referenced elsewhere
+        # Training passes 1. On a CPU, reading `outer` is free, and scaling by 1 would allocate a
+        # second V × D tensor, which costs more than the product. On a GPU, reading costs more.
         if outer.device.type != "cpu" or outer != 1:
             d_hidden, d_weight = (x * outer.to(x.dtype) for x in (d_hidden, d_weight))
         if ctx.waiting is not None:

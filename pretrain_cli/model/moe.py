@@ -39,7 +39,7 @@ class MixtureOfExperts(nn.Module):
         rows = x.reshape(-1, x.shape[-1])  # (N, D)
         probabilities = self.router(rows).float().softmax(-1)  # (N, E)
         weights, experts = self.choose(probabilities)  # (N, K) each
-        order = experts.flatten().argsort(stable=True)  # pairs of token and expert, by expert
+        order = experts.flatten().argsort(stable=True)  # (token, expert) pairs sorted by expert
         token = order // self.chosen
         ends = F.one_hot(experts.flatten(), self.experts).sum(0).cumsum(0).to(torch.int32)
 

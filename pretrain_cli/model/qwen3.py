@@ -108,7 +108,7 @@ PUBLISHED = {
     ),
 }
 
-# Not published by Qwen; see Gemma 3's.
+# Not published by Qwen; gemma3.py explains the choice of sizes.
 SMALL = {
     "qwen3-tiny": replace(
         qwen3(

@@ -17,7 +17,7 @@ from pretrain_cli.model.parameter_map import Merged, PublishedTensor, parameter_
 
 ARCHITECTURES = {"gemma3_text": "gemma3", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
 DEPTH_OF_27B = 62
-"""llama.cpp knows the 27B, and its scale of attention, by the depth alone."""
+"""Depth of the 27B: llama.cpp recognizes that size, and its attention scale, by depth alone."""
 
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -70,7 +70,7 @@ def gguf_metadata(config: ModelConfig) -> dict[str, Any]:
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "rope.freq_base": float(config.rope_theta),
     }
-    if config.rope_scaling_factor != 1.0:  # of full layers alone, in llama.cpp too
+    if config.rope_scaling_factor != 1.0:  # llama.cpp too scales only full layers
         facts["rope.scaling.type"] = "linear"
         facts["rope.scaling.factor"] = float(config.rope_scaling_factor)
     if SLIDING in config.layer_types:

@@ -95,7 +95,7 @@ def _gemma3_json(config: ModelConfig) -> dict[str, Any]:
     scalar = config.query_pre_attn_scalar
     return {
         "hidden_activation": config.hidden_activation,
-        # transformers 5 insists on a whole number where the number is whole
+        # transformers 5 requires an int if the number is whole
         "query_pre_attn_scalar": int(scalar) if float(scalar).is_integer() else scalar,
         "sliding_window": config.sliding_window,
         "sliding_window_pattern": full[0] + 1 if full else config.num_hidden_layers + 1,
@@ -150,7 +150,7 @@ def _without_nulls(raw: dict[str, Any], model_type: str) -> dict[str, Any]:
         if name not in raw or raw[name] is not None:
             continue
         if name == "num_key_value_heads" and model_type != "gemma3_text":
-            given[name] = raw.get("num_attention_heads")  # as transformers takes it
+            given[name] = raw.get("num_attention_heads")  # transformers' default
         elif name != "head_dim" or model_type != "qwen3_moe":
             raise ConfigError(f"config.json: {name} is null; give the model's")
     return given
@@ -187,14 +187,14 @@ def _gemma3_numbers(raw: dict[str, Any]) -> dict[str, Any]:
         "tie_word_embeddings": True, "pad_token_id": 0,
     }  # fmt: skip
     depth = raw.get("num_hidden_layers", 26)
-    # `_sliding_window_pattern` without layer_types is ignored by transformers, and so here.
+    # transformers ignores `_sliding_window_pattern` without layer_types, and so does this.
     pattern = raw.get("sliding_window_pattern", 6)
     kinds = raw.get("layer_types") or [
         FULL if (i + 1) % pattern == 0 else SLIDING for i in range(depth)
     ]
     _refuse_other_depth(kinds, depth)
     if not {FULL, SLIDING} & (raw.get("rope_parameters") or {FULL: {}}).keys():
-        # transformers would ignore them without a word
+        # transformers would ignore them silently
         raise ConfigError(
             f"config.json: rope_parameters of a Gemma 3 must say {FULL} and {SLIDING}"
         )

@@ -125,7 +125,7 @@ def check_fields(raw: dict[str, Any], model_type: str) -> None:
 
 ROPE_FIELDS = {
     "rope_type", "type", "rope_theta", "factor", "partial_rotary_factor",
-    "original_max_position_embeddings",  # of YaRN and its like, which are refused by their type
+    "original_max_position_embeddings",  # for YaRN and similar, refused by type
 }  # fmt: skip
 
 

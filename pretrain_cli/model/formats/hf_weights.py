@@ -143,7 +143,7 @@ def weight_files(folder: Path) -> dict[Path, list[str]]:
     """Return the safetensors files of a model folder, with the names of their tensors."""
     index = folder / INDEX
     single = folder / SINGLE
-    if single.is_file():  # which transformers takes, index or not
+    if single.is_file():  # transformers prefers it to an index
         paths = [single]
     elif index.is_file():
         try:

@@ -85,7 +85,7 @@ class DecodeSession:
             device=self.device,
             dtype=self.model.dtype,
             ends=ends,
-            whole=self.on_gpu_graph,  # which has its buffers' addresses in it
+            whole=self.on_gpu_graph,  # the graph holds the buffers' addresses
             along_places=self.by_sums and ends is None,
         )
         if self.on_gpu_graph:
@@ -116,10 +116,10 @@ class DecodeSession:
         cache = self.new_cache(batch=rows, capacity=capacity)
         for layer in cache.layers:
             if layer.window is None and not self.on_gpu_graph:
-                for buffer in (layer.keys, layer.values):  # they grow, and nothing is compiled anew
+                for buffer in (layer.keys, layer.values):  # growing must not recompile
                     torch._dynamo.mark_dynamic(buffer, 2)
         tokens, positions = torch.zeros(2, rows, dtype=torch.long, device=self.device).unbind()
-        for _ in range(3 if self.on_gpu_graph else 1):  # a CUDA graph is recorded in the second
+        for _ in range(3 if self.on_gpu_graph else 1):  # the second run records the graph
             self.step(cache, tokens.clone(), positions.clone())
 
     @torch.no_grad()
@@ -153,7 +153,7 @@ def step(
         hidden = torch.zeros_like(seen, dtype=model.dtype).masked_fill(~seen, float("-inf"))
         mask = hidden[:, None, None]
         if parts.apart and config.window(kind) is None:
-            torch._dynamo.maybe_mark_dynamic(mask, 3)  # as keys and values, in warm_up
+            torch._dynamo.maybe_mark_dynamic(mask, 3)  # grows as keys and values do: see warm_up
         kinds[kind] = rope, mask, positions % places
     x = model.embed(tokens)
     for layer, block in enumerate(model.blocks):

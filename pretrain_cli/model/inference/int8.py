@@ -52,7 +52,7 @@ class QuantizedLinear(nn.Module):
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
         wide = weight.detach().float()
-        least = torch.finfo(torch.float32).tiny  # of a row of zeros
+        least = torch.finfo(torch.float32).tiny  # keeps the scale of a zero row positive
         scales = (wide.abs().amax(1) / 127).clamp(min=least)
         self.dtype = dtype
         self.sums = _compiled()
@@ -67,7 +67,7 @@ class QuantizedLinear(nn.Module):
         return (self.whole.float() * self.scales.unsqueeze(1)).to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        # of a step a token a text, (B, in); a prompt has one dimension more
+        # x is (B, in) in a decoding step; a prompt has one more dimension
         if x.ndim == 2 and len(x) <= FEW[x.dtype] and x.device.type == "cpu":
             return self.sums(x.float(), self.whole, self.scales).to(x.dtype)
         return (F.linear(x, self.whole.to(x.dtype)) * self.scales).to(x.dtype)

@@ -75,7 +75,7 @@ class Reference:
 
 
 def draw_wide(model: nn.Module) -> None:
-    """Matrices of standard deviation 0.15; norm weights of 0.3 ± 0.3."""
+    """Draw matrices with standard deviation 0.15, and norm weights of 0.3 ± 0.3."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -84,7 +84,7 @@ def draw_wide(model: nn.Module) -> None:
 
 
 def transformers_model(name: str) -> Any:
-    """One of REFERENCES, drawn wide."""
+    """Return one of REFERENCES, with weights from draw_wide."""
     transformers = importlib.import_module("transformers")
     family, numbers = REFERENCES[name]
     config_class = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
@@ -141,7 +141,7 @@ def wide() -> Callable[[nn.Module], None]:
 
 @pytest.fixture(scope="session")
 def our_gradients() -> Callable[[Decoder], dict[str, Tensor]]:
-    """A decoder's gradients by published name."""
+    """Return a decoder's gradients by published name."""
 
     def gradients(model: Decoder) -> dict[str, Tensor]:
         parameters = dict(model.named_parameters())

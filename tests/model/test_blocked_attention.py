@@ -1,4 +1,4 @@
-"""Blocked attention: memory of one block, under torch.compile, and where it serves."""
+"""Blocked attention: its memory, torch.compile, and where it is available."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without to
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_blocks_hold_the_scores_of_one_block_at_a_time(window):
-    """Forward and backward, of 40 queries in blocks of 5: a matrix of 40 × 40 is never made."""
+    """Forward and backward of 40 queries in blocks of 5 never allocate a 40 × 40 matrix."""
     q = torch.randn(2, 2, 40, 2, 1)  # (B, Hkv, T, G, Dh)
     k = v = torch.randn(2, 2, 40, 1)
     operators = blocked_attention._attend, blocked_attention._backward
@@ -27,7 +27,7 @@ def test_blocks_hold_the_scores_of_one_block_at_a_time(window):
 
 
 def test_blocks_are_as_they_are_under_torch_compile():
-    """An operator that the compiler is told the shapes and gradients of, and doesn't look into."""
+    """The operator is opaque: the compiler knows only its shapes and gradients."""
     q = torch.randn(2, 2, 7, 3, 4, requires_grad=True)
     k, v = (torch.randn(2, 2, 12, 4, requires_grad=True) for _ in range(2))
     for documents in (None, starting_at((3,), (5, 9), length=12)):

@@ -1,4 +1,4 @@
-"""ModelConfig has no defaults, refuses what can't be a model, and is varied by name."""
+"""ModelConfig has no defaults, refuses impossible models, and changes fields by name."""
 
 import dataclasses
 

@@ -110,7 +110,7 @@ def test_qwen_embeddings_enter_as_they_are(make_config):
 
 
 def reached(model, position, length=20):
-    """The positions whose logits move when the token at this one is another."""
+    """Return the positions whose logits change when the token at this position changes."""
     tokens = torch.arange(1, length + 1).unsqueeze(0)
     changed = tokens.clone()
     changed[0, position] = 55

@@ -67,7 +67,7 @@ def a_batch(rows=2, length=24):
 
 @pytest.mark.parametrize("kind", ["e4m3", "e5m2"])
 def test_the_roundings_written_out_here_are_the_types_own(kind):
-    """Else the tests below compare with nothing."""
+    """Without this, the tests below would have no valid reference."""
     dtype = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[kind]
     values = torch.arange(256, dtype=torch.uint8).view(dtype).double()
     values = values[values.isfinite()]
@@ -134,7 +134,7 @@ def test_parameters_and_their_first_values_are_as_ever(make_config, emulated, fa
 @pytest.mark.parametrize("merged", [True, False], ids=["merged", "separate"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float8_is_for_the_matrices_of_the_layers_alone(make_config, wide, family, merged):
-    """Not for embedding, head, router or experts."""
+    """Embedding, head, router and experts do not use float8."""
     model = in_bfloat16(make_config(family), wide, merged=merged)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     multiplied = []

@@ -1,4 +1,4 @@
-"""Key/value caches: rings of a window, growing buffers, and no padding of a prompt."""
+"""Key/value caches: ring buffers, growing buffers, and prompts whose padding is not cached."""
 
 import itertools
 
@@ -41,7 +41,7 @@ def new_cache(config, capacity=LENGTH, batch=2, **more):
 
 @torch.no_grad()
 def piecewise(model, tokens, split, capacity=LENGTH):
-    """The logits of all tokens, fed in pieces of these lengths through one cache."""
+    """Return the logits of all tokens, fed through one cache in pieces of these lengths."""
     assert sum(split) == tokens.shape[1]
     cache = new_cache(model.config, capacity)
     return torch.cat([model(piece, cache=cache) for piece in tokens.split(split, dim=1)], dim=1)
@@ -64,7 +64,7 @@ def build(make_config, wide):
 
 @pytest.fixture(scope="module")
 def whole(build, tokens):
-    """Logits without a cache, of eager attention, by window."""
+    """Return logits of eager attention without a cache, by window."""
     with torch.no_grad():
         return {w: build(sliding_window=w)(tokens) for w in (1, W, LENGTH, FOREVER)}
 

@@ -59,7 +59,7 @@ def test_activations_are_silu_and_the_tanh_approximation_of_gelu():
 
 
 def test_the_exact_gelu_is_another_function():
-    """So that the test above can tell the two apart: erf gives 0.8413447 and 1.9544997."""
+    """The test above can thus distinguish the two: erf gives 0.8413447 and 1.9544997."""
     x = torch.tensor([1.0, 2.0])
     assert (activate("gelu_pytorch_tanh", x) - F.gelu(x)).abs().min() > 5e-5
 

@@ -21,7 +21,7 @@ B, T, D, V = 3, 9, 12, 40
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Four rows of 27 at a time: six chunks and a ragged seventh."""
+    """Process 4 of 27 rows at a time: six chunks and a shorter seventh."""
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", {"cpu": 4 * V + 3})
 
 
@@ -38,7 +38,7 @@ def case():
 
 
 def by_torch(hidden, weight, targets):
-    """Mean cross entropy over the targets that count, in float64."""
+    """Return the mean cross entropy over targets that are not ignored, in float64."""
     logits = hidden.double() @ weight.double().T
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
@@ -67,7 +67,7 @@ def test_the_size_of_a_chunk_changes_nothing(case, elements, monkeypatch):
 
 
 class Shapes(TorchDispatchMode):
-    """Remembers the shape of whatever is made."""
+    """Record the shape of every tensor created."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ def test_an_upstream_factor_scales_the_gradients(case, chunked):
 
 @pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "whole"])
 def test_micro_batches_add_up_to_the_mean_of_the_step(case, chunked):
-    """Though the ignored targets are spread unevenly over them."""
+    """Micro-batches have different numbers of ignored targets."""
     hidden, weight, targets = case
     count = int((targets != -100).sum())
     assert count == 22
@@ -273,7 +273,7 @@ def test_the_z_loss_of_logits_far_below_zero_has_a_gradient(case):
 
 
 def test_a_tied_embedding_has_its_gradient_where_the_heads_was_made():
-    """No other tensor of the vocabulary's size is made: the lookup adds its rows to it."""
+    """The lookup adds its rows to the head's gradient; no other V × D tensor is allocated."""
     model = Decoder(replace(preset("gemma3-tiny"), vocab_size=320))
     model.initialize(0)
     tokens = torch.randint(320, (2, 9))
@@ -293,7 +293,7 @@ def test_a_tied_embedding_has_its_gradient_where_the_heads_was_made():
 
 @pytest.mark.parametrize("padding", [None, 3])
 def test_a_tied_embeddings_gradient_is_the_lookups_and_the_heads(padding):
-    """As autograd adds them up, without what the padding token is looked up for."""
+    """Their sum equals autograd's, without the padding token's lookup gradient."""
     config = replace(preset("gemma3-tiny"), vocab_size=64, pad_token_id=padding)
     tokens = torch.randint(5, (2, 12))  # some of them again and again
     gradients = []

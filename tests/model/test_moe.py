@@ -1,4 +1,4 @@
-"""The mixture of experts against a loop that asks each token for its experts, one by one."""
+"""The mixture of experts against a loop over tokens and their experts."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def build(make_config, wide):
 
 
 def token_by_token(layer, x):
-    """silu(gate) · up, down, of each chosen expert, times its weight."""
+    """Sum each chosen expert's down(silu(gate) · up), times its weight, one token at a time."""
     out = torch.zeros_like(x)
     for b, t in torch.cartesian_prod(*map(torch.arange, x.shape[:2])).tolist():
         row = x[b, t]
@@ -81,7 +81,7 @@ def test_experts_that_no_token_chose_get_no_gradient(build):
 
 
 def test_all_tokens_may_choose_the_same_expert(build, x):
-    """No capacity limit: nothing is dropped."""
+    """Experts have no capacity limit, so no token is dropped."""
     layer = build(num_experts_per_tok=1)
     same = x[:1, :1].expand(2, 5, 32).contiguous()
     out, _ = layer(same)

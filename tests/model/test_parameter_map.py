@@ -91,7 +91,7 @@ def test_norms_are_told_from_matrices(make_config, family):
     ("family", "ours"), [("gemma3", "post_attention_norm"), ("qwen3", "mlp_norm")]
 )
 def test_post_attention_layernorm_means_two_norms(make_config, family, ours):
-    """Behind attention in Gemma 3, before the MLP in Qwen 3."""
+    """It follows attention in Gemma 3 and precedes the MLP in Qwen 3."""
     found = [
         p.parameter
         for p in parameter_map(make_config(family), merged=Merged())

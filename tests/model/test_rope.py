@@ -1,4 +1,4 @@
-"""Rotary positions by hand: which numbers are paired, by which angle, and what scaling divides."""
+"""Rotary positions by hand: the pairs, their angles, and linear scaling."""
 
 import math
 
@@ -46,7 +46,7 @@ def test_scores_depend_on_the_distance_alone(shift):
 
 
 def test_angles_are_formed_in_float32_whatever_the_type():
-    """Position 30,001 is no bfloat16: rounded to 29,952 before the cosine, it would be far off."""
+    """bfloat16 cannot represent position 30,001; it would round to 29,952 before the cosine."""
     cos, sin = table([30_001], head_dim=2, dtype=torch.bfloat16)
     assert cos.dtype == sin.dtype == torch.bfloat16
     assert cos[0, 0, 0].item() == pytest.approx(math.cos(30_001), abs=4e-3)

@@ -1,7 +1,7 @@
-"""Model folders of every layout that is published: reproduced to rounding, or refused by name.
+"""Model folders of every published layout: reproduced up to rounding, or refused by name.
 
-Each folder is written by transformers from a small random configuration, and transformers' own
-logits are what ours are held against.
+Each folder is written by transformers from a small random configuration. Our logits are compared
+with transformers' own.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ def written(tmp_path, wide, family, numbers, *, dtype=torch.float32, shards="5GB
 
 
 def theirs(folder, tokens):
-    """transformers' logits of a folder, in float32 and eager."""
+    """Return transformers' logits of a folder, in float32 with eager attention."""
     transformers = importlib.import_module("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
@@ -236,7 +236,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("model_type", CONFIGS)
 def test_every_transformers_config_field_is_read_or_harmless(model_type):
-    """One that a later version adds has to be classified before a folder with it is read."""
+    """A field added by a later version must be classified before folders with it can be read."""
     config = getattr(importlib.import_module("transformers"), CONFIGS[model_type])
     names = {field.name for field in dataclasses.fields(config)} | set(config().to_dict())
     harmless = set().union(*hf_fields.HARMLESS.values())
@@ -248,7 +248,7 @@ def test_every_transformers_config_field_is_read_or_harmless(model_type):
 
 @pytest.mark.parametrize("model_type", ["gemma3_text", "qwen3", "qwen3_moe"])
 def test_a_field_that_is_read_changes_the_model(model_type):
-    """No field is called read that from_config_json doesn't look at."""
+    """Every field listed as read is used by from_config_json."""
 
     changed = {
         "vocab_size": 70, "hidden_size": 64, "intermediate_size": 56, "num_hidden_layers": 5,

@@ -1,4 +1,4 @@
-"""A model in GGUF's words: llama.cpp's names and keys, and a refusal of what it computes not."""
+"""GGUF: llama.cpp's names and keys, and errors for models that it cannot compute."""
 
 import pytest
 

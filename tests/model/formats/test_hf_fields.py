@@ -79,7 +79,7 @@ def test_layer_types_come_from_the_pattern_where_they_are_not_given():
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3", "qwen3-30b-a3b"])
 def test_a_field_that_is_null_is_a_field_that_is_absent(name):
-    """In nested configs too: transformers writes null for much that it leaves alone."""
+    """Nested configs too: transformers writes null for many unset fields."""
     written = to_config_json(preset(name), "float32")
     for optional in ("rope_parameters", "use_bidirectional_attention", "attention_bias",
                      "sliding_window_pattern", "use_sliding_window"):  # fmt: skip

@@ -1,5 +1,5 @@
-"""Model folders, both ways: transformers opens ours with the same logits, we open its and the
-hub's; and what this decoder would not compute as asked is refused by name."""
+"""Model folders, both ways: transformers opens ours with the same logits; we open its folders and
+the hub's. Models that this decoder cannot compute are refused by name."""
 
 import importlib
 import json
@@ -27,7 +27,7 @@ LINEAR = {"rope_type": "linear", "factor": 8.0}
 
 
 def write_folder(model, folder, dtype=torch.float32):
-    """A model folder of ours."""
+    """Write a model folder."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(
         json.dumps(to_config_json(model.config, str(dtype).removeprefix("torch.")))
@@ -67,7 +67,7 @@ def tokens():
 
 @pytest.fixture
 def folder(make_config, wide, tmp_path):
-    """A Gemma 3 of ours, tied, written to disk; free to be damaged."""
+    """Folder of a tied Gemma 3 that a test may damage."""
     model = Decoder(make_config())
     wide(model)
     return write_folder(model, tmp_path / "model")
@@ -312,7 +312,7 @@ def test_an_untied_model_without_a_head_is_refused(folder):
 
 
 def test_a_tied_model_with_a_head_of_its_own_is_refused(folder):
-    """transformers 5 would use one head, and transformers 4 the other."""
+    """transformers 5 would use the file's head, transformers 4 the embedding."""
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
     save_file(tensors, folder / "model.safetensors")

@@ -1,4 +1,4 @@
-"""One token of every text at a time gives the logits of each whole text."""
+"""Decoding one token of every text at a time gives the logits of each whole text."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def last_logits(model, texts):
 
 
 def compare(model, writer, prompts, new=NEW, capacity=None, **tolerance):
-    """Prefill the prompts together, move each to a row of its own, and go on token by token."""
+    """Prefill the prompts together, move each to its own row, and continue token by token."""
     lengths = [len(ids) for ids in prompts]
     prefix = writer.new_cache(batch=len(prompts), capacity=max(lengths), ends=lengths)
     logits = writer.prefill(prefix, prompts)

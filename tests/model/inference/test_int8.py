@@ -1,4 +1,4 @@
-"""Matrices in int8: what they multiply by is the nearest there is, and every way to is the same."""
+"""Int8 matrices: values are rounded to nearest, and all product implementations agree."""
 
 import copy
 from dataclasses import replace
@@ -36,8 +36,8 @@ def model(request, make_config, wide):
 
 @torch.no_grad()
 def by_hand(model):
-    """The same decoder, each of its matrices replaced by whole numbers times a scale for each row,
-    its head too, but not its embedding."""
+    """Return the decoder with each matrix replaced by integers times one scale a row,
+    including the head, but not the embedding."""
     out = copy.deepcopy(model)
     parameters = dict(out.named_parameters())
     for piece in parameter_map(out.config, merged=out.merged):

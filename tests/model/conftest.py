@@ -61,7 +61,7 @@ BATCH, LENGTH = 2, 33  # several windows of 7, and no multiple of them
 
 @dataclass(frozen=True)
 class Reference:
-    """A model folder of transformers', and what transformers computes from it."""
+    """A model folder written by transformers, and transformers' results for it."""
 
     name: str
     folder: Path

@@ -38,7 +38,7 @@ def small_blocks():
 
 
 def made(queries, keys, *, group=2, dtype=torch.float32, head_dim=16, seed=0, device=CPU):
-    """q, k, v with wide scores: 4 query heads, 4 / group key heads."""
+    """Return random q, k, v: 4 query heads, 4 / group key heads."""
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(2, queries, 4, head_dim, generator=generator)
     k, v = (torch.randn(2, keys, 4 // group, head_dim, generator=generator) for _ in "kv")
@@ -52,7 +52,7 @@ def attend(name, q, k, v, window, scale=0.4, documents=None):
 
 
 def by_hand(q, k, v, window, scale=0.4, documents=None):
-    """One query and head at a time, over the keys it sees and no others."""
+    """Attend one query and head at a time, over its visible keys only."""
     out = torch.empty_like(q)
     group = q.shape[2] // k.shape[2]
     for row, i, h in itertools.product(*map(range, q.shape[:3])):
@@ -68,7 +68,7 @@ def by_hand(q, k, v, window, scale=0.4, documents=None):
 
 
 def starting_at(*starts, length=T, device=CPU):
-    """Documents that start at these positions besides 0, in a row of each. (B, T)."""
+    """Return document numbers (B, T): each row's documents start at 0 and at these positions."""
     positions = torch.arange(length, device=device)
     return torch.stack([sum((positions >= s).long() for s in (0, *row)) for row in starts])
 
@@ -325,7 +325,7 @@ def test_sdpa_makes_no_square_matrix_for_a_whole_sequence(window):
 
 @pytest.mark.parametrize("starts", [None, ((100,), (7, 8))], ids=["whole", "documents"])
 def test_sdpa_sees_no_more_scores_than_the_window_needs(monkeypatch, starts):
-    """Length times twice the window, where a T × T mask would be the length squared."""
+    """At most T · 2 · window scores are computed; a T × T mask would need T²."""
     documents = starting_at(*starts, length=256) if starts else None
     scores = []
     fused = torch.nn.functional.scaled_dot_product_attention
@@ -364,7 +364,7 @@ def test_the_scale_multiplies_the_scores_once(backend):
 
 
 class Sizes(TorchDispatchMode):
-    """Notes how many numbers each tensor has that an operation makes."""
+    """Record the number of elements of every tensor that an operation returns."""
 
     def __init__(self):
         super().__init__()
@@ -391,8 +391,8 @@ def test_with_a_window_no_tensor_grows_faster_than_the_length(backend):
 
 @pytest.mark.slow
 def test_a_folded_window_takes_at_most_a_quarter_of_full_attention():
-    """Forward and backward of 8192 positions with a window of 512, taken in turns: in the best of
-    some, since other programs take time from either."""
+    """Time forward and backward of 8192 positions, alternating a window of 512 and full attention.
+    The best of up to 6 rounds counts, since other programs disturb the timing."""
     length, shares = 8192, []
     q, k, v = (x[:1].requires_grad_() for x in made(length, length, group=4, head_dim=64))
     backend = BACKENDS["sdpa"]

@@ -164,7 +164,7 @@ def apart(rows):
 def test_documents_in_a_row_have_the_logits_that_each_has_alone(
     make_config, wide, family, attention
 ):
-    """So positions need not start anew, those that Gemma's full layers divide neither."""
+    """Positions need not restart at a document, not even where Gemma's full layers divide them."""
     model = Decoder(make_config(family), attention=attention)
     wide(model)
     tokens, documents = packed()

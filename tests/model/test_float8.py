@@ -207,8 +207,8 @@ def test_rows_that_are_no_multiple_of_16_are_filled_up(monkeypatch, relative_err
 
 @pytest.mark.slow
 def test_a_compiled_product_is_in_float8(relative_error):
-    """A rounding to bfloat16 before that to float8 may be left out: nearer to what is written out
-    than that is to an exact product, but not to the last bit."""
+    """The compiler may omit a rounding to bfloat16 before that to float8, so results are not equal
+    to the reference bit for bit, but closer to it than the reference is to the exact product."""
     pytest.importorskip("torchao", reason="torchao is not installed")
     compiled = torch.compile(float8.float8_product(), fullgraph=True, dynamic=False)
     found = product_and_gradients(compiled, 16)

@@ -27,7 +27,7 @@ def small_chunks(monkeypatch):
 
 @pytest.fixture
 def case():
-    """hidden, weight and targets, a few of them ignored: in some chunks none, in one all."""
+    """Return hidden, weight and targets; some targets are ignored, in one chunk all of them."""
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(B, T, D, generator=generator, requires_grad=True)
     weight = torch.randn(V, D, generator=generator, requires_grad=True)

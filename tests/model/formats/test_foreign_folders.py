@@ -38,7 +38,7 @@ def linear(**more):
 
 
 def written(tmp_path, wide, family, numbers, *, dtype=torch.float32, shards="5GB"):
-    """A folder of transformers' own, weights drawn wide."""
+    """Write a folder with transformers; its weights are drawn wide."""
     transformers = importlib.import_module("transformers")
     name = {"gemma3": "Gemma3TextConfig", "qwen3": "Qwen3Config", "moe": "Qwen3MoeConfig"}[family]
     causal = {"gemma3": "Gemma3", "qwen3": "Qwen3", "moe": "Qwen3Moe"}[family] + "ForCausalLM"

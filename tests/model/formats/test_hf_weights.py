@@ -38,7 +38,7 @@ def write_folder(model, folder, dtype=torch.float32):
 
 
 def opened_by_transformers(folder):
-    """The model, in float32 and eager; and the names that it missed or did not expect."""
+    """Return transformers' float32 model, and missing, unexpected and mismatched names."""
     transformers = importlib.import_module("transformers")
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True

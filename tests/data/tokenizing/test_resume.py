@@ -32,7 +32,7 @@ OPTIONS = [
 ]
 FULL = (
     "error: killed/made.partial: the disk is full; free some space and run the command again: it "
-    "goes on from what is finished\n"
+    "continues from what is finished\n"
 )
 WENT_ON = "Continued what an earlier run had finished"
 

@@ -148,8 +148,8 @@ def test_without_memory_for_a_copy_training_waits_with_one_notice(
     run(settings("copied", **common))
     monkeypatch.setattr(async_save, "available_memory", lambda: 1000)
     events = run(settings("waited", **common))
-    [told] = [e.text for e in events if isinstance(e, Notice) and "keeps training" in e.text]
-    assert "1.0 kB are left" in told
+    [notice] = [e.text for e in events if isinstance(e, Notice) and "for every save" in e.text]
+    assert "1.0 kB are left" in notice
     order = [event.step for event in events if isinstance(event, StepMetrics | Saved)]
     assert order == [1, 2, 2, 3, 4, 4, 5, 6, 6]
     [second, _, _] = [event for event in events if isinstance(event, Saved)]
@@ -352,7 +352,7 @@ def test_a_run_whose_checkpoints_cannot_fit_is_refused_at_start(
     for count, changes in ((0.9, {}), (1.9, several | {"train__keep_checkpoints": 1}),
                            (2.9, several)):  # fmt: skip
         monkeypatch.setattr(async_save, "free_space", lambda folder, n=count: n * size[0])
-        with pytest.raises(ConfigError, match="make room, or choose another disk"):
+        with pytest.raises(ConfigError, match="free some space, choose another disk"):
             run(settings(**changes))
         assert not (tmp_path / "run").exists()
     # Three of three fit, but not the best and one that is being written beside them.

@@ -177,7 +177,7 @@ def test_resume_allows_a_new_learning_rate_and_refuses_a_new_model(
         with pytest.raises(ConfigError, match=f"{setting}: {value} differs .* keeps it: "):
             resume(run, tmp_path / "run", **changes)
         return
-    with pytest.raises(ConfigError, match="If that is meant, add --allow-change"):
+    with pytest.raises(ConfigError, match="To do it anyway, add --allow-change"):
         resume(run, tmp_path / "run", **changes | {"allow_change": False})
     events = resume(run, tmp_path / "run", **changes)
     told = [event.text for event in events if isinstance(event, Notice)]

@@ -41,11 +41,11 @@ def append_line(file: Any, line: bytes) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file atomically, by renaming a temporary file: old or new contents, never a part."""
-    aside = path.with_name(f".{path.name}.partial")
-    with aside.open("w", encoding="utf-8") as file:
+    staging = path.with_name(f".{path.name}.partial")
+    with staging.open("w", encoding="utf-8") as file:
         file.write(text)
         flush(file)
-    aside.replace(path)
+    staging.replace(path)
 
 
 def flush(file: Any) -> None:

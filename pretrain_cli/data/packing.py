@@ -92,10 +92,10 @@ class Packed:
             inputs, targets = batch.inputs[row], batch.targets[row]
             inputs[:], targets[:] = 0, IGNORE_INDEX
             borders = [0]
-            for start, size, goes_on in self._pieces(number):
+            for start, size, continues in self._pieces(number):
                 piece, at = self.tokens.view(start, size), borders[-1]
                 inputs[at : at + size] = piece[: self.seq_len - at]
-                skipped = 1 if goes_on or at == 0 else 0
+                skipped = 1 if continues or at == 0 else 0
                 targets[at + skipped - 1 : at + size - 1] = piece[skipped:]
                 borders.append(at + size)
             if batch.documents is not None:
@@ -245,11 +245,11 @@ def open_packed(dataset: Dataset, seq_len: int, notify: Callable[[str], None]) -
 
 def build_index(path: Path, split: Split, fingerprint: str, seq_len: int) -> None:
     """Write the index of a split to a temporary file, flush it and rename it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")  # two runs may build at once
+    staging = path.with_name(f".{path.name}.{os.getpid()}.partial")  # two runs may build at once
     totals, digest = Totals(), hashlib.sha256()
     group = max(GROUP_TOKENS, GROUP_SAMPLES * seq_len)
     try:
-        with aside.open("wb") as file, tempfile.TemporaryFile(dir=path.parent) as behind:
+        with staging.open("wb") as file, tempfile.TemporaryFile(dir=path.parent) as behind:
             file.seek(HEADER)
             for borders in groups_of_documents(split, group):
                 pieces, samples, part = pack(borders, seq_len)
@@ -267,9 +267,9 @@ def build_index(path: Path, split: Split, fingerprint: str, seq_len: int) -> Non
             file.seek(0)
             file.write(json.dumps(header).encode().ljust(HEADER))
             flush(file)
-        aside.replace(path)
+        staging.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        staging.unlink(missing_ok=True)
 
 
 def read_index(path: Path, split: Split, fingerprint: str, seq_len: int) -> Packed:

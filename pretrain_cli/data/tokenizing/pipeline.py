@@ -114,7 +114,7 @@ class Pipeline:
         self.file_began = earlier.file_began if earlier else here
         self.steps: deque[BlockRecord | FileDone] = deque()
         """Records of the blocks in flight, and of the files that end after them."""
-        self.seen = DuplicateIndex(writer.aside, self.place.ordinal, request)
+        self.seen = DuplicateIndex(writer.staging, self.place.ordinal, request)
         self.noted = time.perf_counter()
 
     def run(self) -> None:
@@ -145,7 +145,7 @@ class Pipeline:
         size = 0
         before = sum(file.size for file in self.corpus.files[: start.file])
         for number, file in enumerate(self.corpus.files[start.file :], start=start.file):
-            reader = FileReader(file, self.request.reading, spool=self.writer.aside)
+            reader = FileReader(file, self.request.reading, spool=self.writer.staging)
             done = start.document if number == start.file else 0
             for index, document in enumerate(reader.documents()):
                 if index < done:
@@ -255,7 +255,7 @@ class Pipeline:
         """Raise DataError if the dataset will not fit on the disk, judging by its first part."""
         left = max(0, self.corpus.size - raw) / max(raw, 1)
         needed = left * self._made() * self.writer.dtype.itemsize
-        free = shutil.disk_usage(self.writer.aside).free
+        free = shutil.disk_usage(self.writer.staging).free
         if needed > free:
             raise DataError(
                 f"{self.request.out}: the dataset will take about {needed / 1e9:,.1f} GB more, and "

@@ -106,7 +106,7 @@ def tokenize(request: TokenizeRequest, progress: Progress) -> Tokenized:
             if not is_disk_full(error):
                 raise
             raise DataError(
-                f"{writer.aside}: the disk is full; free some space and run the command again: "
+                f"{writer.staging}: the disk is full; free some space and run the command again: "
                 "it continues from what is finished"
             ) from None
     return Tokenized(
@@ -156,14 +156,14 @@ def _finish(request: TokenizeRequest, corpus: Corpus, pipeline: Pipeline) -> Man
     writer.files.flush()
     shares: dict[str, Amount] = {}
     remarks: Counter[str] = Counter()
-    for row in rows_of(writer.aside / FILES):
+    for row in rows_of(writer.staging / FILES):
         amount = Amount(files=1, **{k: row[k] for k in ("documents", "bytes", "tokens")})
         shares[row["source"]] = shares.get(row["source"], Amount()) + amount
         remarks.update(row["remarks"])
     if request.format == "llm.c":
         writer.close_shards()
         separator = None if writer.tokenizer.bos is not None else writer.tokenizer.eos
-        write_llm_c(writer.aside, writer.closed, name=request.out.name, separator=separator)
+        write_llm_c(writer.staging, writer.closed, name=request.out.name, separator=separator)
     paths = [*(there.paths if there else []), *map(legible, request.paths)]
     return writer.finish(
         paths=list(dict.fromkeys(paths)),
@@ -217,7 +217,7 @@ def _nothing(request: TokenizeRequest, corpus: Corpus, writer: DatasetWriter) ->
     where, count = ", ".join(request.paths), len(corpus.files)
     files = f"{count:,} file{'s' if count > 1 else ''}"
     writer.files.flush()
-    for remark, names in _remarked(writer.aside / FILES).items():
+    for remark, names in _remarked(writer.staging / FILES).items():
         if remark.startswith("not UTF-8"):
             return (
                 f"{where}: no UTF-8 text in its {files} ({names[0]} the first); "

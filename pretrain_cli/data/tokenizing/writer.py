@@ -60,7 +60,7 @@ class DatasetWriter:
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, *, shard_tokens: int) -> None:
         self.folder = folder
-        self.aside = staging_dir(folder)
+        self.staging = staging_dir(folder)
         self.tokenizer = tokenizer
         self.shard_tokens = shard_tokens
         self.name: TokenType = token_dtype(tokenizer.vocab_size)
@@ -73,18 +73,19 @@ class DatasetWriter:
 
     def __enter__(self) -> "DatasetWriter":
         try:
-            self.aside.mkdir(parents=True, exist_ok=True)
+            self.staging.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(
                 f"{self.folder}: can't be made ({error.strerror}); choose another folder with --out"
             ) from None
-        self.lock = os.open(self.aside, os.O_RDONLY)
+        self.lock = os.open(self.staging, os.O_RDONLY)
         until = time.monotonic() + SECONDS_FOR_LOCK
         while not _is_locked(self.lock):
             if time.monotonic() > until:
                 os.close(self.lock)
                 raise DataError(
-                    f"{self.aside}: another process is writing it; wait for it, or choose another "
+                    f"{self.staging}: another process is writing it; wait for it, or choose "
+                    "another "
                     "folder with --out"
                 )
             time.sleep(0.02)
@@ -95,22 +96,22 @@ class DatasetWriter:
             shard.abandon()
         if hasattr(self, "files"):
             close_anyhow(self.files)
-        if not any((self.aside / name).exists() for name in (PROGRESS, MANIFEST)):
-            shutil.rmtree(self.aside, ignore_errors=True)
+        if not any((self.staging / name).exists() for name in (PROGRESS, MANIFEST)):
+            shutil.rmtree(self.staging, ignore_errors=True)
         os.close(self.lock)
 
     # --- beginning -------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """Start a new dataset."""
-        (self.aside / PROGRESS).unlink(missing_ok=True)  # first: it speaks for the others
-        for path in self.aside.iterdir():
+        (self.staging / PROGRESS).unlink(missing_ok=True)  # first: it speaks for the others
+        for path in self.staging.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink()
-        self.tokenizer.save(self.aside)
-        self.files = (self.aside / FILES).open("ab")
+        self.tokenizer.save(self.staging)
+        self.files = (self.staging / FILES).open("ab")
 
     def begin_behind(self, manifest: Manifest) -> None:
         """Start after the contents of an existing dataset; its shards are hard-linked, not
@@ -118,7 +119,7 @@ class DatasetWriter:
         self.begin()
         for shard in manifest.shards:
             for file in files_of(self.folder, shard.file):
-                _link(file, self.aside / file.name)
+                _link(file, self.staging / file.name)
         self.files.write((self.folder / FILES).read_bytes())
         self.closed = list(manifest.shards)
         self.splits = {
@@ -129,17 +130,17 @@ class DatasetWriter:
     def go_on(self, written: WriteState, shards: Sequence[Shard]) -> None:
         """Continue from the saved state and finished shards of an earlier writer."""
         closed = list(shards[: written.closed])
-        kept = {file.name for shard in closed for file in files_of(self.aside, shard.file)}
+        kept = {file.name for shard in closed for file in files_of(self.staging, shard.file)}
         for extent in written.open.values():
-            kept |= {extent.file, index_path(self.aside / extent.file).name}
-        remove_shards(self.aside, but=kept)
+            kept |= {extent.file, index_path(self.staging / extent.file).name}
+        remove_shards(self.staging, but=kept)
         self.closed = closed
         self.splits = {name: replace(tally) for name, tally in written.splits.items()}
         for split, extent in written.open.items():
-            path = self.aside / extent.file
+            path = self.staging / extent.file
             self.open[split] = OpenShard.reopened(split, path, self.dtype, extent)
-        os.truncate(self.aside / FILES, written.files_bytes)
-        self.files = (self.aside / FILES).open("ab")
+        os.truncate(self.staging / FILES, written.files_bytes)
+        self.files = (self.staging / FILES).open("ab")
 
     # --- writing ---------------------------------------------------------------------------------
 
@@ -185,7 +186,7 @@ class DatasetWriter:
         for shard in self.open.values():
             shard.flush()
         flush(self.files)
-        write_whole(self.aside / PROGRESS, json.dumps(progress | {"shards": shards}))
+        write_whole(self.staging / PROGRESS, json.dumps(progress | {"shards": shards}))
 
     def close_shards(self) -> None:
         self.closed += [shard.close() for shard in self.open.values()]
@@ -200,7 +201,7 @@ class DatasetWriter:
         self.splits = {"train": whole, "val": Tally()}
         cut = max(1, whole.tokens - max(2, round(whole.tokens * fraction)))
 
-        paths = [self.aside / shard.file for shard in self.closed]
+        paths = [self.staging / shard.file for shard in self.closed]
         row = TokenStream(paths, self.name)
         index = [np.fromfile(index_path(path), "<u8") for path in paths]
         offsets = row.borders
@@ -224,7 +225,7 @@ class DatasetWriter:
             tokens=cut - offsets[kept],
             documents=len(starts.between(offsets[kept], cut)),
         )
-        path = self.aside / extent.file
+        path = self.staging / extent.file
         shutil.copyfile(paths[kept], path)
         shutil.copyfile(index_path(paths[kept]), index_path(path))
         self.open["train"] = OpenShard.reopened("train", path, self.dtype, extent)
@@ -251,7 +252,7 @@ class DatasetWriter:
             dtype=self.name,
             beginning_of_document=self.tokenizer.bos,
             end_of_document=self.tokenizer.eos,
-            files_sha256=sha256_of(self.aside / FILES),
+            files_sha256=sha256_of(self.staging / FILES),
             splits={name: Amount(**asdict(tally)) for name, tally in self.splits.items()},
             shards=sorted(
                 (s.model_copy(update={"file": s.file.replace(NEW, "")}) for s in self.closed),
@@ -259,21 +260,21 @@ class DatasetWriter:
             ),
             **facts,
         )
-        write_whole(self.aside / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+        write_whole(self.staging / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
         move_into_place(self.folder)
         return manifest
 
     def _next_shard(self, split: SplitName) -> OpenShard:
         number = sum(shard.split == split for shard in self.closed)
         name = f"{split}-{number:05d}{self.ending}"
-        for path in files_of(self.aside, name):
+        for path in files_of(self.staging, name):
             path.unlink(missing_ok=True)
-        return OpenShard(split, self.aside / name, self.dtype)
+        return OpenShard(split, self.staging / name, self.dtype)
 
     def _as_training(self, shard: Shard) -> Shard:
         if shard.split == "train":
             return shard
-        path = self.aside / shard.file
+        path = self.staging / shard.file
         new = path.with_name(path.name.replace("val-", "train-"))
         for of in (Path, index_path, blocks_path):
             _link(of(path), of(new))

@@ -8,12 +8,6 @@
         ├── state.json               step, samples consumed, tokens seen
         └── checksums.json           of every file above; written last
 
-What goes into one is taken while training waits, by `take_snapshot`, and written by
-`write_checkpoint` while it goes on: aside, flushed and renamed, so a folder called step-… is whole;
-its checksums show what has happened to it since. Weights larger than train.max_shard_size are
-several files with an index. Moments are kept under published names, so a run can go on with merged
-projections or separate ones, on one rank or many.
-
 `take_snapshot` copies the contents while training waits; `write_checkpoint` writes them while
 training continues. It writes to a temporary folder, flushes it and renames it, so a folder named
 step-… is always complete. The checksums reveal later damage. Weights larger than
@@ -132,25 +126,25 @@ def take_snapshot(
 def write_checkpoint(folder: Path, contents: Snapshot, *, max_shard_size: int) -> Path:
     """Write a complete `folder/step-N`. Raises OSError, and then leaves nothing behind."""
     place = folder / f"step-{contents.state.step:06d}"
-    aside = place.with_name(f".{place.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
+    staging = place.with_name(f".{place.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
     try:
-        (aside / "training").mkdir(parents=True)
-        sums = write_weights(aside, contents.weights, max_shard_size)
-        sums[MOMENTS.as_posix()] = write_tensors(aside / MOMENTS, contents.moments)
+        (staging / "training").mkdir(parents=True)
+        sums = write_weights(staging, contents.weights, max_shard_size)
+        sums[MOMENTS.as_posix()] = write_tensors(staging / MOMENTS, contents.moments)
         config, tokenizer = contents.config, contents.tokenizer
         ends = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
-        _write_json(aside / "config.json", to_config_json(config, "float32") | ends)
+        _write_json(staging / "config.json", to_config_json(config, "float32") | ends)
         pad = {"pad_token_id": config.pad_token_id}
-        _write_json(aside / "generation_config.json", {**ends, **pad, "do_sample": True})
-        tokenizer.save(aside)
-        _write_json(aside / STATE, asdict(contents.state))
-        write_checksums(aside, sums)
+        _write_json(staging / "generation_config.json", {**ends, **pad, "do_sample": True})
+        tokenizer.save(staging)
+        _write_json(staging / STATE, asdict(contents.state))
+        write_checksums(staging, sums)
         shutil.rmtree(place, ignore_errors=True)
-        aside.rename(place)
+        staging.rename(place)
         _flush_folder(folder)
     except OSError:
-        shutil.rmtree(aside, ignore_errors=True)  # on a full disk, it takes what others need
+        shutil.rmtree(staging, ignore_errors=True)  # on a full disk, it takes what others need
         raise
     return place
 

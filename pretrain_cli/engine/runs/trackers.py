@@ -160,9 +160,9 @@ class WeightsAndBiases:
 
     def _keep(self) -> None:
         """Write the id to a temporary file and rename it. Not flushed: called for every line."""
-        aside = self.path.with_name(".wandb.json.partial")
-        aside.write_text(json.dumps({"id": self.id, "sent": self.sent}) + "\n")
-        aside.replace(self.path)
+        staging = self.path.with_name(".wandb.json.partial")
+        staging.write_text(json.dumps({"id": self.id, "sent": self.sent}) + "\n")
+        staging.replace(self.path)
 
     def flush(self) -> None:
         """Do nothing: W&B's own process writes at once."""

@@ -63,15 +63,21 @@ class AsyncSaver:
         self.waits_told = False
 
     def begin(
-        self, model: Decoder, optimizer: Optimizer, state: State, *, since: float, goes_on: bool
+        self,
+        model: Decoder,
+        optimizer: Optimizer,
+        state: State,
+        *,
+        since: float,
+        keeps_training: bool,
     ) -> None:
         """Copy the current state and start writing it. Every rank must call this, after `wait`.
 
-        `since` is when training began to wait for this save. `goes_on` is false if training has
-        ended: nothing will change then, and no copy is needed.
+        `since` is when training began to wait for this save. `keeps_training` is false once
+        training has ended: nothing changes any more, and no copy is needed.
         """
         self.began = time.perf_counter()
-        copy = goes_on and (is_sharded(model) or self._has_memory())
+        copy = keeps_training and (is_sharded(model) or self._has_memory())
         contents = checkpoint.take_snapshot(
             model,
             optimizer,
@@ -80,7 +86,7 @@ class AsyncSaver:
             ranks=self.ranks,
             copy=copy,
         )
-        self.state, waits = state, goes_on and not copy
+        self.state, waits = state, keeps_training and not copy
         if contents is not None:
             self.writing = self.thread.submit(self._save, contents, since, waits=waits)
         if waits:

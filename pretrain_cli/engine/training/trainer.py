@@ -214,12 +214,12 @@ class Trainer:
                         self.evaluate(state)
                 if save_due:
                     with meter.held_up("save"):
-                        state = self.save(state, goes_on=not is_last)
+                        state = self.save(state, keeps_training=not is_last)
                 if sample_due and state.step < steps:
                     with meter.held_up("evaluation"):
                         samples.take(self.decoder, state.step, stop)
                 stop.after(state.step)
-            state = self.save(state, goes_on=False)
+            state = self.save(state, keeps_training=False)
             if samples.due(state.step):
                 samples.take(self.decoder, state.step, stop)
             self.saver.finish()
@@ -237,7 +237,7 @@ class Trainer:
 
     def _leave(self, state: State, *, made: int) -> None:
         """Save a run that was asked to stop, after `made` steps."""
-        self.save(state, goes_on=False)
+        self.save(state, keeps_training=False)
         self.saver.finish()
         if self.stop.reason:
             self.emit(Notice(f"{self.stop.reason}: stopped"))
@@ -306,9 +306,9 @@ class Trainer:
             return replace(state, best_step=last.step, best_loss=last.loss)
         return state
 
-    def save(self, state: State, *, goes_on: bool) -> State:
+    def save(self, state: State, *, keeps_training: bool) -> State:
         """Start writing a checkpoint, at most once per step, after the previous one is written.
-        `goes_on` is whether training continues."""
+        `keeps_training` is whether training continues."""
         if self.saved_step == state.step:
             return state
         since = time.perf_counter()
@@ -318,7 +318,9 @@ class Trainer:
         state = self._with_saved(state, self.saver.wait())
         self.outputs.flush()
         whole = replace(self._with_best(state), guard=self.guard.state_dict())
-        self.saver.begin(self.decoder, self.optimizer, whole, since=since, goes_on=goes_on)
+        self.saver.begin(
+            self.decoder, self.optimizer, whole, since=since, keeps_training=keeps_training
+        )
         self.saved_step = state.step
         self.stop.paused()
         return self._with_saved(state, self.saver.poll())

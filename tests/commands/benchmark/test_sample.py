@@ -11,7 +11,7 @@ def test_writing_is_measured(pretrain):
     line = "benchmark sample --seq-len 20 --max-tokens 6 --rounds 2 --batch-size 2"
     outcome = pretrain(f"{line} --json s.json")
     assert outcome.code == 0, outcome.err
-    assert "gemma3-tiny 2 × 20 tokens, 6 behind each" in outcome.out
+    assert "gemma3-tiny 2 × 20 tokens, then 6 generated" in outcome.out
     written = json.loads(Path("s.json").read_text())
     (ours,) = written["results"]
     assert ours["ratio"] is None

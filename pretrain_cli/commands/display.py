@@ -218,7 +218,7 @@ class TrainDisplay:
         first, behind = event.samples
         console.print(
             f"[red]Rolled back from step {event.from_step:,} to {event.step:,}:[/] "
-            f"{escape(event.reason)}. Samples {first:,} to {behind - 1:,}are skipped",
+            f"{escape(event.reason)}. Samples {first:,} to {behind - 1:,} are skipped",
             soft_wrap=True,
         )
 

@@ -48,8 +48,8 @@ def benchmark(
         typer.Option(
             "--ablate",
             help="Ablation: all speed settings off, each alone on, all on, each alone off. A "
-            "setting that you give (--no-compile, --dtype, --attn, --set speed.NAME) has it in "
-            "every arm, and no arm of its own.",
+            "setting that you give (--no-compile, --dtype, --attn, --set speed.NAME) keeps its "
+            "value in every arm and gets no arm of its own.",
             rich_help_panel=MODES,
         ),
     ] = False,
@@ -154,13 +154,13 @@ def benchmark(
 ) -> None:
     """Time the real training step on synthetic tokens.
 
-    Every arm is measured in a fresh process, in turn with the others, warm-up and compiling apart.
-    Ctrl-C or SIGTERM ends it early: what is there is shown and written, marked as cut short.
-    What learns something else than it should is told. An attention backend that can't train on this
-    device is timed forward only, and says so.
+    Each arm runs in a fresh process, and arms take turns. Warm-up and compilation are timed
+    separately. Ctrl-C or SIGTERM ends the benchmark early: the results so far are shown and
+    written, marked as cut short. An arm whose results differ from the ones it must equal is
+    reported. An attention backend that cannot train on this device is timed forward only.
 
     `data`: how fast batches are read. `tokenize`: how fast text becomes tokens. `sample`: how fast
-    text is written.
+    text is generated.
     """
     from pretrain_cli.engine.runtime.process_settings import silence_kineto
     from pretrain_cli.errors import ConfigError

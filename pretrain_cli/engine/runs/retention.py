@@ -131,9 +131,9 @@ def abandon_later(run: Path, step: int) -> list[Path]:
     """Rename the checkpoints after this step, for a run that resumes from it."""
     later = [folder for folder in checkpoints(run) if step_of(folder) > step]
     for folder in later:
-        staging = folder.with_name(f"abandoned-{folder.name}")
-        shutil.rmtree(staging, ignore_errors=True)
-        folder.rename(staging)
+        abandoned = folder.with_name(f"abandoned-{folder.name}")
+        shutil.rmtree(abandoned, ignore_errors=True)
+        folder.rename(abandoned)
     return later
 
 
@@ -145,10 +145,10 @@ def sweep(run: Path) -> None:
 
 def remove(folder: Path) -> None:
     """Remove a checkpoint: at any instant it is complete, or gone."""
-    staging = folder.with_name(f".{folder.name}.removed")
-    shutil.rmtree(staging, ignore_errors=True)
-    folder.rename(staging)
-    shutil.rmtree(staging, ignore_errors=True)
+    removed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    folder.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def _kept(found: list[Path], train: TrainSettings, newest: int) -> set[Path]:

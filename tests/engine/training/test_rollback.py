@@ -285,7 +285,8 @@ def test_what_was_skipped_and_where_the_run_went_back_to_is_shown(capsys):
     assert (
         "step 3 skipped: loss is nan (samples 8 to 11; largest gradient: lm_head.weight)" in shown
     )
-    assert "Rolled back from step 7 to 2: 3 steps in a row were skipped. Samples 8 to 27" in shown
+    sentence = "Rolled back from step 7 to 2: 3 steps in a row were skipped."
+    assert f"{sentence} Samples 8 to 27 are skipped\n" in shown
 
 
 def test_tensorboard_is_told_to_forget_what_the_run_went_back_from(settings, run, poison, tmp_path):

@@ -149,7 +149,7 @@ def evaluate(
         settings=tuple(set_ or ()),
     )
     result = evaluate_checkpoint(request, remark if as_json else notice)
-    if result is None:  # a rank that is not the first
+    if result is None:  # only the first rank has the result
         return
     facts = _facts(result)
     if as_json:

@@ -33,7 +33,7 @@ def refuse_empty(context: Any) -> None:
         value = context.params.get(parameter.name)
         several = value if isinstance(value, list | tuple) else [value]
         if "" in several and parameter.name not in MAY_BE_EMPTY:
-            name = parameter.opts[0]  # an argument has its name here
+            name = parameter.opts[0]  # an option's first flag, or an argument's name
             raise ConfigError(f"{name}: is empty; give a value, or leave it out")
 
 

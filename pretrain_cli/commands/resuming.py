@@ -50,7 +50,7 @@ def resumed(
         checkpoint, resume = resume, resume.parent.parent
     record = read_record(resume)
     base = {name: dict(section) for name, section in record.settings.items()}
-    base["train"].pop("max_time", None)  # it limited that process only
+    base["train"].pop("max_time", None)  # the limit of the earlier process only
     if flags["train.tokens"] is not None:
         base["train"].pop("steps")
     changed = build_config(base, flags, assignments)

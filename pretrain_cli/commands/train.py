@@ -246,7 +246,7 @@ def train(
         raise ConfigError(f"--config: {config} does not go with --resume, which has the run's own")
     if lr_find:
         refuse_meaningless(resume, flags)
-        flags["train.steps"] = steps or RANGE_TEST_STEPS  # overrides those of --config
+        flags["train.steps"] = steps or RANGE_TEST_STEPS  # overrides --config
     if allow_change and resume is None:
         raise ConfigError("--allow-change: goes with --resume, whose settings it lets change")
     if check_resume is not None and resume is not None:

@@ -208,7 +208,7 @@ def benchmark(
     speed = settings.speed
     given = {n: v for n, v in speed if n in speed.model_fields_set and v != "auto"}
     if mode in ("--ablate", "--vs") and "compile" not in speed.model_fields_set:
-        # auto may leave it off for what it takes at the start
+        # `auto` may turn compile off because of its startup time
         speed = speed.model_copy(update={"compile": True})
 
     from pretrain_cli.engine.benchmark import arms as kinds

@@ -34,10 +34,10 @@ def search(workload: Any, speed: Any, repeats: Any, outputs: OutputFiles) -> Non
         watch(measured, interruption)
         outputs.write(measured, "find-micro-batch", command)
     if interruption.signal:
-        raise typer.Exit(interruption.exit_code)  # nothing is kept of half a search
+        raise typer.Exit(interruption.exit_code)  # an incomplete search stores nothing
     found = measured.found()
     if found is None:
-        raise typer.Exit(1)  # why is told with the table
+        raise typer.Exit(1)  # the table shows the reason
     rate, (of_fastest, of_largest) = (
         found.tokens_per_second[found.fastest],
         (size(found.peaks[each]) for each in (found.fastest, found.largest)),

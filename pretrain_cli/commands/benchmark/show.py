@@ -40,7 +40,7 @@ class OutputFiles:
             need_matplotlib(self.plot)
 
     def write(self, measured: Any, what: str, command: str) -> None:
-        if not measured.arms:  # of a search that was cut short at once
+        if not measured.arms:  # a search interrupted before its first arm
             return
         from pretrain_cli.engine.benchmark.record import record
 

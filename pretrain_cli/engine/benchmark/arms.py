@@ -66,7 +66,7 @@ def backend_arms(workload: Workload, asked: SpeedConfig, names: list[str]) -> li
     return arms
 
 
-# --- an ablation ---------------------------------------------------------------------------------
+# --- ablation ------------------------------------------------------------------------------------
 
 
 def choices(settings: type[SpeedConfig], name: str) -> list[Any]:
@@ -119,7 +119,8 @@ def ablation(
     in_force = resolve_speed(asked, device)
     for name, value in plain.items():
         decision = in_force.decisions[name]
-        if decision.in_force != value or decision.reason == LATE:  # a fresh process has it
+        # LATE holds for this process only; arms run in fresh processes, where the setting applies
+        if decision.in_force != value or decision.reason == LATE:
             add(f"− {name}", "all on but", asked, name, value)
     other = None if "dtype" in given else OTHER_DTYPE.get(in_force.dtype)
     if other and not _without_effect(
@@ -139,12 +140,12 @@ def _without_effect(speed: SpeedConfig, setting: str, value: Any, workload: Work
         decision = resolve_speed(speed, torch.device(workload.device)).decisions[setting]
     except ConfigError as error:
         return str(error)
-    if decision.in_force != value and decision.reason != LATE:  # a fresh process isn't late
+    if decision.in_force != value and decision.reason != LATE:  # LATE: applies in the arm's process
         return decision.reason
     return ""
 
 
-# --- a sweep -------------------------------------------------------------------------------------
+# --- sweep ---------------------------------------------------------------------------------------
 
 
 def sweep(workload: Workload, asked: SpeedConfig, axes: list[str], find: FindModel) -> list[Arm]:
@@ -157,7 +158,7 @@ def sweep(workload: Workload, asked: SpeedConfig, axes: list[str], find: FindMod
     arms = []
     for values in itertools.product(*(values for _, values in parsed)):
         changed = workload
-        # a model first, for the others change it
+        # the model first: the other keys modify it
         for key, value in sorted(zip(keys, values, strict=True), key=lambda kv: kv[0] != "model"):
             changed = SWEPT[key](changed, value, find)
         check_length(changed)
@@ -233,7 +234,7 @@ SWEPT: dict[str, Callable[[Workload, str, FindModel], Workload]] = {
 }
 
 
-# --- beside another program ----------------------------------------------------------------------
+# --- comparison with a peer ----------------------------------------------------------------------
 
 
 def versus(workload: Workload, asked: SpeedConfig, peer: str) -> list[Arm]:

@@ -55,7 +55,7 @@ def _transformers(
     compiled = torch.compile(model) if speed.compile else model
 
     def loss() -> Tensor:
-        # labels shifted already: row i of the targets follows row i of the inputs
+        # shift_labels: `targets` is already `inputs` shifted by one token, so no second shift
         return compiled(
             input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False
         ).loss

@@ -39,7 +39,7 @@ def remarks(results: list[dict[str, Any]]) -> list[str]:
     for result in results:
         if result["kind"] == "forward only":
             said.append(f"{result['arm']}: {result['reason']}; its forward pass alone was timed")
-    # what is the same of many arms is said once
+    # print a note shared by several arms once
     notes = dict[str, list[str]]()
     for result in results:
         left_out = [f"not run: {result['reason']}"] if result["kind"] == "not run" else []

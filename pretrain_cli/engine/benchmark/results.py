@@ -161,7 +161,7 @@ def _said(arm: Arm, loss: float | None, norm: float | None, kind: str) -> str:
         ("loss", loss, TOLERANCE[kind]),
         ("first gradient norm", norm, NORM_TOLERANCE[kind]),
     ):
-        # written so that what is not a number differs
+        # `not <=` instead of `>`: a NaN difference counts as too large
         if difference is not None and not difference <= most:
             found.append(f"{what} {difference:.2g} of its size off, and {kind} explains {most:g}")
     return f"differs from {arm.same_as}: {'; '.join(found)}" if found else ""

@@ -95,7 +95,7 @@ def measure(workload: Workload, progress: Callable[[str], None]) -> Measured:
     ready = {}
     progress("drawing weights")
     with _drawn_folder(workload) as folder, _processes(workload, arms, folder) as pipes:
-        for arm, pipe in pipes.items():  # one at a time, so that neither loads while one compiles
+        for arm, pipe in pipes.items():  # one at a time: concurrent loads would distort the timings
             progress(f"{arm}: loading")
             pipe.send(workload)
             ready[arm] = _receive(pipe, arm)
@@ -136,7 +136,7 @@ def copy_rate(device: torch.device) -> float:
     for _ in range(5):
         began = time.perf_counter()
         target.copy_(source)
-        target[-1].item()  # waits for the device
+        target[-1].item()  # wait for the device
         best = min(best, time.perf_counter() - began)
     return 2 * COPIED / best
 

@@ -90,7 +90,7 @@ def serve_arm(arm: str, folder: Path, pipe: Connection) -> None:
         pipe.send(ready)
         while tokens := pipe.recv():
             pipe.send(one_round(tokens))
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):  # nobody asks any more
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):  # the parent process is gone
         return
     except Exception as error:
         pipe.send(error)
@@ -159,7 +159,7 @@ def _theirs(workload: Workload, folder: Path) -> tuple[Ready, Callable[[int], Ro
         times = []
 
         def clock(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-            ids[0, -1].item()  # waits for the device
+            ids[0, -1].item()  # wait for the device
             times.append(time.perf_counter())
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 

@@ -195,7 +195,7 @@ class MicroBatchSearch(Rounds):
         self.add(arm)
         return arm
 
-    # --- what is known so far --------------------------------------------------------------------
+    # --- results so far --------------------------------------------------------------------------
 
     def _rates(self) -> dict[int, float]:
         """Return tokens/s by micro-batch, of those measured."""

@@ -189,7 +189,7 @@ class _Reader:
 
     def _read_step(self, row: Row, step: float) -> None:
         seconds = float(given) if is_number(given := row.get("seconds")) else math.nan
-        if seconds < self.time.seconds:  # its start was not written down
+        if seconds < self.time.seconds:  # the clock restarted, but the file has no start row
             self.time.restart()
             self._mark(RESTARTED, float(self._last("step")), {"seen by": "its clock began again"})
         places = {"step": step, "time": self.time.at(seconds)}

@@ -1,18 +1,18 @@
 "use strict";
-// The charts: uPlot draws them from the block of JSON. What a choice changes is drawn anew.
-// Text goes in as textContent only, so nothing in it is markup.
+// Draws the charts with uPlot from the page's JSON block, and again after each change by the reader.
+// Text is set as textContent only, so markup in it has no effect.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const AXES = { tokens: "tokens seen", time: "training time", step: "step" };
 const DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3]];
 const TIMES = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400, 172800, 432000, 864000];
-const BLANK = 1 / 25; // of the height, above and below the curves
+const BLANK = 1 / 25; // share of the height left blank above and below the curves
 const state = {
   axis: "tokens",
   smoothing: 0,
   hiddenRuns: new Set(),
   hiddenKinds: new Set(data.runs.flatMap((run) => run.marks.filter((m) => !m.shown).map((m) => m.kind))),
-  range: null, // [from, to] on the axis, where part of it was chosen
+  range: null, // zoomed range [from, to] on the axis; null: the whole axis
 };
 
 // --- numbers -------------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ const color = (name) => getComputedStyle(document.documentElement).getPropertyVa
 
 // --- curves --------------------------------------------------------------------------------------
 
-/** An exponential mean that doesn't lean on its beginning; gaps stay gaps. */
+/** Exponential moving average with bias correction; nulls (gaps) stay null. */
 function smooth(values, weight) {
   let sum = 0, total = 0;
   return values.map((v) => {
@@ -57,7 +57,7 @@ function smooth(values, weight) {
   });
 }
 
-/** A curve on the chosen axis: x, y as drawn, the file's values, and bounds where it was thinned. */
+/** A curve on the chosen axis: x, y as drawn, raw values, and low and high bounds if it is thinned. */
 function read(curve) {
   const table = data.runs[curve.run][curve.table], raw = table.values[curve.field];
   const smoothed = curve.table === "steps" && state.smoothing > 0 && curve.field !== "learning_rate";
@@ -67,7 +67,7 @@ function read(curve) {
   };
 }
 
-/** Ranges [from, to) of rows in which x grows: a run that was rolled back has a step twice. */
+/** Row ranges [from, to) in which x increases. A rolled-back run repeats steps, so it has several. */
 function stretches(x) {
   const found = [];
   let from = 0, last = -Infinity;
@@ -86,7 +86,7 @@ function extent(values) {
   return low <= high ? [low, high] : null;
 }
 
-/** All of the axis that the runs shown have, the same for every chart. */
+/** The axis range of all visible runs, the same for every chart. */
 function wholeRange() {
   const runs = data.runs.filter((_, n) => !state.hiddenRuns.has(n));
   const found = extent(runs.flatMap((run) => [...run.steps.axes[state.axis], ...run.evaluations.axes[state.axis]]));
@@ -139,7 +139,7 @@ class Chart {
     new ResizeObserver(() => requestAnimationFrame(fit)).observe(this.place);
   }
 
-  /** A button that hides this curve of every run; the colours of runs are explained above. */
+  /** Add a button that hides this curve in every run. The run buttons explain the colours. */
   addLegend(head, curve) {
     const button = make(head, "button", { class: "legend", type: "button", "aria-pressed": "true" });
     key(button, curve);
@@ -167,7 +167,7 @@ class Chart {
     this.place.setAttribute("aria-label", this.describe());
   }
 
-  /** Tables to join, with the series and bands that draw them: one series for each stretch. */
+  /** uPlot's data tables, series and bands; separate series for each range of `stretches`. */
   series() {
     const tables = [], series = [{}], bands = [];
     for (const line of this.lines) {
@@ -227,10 +227,10 @@ class Chart {
     };
   }
 
-  /** The range of values shown, with room above and below; from zero where that is near. */
+  /** The y range, with blank space above and below; starts at zero if zero is near. */
   values(low, high) {
     if (low === null || high === null) return this.log ? [0.1, 1] : [0, 1];
-    const rounding = 1e-9 * Math.max(Math.abs(low), Math.abs(high)); // means of equal numbers differ by less
+    const rounding = 1e-9 * Math.max(Math.abs(low), Math.abs(high)); // smaller differences are rounding errors of means
     if (this.log) {
       low = Math.max(low, 1e-300);
       const room = high - low <= rounding ? 2 : (high / low) ** BLANK;
@@ -277,7 +277,7 @@ class Chart {
     return `${this.spec.title} over ${AXES[state.axis]}. ${last.join("; ")}`;
   }
 
-  // --- pointing, and keys ---
+  // --- pointer and keyboard ---
 
   listen() {
     this.place.onpointerenter = () => { this.pointed = true; };
@@ -294,7 +294,7 @@ class Chart {
     };
   }
 
-  /** Under the cursor, the nearest point of every curve; only in the chart that is pointed at. */
+  /** Show the points nearest to the cursor, one per curve, only in the chart under the pointer. */
   point(u) {
     const { left } = u.cursor;
     if (!this.pointed || left === null || left < 0) { this.readout.hidden = true; return; }
@@ -336,7 +336,7 @@ class Chart {
 const charts = [];
 const drawAll = () => charts.forEach((chart) => chart.draw());
 
-/** Turn a button over; returns whether it is on now. */
+/** Toggle a button, and return its new state. */
 function press(button) {
   const on = button.getAttribute("aria-pressed") !== "true";
   button.setAttribute("aria-pressed", on);

@@ -41,7 +41,7 @@ def render(histories: list[History]) -> str:
         "settings": settings(histories),
         "several": "several" if len(histories) > 1 else "one",
     }
-    pieces = _part("page.html").split("%%")  # text, name, text, name, …, text
+    pieces = _part("page.html").split("%%")  # alternates text and field names
     pieces[1::2] = [fields[name] for name in pieces[1::2]]
     return "".join(pieces)
 

@@ -51,7 +51,7 @@ def draw(histories: list[History], path: Path) -> None:
     for place, title in enumerate(BELOW):
         _draw_chart(figure.add_subplot(grid[1, place]), histories, charts[title], "tokens")
     with warnings.catch_warnings():
-        # a name in letters that matplotlib's font lacks: boxes in the legend, not a warning
+        # matplotlib draws letters missing from its font as boxes; no warning is needed
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(path, dpi=130, format="png")
 
@@ -72,7 +72,7 @@ def _draw_chart(axes: Axes, histories: list[History], chart: Chart, axis: str) -
         if thinned.low:
             low, high = thinned.low[curve.field], thinned.high[curve.field]
             axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
-        known = np.isfinite(y) if held_out else slice(None)  # a gap in training is a gap
+        known = np.isfinite(y) if held_out else slice(None)  # keep NaN gaps in training curves
         axes.plot(
             x[known], y[known], color=color, linestyle=DASHES[curve.dash % len(DASHES)],
             linewidth=1.3, marker="o" if held_out or len(x) == 1 else "", markersize=4,
@@ -84,7 +84,7 @@ def _draw_chart(axes: Axes, histories: list[History], chart: Chart, axis: str) -
             MultipleLocator(next((t for t in TIMES if longest / t <= 7), longest))
         )
     if any(curve.what for curve in chart.curves):
-        # a space before: matplotlib leaves out labels that begin with an underscore
+        # leading space: matplotlib hides labels that begin with an underscore
         names = [(histories[curve.run].name, curve.what) for curve in chart.curves]
         labels = [
             f" {what}" if len(histories) == 1 else f" {name} · {what}" for name, what in names

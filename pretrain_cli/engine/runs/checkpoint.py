@@ -99,7 +99,7 @@ def take_snapshot(
     Training may continue without changing the snapshot, unless `copy` is false on a CPU: it then
     shares the model's memory.
     """
-    if not ranks.is_first and not is_sharded(model):  # nothing that this rank has is needed
+    if not ranks.is_first and not is_sharded(model):  # the first rank has everything
         return None
 
     def taken(tensor: Tensor) -> Tensor | None:
@@ -144,7 +144,7 @@ def write_checkpoint(folder: Path, contents: Snapshot, *, max_shard_size: int) -
         staging.rename(place)
         _flush_folder(folder)
     except OSError:
-        shutil.rmtree(staging, ignore_errors=True)  # on a full disk, it takes what others need
+        shutil.rmtree(staging, ignore_errors=True)  # free the space on a full disk
         raise
     return place
 
@@ -243,7 +243,8 @@ def find_damage(folder: Path, *, model_only: bool = False) -> str | None:
     try:
         text = (folder / CHECKSUMS).read_text()
         sums = json.loads(text)
-        if not isinstance(sums, dict) or text != _as_json(sums):  # one byte can hide in a space
+        # compare the text too: a flipped byte in whitespace can still parse to equal sums
+        if not isinstance(sums, dict) or text != _as_json(sums):
             raise ValueError
     except (OSError, ValueError):
         return f"{folder / CHECKSUMS}: missing or damaged"

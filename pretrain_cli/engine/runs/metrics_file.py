@@ -110,7 +110,7 @@ def peak_memory(device: torch.device) -> int:
     """Return peak bytes: allocated on a GPU; resident in this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if PROC_STATUS.is_file():  # getrusage's peak begins with that of the process that began this
+    if PROC_STATUS.is_file():  # preferred: getrusage's peak includes that of the parent process
         for line in PROC_STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024

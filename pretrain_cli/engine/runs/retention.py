@@ -24,7 +24,7 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-# --- which is meant ------------------------------------------------------------------------------
+# --- choosing a checkpoint -----------------------------------------------------------------------
 
 
 def newest_intact(
@@ -103,7 +103,7 @@ def _best(run: Path) -> Path:
     return best
 
 
-# --- which are kept ------------------------------------------------------------------------------
+# --- removing checkpoints ------------------------------------------------------------------------
 
 
 def rotate(run: Path, train: TrainSettings) -> list[Path]:

@@ -15,10 +15,11 @@ from pretrain_cli.model.config import FIELDS, ModelConfig, variant
 from pretrain_cli.model.presets import preset
 
 RUN_YAML = "run.yaml"
-# How long a run goes, where and how fast, and what it reports and keeps: none changes what a step
-# learns. (More steps stretch the schedule, which is told.) All speed settings are such, too.
+# Settings that a resumed run may change, because they do not change what a step learns: duration,
+# device, reporting, checkpoints. All speed settings may change, too. More steps stretch the
+# learning rate schedule; the resumed run prints a notice of that.
 SAFE = {
-    "data.path",  # the fingerprint still has to be the same
+    "data.path",  # only the path: the fingerprint must match
     "data.tokenizer",
     "train.steps",
     "train.tokens",
@@ -87,7 +88,7 @@ def read_record(run: Path) -> RunRecord:
             raise KeyError(missing)
     except (yaml.YAMLError, KeyError, TypeError, ValueError):
         raise CheckpointError(f"{path}: damaged; copy it back from a backup") from None
-    # every field is in the file, so nothing of the preset it starts from is left
+    # the file has every field, so the choice of preset does not matter
     return RunRecord(settings, asked, variant(preset("gemma3-tiny"), model), name, *data, *machine)
 
 

@@ -94,12 +94,12 @@ class TensorBoard:
     def __init__(self, run: Path, *, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # events of later steps, of an earlier process, are not shown
+        # hides an earlier process's events after `step`: these steps run again
         self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def write(self, event: StepMetrics | Evaluation | Sample) -> None:
         if isinstance(event, Sample):
-            text = f"    {event.prompt}{event.text}".replace("\n", "\n    ")  # as it is
+            text = f"    {event.prompt}{event.text}".replace("\n", "\n    ")  # a code block
             self.writer.add_text(f"sample/{event.prompt or 'no prompt'}", text, event.step)
             return
         for name, value in numbers(event).items():

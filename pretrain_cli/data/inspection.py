@@ -35,7 +35,7 @@ def document_lengths(split: Split) -> Lengths:
         if first + READ_AT_ONCE >= total:
             borders = np.append(borders, total)
         lengths = np.diff(borders)
-        lengths = lengths[lengths > 0]  # the first document begins at 0
+        lengths = lengths[lengths > 0]  # drops the 0 before the first document
         open_since = int(borders[-1])
         if len(lengths):
             powers, numbers = np.unique(np.log2(lengths).astype(int), return_counts=True)

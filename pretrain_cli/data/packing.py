@@ -158,7 +158,7 @@ def best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
     therefore placed at once: about three such operations a size, for any number of pieces.
     """
     bins = np.empty(len(sizes), np.int64)
-    rooms: list[int] = []  # that open bins have left, ascending
+    rooms: list[int] = []  # room left in open bins, ascending
     with_room: dict[int, list[np.ndarray]] = {}
 
     def put(found: np.ndarray, room: int) -> None:
@@ -202,7 +202,8 @@ def pack(borders: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, Tot
     counts = np.bincount(bins)
     samples = np.empty(len(counts), SAMPLE)
     samples["end"] = ends = np.cumsum(counts)
-    # a token is a target, but a sample's first one and what a piece repeats of the one before it
+    # every token is a target, except the first of a sample and the one that a continued piece
+    # repeats from the piece before it
     repeats = pieces["goes_on"].astype(bool)
     repeats[ends - counts] = True
     targets = pieces["tokens"] - repeats.astype(np.int64)
@@ -219,9 +220,9 @@ def open_packed(dataset: Dataset, seq_len: int, notify: Callable[[str], None]) -
     source = dataset.train, dataset.fingerprint, seq_len
     name = f"packing-best-fit-{seq_len}.idx"
     beside = dataset.path / name
-    if not dataset.path.is_dir():  # a file, or a pattern of some
+    if not dataset.path.is_dir():  # token files: a file or a pattern
         beside = dataset.path.parent / f"{dataset.name}-{name}"
-    # where the dataset's folder can't be written
+    # used if the dataset's folder can't be written
     elsewhere = Path(tempfile.gettempdir()) / f"pretrain-{dataset.fingerprint[:16]}-{name}"
     faults = []
     for path in (beside, elsewhere):
@@ -245,7 +246,7 @@ def open_packed(dataset: Dataset, seq_len: int, notify: Callable[[str], None]) -
 
 def build_index(path: Path, split: Split, fingerprint: str, seq_len: int) -> None:
     """Write the index of a split to a temporary file, flush it and rename it."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}.partial")  # two runs may build at once
+    staging = path.with_name(f".{path.name}.{os.getpid()}.partial")  # two runs may build it
     totals, digest = Totals(), hashlib.sha256()
     group = max(GROUP_TOKENS, GROUP_SAMPLES * seq_len)
     try:

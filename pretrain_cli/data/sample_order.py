@@ -53,7 +53,7 @@ class Permutation:
     def _mixed(self, cells: np.ndarray) -> np.ndarray:
         one, other = np.divmod(cells, self.sides[1])
         for number, (factor, summand) in enumerate(self.keys):
-            moved = other * factor  # modulo 2⁶⁴, as is the next product
+            moved = other * factor  # uint64: this product and the next are modulo 2⁶⁴
             moved += summand
             moved ^= moved >> HALF
             moved *= MIX

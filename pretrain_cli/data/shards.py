@@ -1,16 +1,16 @@
 """The tokenized dataset on disk.
 
     data/NAME/
-    ├── dataset.json            what it is: tokenizer, totals, sources, shards with checksums
+    ├── dataset.json            manifest: tokenizer, totals, sources, shards with checksums
     ├── tokenizer.json          the tokenizer itself, and tokenizer_config.json
-    ├── files.jsonl             the files it was made of: size, checksum, tokens of each
+    ├── files.jsonl             files of the corpus: size, checksum, tokens of each
     ├── train-00000.bin         tokens, little-endian uint16 or uint32 by vocabulary
-    ├── train-00000.idx         where each document begins, little-endian uint64
-    ├── train-00000.crc         CRC-32 of each 64 KiB of the .bin: says where a damage is
+    ├── train-00000.idx         start of each document, little-endian uint64
+    ├── train-00000.crc         CRC-32 of each 64 KiB of the .bin, to locate damage
     └── val-00000.bin, …
 
-Documents are concatenated, each with its marks. A shard ends after so many tokens, wherever that
-falls; a document that goes on in the next is listed where it begins.
+Documents are concatenated, each with its marks. A shard ends after a fixed number of tokens, even
+inside a document; that document is listed in the index of the shard where it begins.
 """
 
 import array
@@ -184,7 +184,7 @@ class TokenStream:
         read are checked against it, for files without a manifest."""
         little_endian = np.dtype(dtype).newbyteorder("<")
         self.paths = paths
-        # plain arrays over the maps: a slice of a np.memmap costs several times as much
+        # plain arrays over the maps: slicing a np.memmap costs several times as much
         self.shards = [
             np.asarray(np.memmap(path, little_endian, "r", offset=header)) for path in paths
         ]
@@ -265,7 +265,7 @@ class IndexedStarts:
             max(bisect_right(self.offsets, first) - 1, 0), bisect_left(self.offsets, last)
         )
         for starts, offset in ((self.starts[shard], self.offsets[shard]) for shard in shards):
-            # of their own type: else numpy would make a copy of all starts
+            # in the type of the starts; otherwise numpy would copy all of them
             ends = np.clip((first - offset, last - offset), 0, None).astype("<u8")
             low, high = np.searchsorted(starts, ends)
             found.append(starts[low:high].astype(np.int64) + offset)

@@ -127,7 +127,7 @@ def open_foreign(path: str, tokenizer: str | None) -> Dataset:
         notices.append(f"{path}: neither train nor val by name, left out: {_listed(left_out)}")
     key = f"{named.fingerprint} {form.name} {[len(row) for row in splits]}"
     fingerprint, largest, unread = _read_through(rows, form, key)
-    # what leads is what the tokenizer itself puts first, such as Llama 3's <|begin_of_text|>
+    # a leading separator is the tokenizer's BOS, such as Llama 3's <|begin_of_text|>, if it has one
     leads = form.separator_leads
     separator = named.bos if leads and named.bos is not None else named.eos
     return Dataset(
@@ -145,7 +145,7 @@ def open_foreign(path: str, tokenizer: str | None) -> Dataset:
     )
 
 
-# --- which files ---------------------------------------------------------------------------------
+# --- choice of files -----------------------------------------------------------------------------
 
 
 def _files_by_split(path: str) -> tuple[list[Path], list[Path], list[Path]]:
@@ -171,7 +171,7 @@ def _files_by_split(path: str) -> tuple[list[Path], list[Path], list[Path]]:
     left_out = [file for file in files if file not in train and file not in val]
     if not train:
         train, left_out = left_out, []
-    if not train:  # validation files alone are meant to be trained on
+    if not train:  # if all files are validation files, train on them
         train, val = val, []
     return train, val or _beside(pattern), left_out
 
@@ -200,14 +200,15 @@ def _listed(files: list[Path]) -> str:
 
 
 def _name(path: Path) -> str:
-    """fineweb_train_*.bin → fineweb; train.bin → the name of its folder."""
+    """Return a name for runs: `fineweb` for fineweb_train_*.bin, the folder's name for
+    train.bin."""
     if path.is_dir():
         return path.resolve().name
     words = [word for word in re.split(r"[\W_]+", path.stem) if word not in ("", "train")]
     return "-".join(words) or path.resolve().parent.name
 
 
-# --- what is in them -----------------------------------------------------------------------------
+# --- contents of files ---------------------------------------------------------------------------
 
 
 def _common_format(files: list[Path], tokenizer: Tokenizer) -> Format:
@@ -283,7 +284,8 @@ def _read_through(rows: list[TokenStream], form: Format, key: str) -> tuple[str,
     for row in rows:
         for shard, path in enumerate(row.paths):
             blocks = range(0, len(row.shards[shard]), BLOCK // dtype.itemsize)
-            with path.open("rb") as file:  # pages of the map would count as this process's memory
+            # not through the memory map: its pages would count as this process's memory
+            with path.open("rb") as file:
                 for offset in sorted({*blocks[::every], blocks[-1]}):
                     file.seek(form.header + offset * dtype.itemsize)
                     tokens = np.fromfile(file, dtype, blocks.step)

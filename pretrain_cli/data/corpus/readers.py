@@ -102,16 +102,16 @@ class FileReader:
                     yield from self._short_documents(texts)
                 else:
                     yield from self._plain(stream, can_seek=can_seek)
-                while raw.read(BLOCK):  # what lies behind the end counts for the checksum
+                while raw.read(BLOCK):  # the checksum covers trailing bytes too
                     pass
         except signs_of_damage() as error:
             self._damaged(str(error))
         except OSError as error:
-            if is_disk_full(error):  # by the copy of a long document
+            if is_disk_full(error):  # filled by the copy of a long document
                 raise
             if error.errno is not None:
                 raise DataError(f"{path}: can't be read ({error.strerror})") from None
-            self._damaged(str(error))  # bz2 has no exception of its own
+            self._damaged(str(error))  # bz2 raises an OSError without errno
 
     def _damaged(self, why: str) -> None:
         if self.reading.errors == "fail":
@@ -133,7 +133,7 @@ class FileReader:
         pending: _LongDocument | None = None
         try:
             for segment in _segments(stream, self.reading.separator):
-                if isinstance(segment, int):  # a document ends, and the next begins there
+                if isinstance(segment, int):  # end of a document, start of the next
                     document = (
                         pending.finish()
                         if pending
@@ -154,7 +154,7 @@ class FileReader:
                         for part in held:
                             pending.add(part)
                         held = []
-        finally:  # of a document that breaks off
+        finally:  # also if reading stops inside a long document
             if pending:
                 pending.close()
 
@@ -277,7 +277,7 @@ def _segments(stream: IO[bytes], separator: str | None) -> Iterator[bytes | int]
     while True:
         block = stream.read(BLOCK)
         text = rest + block
-        # whole lines, unless one is longer than a block, or the file ends
+        # take whole lines, except at the end of the file or in a line longer than a block
         end = len(text) if not block else text.rfind(b"\n") + 1
         if not end and len(text) > BLOCK + len(separator):
             end = len(text)

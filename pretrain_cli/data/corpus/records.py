@@ -32,7 +32,7 @@ def json_lines(
                 continue
             text = line.decode("utf-8-sig", errors="replace")
         try:
-            row = json.loads(text, parse_int=float)  # an int of 5,000 digits is refused
+            row = json.loads(text, parse_int=float)  # int() refuses 5,000 digits
         except json.JSONDecodeError as error:
             what = error.msg.removesuffix(" at")
             raise DataError(
@@ -52,7 +52,7 @@ def json_lines(
                 f"{path}:{number}: what is under '{key}' is not text; name another key with "
                 "--text-key, or mend or remove the line"
             )
-        # half of a surrogate pair can be escaped in JSON, and has no UTF-8
+        # JSON can escape half of a surrogate pair, which UTF-8 can't encode
         yield number, row[key].encode(errors="surrogatepass")
 
 
@@ -66,12 +66,12 @@ def parquet_rows(
         from pyarrow import parquet
     except ImportError:
         raise DataError(f"{path}: reading Parquet takes pyarrow; pip install pyarrow") from None
-    # Parquet begins at its end
+    # Parquet's metadata is at the end of the file, so a stream is copied first
     with path.open("rb") if can_seek else tempfile.TemporaryFile(dir=spool) as file:
         if not can_seek:
             shutil.copyfileobj(stream, file, READ_AT_ONCE)
         try:
-            # buffered, and not beforehand: else a group of rows, often a whole file, is held
+            # these buffer options keep a row group, often the whole file, out of memory
             table = parquet.ParquetFile(
                 file, page_checksum_verification=True, buffer_size=READ_AT_ONCE, pre_buffer=False
             )
@@ -92,7 +92,7 @@ def parquet_rows(
                 column = batch.column(0)
                 if value is not kind:
                     column = column.dictionary_decode()
-                # as bytes: what is not UTF-8 is for us to treat
+                # as bytes, because our caller handles invalid UTF-8
                 for cell in column.cast(pyarrow.large_binary()):
                     number += 1
                     yield number, cell.as_py() or b""

@@ -122,7 +122,7 @@ def _below(
         subfolders[:] = sorted(
             name for name in subfolders if not name.startswith(".") and name != "__pycache__"
         )
-        for name in subfolders:  # which may lead in a circle
+        for name in subfolders:  # not followed, since links can form a cycle
             if os.path.islink(path := os.path.join(folder, name)):
                 left_out[path] = "a link to a folder"
         for name in sorted(names):

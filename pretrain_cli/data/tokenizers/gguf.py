@@ -69,7 +69,8 @@ def gguf_tokenizer(tokenizer: Tokenizer, rows: int) -> tuple[dict[str, Any], lis
         facts |= _of_characters(tokenizer, spec, kinds, merges)
     else:
         facts |= _of_bytes(tokenizer, spec, merges)
-    begin = tokenizer.bos if tokenizer.bos is not None else tokenizer.eos  # as an empty prompt has
+    # the token of an empty prompt; see Tokenizer.encode_prompt
+    begin = tokenizer.bos if tokenizer.bos is not None else tokenizer.eos
     ids = {"bos": begin, "eos": tokenizer.eos, "padding": tokenizer.pad}
     ids["unknown"] = tokenizer.backend.token_to_id(model.get("unk_token") or "")
     facts |= {f"{name}_token_id": id for name, id in ids.items() if id is not None and id < rows}
@@ -107,7 +108,7 @@ def _of_characters(
     tokenizer: Tokenizer, spec: dict[str, Any], kinds: list[int], merges: list[list[str]]
 ) -> dict[str, Any]:
     spaced = [prefix for normalizer, prefix in SPACED if normalizer == spec["normalizer"]]
-    split = spec["pre_tokenizer"]  # at spaces, of which there are none left
+    split = spec["pre_tokenizer"]  # splits at spaces, all replaced by ▁ before
     if not spaced or not (split is None or split.get("pattern") == {"String": " "}):
         raise _refused(tokenizer, "its normalizer or pre-tokenizer is not SentencePiece's")
     vocab = tokenizer.backend.get_vocab(with_added_tokens=True)
@@ -115,7 +116,8 @@ def _of_characters(
     for rank, (left, right) in enumerate(merges):
         first, _ = order.get(left + right, (rank, rank))
         order[left + right] = first, rank
-    # Those of runs of one character are mixed, which changes nothing: a run grows from its left.
+    # Merge ranks of tokens that repeat one character may overlap. This changes nothing, because a
+    # run of one character is merged from its left.
     ranges = sorted(found for text, found in order.items() if len(set(text)) > 1)
     if any(later[0] < earlier[1] for earlier, later in pairwise(ranges)):
         raise _refused(tokenizer, "its merges are not in the order of the tokens they make")
@@ -150,7 +152,7 @@ def _of_bytes(
         raise _refused(tokenizer, f"its normalizer is {spec['normalizer']['type']}")
     words = _words(spec["pre_tokenizer"] or {})
     if not merges:
-        words = GPT2_WORDS  # any will do: nothing is merged
+        words = GPT2_WORDS  # any pattern will do, because nothing is merged
     name = PATTERNS.get((words or "", bool(spec["model"].get("ignore_merges"))))
     if name is None:
         raise _refused(tokenizer, "it splits texts into words by a pattern of its own")

@@ -34,8 +34,8 @@ BUILT_IN = ("bytes", "bpe")
 END_OF_DOCUMENT = "<|endoftext|>"
 KNOWN_ENDS = (END_OF_DOCUMENT, "<eos>", "</s>", "<|end_of_text|>", "<|eot_id|>")
 
-# Words with their leading space, numbers of up to three digits, runs of punctuation, line ends with
-# their indentation: the split that GPT-4 made common.
+# The split that GPT-4 made common: words with their leading space, numbers of up to three digits,
+# runs of punctuation, line ends with their indentation.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -167,7 +167,7 @@ def read_tokenizer(path: Path, *, name: str) -> Tokenizer:
     hint = config.get("eos_token")
     hint = hint["content"] if isinstance(hint, dict) else hint
     tokenizer = _tokenizer(name, text, hint, where=path)
-    match config.get("document_marks"):  # written by `save`: what --bos and --eos chose
+    match config.get("document_marks"):  # written by `save`: the choice of --bos and --eos
         case [bos, str(eos)]:
             return tokenizer.marked(bos=bos or "none", eos=eos, allow_special=False)
     return tokenizer
@@ -200,8 +200,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def _byte_level() -> Tokenizer:
     """Return a BPE without merges: ids 0 to 255 are bytes, 256 ends a document."""
-    # The printable stand-ins that byte-level tokenizers write bytes with: a byte that is a visible
-    # Latin-1 character stands for itself, the others for 256, 257, … in order.
+    # Byte-level tokenizers write bytes as printable characters: a byte that is a visible Latin-1
+    # character is written as itself, the others as the characters 256, 257, … in order.
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     unseen = [byte for byte in range(256) if byte not in visible]
     vocab = {chr(byte): byte for byte in visible}
@@ -217,7 +217,7 @@ def _byte_level() -> Tokenizer:
 def _tokenizer(name: str, text: str, eos_hint: str | None, *, where: Path | None) -> Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:  # the library raises plain Exception
         raise DataError(f"{where}: not a tokenizer.json ({error})") from None
     backend.no_truncation()
     backend.no_padding()
@@ -229,7 +229,7 @@ def _tokenizer(name: str, text: str, eos_hint: str | None, *, where: Path | None
             f"{where}: no end-of-document token; name one as eos_token in a tokenizer_config.json "
             "beside it"
         )
-    # What the tokenizer itself puts before a text is what its models expect there.
+    # Models expect the token that their tokenizer itself puts before a text.
     added = backend.encode("").ids
     bos = added[0] if added and added[0] != eos else None
     return Tokenizer(name, text, backend, bos=bos, eos=eos, pad=backend.token_to_id("<pad>"))
@@ -259,10 +259,10 @@ def _from_hub(repository: str, *, asked: str | None = None) -> Path:
         f"or put it at $PRETRAIN_TOKENIZERS/{asked}/tokenizer.json, " if asked else "or "
     ) + "give the path of a tokenizer.json, or use the built-in 'bytes' or 'bpe'"
     try:
-        # fails at once where there is no network; the download would try again for half a minute
+        # fails at once without a network; the download would retry for half a minute
         get_hf_file_metadata(hf_hub_url(repository, "tokenizer.json"), timeout=5)
         return Path(hf_hub_download(repository, "tokenizer.json", etag_timeout=5))
-    except Exception as error:  # the hub's, the network's and the HTTP library's own kinds
+    except Exception as error:  # from the hub, the network or the HTTP library
         kinds = {kind.__name__ for kind in type(error).__mro__}
         if "GatedRepoError" in kinds:
             reason = f"{repository} is gated: accept its licence on the hub and run 'hf auth login'"

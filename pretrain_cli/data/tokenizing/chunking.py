@@ -112,13 +112,14 @@ class Chunker:
         middle = len(ids) // 2
         for number in range(max(middle, 1), min(middle + TRIES, len(ids))):
             cut = borders[number]
-            if cut <= borders[number - 1]:  # a character of several ids
+            if cut <= borders[number - 1]:  # inside a character that has several ids
                 continue
             after = self._continued(text[cut:])
             sure = len(after) // 2
             if not sure or after[:sure] != ids[number : number + sure]:
                 continue
-            if self._ids(lead + text[:cut])[count:] == ids[:number]:  # spaces end otherwise alone
+            # spaces before the cut may encode differently at the end of a text
+            if self._ids(lead + text[:cut])[count:] == ids[:number]:
                 return cut, True
         return max(1, len(text) // 2), False
 

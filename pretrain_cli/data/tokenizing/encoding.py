@@ -75,7 +75,7 @@ class Encoder:
             firsts.append(len(texts))
         encodings = self.tokenizer.backend.encode_batch_fast(texts, add_special_tokens=False)
         lead = self.cutter.lead[1] if any(continues) else 0
-        ids = array.array("I")  # several times as fast from a list as numpy
+        ids = array.array("I")  # converts lists several times as fast as numpy
         counts = []
         for block, first, last in zip(batch, firsts, firsts[1:], strict=False):
             before = len(ids)
@@ -92,7 +92,7 @@ class Encoder:
 
 def cores() -> int:
     """Return the number of CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on a Mac
+    if hasattr(os, "sched_getaffinity"):  # missing on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
@@ -101,10 +101,11 @@ def cores() -> int:
 def encoders(tokenizer: Tokenizer, dtype: np.dtype, workers: int) -> Iterator[Any]:
     """Yield a function that encodes batches, keeping their order."""
     encode = Encoder(tokenizer, dtype)
-    _ = encode.cutter.lead  # found once, before the fork
+    _ = encode.cutter.lead  # cached here, so that the forked workers share it
     previous = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    gc.freeze()  # what a collection looks at is written to, and then no longer shared
+    # garbage collection writes to the objects it visits, so their memory would no longer be shared
+    gc.freeze()
     try:
         if workers == 1:
             pool, work = ThreadPoolExecutor(1), encode
@@ -135,7 +136,7 @@ def _in_order(
     try:
         for batch in batches:
             with warnings.catch_warnings():
-                # of forking a process that has threads: the workers touch none of their locks
+                # warning about forking a process with threads: workers use none of their locks
                 warnings.simplefilter("ignore", DeprecationWarning)
                 under_way.append(pool.submit(work, batch))
             if len(under_way) > ahead:
@@ -162,7 +163,7 @@ def _begin(encoder: Encoder, are_text: bool) -> None:
     encoder.tokenizer.backend.encode_special_tokens = are_text
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # the process that started it decides
+        signal.signal(number, signal.SIG_IGN)  # the parent process handles them
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

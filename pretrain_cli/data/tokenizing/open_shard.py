@@ -46,7 +46,7 @@ class OpenShard:
         os.truncate(path, extent.tokens * dtype.itemsize)
         os.truncate(index_path(path), extent.documents * 8)
         shard = cls(split, path, dtype, extent.tokens, extent.documents)
-        with path.open("rb") as file:  # read, since what is mapped counts as memory taken
+        with path.open("rb") as file:  # not mapped: pages of a map count as this process's memory
             while len(part := np.fromfile(file, dtype, READ_BLOCK)):
                 shard.checksums.add(part)
                 shard.largest = max(shard.largest, int(part.max()))

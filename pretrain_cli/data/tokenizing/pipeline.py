@@ -135,7 +135,7 @@ class Pipeline:
             self._end_files()
             self.seen.commit()
 
-    # --- reading, ahead of what is written -------------------------------------------------------
+    # --- reading, ahead of writing ---------------------------------------------------------------
 
     def _batches(self) -> Iterator[list[Block]]:
         """Yield the text to encode; append a BlockRecord for each of its blocks to `steps`."""
@@ -156,7 +156,7 @@ class Pipeline:
                     continue
                 split = split_of(document, self.request.val_fraction)
                 for nth, (text, exact, ends) in enumerate(_blocks(document, cutter)):
-                    if nth < block:  # of the document that the place is in
+                    if nth < block:  # written by the run that is resumed
                         continue
                     inexact += not exact
                     if ends:
@@ -232,7 +232,7 @@ class Pipeline:
         """Save the current progress, and the start of the current file in case that file is
         changed."""
         if self.corpus.has_streams:
-            return  # they can't be read again from the start
+            return  # a stream can't be read again from its start
         self.seen.commit()
         here = ResumePoint(self.place, self.of_file, self.writer.written())
         file = next(iter(self.corpus.files[here.place.file :]), None)

@@ -43,7 +43,7 @@ def existing(request: TokenizeRequest, corpus: Corpus) -> Manifest | None:
         name for name, value in request.options.items() if manifest.options.get(name) != value
     ]
     if "tokenizer" in changed and request.tokenizer not in BUILT_IN:
-        find_file(request.tokenizer)  # raises for what is no tokenizer at all
+        find_file(request.tokenizer)  # raises if there is no such tokenizer
     if request.tokenizer not in BUILT_IN and Path(request.tokenizer).exists():
         same = _told_by_tokenizer(request, manifest)
         changed = [name for name in changed if name not in same]
@@ -130,7 +130,7 @@ def noted(request: TokenizeRequest, corpus: Corpus, there: Manifest | None) -> S
         return None
     try:
         return _fitting(request, corpus, there, progress)
-    except (KeyError, TypeError, ValueError):  # noted by another version of the program
+    except (KeyError, TypeError, ValueError):  # saved by another version of the program
         return None
 
 

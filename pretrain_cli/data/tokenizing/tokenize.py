@@ -67,7 +67,7 @@ def tokenize(request: TokenizeRequest, progress: Progress) -> Tokenized:
     corpus = find_corpus(request.paths, include=request.include, exclude=request.exclude)
     if request.tokenizer == "bpe":
         _refuse_streams(corpus)
-    move_into_place(request.out)  # what was whole when an earlier run was killed
+    move_into_place(request.out)  # if an earlier run was killed before this step
     there = existing(request, corpus)
     if there is not None and not request.append:
         return Tokenized(request.out, there, {}, {}, was_there=True, resumed=False, seconds=0)

@@ -104,7 +104,7 @@ class DatasetWriter:
 
     def begin(self) -> None:
         """Start a new dataset."""
-        (self.staging / PROGRESS).unlink(missing_ok=True)  # first: it speaks for the others
+        (self.staging / PROGRESS).unlink(missing_ok=True)  # first: it refers to the others
         for path in self.staging.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -207,18 +207,19 @@ class DatasetWriter:
         offsets = row.borders
         starts = IndexedStarts(index, offsets[:-1])
         text_bytes = 0
-        self.ending = f"{NEW}.bin"  # what is noted is left as it is until the manifest is written
+        # saved progress refers to the old shards: they stay unchanged until the manifest is written
+        self.ending = f"{NEW}.bin"
         for first in range(cut, whole.tokens, TAIL_BLOCK):
             last = min(first + TAIL_BLOCK, whole.tokens)
             begins = starts.between(first, last) - first
             if first == cut and 0 not in begins:
-                begins = np.concatenate(([0], begins))  # the rest of a document begins here
+                begins = np.concatenate(([0], begins))  # the rest of a cut document begins here
             tokens = row.read(first, last - first)
             self.add("val", tokens, begins)
             text_bytes += len(self.tokenizer.decode(tokens.tolist()).encode())
         self.splits["val"].bytes = min(text_bytes, whole.bytes)
 
-        # likewise, of the shard that the cut is in a copy is cut
+        # for the same reason, truncate a copy of the shard that contains the cut
         kept = int(np.searchsorted(offsets[1:], cut))
         extent = Extent(
             file=f"train-{kept:05d}{NEW}.bin",
@@ -293,5 +294,5 @@ def _is_locked(folder: int) -> bool:
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
-    except OSError:  # another file system, or one without links
+    except OSError:  # another file system, or no support for links
         shutil.copyfile(source, target)

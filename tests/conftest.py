@@ -1,12 +1,12 @@
-"""Shared by all tests: no network, one thread, and the program run as it is typed.
+"""Fixtures of all tests: no network, one thread, and command lines as a user types them.
 
-Commands run in this process, through typer's runner, in an empty folder of the test's own.
+Commands run in this process, through typer's runner, in an empty folder for each test.
 """
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads give their core away
-os.environ["HF_HUB_OFFLINE"] = "1"  # nothing touches the network
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads release their core
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test uses the network
 
 import shlex
 import shutil
@@ -25,7 +25,7 @@ torch.set_num_threads(1)
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("suite")
 
-# A Gemma 3 of 30 thousand parameters, with a layer of each kind.
+# A Gemma 3 with 30 thousand parameters and one layer of each kind.
 TINY = (
     "--model gemma3-tiny --set model.layer_types=[sliding_attention,full_attention] "
     "--set model.hidden_size=32 --set model.intermediate_size=48 --set model.head_dim=16 "
@@ -45,13 +45,13 @@ class Outcome:
 
 
 def run(line: str, stdin: str | bytes = "") -> Outcome:
-    """`pretrain LINE` in the current folder. An exception that is a bug comes through."""
+    """Run `pretrain LINE` in the current folder. Unexpected exceptions are not caught."""
     result = CliRunner().invoke(app, shlex.split(line), input=stdin, catch_exceptions=False)
     return Outcome(result.exit_code, result.stdout, result.stderr)
 
 
 def write_corpus(folder: Path) -> None:
-    """Thirty short texts, 12 kB in all, two of them in a folder below."""
+    """Write thirty short texts, 12 kB in total, two of them in a subfolder."""
     (folder / "more").mkdir(parents=True)
     for number in range(30):
         verse = (
@@ -64,28 +64,28 @@ def write_corpus(folder: Path) -> None:
 
 
 def enter(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    """The current folder is this one, and `auto` is the CPU on every machine."""
+    """Make this the current folder, and hide CUDA so that `auto` is the CPU on every machine."""
     patch.chdir(folder)
     patch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture
 def pretrain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
-    """Runs a command line, in an empty folder that is now the current one."""
+    """Function that runs a command line; makes an empty folder the current one."""
     enter(tmp_path, monkeypatch)
     return run
 
 
 @pytest.fixture
 def corpus(pretrain: Callable[..., Outcome], tmp_path: Path) -> Path:
-    """`corpus/`, in the current folder."""
+    """Path of a corpus of thirty short texts: `corpus/` in the current folder."""
     write_corpus(tmp_path / "corpus")
     return Path("corpus")
 
 
 @pytest.fixture(scope="session")
 def tiny() -> str:
-    """Options that make a model of 30 thousand parameters, and steps of 128 tokens."""
+    """Options for a model of 30 thousand parameters and steps of 128 tokens."""
     return f"{TINY} --tokens-per-step 128"
 
 
@@ -107,6 +107,7 @@ def _trained(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def trained(_trained: Path, pretrain: Callable[..., Outcome], tmp_path: Path) -> Path:
-    """The current folder, with `corpus/`, `data/corpus/` and a run of 60 steps in `runs/tiny/`."""
+    """Path of the current folder, with `corpus/`, `data/corpus/` and a run of 60 steps in
+    `runs/tiny/`."""
     shutil.copytree(_trained, tmp_path, dirs_exist_ok=True)
     return tmp_path

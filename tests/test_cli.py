@@ -1,4 +1,4 @@
-"""Every command: help, version, errors in one line, and a quick start."""
+"""All commands: help, version, errors in one line, and start-up time."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ from pretrain_cli.errors import CheckpointError, ConfigError, DataError
 COMMANDS = ["tokenize", "train", "sample", "inspect", "report", "benchmark", "count-params"]
 
 
-def test_the_version_is_the_packages(pretrain):
+def test_version_prints_the_version_of_the_package(pretrain):
     outcome = pretrain("--version")
     assert (outcome.code, outcome.out) == (0, f"pretrain {pretrain_cli.__version__}\n")
 
@@ -31,7 +31,7 @@ def test_help_lists_the_commands(pretrain):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_each_command_explains_every_option_it_has(pretrain, command):
+def test_help_of_each_command_explains_all_its_options(pretrain, command):
     outcome = pretrain(f"{command} --help")
     assert outcome.code == 0
     assert "Usage: " in outcome.out
@@ -49,14 +49,14 @@ def test_each_command_explains_every_option_it_has(pretrain, command):
         ("tokenize --val-fraction most corpus", "--val-fraction"),
     ],
 )
-def test_a_wrong_option_is_named(pretrain, line, said):
+def test_the_error_names_an_unknown_command_or_a_wrong_option(pretrain, line, said):
     outcome = pretrain(line)
     assert outcome.code == 2
     assert said in " ".join(outcome.err.split())
 
 
 @pytest.mark.parametrize("kind", [ConfigError, DataError, CheckpointError])
-def test_a_persons_mistake_is_one_line_and_exit_code_2(pretrain, monkeypatch, kind):
+def test_a_user_error_prints_one_line_and_exits_with_code_2(pretrain, monkeypatch, kind):
     def refuse(*_):
         raise kind("data/[/x] :x:: 'a' is wrong; give b")  # must not be read as markup
 
@@ -66,7 +66,7 @@ def test_a_persons_mistake_is_one_line_and_exit_code_2(pretrain, monkeypatch, ki
     assert outcome.err == "error: data/[/x] :x:: 'a' is wrong; give b\n"
 
 
-def test_a_file_that_may_not_be_read_is_one_line_and_exit_code_2(pretrain, monkeypatch, tmp_path):
+def test_an_unreadable_file_prints_one_line_and_exits_with_code_2(pretrain, monkeypatch, tmp_path):
     (tmp_path / "dataset.json").write_text("{}")
 
     def refuses(self, *given, **named):
@@ -90,10 +90,10 @@ def test_a_bug_keeps_its_traceback(pretrain, monkeypatch):
         pretrain("train")
 
 
-# --- the start -----------------------------------------------------------------------------------
+# --- start-up time -------------------------------------------------------------------------------
 
 
-def test_help_imports_nothing_that_is_slow():
+def test_help_imports_no_slow_package():
     script = (
         "import sys\n"
         "from pretrain_cli.cli import app\n"
@@ -106,8 +106,9 @@ def test_help_imports_nothing_that_is_slow():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_help_answers_at_once():
-    """--help takes under half a second on an idle machine; a busy one gets three tries."""
+def test_help_takes_less_than_1_5_seconds():
+    """--help takes under half a second on an idle machine. The limit is 1.5 seconds, and a busy
+    machine gets three tries."""
     taken = []
     while len(taken) < 3 and (not taken or min(taken) > 1.5):
         began = time.perf_counter()

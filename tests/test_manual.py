@@ -72,7 +72,7 @@ def test_fast_documented_commands_run(pretrain, line):
     assert outcome.out
 
 
-def test_the_four_fixed_commands_are_documented_as_written():
+def test_the_documents_contain_the_four_fixed_commands_verbatim():
     for line in (
         "pretrain tokenize --tokenizer gemma3 corpus/",
         "pretrain train --model gemma3 --seq-len 512",
@@ -91,7 +91,7 @@ def test_every_page_of_the_guide_is_in_its_index():
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_links_lead_to_files_of_the_repository(name):
+def test_links_point_to_existing_files_or_https_addresses(name):
     folder = ROOT if name == "README" else PAGES
     for target in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", TEXTS[name]):
         path = "".join(target)
@@ -106,7 +106,7 @@ def test_pages_named_in_help_and_text_exist():
 
 
 def test_the_configuration_page_has_the_current_settings():
-    """`python -m pretrain_cli.config.reference` writes them."""
+    """`python -m pretrain_cli.config.reference` updates the tables."""
     assert settings_tables() in GUIDE["configuration"]
 
 
@@ -132,7 +132,7 @@ WRITTEN = ("as_json", "markdown", "plot", "png", "profile", "out")
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
-def test_git_ignores_what_the_documented_commands_write():
+def test_git_ignores_the_files_that_documented_commands_write():
     written = {"data/corpus", "runs/x", "runs/micro-batches.json", "lr-find.json", "lr-find.png"}
     for line in COMMANDS.values():
         for name, value in parse(line).items():

@@ -1,4 +1,4 @@
-"""The tests mirror the package, and the package keeps the shape that ARCHITECTURE.md draws."""
+"""The tests mirror the package, and the package has the structure drawn in ARCHITECTURE.md."""
 
 import ast
 from pathlib import Path
@@ -10,7 +10,7 @@ PACKAGE = ROOT / "pretrain_cli"
 MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
 FOLDERS = sorted({path.parent for path in MODULES})
 SHORT = 60
-"""Lines of a module that needs no test file of its own name."""
+"""Maximum number of lines of a module that needs no test file of its own."""
 TESTED_ELSEWHERE = {
     "commands/benchmark/show.py": "its tables are asserted in commands/benchmark/test_command.py",
     "commands/display.py": "its lines are asserted in commands/test_train.py and others",
@@ -53,20 +53,21 @@ def test_modules_tested_elsewhere_exist():
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=name)
-def test_a_folder_has_at_most_16_modules_and_says_what_it_is_for(folder):
+def test_a_folder_has_at_most_16_modules_and_a_docstring(folder):
     assert len(list(folder.glob("*.py"))) <= 17  # __init__.py among them
     doc = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
     assert doc
     assert 1 <= len(doc.splitlines()) <= 5
 
 
-def test_engine_holds_folders_only():
+def test_engine_contains_only_packages():
     assert [path.name for path in (PACKAGE / "engine").glob("*.py")] == ["__init__.py"]
 
 
 @pytest.mark.parametrize("path", [*MODULES, *sorted(ROOT.glob("tests/**/*.py"))], ids=str)
 def test_docstrings_begin_with_a_verb_or_a_noun(path):
-    """STYLE: a docstring's first word is never Of, What, Whether, Those, That, Which or Where."""
+    """Rule of STYLE.md: a docstring never begins with Of, What, Whether, Those, That, Which, Where
+    or How."""
     wrong = ("Of ", "What ", "Whether ", "Those ", "That ", "Which ", "Where ", "How ")
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):

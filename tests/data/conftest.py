@@ -35,9 +35,9 @@ class Outcome(NamedTuple):
 
 ROOT = str(Path(pretrain_cli.__file__).parent.parent)
 
-# Runs a command line with some of the program's constants changed, and kills itself as SIGKILL does
-# when a function is called for so many a time. Without arguments it does so again and again, each
-# time in a fork of itself, for commands that come in as lines of JSON: starting Python takes long.
+# Runs a command line with some constants of the program changed, and sends itself SIGKILL at the
+# n-th call of a function. Without arguments, it reads commands as lines of JSON and runs each one in
+# a fork, because starting Python takes long.
 DRIVER = """
 import importlib, json, os, signal, sys
 import pretrain_cli.data.tokenizing.tokenize
@@ -106,7 +106,8 @@ def encode_documents(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 @pytest.fixture(scope="session")
 def load() -> Callable[[str], Tokenizer]:
-    """A tokenizer by name; a published one from $PRETRAIN_TOKENIZERS, or the test is skipped."""
+    """Function that returns a tokenizer by name. Published ones are in $PRETRAIN_TOKENIZERS;
+    without their file the test is skipped."""
 
     def tokenizer(kind: str) -> Tokenizer:
         folder = os.environ.get("PRETRAIN_TOKENIZERS", "")
@@ -119,8 +120,8 @@ def load() -> Callable[[str], Tokenizer]:
 
 @pytest.fixture
 def marked(tmp_path: Path) -> Callable[..., Path]:
-    """A tokenizer's file: in bytes, with <s>, </s> and <sep> as the ids 257 to 259; and one that
-    puts <s> before every text, if asked for."""
+    """Function that writes a tokenizer file: the tokenizer `bytes` plus <s>, </s> and <sep> as ids
+    257 to 259. With `begins`, it puts <s> before every text."""
 
     def make(*, begins: bool = False) -> Path:
         backend = tokenizers.Tokenizer.from_str(load_tokenizer("bytes").json)
@@ -138,7 +139,7 @@ def marked(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def stream(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TokenStream]:
-    """A TokenStream over shards of these tokens."""
+    """Function that returns a TokenStream over shards with these tokens."""
     folder = tmp_path_factory.mktemp("stream")
 
     def make(*shards: np.ndarray | range, dtype: str = "uint16") -> TokenStream:
@@ -154,7 +155,7 @@ def stream(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TokenStrea
 
 @pytest.fixture(scope="session")
 def make() -> Callable[..., Tokenized]:
-    """Tokenize a corpus, or several; in bytes where nothing else is asked for."""
+    """Function that tokenizes one corpus or several, by default with the tokenizer `bytes`."""
 
     def run(corpus: Path | str | Iterable[Path | str], out: Path, **options: Any) -> Tokenized:
         names = (corpus,) if isinstance(corpus, Path | str) else corpus
@@ -172,7 +173,8 @@ HELD_OUT = [b"for validation", b"and this"]
 
 @pytest.fixture(scope="session")
 def write() -> Callable[..., Manifest]:
-    """A dataset of these documents, in bytes, without a corpus."""
+    """Function that writes a dataset of these documents with the tokenizer `bytes`, without a
+    corpus."""
 
     def make(
         folder: Path,
@@ -197,7 +199,7 @@ def write() -> Callable[..., Manifest]:
 
 @pytest.fixture(scope="session")
 def write_documents() -> Callable[[Path, Iterable[str]], Path]:
-    """A folder with a file for each text."""
+    """Function that writes each text to a file of its own in a folder, and returns the folder."""
 
     def write(folder: Path, texts: Iterable[str]) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
@@ -210,8 +212,8 @@ def write_documents() -> Callable[[Path, Iterable[str]], Path]:
 
 @pytest.fixture(scope="session")
 def read_back() -> Callable[[Path, str], list[list[int]]]:
-    """A split's documents, as the ids between the starts in the index; without our reader. Every
-    checksum is computed on the way."""
+    """Function that returns the ids of each document of a split, cut at the starts in the index. It
+    does not use the package's reader, and it checks all checksums of the dataset."""
 
     def read(folder: Path, split: str) -> list[list[int]]:
         manifest = json.loads((folder / "dataset.json").read_text())
@@ -247,8 +249,8 @@ def read_back() -> Callable[[Path, str], list[list[int]]]:
 
 @pytest.fixture(scope="session")
 def contents() -> Callable[[Path], dict[str, Any]]:
-    """Return the content of every file in a folder. For a database: its rows, because its bytes
-    depend on the number of writes."""
+    """Function that returns the content of every file in a folder. For a database, these are its
+    rows, because its bytes depend on the number of writes."""
 
     def read(folder: Path) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -266,8 +268,8 @@ def contents() -> Callable[[Path], dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def start() -> Callable[..., subprocess.Popen[str]]:
-    """`pretrain …` in a process of its own and in a folder, with constants of the program changed
-    by their names."""
+    """Function that starts `pretrain …` in a new process in a folder, with some constants of the
+    program changed, given by name."""
 
     def run(
         arguments: list[str], folder: Path | None, changes: dict[str, Any]
@@ -286,7 +288,8 @@ def start() -> Callable[..., subprocess.Popen[str]]:
 def driven(
     start: Callable[..., subprocess.Popen[str]], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., Outcome]]:
-    """Run `pretrain …` in a process that is killed at the n-th call of a named function."""
+    """Function that runs `pretrain …` in a process that is killed at the n-th call of a named
+    function."""
     place = tmp_path_factory.mktemp("driven")
     with start([], None, {}) as server:
         assert server.stdin

@@ -36,8 +36,8 @@ class Outcome(NamedTuple):
 ROOT = str(Path(pretrain_cli.__file__).parent.parent)
 
 # Runs a command line with some constants of the program changed, and sends itself SIGKILL at the
-# n-th call of a function. Without arguments, it reads commands as lines of JSON and runs each one in
-# a fork, because starting Python takes long.
+# n-th call of a function. Without arguments, it reads commands as lines of JSON and runs each in a
+# fork, because starting Python takes long.
 DRIVER = """
 import importlib, json, os, signal, sys
 import pretrain_cli.data.tokenizing.tokenize

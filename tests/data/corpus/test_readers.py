@@ -1,4 +1,4 @@
-"""The bytes of a file in, its documents out: as they are, whatever the file is packed in."""
+"""Readers return a file's documents unchanged, for every compression and kind of input."""
 
 import bz2
 import gzip
@@ -33,7 +33,7 @@ COMPRESS = {
 
 
 def read(path, **how):
-    """(the texts, the remarks) of one file; what is said of each text is checked on the way."""
+    """Return (texts, remarks) of one file, and check the size and digest of each document."""
     (file,) = find_corpus([str(path)]).files
     reader = FileReader(file, ReadOptions(**how))
     found = []
@@ -65,7 +65,7 @@ def refusal(path, **how):
 
 @pytest.fixture(params=COMPRESS)
 def packed(request, tmp_path):
-    """Writes a file plain or compressed, each way in turn."""
+    """Function that writes a file, uncompressed or in one of the compressed formats."""
 
     def write(name, data):
         path = tmp_path / f"{name}{request.param}"
@@ -76,29 +76,29 @@ def packed(request, tmp_path):
 
 
 def send(path, data):
-    """Write to a FIFO, from another thread."""
+    """Write to a FIFO from another thread."""
     threading.Thread(target=path.write_bytes, args=(data,), daemon=True).start()
 
 
 # --- plain files ---------------------------------------------------------------------------------
 
 
-def test_text_is_taken_as_it_is(packed):
+def test_text_is_not_changed(packed):
     text = "  two\r\nlines\r\n\n\ttab \x00 nul \ufeff mark — ünï 你好 👋  \n"
     assert texts(packed("a.txt", text.encode())) == [text]
 
 
-def test_empty_files_are_no_documents(packed):
+def test_an_empty_file_has_no_documents(packed):
     for name in ("a.txt", "a.jsonl"):
         assert texts(packed(name, b"")) == []
 
 
-def test_the_ending_of_a_name_may_be_in_capitals(tmp_path):
+def test_file_extensions_are_case_insensitive(tmp_path):
     (tmp_path / "A.JSONL.GZ").write_bytes(gzip.compress(b'{"text": "one"}\n'))
     assert texts(tmp_path / "A.JSONL.GZ") == ["one"]
 
 
-def test_what_a_file_holds_can_be_said_where_its_name_does_not(tmp_path):
+def test_the_kind_option_overrides_the_file_extension(tmp_path):
     line = '{"text": "one"}\n'
     (tmp_path / "a.json").write_text(line)
     (tmp_path / "b.jsonl").write_text(line)
@@ -123,10 +123,10 @@ def test_what_a_file_holds_can_be_said_where_its_name_does_not(tmp_path):
         ("one\n ---\n--- \n----\nx---\n---x\n", ["one\n ---\n--- \n----\nx---\n---x\n"]),
         ("one---\n---\ntwo", ["one---\n", "two"]),
         ("one\n\ntwo\n---\n\nthree", ["one\n\ntwo\n", "\nthree"]),
-        ("one\r---\rtwo", ["one\r---\rtwo"]),  # a carriage return alone ends no line
+        ("one\r---\rtwo", ["one\r---\rtwo"]),  # a carriage return alone does not end a line
     ],
 )
-def test_a_line_that_equals_the_separator_parts_documents(packed, content, expected):
+def test_a_line_equal_to_the_separator_splits_documents(packed, content, expected):
     assert texts(packed("a.txt", content.encode()), separator="---") == expected
 
 
@@ -135,7 +135,7 @@ def test_without_a_separator_a_file_is_one_document(tmp_path):
     assert texts(tmp_path / "a.txt") == ["one\n---\ntwo\n"]
 
 
-def test_a_separator_is_no_pattern_and_may_be_any_line(tmp_path):
+def test_the_separator_is_literal_text_and_may_be_any_line(tmp_path):
     (tmp_path / "a.txt").write_text("one\n.*\ntwo\n\nthree\n<|endoftext|>\nfour\n文 書\nfive")
     assert texts(tmp_path / "a.txt", separator=".*")[0] == "one\n"
     assert texts(tmp_path / "a.txt", separator="<|endoftext|>")[1] == "four\n文 書\nfive"
@@ -155,10 +155,10 @@ LINES = st.lists(st.sampled_from(["-", "--", "a", "é", "-a", "a-", "", "long " 
     held=st.sampled_from([5, 30, 1000]),
     kind=st.sampled_from(["", ".gz", "fifo"]),
 )
-def test_documents_are_what_is_between_separator_lines(
+def test_documents_are_the_text_between_separator_lines(
     tmp_path_factory, lines, ends, ends_itself, separator, block, held, kind
 ):
-    """However the blocks fall that are read, and however long documents are held."""
+    """For any size of the read blocks and any limit on documents in memory."""
     whole = [line + end for line, end in zip(lines, ends, strict=False)]
     if whole and not ends_itself:
         whole[-1] = whole[-1].rstrip("\r\n")
@@ -182,7 +182,7 @@ def test_documents_are_what_is_between_separator_lines(
         assert texts(path, separator=separator) == [text for text in expected if text]
 
 
-# --- what is not UTF-8 ---------------------------------------------------------------------------
+# --- invalid UTF-8 -------------------------------------------------------------------------------
 
 BROKEN = {
     "latin-1": (b"caf\xe9!", "caf\ufffd!"),
@@ -195,7 +195,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("held", [2, 2**23])
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_document_that_is_not_utf8_is_treated_as_asked(packed, monkeypatch, kind, held):
+def test_the_errors_option_skips_replaces_or_refuses_invalid_utf8(packed, monkeypatch, kind, held):
     monkeypatch.setattr(module, "MAX_IN_MEMORY", held)
     data, replaced = BROKEN[kind]
     path = packed("a.txt", b"one\n-\n" + data + b"\n-\nthree\n-\n" + data + b"\n")
@@ -211,7 +211,7 @@ def test_a_document_that_is_not_utf8_is_treated_as_asked(packed, monkeypatch, ki
 
 
 @pytest.mark.parametrize("errors", ["skip", "replace", "fail"])
-def test_text_that_is_utf8_is_the_same_whatever_is_done_with_errors(packed, errors):
+def test_the_errors_option_does_not_change_valid_utf8(packed, errors):
     text = "ünï 你好 \ufffd 👋"
     assert texts(packed("a.txt", text.encode()), errors=errors) == [text]
 
@@ -221,7 +221,7 @@ def test_text_that_is_utf8_is_the_same_whatever_is_done_with_errors(packed, erro
 
 @pytest.fixture(params=["plain", ".gz", ".zst", "fifo", "-"])
 def way(request, tmp_path, monkeypatch):
-    """Gives a text to the reader one way or another: (path, data) -> the texts and remarks."""
+    """Function that reads data as a file, FIFO or standard input, and returns texts and remarks."""
 
     def give(data, **how):
         if request.param == "-":
@@ -245,7 +245,7 @@ def way(request, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("block", "held"), [(3, 10), (7, 100), (64, 500)])
-def test_a_document_too_long_to_hold_is_as_a_short_one(way, monkeypatch, block, held):
+def test_a_document_too_long_for_memory_is_read_like_a_short_one(way, monkeypatch, block, held):
     long = "Grüße 你好 👋 \r\n\x00" * 60
     content = f"short\n---\n{long}\n---\nshort too\n---\n{long}{long}".encode()
     expected = way(content, separator="---")
@@ -257,7 +257,7 @@ def test_a_document_too_long_to_hold_is_as_a_short_one(way, monkeypatch, block, 
 
 
 @pytest.mark.parametrize("broken", [b"\xe9", b"\xf0\x9f\x91"])
-def test_a_long_document_broken_at_its_end_is_dropped_whole(way, monkeypatch, broken):
+def test_invalid_utf8_at_the_end_drops_a_whole_long_document(way, monkeypatch, broken):
     monkeypatch.setattr(module, "BLOCK", 16)
     monkeypatch.setattr(module, "MAX_IN_MEMORY", 40)
     long = b"words and words " * 30 + broken
@@ -268,10 +268,10 @@ def test_a_long_document_broken_at_its_end_is_dropped_whole(way, monkeypatch, br
         way(long, errors="fail")
 
 
-# --- Parquet -------------------------------------------------------------------------------------
+# --- zstd ----------------------------------------------------------------------------------------
 
 
-def test_without_a_reader_of_zst_it_is_said_what_to_install(tmp_path, monkeypatch):
+def test_without_backports_zstd_the_error_names_the_package(tmp_path, monkeypatch):
     (tmp_path / "a.txt.zst").write_bytes(zstd.compress(b"words"))
     monkeypatch.setattr(sys, "version_info", (3, 13))
     monkeypatch.setitem(sys.modules, "backports", None)
@@ -282,7 +282,7 @@ def test_without_a_reader_of_zst_it_is_said_what_to_install(tmp_path, monkeypatc
 
 # --- damaged files -------------------------------------------------------------------------------
 
-RANDOM = hashlib.shake_128(b"seed").digest(250_000).hex()  # in several blocks where compressed
+RANDOM = hashlib.shake_128(b"seed").digest(250_000).hex()  # several blocks when compressed
 
 
 def damaged(how, data):
@@ -297,7 +297,7 @@ def damaged(how, data):
 
 @pytest.mark.parametrize("how", ["cut", "other"])
 @pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst"])
-def test_of_a_damaged_file_what_came_before_is_kept(tmp_path, ending, how):
+def test_documents_before_the_damage_in_a_file_are_kept(tmp_path, ending, how):
     whole = [RANDOM[start : start + 5000] for start in range(0, 500_000, 5000)]
     lines = "\n".join(json.dumps({"text": text}) for text in whole)
     path = tmp_path / f"a.jsonl{ending}"
@@ -313,7 +313,7 @@ def test_of_a_damaged_file_what_came_before_is_kept(tmp_path, ending, how):
 
 
 def read_unfinished(path):
-    """Read a truncated file, without reaching its end."""
+    """Return (texts, remarks) of a damaged file, which is not read to its end."""
     (file,) = find_corpus([str(path)]).files
     reader = FileReader(file, ReadOptions())
     return [b"".join(document.blocks).decode() for document in reader.documents()], reader.remarks
@@ -322,7 +322,7 @@ def read_unfinished(path):
 @pytest.mark.parametrize("how", ["cut", "altered", "other"])
 @pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst"])
 @pytest.mark.parametrize("held", [100, 2**23])
-def test_a_document_that_breaks_off_is_left_out(tmp_path, monkeypatch, ending, how, held):
+def test_a_document_cut_off_by_damage_is_left_out(tmp_path, monkeypatch, ending, how, held):
     monkeypatch.setattr(module, "MAX_IN_MEMORY", held)
     path = tmp_path / f"a.txt{ending}"
     path.write_bytes(damaged(how, COMPRESS[ending](RANDOM.encode())))
@@ -330,14 +330,14 @@ def test_a_document_that_breaks_off_is_left_out(tmp_path, monkeypatch, ending, h
     assert "damaged (" in refusal(path, errors="fail")
 
 
-def test_compressed_parts_one_behind_the_other_are_one_file(tmp_path):
+def test_concatenated_compressed_streams_are_one_file(tmp_path):
     for ending in (".gz", ".bz2", ".xz", ".zst"):
         path = tmp_path / f"a.txt{ending}"
         path.write_bytes(COMPRESS[ending](b"one, ") + COMPRESS[ending](b"two"))
         assert texts(path) == ["one, two"]
 
 
-def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
+def test_an_unreadable_file_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_text("closed")
 

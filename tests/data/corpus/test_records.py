@@ -1,4 +1,4 @@
-"""Records: JSON lines and Parquet columns as documents."""
+"""Records: JSON lines and rows of Parquet files as documents."""
 
 import hashlib
 import io
@@ -31,19 +31,19 @@ ROWS = ["one", None, "zwei\r\nü", "", "three 👋", "one"]
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".ndjson"])
-def test_a_line_of_json_is_a_document(packed, ending):
+def test_each_json_line_is_a_document(packed, ending):
     first = b'\xef\xbb\xbf{"text": "one\\ntwo", "id": 1}\n\n'  # a byte order mark, a blank line
     path = packed(f"a{ending}", first + b'{"text": "\\ud83d\\ude00"}\r\n{"text": ""}')
     assert texts(path) == ["one\ntwo", "😀"]
 
 
-def test_the_text_may_be_under_another_key(tmp_path):
+def test_text_key_selects_the_key_of_a_json_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": 5, "content": "this"}\n')
     assert texts(path, text_key="content") == ["this"]
 
 
-def test_other_values_of_a_line_may_be_anything(tmp_path):
+def test_other_values_of_a_json_line_are_ignored(tmp_path):
     line = json.dumps({"text": "this", "deep": [{"a": [None, 1e300]}], "other": "é"})
     path = tmp_path / "a.jsonl"
     path.write_text(line[:-1] + f', "huge": {"9" * 5000}, "nan": NaN}}\n')
@@ -63,7 +63,7 @@ def test_other_values_of_a_line_may_be_anything(tmp_path):
         (b'["text"]', "no text under 'text' (it has a list)"),
     ],
 )
-def test_a_broken_json_line_is_named_with_its_number(tmp_path, line, what):
+def test_the_error_for_a_bad_json_line_has_its_line_number(tmp_path, line, what):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "good"}\n\n' + line + b'\n{"text": "good"}\n')
     message = refusal(path)
@@ -75,8 +75,8 @@ def test_a_broken_json_line_is_named_with_its_number(tmp_path, line, what):
     ("line", "replaced"),
     [(b'{"text": "caf\xe9"}', "caf\ufffd"), (b'{"text": "half \\ud83d."}', "half \ufffd+.")],
 )
-def test_a_json_line_that_is_not_utf8_is_treated_as_asked(packed, line, replaced):
-    """Half of a surrogate pair can be written in JSON, and not in UTF-8."""
+def test_the_errors_option_applies_to_json_lines_with_invalid_utf8(packed, line, replaced):
+    """JSON can escape half of a surrogate pair, which UTF-8 can't encode."""
     path = packed("a.jsonl", b'{"text": "good"}\n' + line + b'\n{"text": "good"}\n')
     assert read(path) == (["good", "good"], {"not UTF-8, left out": 1})
     (_, text, _), remarks = read(path, errors="replace")
@@ -103,19 +103,19 @@ def table(values, kind, **others):
     ],
     ids=str,
 )
-def test_a_row_of_parquet_is_a_document(packed, kind):
+def test_each_parquet_row_with_text_is_a_document(packed, kind):
     path = packed("a.parquet", table(ROWS, kind, id=list(range(6))))
     assert texts(path) == ["one", "zwei\r\nü", "three 👋", "one"]
 
 
-def test_parquet_comes_through_a_stream_too(tmp_path):
+def test_parquet_can_be_read_from_a_stream(tmp_path):
     os.mkfifo(tmp_path / "a.parquet")
     send(tmp_path / "a.parquet", table(ROWS, pyarrow.string()))
     assert len(texts(tmp_path / "a.parquet")) == 4
 
 
-def test_a_group_of_rows_is_not_held_whole(tmp_path):
-    """Many files have one alone."""
+def test_a_row_group_is_not_held_in_memory_whole(tmp_path):
+    """Many Parquet files have a single row group."""
     path = tmp_path / "a.parquet"
     rows = pyarrow.table(
         {"text": [hashlib.shake_128(b"%d" % n).hexdigest(2000) for n in range(5000)]}
@@ -123,7 +123,7 @@ def test_a_group_of_rows_is_not_held_whole(tmp_path):
     parquet.write_table(rows, path, use_dictionary=False)
     (file,) = find_corpus([str(path)]).files
     documents = FileReader(file, ReadOptions()).documents()
-    next(documents)  # what is loaded then stays
+    next(documents)  # imports and caches are not measured
     tracemalloc.start()
     try:
         assert sum(1 for _ in FileReader(file, ReadOptions()).documents()) == 5000
@@ -132,12 +132,12 @@ def test_a_group_of_rows_is_not_held_whole(tmp_path):
         tracemalloc.stop()
 
 
-def test_the_text_may_be_in_another_column(tmp_path):
+def test_text_key_selects_the_column_of_a_parquet_file(tmp_path):
     (tmp_path / "a.parquet").write_bytes(table([1], pyarrow.int8(), **{"a.b": ["this"]}))
     assert texts(tmp_path / "a.parquet", text_key="a.b") == ["this"]
 
 
-def test_a_column_that_is_missing_or_no_text_is_refused(tmp_path):
+def test_a_missing_or_non_text_column_is_refused(tmp_path):
     path = tmp_path / "a.parquet"
     path.write_bytes(table([1], pyarrow.int8(), url=["x"], words=[["x"]]))
     assert refusal(path, text_key="body") == (
@@ -149,7 +149,7 @@ def test_a_column_that_is_missing_or_no_text_is_refused(tmp_path):
     assert "column 'words' holds list<" in refusal(path, text_key="words")
 
 
-def test_a_cell_that_is_not_utf8_is_treated_as_asked(tmp_path):
+def test_the_errors_option_applies_to_parquet_cells_with_invalid_utf8(tmp_path):
     broken = pyarrow.array([b"good", b"caf\xe9"], pyarrow.binary()).view(pyarrow.string())
     path = tmp_path / "a.parquet"
     path.write_bytes(table(broken, pyarrow.string()))
@@ -158,7 +158,7 @@ def test_a_cell_that_is_not_utf8_is_treated_as_asked(tmp_path):
     assert refusal(path, errors="fail").startswith(f"{path}:2: not UTF-8")
 
 
-def test_without_pyarrow_it_is_said_what_to_install(tmp_path, monkeypatch):
+def test_without_pyarrow_the_error_names_the_package(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(table(ROWS, pyarrow.string()))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert refusal(tmp_path / "a.parquet") == (
@@ -167,15 +167,15 @@ def test_without_pyarrow_it_is_said_what_to_install(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["cut", "other"])
-def test_damaged_parquet_is_treated_as_asked(tmp_path, how):
-    """Its directory lies at its end."""
+def test_the_errors_option_applies_to_a_damaged_parquet_file(tmp_path, how):
+    """The metadata of a Parquet file is at its end, so a cut file has no readable rows."""
     path = tmp_path / "a.parquet"
     path.write_bytes(damaged(how, table(["one", "two"], pyarrow.string())))
     assert read_unfinished(path) == ([], {"damaged; documents that end before that are kept": 1})
     assert refusal(path, errors="fail").startswith(f"{path}: damaged (")
 
 
-def test_of_damaged_parquet_what_came_before_is_kept(tmp_path):
+def test_rows_before_the_damage_in_a_parquet_file_are_kept(tmp_path):
     values = [RANDOM[start : start + 500] for start in range(0, 500_000, 500)]
     path = tmp_path / "a.parquet"
     path.write_bytes(damaged("altered", table(values, pyarrow.string())))

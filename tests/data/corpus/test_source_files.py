@@ -1,4 +1,4 @@
-"""Names in, files out: each once, in an order that never varies, and what was left out is said."""
+"""Corpus files: found from names once each, in a fixed order, with the reasons for omissions."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from pretrain_cli.errors import DataError
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """Makes files in the current folder, each holding its own name."""
+    """Function that writes files in the current folder, each with its own name as content."""
 
     def make(*names):
         for name in names:
@@ -28,7 +28,7 @@ def names(*asked, **options):
     return [file.name for file in find_corpus(list(map(str, asked)), **options).files]
 
 
-def test_folders_are_searched_to_the_bottom_in_a_fixed_order(files):
+def test_folders_are_searched_recursively_in_a_fixed_order(files):
     files("corpus/b.txt", "corpus/a.md", "corpus/sub/deeper/c.py", "corpus/sub/a.txt", "corpus/Z")
     expected = ["Z", "a.md", "b.txt", "sub/a.txt", "sub/deeper/c.py"]
     found = find_corpus(["corpus"]).files
@@ -46,7 +46,7 @@ def test_several_files_and_folders_come_in_the_order_given(files):
     assert names("two.txt", "folder") == ["two.txt", "folder/one.txt"]
 
 
-def test_a_files_name_does_not_depend_on_where_the_corpus_lies(files, monkeypatch):
+def test_file_names_do_not_depend_on_the_location_of_the_corpus(files, monkeypatch):
     here = files("corpus/sub/a.txt")
     expected = ["corpus/sub/a.txt"]
     for asked in ("corpus", "corpus/", "./corpus", here / "corpus", "corpus/sub/.."):
@@ -57,7 +57,7 @@ def test_a_files_name_does_not_depend_on_where_the_corpus_lies(files, monkeypatc
     assert names(here / "elsewhere") == ["elsewhere/sub/a.txt"]
 
 
-def test_the_same_name_in_several_folders_is_told_apart(files):
+def test_equal_names_in_different_folders_stay_distinct(files):
     files("one/a.txt", "two/a.txt", "two/b.txt")
     assert names("one", "two") == ["one/a.txt", "two/a.txt", "two/b.txt"]
     assert names("one/a.txt", "two/a.txt", "two/b.txt") == ["one/a.txt", "two/a.txt", "b.txt"]
@@ -65,7 +65,7 @@ def test_the_same_name_in_several_folders_is_told_apart(files):
     assert names("one", "more/one") == ["one/a.txt", "more/one/a.txt"]
 
 
-def test_a_pattern_gives_the_files_that_match_it(files):
+def test_a_pattern_selects_the_matching_files(files):
     files("c/a.txt", "c/b.md", "c/sub/d.txt", "c/sub/deep/e.txt")
     assert names("c/*.txt") == ["c/a.txt"]
     assert names("c/**/*.txt") == ["c/a.txt", "c/sub/d.txt", "c/sub/deep/e.txt"]
@@ -73,7 +73,7 @@ def test_a_pattern_gives_the_files_that_match_it(files):
     assert names("c/[ab].*") == ["c/a.txt", "c/b.md"]
 
 
-def test_a_file_with_the_characters_of_a_pattern_is_that_file(files):
+def test_an_existing_file_wins_over_a_pattern_of_the_same_name(files):
     files("c/a[1].txt", "c/a1.txt")
     assert names("c/a[1].txt") == ["a[1].txt"]
 
@@ -88,10 +88,10 @@ def test_include_and_exclude_filter_folders_and_patterns(files):
     files("c/a.py", "c/a.txt", "c/sub/b.py", "c/sub/test_b.py", "c/sub/c.txt")
     assert names("c", include=["*.py"]) == ["c/a.py", "c/sub/b.py", "c/sub/test_b.py"]
     assert names("c", include=["*.py"], exclude=["test_*"]) == ["c/a.py", "c/sub/b.py"]
-    assert names("c", exclude=["sub/*"]) == ["c/a.py", "c/a.txt"]  # a path, since it has a slash
+    assert names("c", exclude=["sub/*"]) == ["c/a.py", "c/a.txt"]  # a path, because of its slash
     assert names("c", include=["a.*", "c.*"]) == ["c/a.py", "c/a.txt", "c/sub/c.txt"]
     assert names("c/**/*.py", exclude=["test_*"]) == ["c/a.py", "c/sub/b.py"]
-    assert names("c/a.txt", include=["*.py"]) == ["a.txt"]  # asked for by name
+    assert names("c/a.txt", include=["*.py"]) == ["a.txt"]  # given by name, so not filtered
     with pytest.raises(DataError, match="c: no files in it that --include and --exclude leave"):
         names("c", include=["*.rs"])
 
@@ -112,8 +112,8 @@ def test_archives_and_non_files_in_folders_are_skipped_with_a_reason(files):
         }
 
 
-def test_folders_that_are_not_searched_are_left_out_with_the_reason(files, monkeypatch):
-    """A link may lead in a circle; and who may not read a folder should know."""
+def test_linked_and_unreadable_folders_are_skipped_with_a_reason(files, monkeypatch):
+    """A link to a folder may form a cycle. A folder that can't be read must be reported."""
     files("c/a.txt", "c/closed/b.txt", "elsewhere/d.txt")
     os.symlink("../elsewhere", "c/link")
     real = os.scandir
@@ -132,8 +132,8 @@ def test_folders_that_are_not_searched_are_left_out_with_the_reason(files, monke
     }
 
 
-def test_an_archive_that_is_named_is_refused(files):
-    """Its headers would be read as text."""
+def test_an_archive_given_by_name_is_refused(files):
+    """Otherwise its headers would be read as text."""
     files("books.tar.gz")
     with pytest.raises(DataError, match=r"books\.tar\.gz: an archive; unpack it"):
         names("books.tar.gz")
@@ -150,7 +150,7 @@ def test_datasets_and_runs_are_not_part_of_a_corpus(files):
         find_corpus(["c/data"])
 
 
-def test_a_source_is_the_named_path_or_a_folder_directly_below_it(files):
+def test_a_source_is_the_given_path_plus_the_first_subfolder(files):
     files("c/a.txt", "c/books/b.txt", "c/books/deep/c.txt", "c/web/d.txt", "single.txt")
     found = find_corpus(["c", "single.txt", "c/w*/*.txt"]).files
     assert [file.source for file in found] == [
@@ -158,7 +158,7 @@ def test_a_source_is_the_named_path_or_a_folder_directly_below_it(files):
     ]  # fmt: skip
 
 
-def test_sizes_and_times_are_the_files_own(files):
+def test_a_corpus_records_file_sizes_and_modification_times(files):
     files("c/a.txt", "c/b.txt")
     os.utime("c/a.txt", ns=(1, 10**18 + 1))
     corpus = find_corpus(["c"])
@@ -167,7 +167,7 @@ def test_sizes_and_times_are_the_files_own(files):
     assert not corpus.has_streams
 
 
-def test_a_fifo_that_is_named_and_standard_input_are_streams(files):
+def test_a_named_fifo_and_standard_input_are_streams(files):
     files("a.txt")
     os.mkfifo("pipe.jsonl")
     corpus = find_corpus(["a.txt", "pipe.jsonl", "-"])
@@ -186,7 +186,7 @@ def test_a_folder_without_files_is_refused(tmp_path):
         find_corpus([str(tmp_path)])
 
 
-def test_of_a_folder_that_may_not_be_read_that_is_said(files, monkeypatch):
+def test_the_error_for_an_unreadable_folder_names_the_reason(files, monkeypatch):
     files("c/a.txt")
 
     def scandir(path):

@@ -1,4 +1,4 @@
-"""Fifty steps of a run against a plain training loop of a transformers model."""
+"""Fifty steps of a run against a plain training loop around a transformers model."""
 
 import importlib
 
@@ -25,10 +25,11 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fifty_losses_are_those_of_a_transformers_training_loop(
+def test_fifty_losses_equal_those_of_a_transformers_training_loop(
     settings, run, tmp_path, monkeypatch, family
 ):
-    """Same initial weights, batches, rates, clipping and AdamW; the batch accumulated in two."""
+    """Both use the same initial weights, batches, learning rates, clipping and AdamW. The run
+    accumulates two micro-batches a step."""
     transformers = importlib.import_module("transformers")
     torch.manual_seed(0)
     name = {"Gemma3": "Gemma3TextConfig", "Qwen3": "Qwen3Config"}[family]

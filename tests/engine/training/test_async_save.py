@@ -1,4 +1,4 @@
-"""Saves behind training: exact, told when they are there, waited for where they must be."""
+"""Asynchronous saves: exact contents, events once complete, waits, failures and disk space."""
 
 import errno
 import json
@@ -24,7 +24,7 @@ from pretrain_cli.errors import ConfigError, PretrainError
 from tests.engine.runtime.test_stop import signalled
 from tests.engine.training.test_resume import assert_same_weights, numbers, resume
 
-SOON = 20  # seconds in which anything here happens
+SOON = 20  # seconds; longest wait for any event of these tests
 
 
 def rows(run, kind):
@@ -38,7 +38,7 @@ def steps_of(run):
 
 @pytest.fixture
 def held_back(monkeypatch):
-    """The write of the checkpoint of this step begins only once the event is set."""
+    """Return hold(step): writing that step's checkpoint waits until the returned event is set."""
 
     def hold(step):
         allowed, real = threading.Event(), checkpoint.write_checkpoint
@@ -56,7 +56,8 @@ def held_back(monkeypatch):
 
 @pytest.fixture
 def failing(monkeypatch):
-    """The writes of the checkpoints of these steps fail, in their middle and so often, of this."""
+    """Return fail(error, *steps): writing the checkpoint of a listed step raises `error` midway, as
+    many times as the step is listed."""
 
     def fail(error, *steps):
         left, real = list(steps), checkpoint.write_checksums
@@ -73,11 +74,11 @@ def failing(monkeypatch):
     return fail
 
 
-# --- behind training -----------------------------------------------------------------------------
+# --- in the background ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", ["gemma3-tiny", "qwen3-tiny"])
-def test_a_checkpoint_is_of_its_step_though_training_went_on(
+def test_a_checkpoint_keeps_its_steps_weights_as_training_continues(
     settings, run, tmp_path, held_back, model
 ):
     common = {"model__name": model, "train__checkpoint_every": 2, "train__keep_checkpoints": 9}
@@ -121,7 +122,7 @@ def test_a_second_save_waits_for_the_first(settings, monkeypatch, held_back):
     assert second.stall > 0.2
 
 
-def test_the_stall_and_the_time_behind_it_are_in_the_metrics(settings, run, tmp_path):
+def test_metrics_hold_the_stall_seconds_and_bytes_of_each_save(settings, run, tmp_path):
     events = run(settings(train__checkpoint_every=3))
     saved = [event for event in events if isinstance(event, Saved)]
     found = rows(tmp_path / "run", "saved")
@@ -135,13 +136,13 @@ def test_the_stall_and_the_time_behind_it_are_in_the_metrics(settings, run, tmp_
     assert steps[3].save_stall >= saved[0].stall
 
 
-def test_what_is_a_bug_in_the_background_ends_the_run(settings, run, failing):
+def test_a_bug_in_the_background_thread_ends_the_run(settings, run, failing):
     failing(ZeroDivisionError("a bug"), 2)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         run(settings(train__checkpoint_every=2))
 
 
-def test_without_memory_for_a_copy_training_waits_with_one_notice(
+def test_training_waits_for_saves_if_memory_lacks_room_for_a_copy(
     settings, run, tmp_path, monkeypatch
 ):
     common = {"train__checkpoint_every": 2, "train__keep_checkpoints": 9}
@@ -162,7 +163,7 @@ def test_without_memory_for_a_copy_training_waits_with_one_notice(
 # --- signals -------------------------------------------------------------------------------------
 
 
-def test_a_stop_during_a_save_waits_and_then_saves_the_last_step(
+def test_a_stop_during_a_save_waits_for_it_and_saves_the_last_step(
     settings, run, tmp_path, monkeypatch
 ):
     common = {"train__eval_every": 3, "train__checkpoint_every": 2, "train__keep_checkpoints": 9}
@@ -217,7 +218,7 @@ app()
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_ranks_go_on_while_the_first_writes(settings, run, tmp_path, parallel):
+def test_two_ranks_keep_training_while_the_first_writes(settings, run, tmp_path, parallel):
     common = {"train__checkpoint_every": 2, "train__keep_checkpoints": 9}
     run(settings("alone", **common))
     config = settings("two", **common)
@@ -238,7 +239,7 @@ def test_two_ranks_go_on_while_the_first_writes(settings, run, tmp_path, paralle
     order = [(row["kind"], row["step"]) for row in map(json.loads, lines)]
     assert order.index(("saved", 2)) > order.index(("step", 3))
     assert steps_of(tmp_path / "two") == [6, 4, 2]
-    # Step 2 is of two steps, on two ranks, and not of three.
+    # With two ranks too, step 2's checkpoint holds the weights of step 2, not of step 3.
     for name in ("model", "training/optimizer"):
         ours, theirs = (
             load_file(tmp_path / folder / f"checkpoints/step-000002/{name}.safetensors")
@@ -253,10 +254,10 @@ def test_two_ranks_go_on_while_the_first_writes(settings, run, tmp_path, paralle
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
-def test_a_save_that_fails_is_told_and_the_next_one_tries_again(
+def test_a_failed_save_is_reported_and_the_next_one_succeeds(
     settings, run, tmp_path, failing, code
 ):
-    failing(OSError(code, "no luck"), 4, 4)  # and once more where room could be made
+    failing(OSError(code, "no luck"), 4, 4)  # after ENOSPC, the save makes room and tries again
     config = settings(train__checkpoint_every=2, train__eval_every=2)
     events = run(config)
     [unsaved] = [event for event in events if isinstance(event, Unsaved)]
@@ -268,9 +269,9 @@ def test_a_save_that_fails_is_told_and_the_next_one_tries_again(
     assert not list((tmp_path / "run/checkpoints").glob(".*"))
 
 
-def test_a_checkpoint_that_is_not_there_is_never_the_best(settings, run, tmp_path, failing):
-    """The loss rises after step 3, whose save fails: of those that are there, that of step 6 is
-    not compared with it."""
+def test_an_unsaved_step_is_never_the_best_checkpoint(settings, run, tmp_path, failing):
+    """The lowest loss is at step 3 or before, where all saves fail. The best checkpoint is the best
+    of steps 4 to 6."""
     failing(OSError(errno.EIO, "no luck"), 1, 2, 3)
     common = {"train__checkpoint_every": 1, "train__eval_every": 1, "train__keep_checkpoints": 1}
     run(settings(optimizer__learning_rate=0.3, optimizer__warmup_steps=3, **common))
@@ -283,7 +284,7 @@ def test_a_checkpoint_that_is_not_there_is_never_the_best(settings, run, tmp_pat
     assert steps_of(tmp_path / "run") == sorted({6, best}, reverse=True)
 
 
-def test_a_run_that_would_end_unsaved_ends_with_an_error(settings, run, tmp_path, failing):
+def test_a_run_whose_last_save_fails_ends_with_an_error(settings, run, tmp_path, failing):
     failing(OSError(errno.EIO, "no luck"), 6)
     with pytest.raises(PretrainError, match=r"step 6 is not saved: no luck\. The newest .* step 4"):
         run(settings(train__checkpoint_every=2))
@@ -293,7 +294,7 @@ def test_a_run_that_would_end_unsaved_ends_with_an_error(settings, run, tmp_path
         run(settings("stopped"), stop=StopRequest(after_step=3))
 
 
-def test_a_full_disk_costs_the_oldest_checkpoint_and_not_the_run(settings, run, tmp_path, failing):
+def test_a_save_on_a_full_disk_removes_the_oldest_checkpoint(settings, run, tmp_path, failing):
     failing(OSError(errno.ENOSPC, "full"), 6)
     events = run(settings(train__checkpoint_every=1, train__keep_checkpoints=3))
     assert any("full: removed step-000003" in e.text for e in events if isinstance(e, Notice))
@@ -301,9 +302,7 @@ def test_a_full_disk_costs_the_oldest_checkpoint_and_not_the_run(settings, run, 
     assert not any(isinstance(event, Unsaved) for event in events)
 
 
-def test_a_disk_that_is_full_at_the_end_is_one_line_and_exit_code_2(
-    settings, tmp_path, monkeypatch
-):
+def test_a_full_disk_at_the_end_prints_one_line_and_exits_with_2(settings, tmp_path, monkeypatch):
     config = settings(train__sample_tokens=0)
     flags = [
         f"--set={section}.{name}={value}"
@@ -320,7 +319,7 @@ def test_a_disk_that_is_full_at_the_end_is_one_line_and_exit_code_2(
     assert f"pretrain train --resume {tmp_path / 'run'}" in line
 
 
-# --- how large -----------------------------------------------------------------------------------
+# --- size on disk --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -329,7 +328,7 @@ def test_a_disk_that_is_full_at_the_end_is_one_line_and_exit_code_2(
      {"model__tie_word_embeddings": False}],
     ids=str,
 )  # fmt: skip
-def test_the_size_of_a_checkpoint_is_known_before_there_is_one(settings, run, monkeypatch, changes):
+def test_checkpoint_size_is_known_before_the_first_save(settings, run, monkeypatch, changes):
     known, real = [], async_save.checkpoint_size
     monkeypatch.setattr(
         async_save, "checkpoint_size", lambda plan: known.append(real(plan)) or known[0]
@@ -355,13 +354,13 @@ def test_a_run_whose_checkpoints_cannot_fit_is_refused_at_start(
         with pytest.raises(ConfigError, match="free some space, choose another disk"):
             run(settings(**changes))
         assert not (tmp_path / "run").exists()
-    # Three of three fit, but not the best and one that is being written beside them.
+    # The three newest checkpoints fit; the best one and the one being written do not.
     several["train__checkpoint_every"] = 1
     monkeypatch.setattr(async_save, "free_space", lambda folder: 3.1 * size[0])
     events = run(settings(**several))
     told = [event.text for event in events if isinstance(event, Notice)]
     assert any(text.startswith("Up to 5 checkpoints") and "room for 3" in text for text in told)
-    # Those that are there have their room.
+    # On resume, existing checkpoints need no further room.
     monkeypatch.setattr(async_save, "free_space", lambda folder: 2.1 * size[0])
     assert resume(run, tmp_path / "run", train__steps=8)[-1].step == 8
 
@@ -380,8 +379,8 @@ def test_a_snapshot_is_freed_before_the_next_one_is_taken(settings, run, failing
     assert len(taken) == 6
 
 
-def test_moments_of_a_checkpoint_are_those_of_the_optimizer(settings, run, tmp_path):
-    """After a first step from zero: (1 − β₁) g and (1 − β₂) g²."""
+def test_a_checkpoint_holds_the_optimizers_moments(settings, run, tmp_path):
+    """After the first step from zero, the moments are (1 − β₁) g and (1 − β₂) g²."""
     run(settings(train__steps=1, optimizer__betas=[0.9, 0.95]))
     moments = load_file(tmp_path / "run/checkpoints/step-000001/training/optimizer.safetensors")
     first = {n.removeprefix("exp_avg."): t for n, t in moments.items() if n.startswith("exp_avg.")}

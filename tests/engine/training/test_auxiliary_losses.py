@@ -1,4 +1,4 @@
-"""Z-loss and balancing loss in training: what is minimized, over micro-batches, and logged."""
+"""Z-loss and balancing loss in training: gradients, accumulation over micro-batches, and logs."""
 
 import copy
 import importlib
@@ -27,8 +27,8 @@ SPARSE = {
 }
 
 
-def test_a_balancing_loss_is_the_mean_of_those_of_the_micro_batches(tiny_model):
-    """By transformers' own function on what the routers gave."""
+def test_the_balancing_loss_is_the_mean_over_micro_batches(tiny_model):
+    """The reference is transformers' own function, applied to the router logits."""
     balancing_loss = importlib.import_module(
         "transformers.models.qwen3_moe.modeling_qwen3_moe"
     ).load_balancing_loss_func
@@ -102,13 +102,13 @@ def test_a_run_with_experts_logs_their_load(settings, run, tmp_path):
         assert 0 < row["z_loss"] < row["loss"]
 
 
-def test_a_dense_run_has_none_of_these_numbers(settings, run, tmp_path):
+def test_a_dense_run_logs_no_auxiliary_losses_or_expert_load(settings, run, tmp_path):
     run(settings(train__steps=2))
     for row in rows(tmp_path / "run"):
         assert not {"z_loss", "balancing_loss", "expert_load", "expert_overload"} & row.keys()
 
 
-def test_without_a_coefficient_experts_are_unbalanced_with_a_notice(settings, run):
+def test_a_balancing_coefficient_of_zero_gives_a_notice(settings, run):
     events = run(settings(**SPARSE, model__router_aux_loss_coef=0.0))
     assert any("without a balancing loss" in e.text for e in events if isinstance(e, Notice))
     assert all(e.balancing_loss == 0 for e in events if isinstance(e, StepMetrics))

@@ -1,4 +1,4 @@
-"""The proof of exact resume: it passes where it should, and finds what differs."""
+"""`--check-resume`: it passes for equal runs, and names the first difference otherwise."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from pretrain_cli.errors import ConfigError
 
 @pytest.fixture
 def pair(settings, run, tmp_path):
-    """A run, and a copy of it."""
+    """Return a run and its copy."""
     run(settings("one", train__steps=2))
     shutil.copytree(tmp_path / "one", tmp_path / "other")
     return tmp_path / "one", tmp_path / "other"
@@ -23,9 +23,9 @@ def pair(settings, run, tmp_path):
 def test_a_run_is_equal_to_its_copy(pair):
     found = compare(*pair)
     assert found.difference == ""
-    assert found.numbers == 2 * 4 + 2  # of two steps, and an evaluation's loss and tokens
+    assert found.numbers == 2 * 4 + 2  # four a step, and an evaluation's loss and tokens
     weights = load_file(pair[0] / "checkpoints/step-000002/model.safetensors")
-    assert found.tensors > 3 * len(weights)  # with two moments each
+    assert found.tensors > 3 * len(weights)  # weights, and two moments each
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_a_run_is_equal_to_its_copy(pair):
     [("model", "weights model.norm.weight[5]: "),
      ("training/optimizer", "optimizer exp_avg.model.norm.weight[5]: ")],
 )  # fmt: skip
-def test_one_bit_of_one_number_is_found_and_named(pair, name, said):
+def test_a_difference_of_one_bit_is_found_and_named(pair, name, said):
     path = pair[1] / f"checkpoints/step-000002/{name}.safetensors"
     tensors = load_file(path)
     key = said.split()[1].partition("[")[0]
@@ -44,7 +44,7 @@ def test_one_bit_of_one_number_is_found_and_named(pair, name, said):
     assert compare(*pair).difference == f"{said}{before!r} straight, {after!r} resumed"
 
 
-def test_a_loss_that_differs_comes_first(pair):
+def test_a_different_loss_is_reported_first(pair):
     path = pair[1] / "metrics.jsonl"
     lines = path.read_text().splitlines()
     [number] = [i for i, line in enumerate(lines) if json.loads(line).items() >= {"kind": "step",
@@ -56,7 +56,7 @@ def test_a_loss_that_differs_comes_first(pair):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_is_proved_equal_in_fresh_processes(settings, tmp_path):
+def test_a_run_resumed_in_a_fresh_process_has_no_difference(settings, tmp_path):
     said = []
     config = settings(speed__deterministic=True)
     found = check_resume(config, 4, lambda event: said.append(event.text), StopRequest())
@@ -66,6 +66,6 @@ def test_a_resumed_run_is_proved_equal_in_fresh_processes(settings, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_fewer_than_two_steps_can_not_be_parted(settings):
+def test_fewer_than_two_steps_are_refused(settings):
     with pytest.raises(ConfigError, match="--check-resume: 1 is not at least 2 steps"):
         check_resume(settings(), 1, print, StopRequest())

@@ -14,7 +14,8 @@ from pretrain_cli.engine.training.evaluate import evaluate
 
 @pytest.fixture
 def steps(settings, run, monkeypatch):
-    """Train, and give each step's (inputs, targets, documents) and the losses."""
+    """Return a function that trains and returns each step's (inputs, targets, documents), and the
+    losses."""
 
     def go(out, **changes):
         seen = []
@@ -48,14 +49,14 @@ def test_document_mask_changes_attention_but_not_samples_or_targets(steps, datas
     assert plain_losses != masked_losses
 
 
-def test_a_masked_run_learns_the_same_with_every_backend(steps):
+def test_a_masked_run_has_the_same_losses_with_eager_and_sdpa(steps):
     (_, eager), (_, sdpa) = (
         steps(name, data__document_mask=True, speed__attention=name) for name in ("eager", "sdpa")
     )
     assert sdpa == pytest.approx(eager, rel=1e-5)
 
 
-def test_a_masked_runs_validation_is_masked(settings, run, dataset, tmp_path):
+def test_validation_of_a_masked_run_is_masked(settings, run, dataset, tmp_path):
     events = run(settings("masked", data__document_mask=True))
     (reported,) = (event.loss for event in events if isinstance(event, Evaluation))
     checkpoint = tmp_path / "masked/checkpoints/step-000006"

@@ -1,4 +1,4 @@
-"""Validation: every token once, whatever the batch shape."""
+"""Validation counts every token once, for any batch shape."""
 
 import itertools
 import math
@@ -39,7 +39,7 @@ def evaluated(model, *folders, batch_size=2, at_most=None, **options):
 
 
 def plainly(model, tokens):
-    """The loss over all tokens but the first, summed: window by window, as plainly as can be."""
+    """Return the summed loss of all tokens but the first, computed one window at a time."""
     total = 0.0
     with torch.no_grad():
         for start in range(0, len(tokens) - 1, 32):
@@ -50,7 +50,7 @@ def plainly(model, tokens):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_validation_is_the_mean_over_every_token_whatever_the_batch(dataset, batch_size):
+def test_validation_loss_is_the_mean_over_all_tokens_for_any_batch(dataset, batch_size):
     model = small_model()
     opened = open_dataset(dataset)
     stream = opened.val.tokens
@@ -67,8 +67,8 @@ def test_validation_is_the_mean_over_every_token_whatever_the_batch(dataset, bat
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_a_prefix_of_each_split_is_validated_on_and_said(dataset, other_dataset, batch_size):
-    """100 targets, whatever the batch, and bits per byte of their own text."""
+def test_a_token_limit_validates_a_prefix_of_each_split(dataset, other_dataset, batch_size):
+    """Any batch size validates 100 targets; bits per byte divides by the bytes of these alone."""
     model = small_model()
     stream = open_dataset(dataset).val.tokens
     tokens = stream.read(0, 101)
@@ -78,20 +78,20 @@ def test_a_prefix_of_each_split_is_validated_on_and_said(dataset, other_dataset,
     for each in (result, source):
         assert (each.tokens, each.split_tokens) == (100, len(stream) - 1)
         assert each.loss == pytest.approx(total / 100, rel=1e-5)
-        size = int((tokens < 256).sum())  # a byte is a token, and what is above ends a document
+        size = int((tokens < 256).sum())  # a token is a byte; larger ids end a document
         assert each.bits_per_byte == pytest.approx(total / math.log(2) / size, rel=1e-5)
     whole = evaluated(model, dataset, at_most=10**6)
     assert whole.tokens == whole.split_tokens == len(stream) - 1
 
 
-def test_a_run_validates_on_the_prefix_that_is_asked_for(settings, run):
+def test_eval_tokens_limits_the_validation_of_a_run(settings, run):
     events = run(settings(train__steps=1, train__eval_tokens=50))
     (evaluation,) = [event for event in events if isinstance(event, Evaluation)]
     assert evaluation.tokens == 50 < evaluation.split_tokens
 
 
-def test_masked_validation_is_that_of_each_document_by_itself(dataset):
-    """Each window of validation holds parts of documents."""
+def test_masked_validation_equals_that_of_each_document_alone(dataset):
+    """Validation windows hold parts of several documents."""
     model = small_model("gemma3-tiny")
     opened = open_dataset(dataset)
     stream = opened.val.tokens
@@ -113,9 +113,9 @@ def test_masked_validation_is_that_of_each_document_by_itself(dataset):
     assert result.loss == pytest.approx(total / result.tokens, rel=1e-5)
 
 
-def test_a_mixture_is_validated_together_and_source_by_source(dataset, other_dataset, tmp_path):
-    """Every token once: the whole is the sources' mean by their tokens, and of text by its bytes.
-    A source without a validation split has no part in it."""
+def test_a_mixture_is_validated_per_source_and_overall(dataset, other_dataset, tmp_path):
+    """Every token counts once: the overall loss is the mean of the sources' losses by tokens, and
+    bits per byte their mean by bytes. A source without a validation split is left out."""
     (tmp_path / "birds").mkdir()
     for number in range(20):
         (tmp_path / f"birds/{number}.txt").write_text(f"{number} birds sing" * (number + 1))
@@ -140,12 +140,12 @@ def test_a_mixture_is_validated_together_and_source_by_source(dataset, other_dat
     assert both.bits_per_byte == pytest.approx(sum(bits) / sum(sizes))
 
 
-def test_without_a_validation_split_there_is_nothing_to_evaluate(other_dataset):
+def test_evaluate_returns_none_without_a_validation_split(other_dataset):
     assert evaluated(small_model(), other_dataset) is None
 
 
 def held_out(dataset, opened):
-    """The files whose text is in the validation split, found by decoding it."""
+    """Return the files whose text is in the validation split, found by decoding it."""
     stream = opened.val.tokens
     text = opened.tokenizer.backend.decode(
         stream.read(0, len(stream)).tolist(), skip_special_tokens=False

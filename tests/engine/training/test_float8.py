@@ -1,4 +1,4 @@
-"""Training in float8: where it is refused, and what it learns."""
+"""Training in float8: when it is refused, and losses and checkpoints against bfloat16."""
 
 import json
 import sys
@@ -18,15 +18,15 @@ GPU = torch.device("cuda", 0)
 IN_FLOAT8 = SpeedConfig(dtype="float8")
 
 
-# --- where it is refused -------------------------------------------------------------------------
+# --- refusals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("hopper")
-def test_on_hopper_with_torchao_and_compiled_it_is_in_force():
+def test_float8_is_in_force_on_hopper_with_torchao_and_compile():
     found = resolve_speed(IN_FLOAT8, GPU)
     assert found.record()["dtype"] == {"asked": "float8", "in_force": "float8"}
     assert found.compute_dtype == torch.bfloat16
-    assert resolve_speed(SpeedConfig(), GPU).dtype == "bfloat16"  # never without being asked
+    assert resolve_speed(SpeedConfig(), GPU).dtype == "bfloat16"  # float8 is never the default
 
 
 def refusal(asked=IN_FLOAT8, device=GPU, **how):
@@ -40,19 +40,19 @@ def refusal(asked=IN_FLOAT8, device=GPU, **how):
 
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("device", ["cpu", "mps"])
-def test_it_is_refused_on_another_device(device):
+def test_float8_is_refused_on_cpu_and_mps(device):
     said = "it is for NVIDIA's GPUs, from compute capability 8.9 on"
     assert refusal(device=torch.device(device)) == said
 
 
 @pytest.mark.usefixtures("hopper")
-def test_it_is_refused_on_rocm(monkeypatch):
+def test_float8_is_refused_on_rocm(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert refusal().startswith("it is for NVIDIA's GPUs")
 
 
 @pytest.mark.usefixtures("hopper")
-def test_it_is_refused_on_an_older_gpu(monkeypatch):
+def test_float8_is_refused_on_an_older_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     assert refusal() == "it takes compute capability 8.9, and NVIDIA A100 has 8.0"
@@ -61,13 +61,13 @@ def test_it_is_refused_on_an_older_gpu(monkeypatch):
 
 
 @pytest.mark.usefixtures("hopper")
-def test_it_is_refused_without_torchao(monkeypatch):
+def test_float8_is_refused_without_torchao(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert refusal() == "torchao is not installed (pip install 'pretrain[float8]')"
 
 
 @pytest.mark.usefixtures("hopper")
-def test_it_is_refused_where_it_would_not_be_compiled(monkeypatch):
+def test_float8_is_refused_without_compile_or_triton(monkeypatch):
     asked = SpeedConfig(dtype="float8", compile=False)
     assert refusal(asked) == "it is made to be compiled, and compile is false"
     monkeypatch.setitem(sys.modules, "triton", None)
@@ -75,23 +75,23 @@ def test_it_is_refused_where_it_would_not_be_compiled(monkeypatch):
 
 
 @pytest.mark.usefixtures("hopper")
-def test_it_is_refused_where_nothing_is_trained():
+def test_float8_is_refused_outside_training():
     assert refusal(training=False) == "it is a way to train"
 
 
 @pytest.mark.usefixtures("emulated_float8")
-def test_it_is_refused_for_matrices_that_it_does_not_take(settings, run):
+def test_float8_is_refused_for_sizes_that_16_does_not_divide(settings, run):
     asked = settings("odd", model__intermediate_size=50, speed__dtype="float8")
     with pytest.raises(ConfigError, match="intermediate_size is 50, and it takes multiples of 16"):
         run(asked)
 
 
-# --- what it learns ------------------------------------------------------------------------------
+# --- losses and checkpoints ----------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("emulated_float8")
 @pytest.mark.parametrize("model", ["gemma3-tiny", "qwen3-tiny"])
-def test_a_run_learns_the_same_to_its_rounding_and_saves_the_same(settings, run, tmp_path, model):
+def test_float8_losses_are_near_bfloat16_and_checkpoints_alike(settings, run, tmp_path, model):
     losses, saved = {}, {}
     for dtype in ("bfloat16", "float8"):
         events = run(settings(dtype, model__name=model, speed__dtype=dtype))
@@ -108,7 +108,7 @@ def test_a_run_learns_the_same_to_its_rounding_and_saves_the_same(settings, run,
 
 
 @pytest.mark.usefixtures("emulated_float8")
-def test_its_validation_is_that_of_its_weights_in_bfloat16(settings, run, tmp_path):
+def test_validation_of_a_float8_run_computes_in_bfloat16(settings, run, tmp_path):
     run(settings("run", speed__dtype="float8"))
     rows = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
     measured = [row for row in rows if row["kind"] == "evaluation"][-1]
@@ -124,7 +124,7 @@ def test_its_validation_is_that_of_its_weights_in_bfloat16(settings, run, tmp_pa
 @pytest.mark.gpu
 @pytest.mark.usefixtures("float8_gpu")
 @pytest.mark.parametrize("model", ["gemma3-tiny", "qwen3-tiny"])
-def test_a_run_on_a_gpu_learns_the_same_to_its_rounding(settings, run, model):
+def test_float8_losses_are_near_bfloat16_on_a_gpu(settings, run, model):
     losses = {}
     for dtype in ("bfloat16", "float8"):
         asked = settings(

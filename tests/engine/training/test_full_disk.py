@@ -1,7 +1,7 @@
-"""A disk that fills under a run: training goes on, nothing is torn, and it ends honestly.
+"""Runs on a disk that fills up: training continues, files stay whole, and unsaved steps are errors.
 
-The disk is a small one in memory, which only root may mount; without it, errors of a full disk are
-made up in tests/engine/training/test_async_save.py."""
+The disk is a small tmpfs, which only root may mount. tests/engine/training/test_async_save.py
+simulates the errors of a full disk without one."""
 
 import contextlib
 import errno
@@ -28,7 +28,7 @@ SIZE = 4_000_000
 
 @pytest.fixture
 def disk(tmp_path):
-    """A folder that is a disk of its own."""
+    """Return a folder on which a tmpfs of SIZE bytes is mounted."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if os.geteuid() != 0:
@@ -42,7 +42,7 @@ def disk(tmp_path):
 
 
 def fill(folder):
-    """Take all that is left, to the last byte."""
+    """Fill the disk to the last byte."""
     with (folder / "ballast").open("wb", buffering=0) as file:
         for size in (4096, 1):
             with contextlib.suppress(OSError):
@@ -54,8 +54,9 @@ def steps_of(run):
     return [retention.step_of(folder) for folder in retention.checkpoints(run)]
 
 
-def test_training_continues_on_a_full_disk_and_saves_after_room(settings, run, tmp_path, disk):
-    """Full from step 3 until the save of step 4 has failed: lines wait, and step 6 has them all."""
+def test_training_continues_on_a_full_disk_and_saves_later(settings, run, tmp_path, disk):
+    """The disk is full from step 3 until the save of step 4 has failed. Lines wait in memory
+    meanwhile, and none is missing at the end."""
     common = {"train__checkpoint_every": 2, "train__keep_checkpoints": 1, "train__eval_every": 3,
               "train__sample_every": 3, "train__steps": 8}  # fmt: skip
     run(settings("straight", **common))
@@ -75,7 +76,9 @@ def test_training_continues_on_a_full_disk_and_saves_after_room(settings, run, t
     assert unsaved.step == 4
     assert "are free" in unsaved.reason
     told = [event.text for event in events if isinstance(event, Notice)]
-    assert sum("metrics.jsonl: No space left" in text for text in told) <= 1  # its page has some
+    assert (
+        sum("metrics.jsonl: No space left" in text for text in told) <= 1
+    )  # the file's last page may have room
     assert sum("samples.jsonl: No space left" in text for text in told) == 1
     assert [event.step for event in events if isinstance(event, Sample)] == [3, 6, 8]
     found = [row for row in numbers(disk / "run") if row["kind"] != "not_saved"]
@@ -84,10 +87,11 @@ def test_training_continues_on_a_full_disk_and_saves_after_room(settings, run, t
     assert all(checkpoint.find_damage(path) is None for path in retention.checkpoints(disk / "run"))
 
 
-def test_a_disk_that_fills_during_a_write_costs_an_older_checkpoint(
+def test_a_disk_that_fills_during_a_save_loses_an_older_checkpoint(
     settings, run, disk, monkeypatch
 ):
-    """It has room for three, and three are kept: the fourth meets its end where nobody foresaw."""
+    """The disk holds three checkpoints, and three are kept. The check of free space is disabled, so
+    that the fourth save fails midway."""
     monkeypatch.setattr(async_save, "free_space", lambda folder: 10**9)
     common = {"train__checkpoint_every": 1, "train__keep_checkpoints": 3, "train__keep_best": False}
     events = run(settings("disk/run", **common))
@@ -119,7 +123,7 @@ def test_a_run_ending_on_a_full_disk_warns_and_can_be_resumed(settings, run, tmp
 
 
 class Full(io.FileIO):
-    """A file on a disk that has room for so many more bytes."""
+    """File on a disk that has room for `room` more bytes."""
 
     room = 0
 
@@ -143,7 +147,7 @@ def test_a_line_is_appended_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "lines").read_bytes() == b"whole\nagain\n"
 
 
-def test_lines_of_metrics_wait_for_room_and_one_notice_tells_of_it(tmp_path):
+def test_metrics_lines_wait_for_room_with_one_notice(tmp_path):
     told = []
     metrics = MetricsFile(tmp_path / "metrics.jsonl", told.append, upto=0)
     metrics.file.close()

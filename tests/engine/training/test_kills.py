@@ -1,4 +1,4 @@
-"""kill -9 at random instants of every phase: each run is resumed, and ends as one that wasn't."""
+"""kill -9 at random moments of every phase: resumed runs end as an uninterrupted run does."""
 
 import multiprocessing
 import os
@@ -29,11 +29,12 @@ PHASES = {
     "evaluating": (evaluate, "validation_batches", 3),
     "logging": (metrics_file, "append_line", 12),
 }
-"""Calls at which a timer starts, and the latest occurrence."""
+"""Phase: (module, function, n). A kill's timer starts at a random one of the function's first n
+calls."""
 
 
 def die_after(phase: str, count: int, seconds: float) -> None:
-    """Have this process killed so long after a function is called for the count-th time."""
+    """Kill this process `seconds` after the count-th call of the phase's function."""
     module, name, _ = PHASES[phase]
     function, calls = getattr(module, name), []
 
@@ -47,7 +48,7 @@ def die_after(phase: str, count: int, seconds: float) -> None:
 
 
 def go_on(settings: RunConfig, run: Path, death: tuple[str, int, float] | None) -> None:
-    """Begin the run, or resume it."""
+    """Start the run, or resume it if it exists."""
     torch.set_num_threads(1)
     train.PEAK_SECONDS = 0.01
     if death:
@@ -58,7 +59,7 @@ def go_on(settings: RunConfig, run: Path, death: tuple[str, int, float] | None) 
 
 @pytest.fixture(scope="module")
 def forks():
-    """Forks of a process that has loaded everything, and has no threads."""
+    """Return a context that forks from a process with all modules loaded and no threads."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["pretrain_cli.engine.training.train", "pytest", "safetensors.torch"]
@@ -68,7 +69,7 @@ def forks():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["gemma3-tiny", "qwen3-tiny"])
-def test_killed_at_any_instant_a_run_ends_as_the_one_that_was_not(
+def test_a_run_killed_at_any_moment_ends_as_an_uninterrupted_one(
     settings, run, tmp_path, forks, model
 ):
     common = {
@@ -106,7 +107,7 @@ def test_killed_at_any_instant_a_run_ends_as_the_one_that_was_not(
 
 
 def signal_twice_while_saving(settings: RunConfig, run: Path) -> None:
-    """The second checkpoint is almost there, and its writing would take long."""
+    """Send SIGTERM twice near the end of the second save, which would then take another minute."""
     torch.set_num_threads(1)
     real = checkpoint.write_checksums
 

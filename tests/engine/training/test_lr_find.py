@@ -1,4 +1,4 @@
-"""The range test: its rates, where it stops, what it suggests, and what it leaves behind."""
+"""The learning-rate range test: rates, stopping, suggestion, and written files."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ def search(settings, folder):
     return test, events, steps
 
 
-def test_rates_rise_by_the_same_factor_and_nothing_is_trained(settings, tmp_path, monkeypatch):
+def test_rates_rise_by_a_constant_factor_and_two_files_are_written(settings, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     test, _, steps = search(settings(train__steps=13), tmp_path / "found")
     expected = [10 ** (i / 2 - 6) for i in range(13)]
@@ -35,7 +35,7 @@ def test_rates_rise_by_the_same_factor_and_nothing_is_trained(settings, tmp_path
     assert written["suggestion"] == test.suggestion
 
 
-def test_it_stops_where_the_loss_is_not_finite(settings, tmp_path, monkeypatch):
+def test_lr_find_stops_at_a_loss_that_is_not_finite(settings, tmp_path, monkeypatch):
     real, calls = lr_find.train_step, []
 
     def spied(*arguments, **options):
@@ -49,7 +49,7 @@ def test_it_stops_where_the_loss_is_not_finite(settings, tmp_path, monkeypatch):
     assert test.losses == calls[:4]
 
 
-def test_a_test_that_is_stopped_leaves_nothing(settings, tmp_path):
+def test_a_stopped_range_test_writes_no_files(settings, tmp_path):
     stop, folder = StopRequest(), tmp_path / "found"
 
     def progress(step, *_):
@@ -61,7 +61,7 @@ def test_a_test_that_is_stopped_leaves_nothing(settings, tmp_path):
     assert not folder.exists()
 
 
-def test_without_matplotlib_there_are_the_numbers_and_a_word(settings, tmp_path, monkeypatch):
+def test_without_matplotlib_only_json_is_written_with_a_notice(settings, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     _, events, _ = search(settings(train__steps=10), tmp_path / "found")
     assert [p.name for p in (tmp_path / "found").iterdir()] == ["lr-find.json"]
@@ -75,14 +75,14 @@ def test_a_smoothed_loss_is_the_mean_weighted_by_powers():
     assert smooth(losses) == pytest.approx(expected)
 
 
-def test_the_suggestion_is_a_quarter_of_the_rate_of_the_lowest_loss():
+def test_the_suggestion_is_a_quarter_of_the_rate_at_the_lowest_loss():
     valley = [6 + 0.5 * abs(i - 40) / 10 for i in range(61)]  # lowest at 1e-2
     rate, reason = suggest(RATES, valley)
     assert rate == pytest.approx(2.5e-3)
     assert "at which the loss was lowest, 6.000" in reason
 
 
-def test_a_loss_that_does_not_fall_suggests_nothing():
+def test_a_loss_that_does_not_fall_gives_no_suggestion():
     rate, reason = suggest(RATES, [7.0 - 0.001 * i for i in range(61)])
     assert rate is None
     assert "more --steps" in reason

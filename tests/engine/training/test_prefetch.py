@@ -1,4 +1,4 @@
-"""Batches on their way to the device: in order, read ahead or not, and the wait known."""
+"""The prefetcher: order of batches, with and without reading ahead, and the measured wait."""
 
 import time
 
@@ -11,7 +11,7 @@ from pretrain_cli.engine.training.prefetch import Prefetcher
 
 
 class Numbered:
-    """Batches that hold the number of their first sample, and take their time."""
+    """Batches filled with the number of their first sample; reading one takes `seconds`."""
 
     samples_per_step = 4
 
@@ -25,7 +25,7 @@ class Numbered:
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
-def test_steps_come_in_order_from_any_sample_on(prefetch):
+def test_batches_come_in_order_from_the_first_sample(prefetch):
     feed = Prefetcher(Numbered(), first_sample=40, device=torch.device("cpu"), prefetch=prefetch)
     for first in (40, 44, 48, 52):
         batch = feed.next()
@@ -37,8 +37,8 @@ def test_steps_come_in_order_from_any_sample_on(prefetch):
     feed.close()
 
 
-def test_a_batch_read_ahead_keeps_nobody_waiting():
-    """Reading takes 0.1 s, and training 0.3 s."""
+def test_prefetching_hides_the_reading_time():
+    """Reading a batch takes 0.1 s, and a training step 0.3 s."""
     waits = {}
     for prefetch in (True, False):
         feed = Prefetcher(

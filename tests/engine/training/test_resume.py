@@ -1,4 +1,4 @@
-"""Exact resume: a run that was cut anywhere ends as the run that wasn't."""
+"""Exact resume: an interrupted run ends as the uninterrupted one."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def assert_same_weights(one: Path, other: Path, files=("model", "training/optimi
 def test_resuming_gives_the_same_losses_and_weights(settings, run, tmp_path, model, changes):
     common = {"model__name": model, "train__eval_every": 3, **changes}
     run(settings("straight", **common))
-    # The first half is a whole run of three steps, of a schedule made for six.
+    # The first half is steps 1 to 3 of a run whose schedule has six steps.
     run(settings("halves", train__checkpoint_every=3, **common))
     later = tmp_path / "halves/checkpoints/step-000006"
     for path in sorted(later.rglob("*"), reverse=True):
@@ -104,7 +104,7 @@ def test_resuming_with_other_speed_settings_keeps_the_moments(settings, run, tmp
     assert json.loads((tmp_path / "changed/metrics.jsonl").read_text().splitlines()[-1])
 
 
-def test_more_steps_go_on_from_a_finished_run(settings, run, tmp_path):
+def test_more_steps_continue_a_finished_run(settings, run, tmp_path):
     run(settings(train__steps=3))
     resume(run, tmp_path / "run", train__steps=5)
     assert [row["step"] for row in numbers(tmp_path / "run") if row["kind"] == "step"] == [
@@ -112,7 +112,7 @@ def test_more_steps_go_on_from_a_finished_run(settings, run, tmp_path):
     ]  # fmt: skip
 
 
-def test_resuming_a_finished_run_says_so_and_adds_nothing(settings, run, tmp_path):
+def test_resuming_a_finished_run_gives_a_notice_and_adds_nothing(settings, run, tmp_path):
     run(settings(train__steps=2))
     before = (tmp_path / "run/metrics.jsonl").read_bytes()
     events = resume(run, tmp_path / "run")
@@ -131,7 +131,7 @@ def test_a_damaged_checkpoint_is_named_and_an_older_one_used(settings, run, tmp_
     assert numbers(tmp_path / "run") == before
 
 
-def test_a_run_whose_every_checkpoint_is_damaged_is_not_started_over(settings, run, tmp_path):
+def test_a_run_with_only_damaged_checkpoints_is_not_started_over(settings, run, tmp_path):
     run(settings())
     state = tmp_path / "run/checkpoints/step-000006/training/state.json"
     state.write_text(state.read_text().replace("6", "7"))
@@ -155,7 +155,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(settings, run, tm
      ("model.hidden_size", 64), ("train.tokens_per_step", 256), ("data.document_mask", True),
      ("data.packing", "best-fit")],
 )  # fmt: skip
-def test_what_would_change_the_run_is_refused_on_resume(settings, run, tmp_path, setting, value):
+def test_resume_refuses_settings_that_change_the_losses(settings, run, tmp_path, setting, value):
     run(settings(train__steps=1))
     with pytest.raises(ConfigError, match=f"{setting}: {value} differs"):
         resume(run, tmp_path / "run", **{setting: value})
@@ -201,7 +201,7 @@ def test_another_dataset_is_refused_on_resume(settings, run, tmp_path, dataset):
             resume(run, tmp_path / "run", data__path=path, train__steps=2)
 
 
-def test_a_mixture_is_resumed_with_the_same_weights_alone(
+def test_a_mixture_is_resumed_only_with_the_same_proportions(
     settings, run, tmp_path, dataset, other_dataset
 ):
     run(settings(data__path=[f"{dataset}:2", f"{other_dataset}:1"], train__steps=1))
@@ -229,13 +229,13 @@ def test_resuming_an_earlier_checkpoint_sets_later_ones_aside(settings, run, tmp
     ]  # fmt: skip
     resume(run, folder, train__steps=4)
     steps = [row for row in numbers(folder) if row["kind"] == "step"]
-    # another length is another schedule, which the loss of a step shows one step later
+    # More steps change the schedule's rates; a rate shows only in the loss of the next step.
     assert [row["loss"] for row in steps[:3]] == [
         row["loss"] for row in before if row["kind"] == "step"
     ][:3]
 
 
-def test_the_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path):
+def test_the_newest_checkpoint_has_the_highest_step(tmp_path):
     for step in (999_900, 1_000_000, 999_950):
         (tmp_path / f"checkpoints/step-{step:06d}").mkdir(parents=True)
     assert [retention.step_of(path) for path in retention.checkpoints(tmp_path)] == [
@@ -252,8 +252,8 @@ def test_a_run_that_diverges_stops_and_keeps_its_checkpoints(settings, run, tmp_
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_run_goes_on_on_two_ranks(settings, run, tmp_path, parallel):
-    """From a checkpoint of one rank, and with the same losses."""
+def test_a_run_of_one_rank_resumes_on_two(settings, run, tmp_path, parallel):
+    """The checkpoint is that of one rank; the losses are the same."""
     run(settings("straight"))
     run(settings("two", train__checkpoint_every=3, train__keep_checkpoints=5))
     (tmp_path / "two/checkpoints/step-000006").rename(tmp_path / "gone")

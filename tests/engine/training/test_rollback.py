@@ -1,4 +1,4 @@
-"""Runs that meet what can't be believed: they leave it out, go back, or stop and say why."""
+"""Skipped steps and rollbacks: logs, exact weights, resume, and runs that stop with a reason."""
 
 import contextlib
 import json
@@ -24,13 +24,13 @@ from pretrain_cli.engine.training.prefetch import Prefetcher
 from pretrain_cli.engine.training.train import train
 from pretrain_cli.errors import PretrainError
 
-PER_STEP = 4  # samples
+PER_STEP = 4  # samples per step
 
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Steps whose first sample is in this set have a gradient that is not a number, as often as
-    they are run."""
+    """Return a set of sample numbers. Each step whose first sample is in it gets a NaN gradient,
+    every time it runs."""
     poisoned, current = set(), {}
     next_batch, batch_at, build = Prefetcher.next, Prefetcher.at, trainer.Trainer.__init__
 
@@ -66,7 +66,7 @@ def rows(run, *kinds):
 
 
 def mathematics(run):
-    """All that a metrics file says but times and rates."""
+    """Return the rows of a metrics file without times and rates."""
     names = ("kind", "step", "loss", "gradient_norm", "learning_rate", "tokens", "bits_per_byte",
              "reason", "samples", "worst_samples", "worst_gradients", "rollbacks", "same_weights",
              "from_step")  # fmt: skip
@@ -108,8 +108,8 @@ def test_a_skipped_step_is_logged_with_samples_text_and_gradients(settings, run,
     assert (state.step, state.samples, state.skipped, state.finite) == (6, 24, 1, True)
 
 
-def test_the_step_of_a_poisoned_sample_is_as_if_it_had_not_been(settings, run, poison, tmp_path):
-    """Against a run whose third batch is left out by hand, at rates that don't change."""
+def test_a_skipped_step_equals_a_run_without_its_batch(settings, run, poison, tmp_path):
+    """The reference run leaves its third batch out by hand; the learning rate is constant."""
     common = {"optimizer__schedule": "constant", "optimizer__warmup_steps": 0}
     poison.add(2 * PER_STEP)
     run(settings("poisoned", **common))
@@ -130,11 +130,11 @@ def test_the_step_of_a_poisoned_sample_is_as_if_it_had_not_been(settings, run, p
 
 
 @pytest.mark.parametrize("log_every", [1, 99])
-def test_a_run_goes_back_and_past_the_samples_that_led_astray(
+def test_a_rollback_passes_over_the_samples_of_the_skipped_steps(
     settings, run, poison, tmp_path, log_every
 ):
-    """Steps 5 to 7 are skipped, three in a row: back to step 4, and on behind the samples of 7,
-    also where the run looks after step 8."""
+    """Steps 5 to 7 are skipped, three in a row: the run rolls back to step 4 and continues after
+    the samples of step 7, even if it reads the guard only after step 8 (log_every 99)."""
     poison.update(PER_STEP * n for n in (4, 5, 6))
     common = {"train__steps": 9, "train__checkpoint_every": 4, "train__max_skips": 3,
               "train__keep_checkpoints": 9}  # fmt: skip
@@ -146,7 +146,7 @@ def test_a_run_goes_back_and_past_the_samples_that_led_astray(
     ]  # fmt: skip
     end = read_state(tmp_path / "run/checkpoints/step-000009")
     assert (end.step, end.samples, end.passed, end.skipped) == (9, 28 + 5 * 4, ((16, 28),), 0)
-    # As four steps, and then five from those weights on the samples from 28 on.
+    # Reference: four steps, then five from their weights on the samples from 28 onwards.
     poison.clear()
     run(settings("first", **common))
     first = tmp_path / "first/checkpoints"
@@ -167,8 +167,8 @@ def test_a_run_goes_back_and_past_the_samples_that_led_astray(
     assert len(rows(tmp_path / "run", "skipped")) == 3
 
 
-def test_a_run_goes_back_to_a_checkpoint_that_is_still_being_written(settings, poison, monkeypatch):
-    """The checkpoint of step 4 is written until steps 5 and 6 were skipped, and a while longer."""
+def test_a_rollback_waits_for_the_checkpoint_being_written(settings, poison, monkeypatch):
+    """Writing the checkpoint of step 4 takes until 0.3 s after step 6 is skipped."""
     skipped, kinds, real = threading.Event(), [], checkpoint.write_checkpoint
 
     def slow(folder, contents, **options):
@@ -193,7 +193,7 @@ def test_a_run_goes_back_to_a_checkpoint_that_is_still_being_written(settings, p
     "cut", [8, *(pytest.param(cut, marks=pytest.mark.slow) for cut in (2, 5, 7, 9, 12))]
 )
 def test_a_resumed_run_with_skipped_steps_ends_the_same(settings, run, poison, tmp_path, cut):
-    """Killed in the cut-th step that is tried, those that are done again among them."""
+    """The run is killed in its cut-th attempted step; steps repeated after a rollback count."""
     poison.update(PER_STEP * n for n in (1, 4, 5, 6))
     common = {"train__steps": 9, "train__checkpoint_every": 2, "train__max_skips": 3,
               "train__eval_every": 4}  # fmt: skip
@@ -222,7 +222,7 @@ def test_a_resumed_run_with_skipped_steps_ends_the_same(settings, run, poison, t
     ).read_text()
 
 
-def test_a_run_that_goes_back_too_often_stops_and_says_why(settings, run, poison, tmp_path):
+def test_too_many_rollbacks_stop_the_run_with_the_reason(settings, run, poison, tmp_path):
     poison.update(PER_STEP * n for n in range(4, 99))
     config = settings(
         train__steps=20, train__checkpoint_every=1, train__max_skips=2, train__max_rollbacks=2,
@@ -231,7 +231,7 @@ def test_a_run_that_goes_back_too_often_stops_and_says_why(settings, run, poison
     with pytest.raises(PretrainError, match=r"training diverged: 2 steps .* it went back 2 times"):
         run(config)
     backs = rows(tmp_path / "run", "rollback")
-    assert [row["step"] for row in backs] == [4, 3]  # from 4 no step could be taken
+    assert [row["step"] for row in backs] == [4, 3]  # every step from 4 was skipped
     assert [row["samples"] for row in backs] == [[16, 24], [12, 32]]
     for path in retention.checkpoints(tmp_path / "run"):
         assert read_state(path).step <= 5
@@ -239,14 +239,14 @@ def test_a_run_that_goes_back_too_often_stops_and_says_why(settings, run, poison
             assert all(t.isfinite().all() for t in load_file(path / f"{name}.safetensors").values())
 
 
-def test_without_a_checkpoint_there_is_nothing_to_go_back_to(settings, run, poison):
+def test_a_rollback_without_a_checkpoint_ends_the_run(settings, run, poison):
     poison.update(PER_STEP * n for n in range(99))
     with pytest.raises(PretrainError, match="no earlier checkpoint to go back to"):
         run(settings(train__steps=20, train__max_skips=2))
 
 
 def test_weights_that_are_not_finite_are_not_saved(settings, run, tmp_path, monkeypatch):
-    """They become so in a step whose loss and gradients are finite: the run goes back."""
+    """A weight becomes infinite in a step of finite loss and gradients: the run rolls back."""
     real, done = trainer.train_step, []
 
     def breaks(model, *arguments, **options):
@@ -267,7 +267,7 @@ def test_weights_that_are_not_finite_are_not_saved(settings, run, tmp_path, monk
     assert [e.step for e in events if isinstance(e, StepMetrics)] == [1, 2, 3, 4, 3, 4, 5, 6]
 
 
-def test_tokens_of_each_source_leave_out_what_was_passed_over(
+def test_token_counts_of_sources_leave_out_skipped_samples(
     settings, run, poison, dataset, other_dataset, tmp_path
 ):
     poison.update((12, 16))
@@ -277,7 +277,7 @@ def test_tokens_of_each_source_leave_out_what_was_passed_over(
     assert sum(last["sources"].values()) == last["tokens"] == 6 * 128
 
 
-def test_what_was_skipped_and_where_the_run_went_back_to_is_shown(capsys):
+def test_skipped_steps_and_rollbacks_are_displayed(capsys):
     display = TrainDisplay()
     display(Skipped(3, "loss is nan", math.nan, 1.0, (8, 12), [], {"lm_head.weight": 9.0}, True, 0))
     display(RolledBack(2, 7, "3 steps in a row were skipped", (8, 28), 1))
@@ -289,7 +289,7 @@ def test_what_was_skipped_and_where_the_run_went_back_to_is_shown(capsys):
     assert f"{sentence} Samples 8 to 27 are skipped\n" in shown
 
 
-def test_tensorboard_is_told_to_forget_what_the_run_went_back_from(settings, run, poison, tmp_path):
+def test_tensorboard_drops_the_steps_before_a_rollback(settings, run, poison, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     poison.update(PER_STEP * n for n in (4, 5))
     run(settings(train__checkpoint_every=3, train__max_skips=2, train__log="tensorboard"))
@@ -329,8 +329,8 @@ app()
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_ranks_skip_and_go_back_together(settings, tmp_path, parallel):
-    """A loss that is not a number on one rank, in steps 5 and 6 of two ranks."""
+def test_ranks_skip_and_roll_back_together(settings, tmp_path, parallel):
+    """In steps 5 and 6, one of two ranks has a NaN loss."""
     config = settings(
         train__steps=7, train__checkpoint_every=3, train__max_skips=2, train__eval_every=99
     )
@@ -350,7 +350,10 @@ def test_ranks_skip_and_go_back_together(settings, tmp_path, parallel):
     assert done.returncode == 0, done.stderr[-3000:]
     skipped = rows(tmp_path / "run", "skipped")
     assert [(row["step"], row["samples"]) for row in skipped] == [(5, [16, 20]), (6, [20, 24])]
-    assert {sample["sample"] for sample in skipped[0]["worst_samples"]} > {18, 19}  # of rank 1
+    assert {sample["sample"] for sample in skipped[0]["worst_samples"]} > {
+        18,
+        19,
+    }  # rank 1's samples
     [back] = rows(tmp_path / "run", "rollback")
     assert (back["step"], back["samples"]) == (3, [12, 24])
     steps = rows(tmp_path / "run", "step")

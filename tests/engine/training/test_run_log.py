@@ -1,4 +1,4 @@
-"""Samples during a run: at their steps, once, and without a part in what is learned."""
+"""Samples during a run: at their steps, once each, and without effect on training."""
 
 import json
 import shutil
@@ -48,8 +48,8 @@ def test_sampling_happens_at_its_steps_and_changes_no_loss(settings, run, tmp_pa
     assert not (tmp_path / "plain/samples.jsonl").exists()
 
 
-def test_no_sample_is_there_twice_or_missing_after_a_kill(settings, run, tmp_path):
-    """From the checkpoint of step 3, with samples of 4 written, one of them cut short."""
+def test_samples_are_neither_repeated_nor_missing_after_a_kill(settings, run, tmp_path):
+    """The run resumes from step 3; of the two samples of step 4, the second is cut short."""
     run(settings("straight", **SAMPLED, **OFTEN))
     shutil.copytree(tmp_path / "straight", tmp_path / "killed")
     shutil.rmtree(tmp_path / "killed/checkpoints/step-000006")
@@ -60,8 +60,8 @@ def test_no_sample_is_there_twice_or_missing_after_a_kill(settings, run, tmp_pat
 
 
 @pytest.mark.parametrize("lost", [1, 2])
-def test_samples_that_a_kill_came_before_are_made_up_for(settings, run, tmp_path, lost):
-    """Killed at the end, between the last checkpoint and the last samples."""
+def test_samples_missing_after_a_kill_are_written_on_resume(settings, run, tmp_path, lost):
+    """The run is killed at the end, between the last checkpoint and the last samples."""
     run(settings(**SAMPLED))
     before = written(tmp_path / "run")
     path = tmp_path / "run/samples.jsonl"
@@ -70,7 +70,7 @@ def test_samples_that_a_kill_came_before_are_made_up_for(settings, run, tmp_path
     assert written(tmp_path / "run") == before
 
 
-def test_one_prompt_can_be_given_by_itself(settings):
+def test_one_prompt_may_be_a_string_instead_of_a_list(settings):
     assert settings(train__sample_prompts="a, b").train.sample_prompts == ("a, b",)
 
 
@@ -82,6 +82,6 @@ def test_one_prompt_can_be_given_by_itself(settings):
         ({"train__sample_every": 5, "train__sample_tokens": 0}, "sample_every: 5 .*give it a len"),
     ],
 )
-def test_what_cannot_be_sampled_is_refused(settings, run, changes, said):
+def test_sample_settings_that_cannot_work_are_refused(settings, run, changes, said):
     with pytest.raises(ConfigError, match=said):
         run(settings(**changes))

@@ -1,11 +1,11 @@
-"""The start of a run: what a resumed run changes is reported."""
+"""The start of a run: a resumed run reports its changes."""
 
 from pretrain_cli.engine.runs.events import Notice
 from tests.engine.training.test_resume import resume
 
 
-def test_a_schedule_that_more_steps_stretch_is_told_with_its_rates(settings, run, tmp_path):
-    """After warm-up, a line from 3e-3 down to a tenth: at its end, and halfway."""
+def test_a_longer_schedule_is_reported_with_its_learning_rates(settings, run, tmp_path):
+    """The rate falls linearly from 3e-3 to a tenth of it. Step 2 is first the end, then halfway."""
     line = {"optimizer__schedule": "linear", "optimizer__warmup_steps": 0}
     run(settings(train__steps=2, **line))
     told = [e.text for e in resume(run, tmp_path / "run", train__steps=4) if isinstance(e, Notice)]

@@ -1,4 +1,4 @@
-"""One step: accumulation, the mean loss, AdamW and clipping."""
+"""One training step: accumulation, the mean loss, AdamW and clipping."""
 
 import copy
 import math
@@ -46,8 +46,9 @@ def test_accumulated_micro_batches_equal_one_large_batch(micro_batch_size, maske
         torch.testing.assert_close(norm, expected_norm, rtol=2e-5, atol=0)
 
 
-def test_what_is_not_counted_has_no_part_in_the_mean():
-    """Rows with few targets or none, in parts: the loss is the mean over those that count."""
+def test_ignored_targets_have_no_part_in_the_mean_loss():
+    """Some rows have few targets or none. The loss is the mean over all counted targets, however
+    many each micro-batch has."""
     model = small_model()
     whole = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)

@@ -54,8 +54,8 @@ def momentum(model):
 
 
 def trained(make_optimizer, batches, *, broken=(), micro_batch_size=4):
-    """A model, its optimizer's state and the verdicts, after a step on each batch; one gradient
-    is not a number in the broken ones."""
+    """Return the model, its optimizer and the verdicts after one step on each batch. One gradient
+    is NaN in batches whose number is in `broken`."""
     model = small_model()
     optimizer, guard = make_optimizer(model), StepGuard(ALONE)
     state = {"poison": False}
@@ -79,9 +79,9 @@ def trained(make_optimizer, batches, *, broken=(), micro_batch_size=4):
 @pytest.mark.parametrize("micro_batch_size", [4, 2])
 @pytest.mark.parametrize("make_optimizer", [fused, unfused, momentum])
 @pytest.mark.parametrize("broken", [{0}, {2}, {1, 2}])
-def test_a_step_with_a_broken_gradient_leaves_no_trace(make_optimizer, broken, micro_batch_size):
-    """Weights and the optimizer's state are those of a run that never had the batch. Its count of
-    steps is of those taken."""
+def test_a_step_with_a_nan_gradient_changes_no_state(make_optimizer, broken, micro_batch_size):
+    """Weights and optimizer state equal those of a run without the batch. The optimizer's count of
+    steps leaves out skipped ones."""
     batches = torch.randint(1, 64, (5, 4, 17), generator=torch.Generator().manual_seed(0))
     rest = [batch for number, batch in enumerate(batches) if number not in broken]
     sizes = {"micro_batch_size": micro_batch_size}
@@ -98,7 +98,7 @@ def test_a_step_with_a_broken_gradient_leaves_no_trace(make_optimizer, broken, m
         assert kept.get("step", 5 - len(broken)) == 5 - len(broken)
 
 
-def test_a_guard_does_not_change_a_sound_run():
+def test_a_guard_does_not_change_a_run_without_skips():
     batches = torch.randint(1, 64, (3, 4, 17), generator=torch.Generator().manual_seed(0))
     guarded, _, _ = trained(fused, batches)
     plain = small_model()
@@ -111,7 +111,7 @@ def test_a_guard_does_not_change_a_sound_run():
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_skipped_and_named(number):
+def test_a_loss_or_norm_that_is_not_finite_is_skipped_and_named(number):
     guard = StepGuard(ALONE)
     assert decisions(guard, [(1.0, 1.0), (number, 1.0), (1.0, number), (1.0, 1.0)]) == [
         True, False, False, True,
@@ -122,8 +122,8 @@ def test_what_is_not_finite_is_skipped_and_named(number):
 
 
 def spikes_by_hand(numbers: list[float], deviations: float) -> list[bool]:
-    """Return the spikes: numbers so many standard deviations above the weighted mean of earlier
-    accepted ones."""
+    """Return whether each number is a spike: more than `deviations` standard deviations above the
+    weighted mean of the earlier numbers that are not spikes."""
     seen, weights, spikes = [], [], []
     for number in numbers:
         spike = False
@@ -144,7 +144,7 @@ def test_spikes_are_k_deviations_above_the_running_mean(which):
     chance = random.Random(which)
     series = [3 + 20 / (n + 10) + chance.gauss(0, 0.1) for n in range(300)]
     for place in (20, 60, 130, 131, 250):
-        series[place] += 4  # the first while there is nothing yet to compare with
+        series[place] += 4  # 20 comes before MEMORY numbers, too early for a spike
     expected = spikes_by_hand(series, 3.0)
     assert [n for n, spike in enumerate(expected) if spike][:4] == [60, 130, 131, 250]
     numbers = [(x, 1.0) if which == 0 else (1.0, x) for x in series]
@@ -155,13 +155,13 @@ def test_spikes_are_k_deviations_above_the_running_mean(which):
     assert reasons[60].startswith(("loss", "gradient norm")[which])
 
 
-def test_without_being_asked_for_spikes_are_taken():
+def test_spikes_are_not_skipped_by_default():
     assert all(
         decisions(StepGuard(ALONE), [(1.0, 1.0 + n % 2) for n in range(60)] + [(99.0, 99.0)])
     )
 
 
-def test_a_guard_goes_on_from_what_it_saved_as_if_it_had_not_stopped():
+def test_a_guard_restored_from_its_state_decides_the_same():
     chance = random.Random(0)
     numbers = [(chance.gauss(3, 0.1), chance.gauss(1, 0.1)) for _ in range(200)]
     straight = StepGuard(ALONE, skip_spikes=1.5, max_skips=99)
@@ -175,7 +175,7 @@ def test_a_guard_goes_on_from_what_it_saved_as_if_it_had_not_stopped():
     assert second.state_dict() == straight.state_dict()
 
 
-def test_after_too_many_skips_in_a_row_nothing_is_taken_any_more():
+def test_after_max_skips_in_a_row_every_step_is_skipped():
     guard = StepGuard(ALONE, max_skips=3)
     good, bad = (1.0, 1.0), (math.nan, 1.0)
     assert decisions(guard, [good, bad, bad, good, bad, bad, bad, good, good]) == [

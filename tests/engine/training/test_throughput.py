@@ -1,4 +1,4 @@
-"""The numbers of a run, against a clock of the test's own and against one another."""
+"""Throughput, times and MFU of a run, against a fake clock and against each other."""
 
 import itertools
 
@@ -14,7 +14,7 @@ from pretrain_cli.model.counting import Flops
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds that pass when the test says so."""
+    """Clock that advances only when a test changes `now`."""
 
     class Clock:
         now = 100.0
@@ -70,12 +70,12 @@ def test_a_logged_line_covers_steps_since_the_last_and_the_whole_run(clock):
     assert (first.save_stall, second.save_stall) == (0, 3)
     assert (first.evaluation_time, second.evaluation_time) == (0, 6)
     assert second.time - first.time == 10
-    # two devices of 40,000: 250 tokens a second × 30 of 80,000
+    # 250 tokens/s × 30 FLOPs a token / (2 devices × 40,000 FLOP/s)
     assert first.mfu == pytest.approx(0.09375)
     assert first.mfu_conventional == pytest.approx(0.1875)
 
 
-def test_the_lines_of_a_run_fit_one_another(settings, run, tmp_path):
+def test_logged_times_rates_and_tokens_agree_with_each_other(settings, run, tmp_path):
     config = settings(
         train__steps=6, train__log_every=2, train__eval_every=3, train__checkpoint_every=4
     )
@@ -89,7 +89,7 @@ def test_the_lines_of_a_run_fit_one_another(settings, run, tmp_path):
     for earlier, later in itertools.pairwise(steps):
         passed = later.seconds - earlier.seconds
         assert later.time - earlier.time == pytest.approx(passed, abs=0.01)
-        # what isn't training is what held it up
+        # All time is training, save stalls or evaluation.
         training = 2 * 128 / later.tokens_per_second
         assert training + later.save_stall + later.evaluation_time == pytest.approx(passed)
         assert later.run_tokens_per_second == pytest.approx(later.tokens / later.seconds)
@@ -103,7 +103,7 @@ def test_the_lines_of_a_run_fit_one_another(settings, run, tmp_path):
 
 
 @pytest.mark.parametrize("packing", ["concat", "best-fit"])
-def test_the_losses_of_a_run_are_those_of_any_accumulation(settings, run, packing):
+def test_losses_do_not_depend_on_gradient_accumulation(settings, run, packing):
     whole, *parts = [
         [
             (event.loss, event.gradient_norm)

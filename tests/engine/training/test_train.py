@@ -1,4 +1,4 @@
-"""Training: accumulation, the logged loss, and that it learns."""
+"""Training runs: the logged loss, events, learning, and two ranks."""
 
 import json
 import math
@@ -61,7 +61,9 @@ def test_a_run_reports_saves_evaluates_and_samples(settings, run, tmp_path):
     assert [e.step for e in events if isinstance(e, Sample)] == [4]
     assert events[-1] == Finished(tmp_path / "run", 4, 4, "done")
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["kind"] != "saved"]  # behind training, so at any place
+    rows = [
+        row for row in rows if row["kind"] != "saved"
+    ]  # written in the background, so anywhere among the rows
     assert [(row["kind"], row["step"]) for row in rows] == [
         ("start", 0), ("step", 1), ("step", 2), ("evaluation", 2), ("step", 3), ("step", 4),
         ("evaluation", 4),
@@ -71,7 +73,7 @@ def test_a_run_reports_saves_evaluates_and_samples(settings, run, tmp_path):
     assert (tmp_path / "run/samples.jsonl").is_file()
 
 
-def test_training_on_cats_gets_better_than_chance_soon(settings, run):
+def test_training_on_cats_soon_beats_chance(settings, run):
     events = run(settings(train__steps=100, train__eval_every=100))
     before, after = losses(events)[0], losses(events)[-1]
     assert before == pytest.approx(math.log(320), abs=0.3)
@@ -86,7 +88,7 @@ def test_only_the_newest_checkpoints_are_kept(settings, run, tmp_path):
     assert kept == ["step-000005", "step-000006"]
 
 
-def test_the_choices_made_for_a_person_are_told(settings, run):
+def test_automatic_choices_are_reported(settings, run):
     config = settings(train__steps="auto", train__tokens=None, data__seq_len="auto",
                       train__tokens_per_step="auto", speed__float32_matmul="high")  # fmt: skip
     config = config.model_copy(
@@ -102,7 +104,7 @@ def test_two_ranks_train_as_one_with_the_same_batch(
     settings, run, tmp_path, dataset, other_dataset, parallel, packing
 ):
     """Two gloo processes on a CPU, the same global batch: the same losses and validation."""
-    shutil.copytree(dataset, tmp_path / "cats")  # without an index of packed documents
+    shutil.copytree(dataset, tmp_path / "cats")  # a copy without an index of packed documents
     path = [f"{tmp_path / 'cats'}:0.6", f"{other_dataset}:0.4"]
     config = settings(
         "alone",

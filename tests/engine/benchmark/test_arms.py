@@ -30,10 +30,10 @@ def by_name(found):
     return {arm.name: arm for arm in found}
 
 
-# --- an ablation ---------------------------------------------------------------------------------
+# --- ablation ------------------------------------------------------------------------------------
 
 
-def test_the_baseline_is_plain_in_every_setting(workload):
+def test_the_baseline_has_the_plain_value_of_every_setting(workload):
     baseline = by_name(arms.ablation(workload, SpeedConfig()))["baseline"].speed.model_dump()
     assert baseline["attention"] == "eager"
     assert baseline["dtype"] == "float32"
@@ -41,7 +41,7 @@ def test_the_baseline_is_plain_in_every_setting(workload):
     assert set(baseline.values()) == {"eager", "float32", "highest", False}
 
 
-def test_every_value_of_every_setting_is_alone_on(workload):
+def test_an_ablation_turns_on_each_value_of_each_setting_alone(workload):
     found = by_name(arms.ablation(workload, SpeedConfig()))
     baseline = found["baseline"].speed.model_dump()
     alone = [arm for arm in found.values() if arm.group == "alone on"]
@@ -57,7 +57,7 @@ def test_every_value_of_every_setting_is_alone_on(workload):
     assert {("merged_qkv", True), ("merged_gate_up", True), ("compile", True)} <= set(changes)
 
 
-def test_every_setting_that_is_in_force_is_alone_off(workload):
+def test_an_ablation_turns_off_each_active_setting_alone(workload):
     asked = SpeedConfig(compile=True, dtype="bfloat16", attention="sdpa", keep_freed_memory=True)
     found = by_name(arms.ablation(workload, asked))
     assert found["all on"].speed == asked
@@ -74,7 +74,7 @@ def test_every_setting_that_is_in_force_is_alone_off(workload):
         assert (arm.same_as, arm.beside) == ("baseline", "all on")
 
 
-def test_what_is_given_is_in_every_arm_and_none_of_its_own(workload):
+def test_a_given_setting_is_in_every_arm_and_is_not_varied(workload):
     asked = SpeedConfig(compile=False, dtype="bfloat16", merged_qkv=True)
     found = by_name(arms.ablation(workload, asked, {"compile", "dtype", "merged_qkv"}))
     for arm in found.values():
@@ -85,7 +85,7 @@ def test_what_is_given_is_in_every_arm_and_none_of_its_own(workload):
     assert {"+ merged_gate_up", "− merged_gate_up", "+ attention sdpa", "all on"} <= set(found)
 
 
-def test_a_setting_that_is_added_cannot_be_forgotten(workload):
+def test_a_new_speed_setting_gets_arms_automatically(workload):
     class More(SpeedConfig):
         folded_norms: bool = True
 
@@ -95,7 +95,7 @@ def test_a_setting_that_is_added_cannot_be_forgotten(workload):
     assert found["− folded_norms"].speed.folded_norms is False
 
 
-def test_what_has_no_effect_on_a_cpu_is_left_out_with_its_reason(workload):
+def test_arms_without_effect_on_a_cpu_are_left_out_with_a_reason(workload):
     left_out = {a.name: a.left_out for a in arms.ablation(workload, SpeedConfig()) if a.left_out}
     assert "convolutions" in left_out["+ cudnn_benchmark"]
     assert "TF32" in left_out["+ float32_matmul high"]
@@ -106,17 +106,17 @@ def test_what_has_no_effect_on_a_cpu_is_left_out_with_its_reason(workload):
     assert not {"baseline", "all on", "+ attention sdpa", "+ merged_qkv"} & set(left_out)
 
 
-def test_what_only_a_fresh_process_can_set_is_an_arm_of_its_own(workload, monkeypatch):
-    """These tests have loaded torch, so that here it is too late for them."""
+def test_settings_that_need_a_fresh_process_get_arms(workload, monkeypatch):
+    """Keep these arms although this process has loaded torch, which makes them too late here."""
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
-        monkeypatch.setenv(name, "")  # so that it is undone
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         monkeypatch.delenv(name)
     found = by_name(arms.ablation(workload, SpeedConfig()))
     assert not found["+ passive_threads"].left_out
     assert not found["− passive_threads"].left_out
 
 
-# --- a sweep -------------------------------------------------------------------------------------
+# --- sweep ---------------------------------------------------------------------------------------
 
 
 def test_a_sweep_has_every_combination(workload):
@@ -127,7 +127,7 @@ def test_a_sweep_has_every_combination(workload):
     assert found["seq-len 32, micro-batch 2"].workload.tokens == 64
 
 
-def test_a_window_of_none_makes_every_layer_dense(workload):
+def test_window_none_gives_every_layer_full_attention(workload):
     found = by_name(arms.sweep(workload, SpeedConfig(), ["window=16,none"], find))
     narrow, dense = (found[f"window {text}"].workload.model for text in ("16", "none"))
     assert narrow.sliding_window == 16
@@ -135,7 +135,7 @@ def test_a_window_of_none_makes_every_layer_dense(workload):
     assert dense.layer_types == (FULL,) * 6
 
 
-def test_a_sweep_over_models_changes_what_follows_it(workload):
+def test_a_sweep_applies_the_model_before_the_vocabulary(workload):
     axes = ["vocab=500", "model=gemma3-tiny,qwen3-tiny"]
     found = by_name(arms.sweep(workload, SpeedConfig(), axes, find))
     models = {name: arm.workload.model for name, arm in found.items()}
@@ -159,13 +159,13 @@ def test_a_sweep_over_models_changes_what_follows_it(workload):
         (["model=qwen3-tiny", "window=3"], "--sweep: window 3: qwen3-tiny has no sliding layers"),
     ],
 )
-def test_what_cannot_be_swept_is_refused(workload, axes, said):
+def test_an_invalid_sweep_is_refused(workload, axes, said):
     with pytest.raises(ConfigError) as error:
         arms.sweep(workload, SpeedConfig(), axes, find)
     assert str(error.value).startswith(said)
 
 
-# --- beside another program ----------------------------------------------------------------------
+# --- comparison with a peer ----------------------------------------------------------------------
 
 
 def test_a_peer_is_measured_as_shipped_and_with_our_process_settings(workload):
@@ -189,13 +189,13 @@ def test_a_peer_is_measured_as_shipped_and_with_our_process_settings(workload):
     assert {arm.same_as for arm in found.values()} == {"", "pretrain, compiled"}
 
 
-def test_a_peer_is_not_set_beside_float8(workload):
+def test_a_comparison_with_a_peer_refuses_float8(workload):
     pytest.importorskip("transformers")
     with pytest.raises(ConfigError, match="transformers does not train in float8; give --dtype"):
         arms.versus(workload, SpeedConfig(dtype="float8"), "transformers")
 
 
-def test_with_compile_off_nothing_is_compiled(workload):
+def test_a_comparison_without_compile_compiles_no_arm(workload):
     pytest.importorskip("transformers")
     found = arms.versus(workload, SpeedConfig(compile=False), "transformers")
     assert [arm.speed.compile for arm in found] == [False] * 3

@@ -1,4 +1,4 @@
-"""Float8 in a benchmark: how far off the guard sees it, and where an ablation has it."""
+"""Float8 in a benchmark: its loss difference, and its arms in an ablation."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ def a_workload(name="gemma3-tiny", device="cpu"):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Float8 beside the baseline and bfloat16, in this process."""
+    """Return a function that measures float32, bfloat16 and float8 arms in this process."""
     monkeypatch.setattr(timing, "PEAK_SECONDS", 0.01)
 
     def measure(name="gemma3-tiny"):
@@ -46,12 +46,12 @@ def measured(monkeypatch):
 
 @pytest.mark.usefixtures("emulated_float8")
 @pytest.mark.parametrize("model", ["gemma3-tiny", "qwen3-tiny"])
-def test_the_guard_shows_how_far_off_it_is_and_lets_its_rounding_pass(measured, model):
+def test_float8_loss_differs_more_than_bfloat16_but_within_tolerance(measured, model):
     found, rounds = measured(model)
     assert found["float8"].differs == ""
     off = {name: found[name].figures.loss_difference for name in ("bfloat16", "float8")}
     assert 0 < off["bfloat16"] < off["float8"] < 5e-2
-    # much of a step is bfloat16, and the peak that MFU is a share of
+    # no float8 peak: much of a step runs in bfloat16, and MFU is a share of bfloat16's peak
     assert set(rounds.peaks) == {"float32", "bfloat16"}
     assert found["float8"].peak_flops == rounds.peaks["bfloat16"].flops
     assert "MFU is a share of bfloat16's peak" in found["float8"].notes
@@ -60,7 +60,7 @@ def test_the_guard_shows_how_far_off_it_is_and_lets_its_rounding_pass(measured, 
 @pytest.mark.usefixtures("emulated_float8")
 @pytest.mark.parametrize("model", ["gemma3-tiny", "qwen3-tiny"])
 @pytest.mark.parametrize("fault", ["no gradient of the input", "its gradient twice"])
-def test_the_guard_finds_a_product_that_is_wrong(measured, monkeypatch, model, fault):
+def test_a_wrong_float8_product_is_reported_as_a_difference(measured, monkeypatch, model, fault):
     right = float8.float8_product()
 
     def wrong(x, weight):
@@ -77,12 +77,12 @@ def test_the_guard_finds_a_product_that_is_wrong(measured, monkeypatch, model, f
 
 
 @pytest.mark.usefixtures("hopper")
-def test_an_ablation_has_it_beside_bfloat16_with_all_on(monkeypatch):
+def test_an_ablation_adds_a_float8_arm_to_all_on_in_bfloat16(monkeypatch):
     def arms_of(asked):
         return {arm.name: arm for arm in arms.ablation(a_workload(device="cuda:0"), asked)}
 
     found = arms_of(SpeedConfig(compile=True))
-    assert "it is made to be compiled" in found["+ dtype float8"].left_out  # as the baseline is not
+    assert "it is made to be compiled" in found["+ dtype float8"].left_out  # baseline: not compiled
     arm = found["dtype float8"]
     assert (arm.group, arm.beside, arm.same_as) == ("all on but", "all on", "baseline")
     assert (arm.left_out, arm.speed.dtype, arm.speed.compile) == ("", "float8", True)
@@ -99,14 +99,14 @@ def test_an_ablation_has_it_beside_bfloat16_with_all_on(monkeypatch):
     assert "dtype float8" not in found
 
 
-def test_an_ablation_tells_why_there_is_none_on_a_cpu():
+def test_an_ablation_on_a_cpu_reports_why_it_has_no_float8_arm():
     found = {arm.name: arm for arm in arms.ablation(a_workload(), SpeedConfig(dtype="bfloat16"))}
     assert "it is for NVIDIA's GPUs" in found["+ dtype float8"].left_out
     assert "dtype float8" not in found
 
 
 @pytest.mark.usefixtures("hopper")
-def test_an_ablation_tells_of_matrices_that_it_does_not_take():
+def test_an_ablation_reports_matrix_sizes_that_float8_cannot_use():
     workload = a_workload(device="cuda:0")
     odd = dataclasses.replace(workload, model=variant(workload.model, {"hidden_size": 72}))
     found = {arm.name: arm for arm in arms.ablation(odd, SpeedConfig(compile=True))}
@@ -117,8 +117,8 @@ def test_an_ablation_tells_of_matrices_that_it_does_not_take():
 @pytest.mark.gpu
 @pytest.mark.usefixtures("float8_gpu")
 @pytest.mark.parametrize("name", ["gemma3-tiny", "qwen3-tiny"])
-def test_the_guard_lets_it_pass_on_a_gpu(name):
-    """Compiled, in fresh processes, as pretrain benchmark --ablate has it."""
+def test_float8_loss_is_within_tolerance_on_a_gpu(name):
+    """Measure compiled arms in fresh processes, as `pretrain benchmark --ablate` does."""
     wanted = {"baseline", "all on", "dtype float8"}
     found = arms.ablation(a_workload(name, "cuda:0"), SpeedConfig(compile=True, dtype="bfloat16"))
     rounds = Rounds(

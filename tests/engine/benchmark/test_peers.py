@@ -1,4 +1,4 @@
-"""A peer's step is the same step: it learns what ours learns."""
+"""Training steps of a peer: the same losses and gradient norms as ours."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ MODELS = {
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
-def test_transformers_takes_the_same_steps(name, dtype):
+def test_transformers_steps_give_our_losses_and_gradient_norms(name, dtype):
     pytest.importorskip("transformers")
     model = variant(preset(name), MODELS[name])
     workload = Workload(name=name, model=model, seq_len=40, micro_batch_size=2, device="cpu")

@@ -1,4 +1,4 @@
-"""Results as files: read back, compared, as Markdown and as a picture."""
+"""Benchmark records: their contents, and the comparison of two."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ from pretrain_cli.model.presets import preset
 
 
 def start(name, speed, folder, *arguments):
-    """Steps of 0.2 s and losses of 2.5; of the arm called wrong, 2.0."""
+    """Return a fake result: steps of 0.2 s, and a last loss of 2.5, or 2.0 for the arm "wrong"."""
     if name == "measure_peak":
         return Peak(2e11, "measured, 512³ matrix product in float32", 2e11)
     arm, device = arguments[0], torch.device("cpu")
@@ -51,7 +51,7 @@ def made():
     return json.loads(json.dumps(record(rounds, "ablate", "pretrain benchmark --ablate")))
 
 
-def test_a_record_says_what_where_and_with_which_settings(made):
+def test_a_record_has_the_command_machine_settings_and_figures(made):
     assert made["command"] == "pretrain benchmark --ablate"
     assert made["machine"]
     assert made["pretrain"] == pretrain_cli.__version__
@@ -63,7 +63,7 @@ def test_a_record_says_what_where_and_with_which_settings(made):
     assert first["rounds"][0]["times"] == [0.2, 0.2]
 
 
-def test_the_commit_is_the_checkouts():
+def test_the_recorded_commit_is_the_head_of_the_checkout():
     root = pretrain_cli.__path__[0] + "/.."
     head = subprocess.run(
         ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True
@@ -71,7 +71,7 @@ def test_the_commit_is_the_checkouts():
     assert commit().removesuffix(" with changes") == head
 
 
-def test_of_two_records_ratios_and_differences_are_told(made):
+def test_comparing_two_records_gives_ratios_and_differences(made):
     other = copy.deepcopy(made)
     other["torch"] = "9.9"
     result = other["results"][0]
@@ -90,7 +90,7 @@ def test_of_two_records_ratios_and_differences_are_told(made):
     assert found.unmatched == ["wrong", "tf32"]
 
 
-def test_a_record_beside_itself_differs_in_nothing(made):
+def test_a_record_compared_with_itself_has_no_differences(made):
     found = compare(made, made)
     assert found.differences == []
     assert {beside.tokens_per_second for beside in found.arms} == {1.0}

@@ -10,7 +10,7 @@ from tests.engine.benchmark import test_record
 made = test_record.made  # a fixture
 
 
-def test_markdown_has_the_command_a_row_an_arm_and_what_differs(made):
+def test_markdown_has_the_command_a_row_per_arm_and_differences(made):
     lines = to_markdown(made).splitlines()
     assert lines[1] == "pretrain benchmark --ablate"
     rows = [line.split(" | ") for line in lines if line.startswith("| ")]
@@ -45,7 +45,7 @@ def test_a_picture_is_drawn(made, tmp_path, name, begins):
         ({"name": "small", "seq_len": 64}, "Training steps on here"),
     ],
 )
-def test_a_picture_is_titled_by_what_its_arms_share(others, title):
+def test_a_picture_title_has_the_settings_that_all_arms_share(others, title):
     workload = {"name": "tiny", "micro_batch_size": 2, "seq_len": 32}
     results = [{"workload": workload}, {"workload": workload | others}]
     record = {"results": results, "machine": "here", "cut_short": ""}
@@ -53,7 +53,7 @@ def test_a_picture_is_titled_by_what_its_arms_share(others, title):
     assert render._title(record | {"cut_short": "SIGINT"}) == f"{title}, cut short by SIGINT"
 
 
-def test_what_was_cut_short_is_told_as_that(made):
+def test_markdown_and_comparison_report_an_interrupted_benchmark(made):
     assert made["cut_short"] == ""
     cut = made | {"cut_short": "SIGTERM"}
     assert "Cut short by SIGTERM." in to_markdown(cut).splitlines()

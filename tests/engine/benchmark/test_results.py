@@ -10,7 +10,7 @@ from pretrain_cli.engine.runtime.peak_flops import Peak
 from tests.engine.benchmark.test_rounds import IN_FORCE, a_round, an_arm, in_dtype
 
 
-def test_figures_are_those_of_the_steps():
+def test_figures_are_computed_from_the_steps_of_all_rounds():
     peak = Peak(flops=1e10, source="measured", measured=1e10)
     rounds = {
         "a": [a_round(times=[0.1, 0.2, 0.3]), a_round(times=[0.4, 0.5], warmup=[9.0])],
@@ -24,7 +24,8 @@ def test_figures_are_those_of_the_steps():
     assert found.warmup == 1.0
     assert found.compile_time == pytest.approx(1.0 - 2 * 0.3)
     assert found.worth == pytest.approx((0.4 / 0.2 + 0.9 / 0.45) / 2)
-    # five windows of 8 in sequences of 48, one layer of all, 4 heads of 16; 6 N of the matrices
+    # FLOPs per token: 6 per matrix weight, and 12 × 64 (4 heads of 16) per key that it attends to;
+    # five layers have a window of 8, one attends to all of T = 48
     seen = 5 * (8 * 9 / 2 + 40 * 8) / 48 + 49 / 2
     matrices = 6 * (64 * 16 * (2 * 4 + 2 * 1) + 3 * 64 * 96) + 300 * 64
     flops = 6 * matrices + 12 * 64 * seen
@@ -46,7 +47,7 @@ def test_figures_are_those_of_the_steps():
         ("bfloat16", math.nan, True),
     ],
 )
-def test_what_rounding_explains_depends_on_the_type(dtype, loss, differs):
+def test_the_loss_tolerance_depends_on_the_dtype(dtype, loss, differs):
     rounds = {"a": [a_round(losses=[6.0, loss], speed=in_dtype(dtype))], "b": [a_round()]}
     result = summarize(an_arm("a", same_as="b"), rounds, Peak(1e10, "", 1e10))
     assert bool(result.differs) is differs
@@ -55,13 +56,13 @@ def test_what_rounding_explains_depends_on_the_type(dtype, loss, differs):
         assert dtype in result.differs
 
 
-def test_a_first_gradient_that_is_another_is_a_difference():
+def test_a_different_first_gradient_norm_is_a_difference():
     rounds = {"a": [a_round(gradient_norms=[2.1, 1.9])], "b": [a_round()]}
     result = summarize(an_arm("a", same_as="b"), rounds, Peak(1e10, "", 1e10))
     assert "first gradient norm 0.05 of its size" in result.differs
 
 
-def test_a_ratio_is_taken_round_by_round_with_what_is_compiled_alike():
+def test_ratios_pair_the_rounds_of_arms_with_equal_compilation():
     compiled = IN_FORCE | {"compile": {"asked": True, "in_force": True}}
     process = {name: {"asked": False, "in_force": False} for name in arms.PROCESS_SETTINGS}
     rounds = {

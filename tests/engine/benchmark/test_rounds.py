@@ -1,4 +1,4 @@
-"""Arms in turn, what they come to, and that one which learns something else is found out."""
+"""Rounds of arms: their order, failed arms, and the detection of arms that learn differently."""
 
 import dataclasses
 from concurrent.futures.process import BrokenProcessPool
@@ -37,7 +37,7 @@ IN_FORCE = {
 
 
 def here(name, speed, folder, *arguments):
-    """Run in this process what a fresh one would."""
+    """Run a timing function in this process instead of a fresh one."""
     return getattr(timing, name)(*arguments)
 
 
@@ -63,10 +63,10 @@ def an_arm(name, **changes):
     return Arm(name=name, workload=WORKLOAD, speed=SpeedConfig(), **changes)
 
 
-# --- in turn -------------------------------------------------------------------------------------
+# --- order of arms -------------------------------------------------------------------------------
 
 
-def test_arms_take_turns_and_every_other_round_goes_backwards():
+def test_arms_alternate_and_every_second_round_reverses_the_order():
     started = []
 
     def start(name, speed, folder, *arguments):
@@ -90,7 +90,7 @@ def test_arms_take_turns_and_every_other_round_goes_backwards():
         (ValueError("two\nlines"), "ValueError: two", True),
     ],
 )
-def test_an_arm_that_fails_is_told_and_the_others_go_on(error, said, is_bug):
+def test_a_failed_arm_is_reported_and_the_other_arms_continue(error, said, is_bug):
     def start(name, speed, folder, *arguments):
         if name == "measure_round" and arguments[0].name == "a":
             raise error
@@ -106,11 +106,11 @@ def test_an_arm_that_fails_is_told_and_the_others_go_on(error, said, is_bug):
     assert bool(rounds.tracebacks) is is_bug
 
 
-# --- the guard -----------------------------------------------------------------------------------
+# --- detection of wrong results ------------------------------------------------------------------
 
 
 def settings_of_both_types():
-    """The baseline, then sdpa in float32 and in bfloat16."""
+    """Return arms of the baseline, of sdpa in float32, and of sdpa in bfloat16."""
     found = []
     for name, attention, dtype in (
         ("baseline", "eager", "float32"),
@@ -132,12 +132,12 @@ def differing():
     return {result.arm for result in rounds.results() if result.differs}
 
 
-def test_settings_as_they_are_learn_the_same():
+def test_correct_settings_give_no_differences():
     assert differing() == set()
 
 
 @pytest.mark.parametrize("fault", ["half the scale", "half the window", "sees the future"])
-def test_a_planted_fault_in_a_setting_is_caught_in_either_type(monkeypatch, fault):
+def test_a_planted_attention_fault_is_caught_in_both_dtypes(monkeypatch, fault):
     right = BACKENDS["sdpa"]
 
     def lower(mask, device, dtype):
@@ -153,7 +153,7 @@ def test_a_planted_fault_in_a_setting_is_caught_in_either_type(monkeypatch, faul
     assert differing() == {"sdpa", "sdpa bf16"}
 
 
-def test_a_planted_fault_in_the_update_is_caught(monkeypatch):
+def test_a_planted_optimizer_fault_is_caught(monkeypatch):
     build = timing.build_optimizer
 
     def wrong(model, settings, *, fused):

@@ -1,4 +1,4 @@
-"""Benchmark of sampling: the same work on both sides, and the right limit."""
+"""Benchmark of sampling: equal work in pretrain and transformers, and the bandwidth limit."""
 
 import pytest
 import torch
@@ -17,12 +17,12 @@ def workload(name="gemma3-tiny", **more):
 
 
 @pytest.mark.slow
-def test_both_sides_write_the_same_tokens_in_turns():
+def test_pretrain_and_transformers_alternate_and_give_equal_tokens():
     told = []
     measured = measure(workload(vs=("transformers",), rounds=2), told.append)
     ours, theirs = measured.results
     assert [result.arm for result in measured.results] == ["pretrain", "transformers"]
-    assert theirs.agreed == 12  # of 12, in float32
+    assert theirs.agreed == 12  # all 12 tokens, in float32
     assert len(ours.rounds) == len(theirs.rounds) == 2
     assert theirs.ratio == pytest.approx(
         sum(b[1] / a[1] for a, b in zip(theirs.rounds, ours.rounds, strict=True)) / 2
@@ -32,9 +32,9 @@ def test_both_sides_write_the_same_tokens_in_turns():
     assert [line.split(":")[0] for line in rounds] == ["pretrain", "transformers"] * 3
 
 
-def test_a_step_reads_the_weights_and_what_each_text_remembers():
-    """Qwen 3 0.6B: 28 layers of 8 key/value heads of 128; 595,776,512 matrix weights with its
-    tied head; in the middle of 256 tokens behind 512."""
+def test_a_decoding_step_reads_the_weights_and_each_kv_cache():
+    """Bytes for Qwen 3 0.6B: 596,049,920 weights with the tied head, and 28 layers of 8 key/value
+    heads of 128 dimensions. The average cache has 640 tokens: 512 of the prompt, and 256 / 2."""
     small = workload("qwen3-0.6b", dtype="bfloat16", prompt=512, tokens=256, batch=8)
     norms = 28 * (2 * 1024 + 2 * 128) + 1024
     weights = 28 * (1024 * 128 * (2 * 16 + 2 * 8) + 3 * 1024 * 3072) + 151_936 * 1024 + norms
@@ -43,7 +43,7 @@ def test_a_step_reads_the_weights_and_what_each_text_remembers():
     assert step_bytes(Workload(**vars(small) | {"model": untied})) == step_bytes(small)
 
 
-def test_the_memorys_rate_is_a_rate():
+def test_the_measured_memory_bandwidth_is_plausible():
     assert 1e8 < copy_rate(torch.device("cpu")) < 1e13
 
 
@@ -54,13 +54,13 @@ def test_the_memorys_rate_is_a_rate():
         ("speed.compile=true", "--vs speed.compile=true: not NAME=VALUE of one of speed."),
     ],
 )
-def test_a_sampling_arm_is_transformers_or_a_process_setting(arm, said):
+def test_only_transformers_or_a_process_setting_is_a_sampling_arm(arm, said):
     with pytest.raises(ConfigError) as error:
         measure(workload(vs=(arm,)), print)
     assert str(error.value).startswith(said)
 
 
-def test_our_own_arm_has_another_setting_in_force():
+def test_a_process_setting_arm_runs_pretrain_with_that_setting():
     arms = ("speed.keep_freed_memory=false",)
     measured = measure(workload(vs=arms, settings=("speed.onednn_matmul=false",)), lambda _: None)
     ours, other = measured.results

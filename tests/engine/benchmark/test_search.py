@@ -1,4 +1,4 @@
-"""The search for a micro-batch, on machines that are made up: what it tries, and what it finds."""
+"""Search for a micro-batch, with fake measurements: the sizes that it tries, and its result."""
 
 import dataclasses
 
@@ -57,8 +57,8 @@ def estimated(size):
     return search(None, 0).estimate(size)
 
 
-def test_the_fastest_is_found_between_the_doublings():
-    """A machine that is at its best with 6 samples at once, and slower with more."""
+def test_the_search_finds_a_fastest_size_between_powers_of_two():
+    """Simulate a machine that is fastest with 6 samples, and slower with more."""
 
     def seconds_of(size):
         return 0.1 + 0.1 * size + 0.02 * max(0, size - 6) ** 2
@@ -80,16 +80,16 @@ def test_the_fastest_is_found_between_the_doublings():
     assert order == sorted(order)
 
 
-def test_nothing_is_tried_that_is_not_estimated_to_fit():
-    start, tried = machine(lambda size: 0.1, estimated)  # ever faster
+def test_sizes_estimated_not_to_fit_are_not_tried():
+    start, tried = machine(lambda size: 0.1, estimated)  # tokens/s grow with the size
     found = search(start, estimated(11) + 1)
     list(found.go())
     assert max(tried) == 11
     assert found.found().largest == found.found().fastest == 11
 
 
-def test_an_estimate_that_is_wrong_is_corrected_by_what_was_measured():
-    """A step takes a fifth more than was thought: 20 would have been tried, and 16 fits."""
+def test_measured_peaks_correct_a_wrong_memory_estimate():
+    """Simulate peaks of 1.2 times the estimate: 200 samples fit by the estimate only."""
     start, tried = machine(lambda size: 0.1 * size, lambda size: int(1.2 * estimated(size)))
     room = estimated(200)
     found = search(start, room)
@@ -99,7 +99,7 @@ def test_an_estimate_that_is_wrong_is_corrected_by_what_was_measured():
     assert 1.2 * estimated(largest) <= room < 1.2 * estimated(largest + 1)
 
 
-def test_what_is_out_of_memory_is_left_and_the_answer_lies_below():
+def test_the_largest_size_is_below_one_that_ran_out_of_memory():
     start, _ = machine(lambda size: 0.1 * size, estimated, out_of_memory=30)
     found = search(start, estimated(40))
     list(found.go())
@@ -117,7 +117,7 @@ def test_a_step_that_would_take_too_long_is_not_tried():
     assert "and 1000 should fit" in found.found().limit
 
 
-def test_where_not_even_one_fits_nothing_is_tried_or_found():
+def test_without_room_for_one_sample_the_search_tries_nothing():
     start, tried = machine(lambda size: 1.0, estimated)
     found = search(start, estimated(1) - 1)
     list(found.go())
@@ -126,7 +126,7 @@ def test_where_not_even_one_fits_nothing_is_tried_or_found():
     assert found.answers() == {"micro_batch": None}
 
 
-def test_the_estimate_is_of_the_workload():
+def test_the_memory_estimate_uses_the_workloads_length():
     workload = dataclasses.replace(WORKLOAD, seq_len=256)
     longer = MicroBatchSearch(workload, SpeedConfig(), Repeats(rounds=1, steps=1, warmup=1), room=0)
-    assert longer.estimate(2) == estimated(8)  # attention in blocks grows with the tokens alone
+    assert longer.estimate(2) == estimated(8)  # `blocks`: only the token count matters

@@ -1,4 +1,4 @@
-"""Benchmark of tokenizing: both sides encode the same text, with as many cores."""
+"""Benchmark of tokenizing: pretrain and the library encode the same text, with as many cores."""
 
 import os
 
@@ -20,14 +20,14 @@ def request_of(tmp_path):
     )
 
 
-def test_both_turns_encode_the_same_text(request_of, monkeypatch):
+def test_pretrain_and_the_library_encode_the_same_text(request_of, monkeypatch):
     monkeypatch.setattr(os, "environ", dict(os.environ))
     size = sum(len(text.encode()) for text in TEXTS)
     assert library_turn(request_of)[1:] == (size, size)
-    assert our_turn(request_of)[1:] == (size, size + len(TEXTS))  # a mark ends each document
+    assert our_turn(request_of)[1:] == (size, size + len(TEXTS))  # end-of-document tokens
 
 
-def test_what_is_shown_is_the_median_of_the_turns(request_of, monkeypatch):
+def test_the_reported_seconds_are_the_median_of_the_turns(request_of, monkeypatch):
     seconds = {our_turn: iter([3.0, 1.0, 2.0]), library_turn: iter([9.0, 4.0, 5.0])}
     order = []
 

@@ -1,4 +1,4 @@
-"""Batches: a pure function, every window once per epoch, for any number of ranks."""
+"""Batches are a pure function: every window once per epoch, for any number of ranks."""
 
 import math
 
@@ -12,7 +12,7 @@ from pretrain_cli.data.batches import IGNORE_INDEX, Batches, Windows, validation
 
 
 def batches_of(*rows, weights=None, seq_len=4, fingerprint="made", **changes):
-    """Batches of windows on these rows of tokens."""
+    """Return batches of windows; each row of tokens is a source."""
     sources = [
         Windows(row, seq_len=seq_len, fingerprint=f"{fingerprint} {number}", separator=0)
         for number, row in enumerate(rows)
@@ -23,13 +23,14 @@ def batches_of(*rows, weights=None, seq_len=4, fingerprint="made", **changes):
 
 
 def windows_seen(batches, first, steps):
-    """The windows of `steps` steps from sample `first`, by the first token; tokens count up."""
+    """Return the numbers of the windows in `steps` steps from sample `first`. Token values are
+    consecutive, so the first token identifies the window."""
     per_step = batches.samples_per_step
     inputs = [batches.starting_at(first + step * per_step).inputs for step in range(steps)]
     return np.concatenate(inputs)[:, 0] // batches.seq_len
 
 
-def test_targets_are_the_inputs_one_token_on(stream):
+def test_targets_are_inputs_shifted_by_one_token(stream):
     tokens = np.random.default_rng(0).integers(0, 60_000, 200)
     batch = batches_of(stream(tokens)).starting_at(0)
     inputs, targets = batch.inputs, batch.targets
@@ -43,22 +44,22 @@ def test_targets_are_the_inputs_one_token_on(stream):
         assert row[1:] == wanted[:-1]
 
 
-def test_every_window_is_seen_once_an_epoch(stream):
+def test_every_window_is_read_once_per_epoch(stream):
     batches = batches_of(stream(range(121)))  # 30 windows, and steps of 6
     assert len(batches.sources[0]) == 30
     epochs = [windows_seen(batches, 30 * epoch, 5) for epoch in range(3)]
     for epoch in epochs:
         assert sorted(epoch) == list(range(30))
-    assert len({tuple(epoch) for epoch in epochs}) == 3  # each in its own order
+    assert len({tuple(epoch) for epoch in epochs}) == 3  # three different orders
 
 
-def test_every_token_but_the_first_is_a_target_once_an_epoch(stream):
+def test_every_token_but_the_first_is_a_target_once_per_epoch(stream):
     batches = batches_of(stream(range(121)))
     targets = [batches.starting_at(6 * step).targets for step in range(5)]
     assert sorted(np.concatenate(targets).ravel()) == list(range(1, 121))
 
 
-def test_a_step_goes_over_the_border_of_epochs(stream):
+def test_a_step_may_cross_an_epoch_boundary(stream):
     batches = batches_of(stream(range(81)), samples_per_step=7)  # 20 windows
     seen = windows_seen(batches, 0, 20)  # 140 samples: seven epochs
     for epoch in range(7):
@@ -83,12 +84,12 @@ def test_the_order_is_the_same_for_any_number_of_ranks(stream, world_size, first
         for rank in range(world_size)
     ]
     assert {share.inputs.shape for share in shares} == {(12 // world_size, 4)}
-    assert {share.counted for share in shares} == {alone.counted}  # of the whole step
+    assert {share.counted for share in shares} == {alone.counted}  # each counts the whole step
     assert np.array_equal(alone.inputs, np.concatenate([share.inputs for share in shares]))
     assert np.array_equal(alone.targets, np.concatenate([share.targets for share in shares]))
 
 
-def test_any_step_is_read_at_once_whatever_was_read_before(stream):
+def test_a_step_does_not_depend_on_earlier_reads(stream):
     row = stream(range(500))
     straight = batches_of(row)
     steps = [straight.starting_at(6 * step) for step in range(40)]
@@ -105,7 +106,7 @@ def test_samples_do_not_depend_on_the_size_of_a_step(stream):
     assert np.array_equal(np.concatenate(by_six), np.concatenate(by_eight))
 
 
-def test_seed_and_dataset_each_give_another_order(stream):
+def test_another_seed_or_dataset_changes_the_order(stream):
     row = stream(range(500))
     orders = [
         windows_seen(batches_of(row, seed=seed, fingerprint=fingerprint), 0, 20).tolist()
@@ -114,7 +115,7 @@ def test_seed_and_dataset_each_give_another_order(stream):
     assert orders[0] != orders[1] != orders[2] != orders[0]
 
 
-def test_the_longest_window_is_the_whole_split(stream):
+def test_a_window_may_be_the_whole_split(stream):
     batch = batches_of(stream(range(10)), seq_len=9).starting_at(0)
     assert batch.inputs[0].tolist() == list(range(9))
     assert batch.targets[0].tolist() == list(range(1, 10))
@@ -123,14 +124,14 @@ def test_the_longest_window_is_the_whole_split(stream):
 # --- several sources -----------------------------------------------------------------------------
 
 
-def test_an_epoch_of_a_mixture_without_weights_is_one_of_each(stream):
+def test_an_unweighted_mixture_reads_every_sample_once_per_epoch(stream):
     batches = batches_of(stream(range(81)), stream(range(1000, 1041)))  # 20 windows and 10
     for epoch in range(3):
         seen = windows_seen(batches, 30 * epoch, 5)
         assert sorted(seen) == [*range(20), *range(250, 260)]
 
 
-def test_sources_go_through_their_own_epochs_by_weight(stream):
+def test_each_source_of_a_weighted_mixture_has_its_own_epochs(stream):
     batches = batches_of(stream(range(81)), stream(range(1000, 1041)), weights=[1, 3])
     seen = windows_seen(batches, 0, 20)  # 120 samples: 30 and 90 of them
     first, second = seen[seen < 250], seen[seen >= 250]
@@ -147,8 +148,8 @@ def test_a_source_has_the_same_order_in_any_mixture(stream):
     assert mixed[mixed < 250].tolist() == alone.tolist()
 
 
-def test_each_sources_documents_are_told_by_its_own_separator(stream):
-    """In one dataset 9 ends a document, in the other 7 begins one."""
+def test_documents_are_numbered_by_the_separator_of_their_source(stream):
+    """In one dataset, 9 ends a document; in the other, 7 begins one."""
     rows = stream([1, 9, 2, 3, 9, 4, 5]), stream([10, 7, 12, 13, 7, 7, 15])
     sources = [
         Windows(rows[0], seq_len=6, fingerprint="ends", separator=9),
@@ -174,7 +175,7 @@ def test_each_sources_documents_are_told_by_its_own_separator(stream):
     batch_size=st.integers(1, 5),
     world_size=st.integers(1, 4),
 )
-def test_every_token_but_the_first_is_a_target_exactly_once(
+def test_every_validation_token_but_the_first_is_a_target_once(
     stream, tokens, seq_len, batch_size, world_size
 ):
     row = stream(range(100, 100 + tokens)) if tokens else stream()
@@ -189,17 +190,17 @@ def test_every_token_but_the_first_is_a_target_exactly_once(
         for inputs, wanted in batches:
             shapes |= {inputs.shape, wanted.shape}
             counted = wanted != IGNORE_INDEX
-            assert np.array_equal(inputs[counted], wanted[counted] - 1)  # tokens count up
+            assert np.array_equal(inputs[counted], wanted[counted] - 1)  # values are consecutive
             targets += wanted[counted].tolist()
     assert sorted(targets) == list(range(101, 100 + tokens))
     assert shapes <= {(batch_size, seq_len)}
-    # ranks do the same number, or they would wait for each other forever; and no more than needed
+    # ranks with different numbers of batches would wait forever; and none has more than needed
     rows = math.ceil(max(tokens - 1, 0) / seq_len)
     assert counts == {math.ceil(rows / (batch_size * world_size))}
 
 
-def test_validation_reads_on_across_windows(stream):
-    """Each window begins with the token that the one before it ended on."""
+def test_validation_windows_overlap_by_one_token(stream):
+    """Each window begins with the last token of the window before it."""
     ((inputs, targets),) = validation_batches(stream(range(8)), seq_len=3, batch_size=3)
     assert inputs.tolist() == [[0, 1, 2], [3, 4, 5], [6, 0, 0]]
     assert targets.tolist() == [[1, 2, 3], [4, 5, 6], [7, -100, -100]]

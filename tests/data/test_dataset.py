@@ -1,4 +1,4 @@
-"""A dataset is opened as it was written, and what was changed since is found."""
+"""Opening a dataset returns the tokens as written and detects later changes."""
 
 import pytest
 
@@ -12,7 +12,7 @@ TOKENS = [token for document in DOCUMENTS for token in (*document, 256)]
 
 @pytest.fixture
 def dataset(tmp_path, write):
-    """A dataset of five training shards and two for validation."""
+    """Folder of a dataset with five training shards and two validation shards."""
     write(tmp_path / "made", DOCUMENTS, [b"for validation"])
     return tmp_path / "made"
 
@@ -25,7 +25,7 @@ def refusal(folder):
     return message
 
 
-def test_tokens_are_read_across_the_borders_of_shards(dataset):
+def test_tokens_are_read_across_shard_borders(dataset):
     row = open_dataset(dataset).train.tokens
     assert len(row) == len(TOKENS)
     for start in range(len(TOKENS)):
@@ -33,14 +33,14 @@ def test_tokens_are_read_across_the_borders_of_shards(dataset):
             assert row.read(start, count).tolist() == TOKENS[start : start + count]
 
 
-def test_documents_are_found_across_the_borders_of_shards(dataset):
+def test_document_starts_are_found_across_shard_borders(dataset):
     opened = open_dataset(dataset)
     assert opened.train.documents.between(0, 99).tolist() == [0, 6, 21, 23]
     assert opened.val.documents.between(0, 99).tolist() == [0]
     assert (len(opened.train.documents), len(opened.val.documents)) == (4, 1)
 
 
-def test_what_others_need_to_know_of_it_is_said(dataset, load):
+def test_an_opened_dataset_has_its_tokenizer_and_text_sizes(dataset, load):
     opened = open_dataset(dataset)
     assert opened.tokenizer.fingerprint == load("bytes").fingerprint
     assert opened.largest_token == 256
@@ -55,14 +55,14 @@ def test_a_split_without_documents_is_empty(tmp_path, write):
     assert val.tokens.read(0, 5).tolist() == val.documents.between(0, 9).tolist() == []
 
 
-# --- what has happened to it since ---------------------------------------------------------------
+# --- changes after writing -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "name", ["train-00002.bin", "train-00002.idx", "train-00002.crc", "val-00000.bin"]
 )
 @pytest.mark.parametrize("position", [0, -1])
-def test_one_flipped_bit_is_found(dataset, name, position):
+def test_one_flipped_bit_is_detected(dataset, name, position):
     data = bytearray((dataset / name).read_bytes())
     data[position] ^= 1
     (dataset / name).write_bytes(data)
@@ -74,7 +74,7 @@ def test_one_flipped_bit_is_found(dataset, name, position):
 
 @pytest.mark.parametrize("name", ["train-00001.bin", "train-00000.idx", "val-00000.bin"])
 @pytest.mark.parametrize("change", [-8, -1, 8])
-def test_a_file_that_is_cut_short_or_longer_is_found(dataset, name, change):
+def test_a_truncated_or_extended_file_is_detected(dataset, name, change):
     data = (dataset / name).read_bytes()
     size = len(data)
     (dataset / name).write_bytes((data + bytes(8))[: size + change])
@@ -84,7 +84,7 @@ def test_a_file_that_is_cut_short_or_longer_is_found(dataset, name, change):
     assert "tokenize again" in message
 
 
-def test_sizes_are_checked_where_checksums_would_take_too_long(dataset, monkeypatch):
+def test_a_large_dataset_is_checked_by_file_size_only(dataset, monkeypatch):
     monkeypatch.setattr(module, "VERIFIED_WHEN_OPENED", 10)
     opened = open_dataset(dataset)
     assert opened.unverified_bytes == sum(path.stat().st_size for path in dataset.glob("*.bin"))
@@ -96,18 +96,18 @@ def test_sizes_are_checked_where_checksums_would_take_too_long(dataset, monkeypa
 @pytest.mark.parametrize(
     "name", ["train-00000.bin", "val-00000.idx", "val-00001.crc", "tokenizer.json", "files.jsonl"]
 )
-def test_a_missing_file_is_named(dataset, name):
+def test_the_error_names_a_missing_file(dataset, name):
     (dataset / name).unlink()
     assert refusal(dataset).startswith(f"{dataset / name}: ")
 
 
-def test_another_tokenizer_in_its_place_is_found(dataset, load):
+def test_a_replaced_tokenizer_is_detected(dataset, load):
     load("bpe").save(dataset)
     message = refusal(dataset)
     assert "not the tokenizer that made this dataset (bytes)" in message
     assert "tokenize again" in message
 
 
-def test_a_folder_that_is_no_dataset_is_refused(tmp_path):
+def test_a_folder_that_is_not_a_dataset_is_refused(tmp_path):
     assert "pretrain tokenize" in refusal(tmp_path)
     assert "no such dataset" in refusal(tmp_path / "nowhere")

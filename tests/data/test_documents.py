@@ -1,4 +1,4 @@
-"""Documents in a sample: where each begins."""
+"""Document numbers of the tokens in a sample."""
 
 import numpy as np
 
@@ -11,15 +11,15 @@ def numbers(*rows, leads=False):
     return document_numbers(np.array(rows), END, leads=leads).tolist()
 
 
-def test_a_document_begins_after_the_end_of_the_one_before():
+def test_a_trailing_separator_ends_a_document():
     assert numbers([1, 2, END, 3, END, 4, 5]) == [[0, 0, 0, 1, 1, 2, 2]]
 
 
-def test_a_document_begins_at_its_separator_where_that_leads():
+def test_a_leading_separator_begins_a_document():
     assert numbers([1, 2, END, 3, END, 4, 5], leads=True) == [[0, 0, 1, 1, 2, 2, 2]]
 
 
-def test_the_rest_of_a_document_that_a_sample_cuts_is_one():
+def test_the_rest_of_a_cut_document_counts_as_a_document():
     assert numbers([3, 4, END, 5], [END, 3, 4, 5]) == [[0, 0, 0, 1], [0, 1, 1, 1]]
     cut, whole = numbers([3, 4, END, 5], [END, 3, 4, 5], leads=True)
     assert cut == [0, 0, 1, 1]

@@ -1,4 +1,4 @@
-"""Inspection's counts equal a plain count over the documents."""
+"""Inspection: document lengths equal a plain count, and samples are shown as documents."""
 
 from collections import Counter
 
@@ -15,7 +15,7 @@ from pretrain_cli.data.tokenizers.tokenizer import load_tokenizer
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory):
-    """A split of one shard, of documents of these lengths."""
+    """Function that returns a split of one shard with documents of these lengths."""
     path = tmp_path_factory.mktemp("split") / "train-00000.bin"
 
     def make(lengths):
@@ -47,7 +47,7 @@ def test_document_lengths_do_not_depend_on_the_read_size(split, lengths, at_once
         ([], [(False, "ab<|endoftext|>cd")]),
     ],
 )
-def test_a_sample_is_shown_by_documents_with_its_marks_named(starts, documents):
+def test_a_sample_is_shown_as_documents_with_named_marks(starts, documents):
     tokens = np.array([*b"ab", 256, *b"cd"])
     shown = inspection.documents_in(tokens, np.array(starts, int), load_tokenizer("bytes"))
     assert shown == documents

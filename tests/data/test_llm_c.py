@@ -11,14 +11,14 @@ TEXTS = [f"text {number}, {'äöü ' * number}" for number in range(60)]
 
 
 def parsed(path):
-    """(magic, version, number of tokens, the rest of the header, the tokens) of a file."""
+    """Return (magic, version, token count, values in the rest of the header, tokens) of a file."""
     data = path.read_bytes()
     words = struct.unpack("<256i", data[:1024])
     return (*words[:3], set(words[3:]), np.frombuffer(data[1024:], "<u2").tolist())
 
 
 def joined(folder, split):
-    """The split's tokens in all files, each of which is as it should be."""
+    """Return the tokens of all files of a split, and check their headers."""
     found = []
     for path in sorted(folder.glob(f"*_{split}_*.bin")):
         magic, version, count, rest, tokens = parsed(path)
@@ -28,7 +28,7 @@ def joined(folder, split):
     return found
 
 
-def test_documents_stand_behind_the_separator(tmp_path, make, write_documents, read_back):
+def test_a_separator_precedes_each_document(tmp_path, make, write_documents, read_back):
     corpus = write_documents(tmp_path / "corpus", TEXTS)
     made = tmp_path / "made"
     make(corpus, made, format="llm.c", val_fraction=0.3, shard_tokens=1024)
@@ -42,10 +42,10 @@ def test_documents_stand_behind_the_separator(tmp_path, make, write_documents, r
     ]
     for split in ("train", "val"):
         ours = [token for ids in read_back(made, split) for token in ids]
-        assert joined(made / "llm.c", split) == [256, *ours]  # the last separator ends the row
+        assert joined(made / "llm.c", split) == [256, *ours]  # `ours` ends with 256 too
 
 
-def test_only_the_first_file_of_a_split_has_one_token_more(tmp_path, make, write_documents):
+def test_only_the_first_file_of_a_split_has_an_extra_token(tmp_path, make, write_documents):
     corpus = write_documents(tmp_path / "corpus", TEXTS)
     make(corpus, tmp_path / "made", format="llm.c", val_fraction=0, shard_tokens=1024)
     counts = [parsed(path)[2] for path in sorted((tmp_path / "made/llm.c").iterdir())]
@@ -54,7 +54,7 @@ def test_only_the_first_file_of_a_split_has_one_token_more(tmp_path, make, write
     assert 0 < counts[-1] <= 1024
 
 
-def test_a_tokenizer_that_marks_beginnings_needs_no_separator_more(tmp_path, make, load, read_back):
+def test_a_tokenizer_with_a_bos_token_gets_no_extra_separator(tmp_path, make, load, read_back):
     load("llama2")  # or skip
     (tmp_path / "a.txt").write_text("Hello world")
     make(tmp_path / "a.txt", tmp_path / "made", tokenizer="llama2", format="llm.c", val_fraction=0)
@@ -62,7 +62,7 @@ def test_a_tokenizer_that_marks_beginnings_needs_no_separator_more(tmp_path, mak
     assert joined(tmp_path / "made/llm.c", "train") == ids == [1, 15043, 3186, 2]
 
 
-def test_what_is_appended_is_in_them_too(tmp_path, make, write_documents, read_back):
+def test_appended_documents_are_in_the_llm_c_files(tmp_path, make, write_documents, read_back):
     corpus = write_documents(tmp_path / "corpus/old", TEXTS[:30]).parent
     made = tmp_path / "made"
     make(corpus, made, format="llm.c", val_fraction=0.3)
@@ -73,7 +73,7 @@ def test_what_is_appended_is_in_them_too(tmp_path, make, write_documents, read_b
         assert joined(made / "llm.c", split) == [256, *ours]
 
 
-def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path, make, load):
+def test_a_vocabulary_too_large_for_16_bits_is_refused(tmp_path, make, load):
     load("qwen3")  # or skip
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(ConfigError) as error:

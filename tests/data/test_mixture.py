@@ -1,4 +1,4 @@
-"""Datasets together: paths and weights as they are given, and what doesn't go together."""
+"""Mixtures: parsing of paths and weights, and combinations that are refused."""
 
 from fractions import Fraction
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from pretrain_cli.errors import ConfigError, DataError
 
 
 def mixture(*asked, tokenizers=None):
-    """A mixture of datasets that are told apart by their paths."""
+    """Return a mixture of stand-in datasets; a dataset's fingerprint is its path in lower case."""
     sources = []
     for number, (text, (path, weight)) in enumerate(zip(asked, parse_sources(asked), strict=True)):
         made_with = tokenizers[number] if tokenizers else "bytes"
@@ -38,7 +38,7 @@ def mixture(*asked, tokenizers=None):
         (":1", ":1", None),
     ],
 )
-def test_only_a_number_behind_the_last_colon_is_a_weight(text, path, weight):
+def test_only_a_number_after_the_last_colon_is_a_weight(text, path, weight):
     assert parse_sources([text]) == [(path, weight)]
 
 
@@ -51,26 +51,26 @@ def test_only_a_number_behind_the_last_colon_is_a_weight(text, path, weight):
         (["a:0"], "data.path: the weights in a:0 sum to 0"),
     ],
 )
-def test_weights_that_say_nothing_are_refused(asked, said):
+def test_missing_negative_and_all_zero_weights_are_refused(asked, said):
     with pytest.raises(ConfigError) as error:
         parse_sources(asked)
     assert str(error.value).startswith(said)
 
 
-def test_weights_are_whole_numbers_in_the_proportion_given():
+def test_weights_become_integers_in_the_given_proportion():
     assert mixture("a:0.7", "b:0.3").weights([500, 100]) == [7, 3]
     assert mixture("a:0.125", "b:2", "c:1").weights([1, 1, 1]) == [1, 16, 8]
     assert mixture("a:5").weights([40]) == [5]
     assert mixture("a", "b").weights([500, 100]) == [500, 100]
 
 
-def test_a_weight_of_0_leaves_a_dataset_for_validation():
+def test_a_dataset_of_weight_0_is_used_only_for_validation():
     mixed = mixture("a:2", "b:0", "c:1")
     assert [source.name for source in mixed.trained_on] == ["a", "c"]
     assert mixed.weights([7, 7]) == [2, 1]
 
 
-def test_different_tokenizers_are_refused_and_both_named():
+def test_the_error_for_different_tokenizers_names_both():
     with pytest.raises(DataError) as error:
         mixture("data/a", "data/b", tokenizers=["gpt2", "bpe"])
     assert str(error.value) == (
@@ -79,12 +79,12 @@ def test_different_tokenizers_are_refused_and_both_named():
     )
 
 
-def test_the_same_tokens_twice_are_refused():
+def test_two_datasets_with_the_same_tokens_are_refused():
     with pytest.raises(DataError, match="DATA/A: the same tokens as data/a; give the dataset once"):
         mixture("data/a:1", "data/b:1", "DATA/A:2")
 
 
-def test_one_datasets_fingerprint_is_the_mixtures():
+def test_a_mixture_of_one_dataset_has_its_fingerprint():
     assert mixture("a").fingerprint == mixture("a:0.3").fingerprint == "a"
 
 

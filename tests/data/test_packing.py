@@ -1,4 +1,4 @@
-"""Packing: whole documents in samples, every token where it should be, an index built once."""
+"""Packing: whole documents in samples, every token a target once, an index built once."""
 
 import json
 import tempfile
@@ -17,7 +17,7 @@ LENGTHS = st.lists(st.integers(1, 12) | st.integers(1, 60), min_size=1, max_size
 
 
 def rooms_of_a_plain_packing(sizes, capacity):
-    """Best-fit decreasing, a piece at a time: the room that each bin is left with."""
+    """Return the room left in each bin by best-fit decreasing, placing one piece at a time."""
     rooms = []
     for size in sorted(sizes, reverse=True):
         fitting = [number for number, room in enumerate(rooms) if room >= size]
@@ -29,14 +29,14 @@ def rooms_of_a_plain_packing(sizes, capacity):
 
 
 def packed(stream, lengths, seq_len):
-    """Documents of these lengths, whose tokens count up, as samples."""
+    """Return packed samples of documents with these lengths. Token values are positions."""
     pieces, samples, totals = pack(np.cumsum([0, *lengths]), seq_len)
     tokens = stream(range(sum(lengths)))
     return Packed(tokens, pieces, samples, seq_len=seq_len, fingerprint="made", totals=totals)
 
 
 def rows_of(samples):
-    """All samples, read. -> inputs and targets, (samples, seq_len)."""
+    """Read all samples. -> inputs and targets, (samples, seq_len)."""
     inputs = np.full((len(samples), samples.seq_len), 7777)
     batch = Batch(inputs, inputs.copy(), documents=None)
     numbers = np.arange(len(samples))
@@ -44,11 +44,11 @@ def rows_of(samples):
     return batch.inputs, batch.targets
 
 
-# --- which piece goes where ----------------------------------------------------------------------
+# --- placement of pieces -------------------------------------------------------------------------
 
 
 @given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=150), capacity=st.integers(40, 60))
-def test_bins_are_filled_as_by_placing_one_piece_at_a_time(sizes, capacity):
+def test_best_fit_fills_bins_like_placing_one_piece_at_a_time(sizes, capacity):
     sizes = np.sort(sizes)[::-1]
     bins = best_fit(sizes, capacity)
     rooms = capacity - np.bincount(bins, weights=sizes)
@@ -59,21 +59,21 @@ def test_bins_are_filled_as_by_placing_one_piece_at_a_time(sizes, capacity):
     many=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 3000)), min_size=1, max_size=6),
     capacity=st.integers(20, 90),
 )
-def test_many_pieces_of_few_sizes(many, capacity):
+def test_best_fit_fills_bins_with_many_pieces_of_few_sizes(many, capacity):
     sizes = np.concatenate([np.full(count, size) for size, count in many])
     sizes = np.sort(sizes)[::-1]
     bins = best_fit(sizes, capacity)
     filled = np.bincount(bins, weights=sizes)
     assert filled.max() <= capacity
-    # two bins at most half full would be one: best fit leaves a single one
+    # best fit would have merged two bins that are at most half full
     assert (filled <= capacity / 2).sum() <= 1
 
 
-# --- what is in a sample -------------------------------------------------------------------------
+# --- contents of samples -------------------------------------------------------------------------
 
 
 @given(lengths=LENGTHS, seq_len=st.integers(1, 30))
-def test_every_token_is_a_target_once_after_the_one_before_it(stream, lengths, seq_len):
+def test_every_token_is_a_target_once_after_its_predecessor(stream, lengths, seq_len):
     inputs, targets = rows_of(packed(stream, lengths, seq_len))
     counted = targets != IGNORE_INDEX
     borders = np.cumsum([0, *lengths])
@@ -81,13 +81,13 @@ def test_every_token_is_a_target_once_after_the_one_before_it(stream, lengths, s
     inside = counted & ~begins
     assert sorted(targets[inside]) == sorted(set(range(sum(lengths))) - set(borders.tolist()))
     assert np.array_equal(inputs[inside], targets[inside] - 1)
-    # a document's first token is a target behind the end of another document, and once at most
+    # a document's first token is a target at most once, after the end of another document
     assert set(inputs[begins].tolist()) <= set((borders[1:] - 1).tolist())
     assert len(set(targets[begins].tolist())) == begins.sum()
 
 
 @given(lengths=LENGTHS, seq_len=st.integers(1, 30))
-def test_a_document_that_fits_a_sample_is_whole_in_one(stream, lengths, seq_len):
+def test_a_document_that_fits_in_a_sample_is_not_cut(stream, lengths, seq_len):
     _, targets = rows_of(packed(stream, lengths, seq_len))
     begin = 0
     for length in lengths:
@@ -98,8 +98,8 @@ def test_a_document_that_fits_a_sample_is_whole_in_one(stream, lengths, seq_len)
 
 
 @given(lengths=LENGTHS, seq_len=st.integers(1, 30))
-def test_no_two_samples_could_be_one(stream, lengths, seq_len):
-    """As many samples as best-fit decreasing has, done plainly on the pieces."""
+def test_packing_makes_as_many_samples_as_plain_best_fit(stream, lengths, seq_len):
+    """The reference places the same pieces by best-fit decreasing, one at a time."""
     sizes = []
     for length in lengths:
         while length > seq_len + 1:
@@ -115,7 +115,7 @@ def test_no_two_samples_could_be_one(stream, lengths, seq_len):
 
 
 @given(lengths=LENGTHS, seq_len=st.integers(1, 30))
-def test_the_targets_that_count_are_known_without_reading(stream, lengths, seq_len):
+def test_target_counts_match_the_targets_that_are_not_ignored(stream, lengths, seq_len):
     samples = packed(stream, lengths, seq_len)
     _, targets = rows_of(samples)
     for number, row in enumerate(targets):
@@ -124,30 +124,32 @@ def test_the_targets_that_count_are_known_without_reading(stream, lengths, seq_l
 
 
 @given(lengths=LENGTHS, seq_len=st.integers(1, 30))
-def test_each_piece_is_a_document_of_its_own(stream, lengths, seq_len):
-    """Told by the pieces, not by separators: what goes on may have none before it."""
+def test_each_piece_has_its_own_document_number(stream, lengths, seq_len):
+    """Documents are numbered by pieces, not by separators, because a piece that continues a
+    document may have no separator before it."""
     samples = packed(stream, lengths, seq_len)
     whole = Batches([samples], [1], seq_len=seq_len, samples_per_step=len(samples), seed=0,
                     documents=True).starting_at(0)  # fmt: skip
     assert whole.documents is not None
     borders = np.cumsum([0, *lengths])
     for row, numbers in zip(whole.inputs, whole.documents, strict=True):
-        held = np.flatnonzero(row)  # neither padding nor the first token of all
+        held = np.flatnonzero(row)  # without padding and token 0
         from_borders = np.searchsorted(borders, row[held], side="right")
         numbered = list(zip(from_borders.tolist(), numbers[held].tolist(), strict=True))
         assert len(set(numbered)) == len(set(from_borders.tolist())) == len(set(numbers[held]))
 
 
-def test_a_sample_is_as_drawn(stream):
-    """Documents 0-6, 7-8 and 9-11 in samples of 5 tokens. The first is cut behind token 4; its rest
-    begins with that token again, and the second fits behind it."""
+def test_three_documents_are_packed_as_expected(stream):
+    """Documents of tokens 0-6, 7-8 and 9-11 in samples of 5 tokens. The first is cut after token 4.
+    Its rest starts with token 4 again, and the second document fits after it."""
     inputs, targets = rows_of(packed(stream, [7, 2, 3], 4))
     assert inputs.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [9, 10, 11, 0]]
     assert targets.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [10, 11, IGNORE_INDEX, IGNORE_INDEX]]
 
 
-def test_what_goes_on_behind_another_document_does_not_follow_from_it(stream):
-    """A document of 3 and the last 2 tokens of one of 6: token 7 follows from 6, not from 2."""
+def test_a_continued_piece_is_not_predicted_from_another_document(stream):
+    """The second sample holds a document of 3 tokens and the last 2 of a document of 6. Token 7 is
+    a target after token 6, in the first sample, and not after token 2."""
     inputs, targets = rows_of(packed(stream, [3, 6], 4))
     assert inputs.tolist() == [[3, 4, 5, 6], [0, 1, 2, 7]]
     assert targets.tolist() == [[4, 5, 6, 7], [1, 2, IGNORE_INDEX, 8]]
@@ -157,7 +159,7 @@ def test_what_goes_on_behind_another_document_does_not_follow_from_it(stream):
 
 
 class Documents:
-    """Document starts, as a dataset gives them."""
+    """Stand-in for a dataset's document starts."""
 
     def __init__(self, borders):
         self.starts = np.array(borders[:-1])
@@ -168,7 +170,7 @@ class Documents:
 
 @pytest.fixture
 def dataset(stream, tmp_path):
-    """400 documents of 1 to 300 tokens."""
+    """Dataset of 400 documents of 1 to 299 tokens, except one of 2000."""
     lengths = np.random.default_rng(0).integers(1, 300, 400)
     lengths[17] = 2000
     borders = np.cumsum([0, *lengths])
@@ -181,7 +183,7 @@ def name(seq_len):
     return f"packing-best-fit-{seq_len}.idx"
 
 
-def test_the_index_is_built_once_and_is_the_same_whenever_it_is_built(dataset):
+def test_the_packing_index_is_built_once_and_is_reproducible(dataset):
     said = []
     first = rows_of(open_packed(dataset, 128, said.append))
     path = dataset.path / name(128)
@@ -209,13 +211,13 @@ def test_a_dataset_larger_than_a_group_is_packed_group_by_group(dataset, monkeyp
     assert np.array_equal(inputs[inside], targets[inside] - 1)
     assert samples.totals.tokens == total
     assert samples.totals.samples == len(samples)
-    # neighbours stay together: 1000 tokens and a document, or the longest one alone
+    # a sample's documents lie within one group: 1000 tokens plus at most one document
     spread = inputs.max(1) - np.where(inputs, inputs, total).min(1)
     assert spread.max() < 1300
 
 
 @pytest.mark.parametrize("change", ["cut", "altered", "no header", "of another dataset", "older"])
-def test_an_index_that_can_not_be_relied_on_is_built_again(dataset, change):
+def test_a_damaged_or_foreign_packing_index_is_rebuilt(dataset, change):
     made = rows_of(open_packed(dataset, 128, lambda _: None))
     path = dataset.path / name(128)
     intact = path.read_bytes()
@@ -239,11 +241,11 @@ def test_an_index_that_can_not_be_relied_on_is_built_again(dataset, change):
     assert path.read_bytes() == intact
 
 
-def test_the_packing_index_goes_elsewhere_for_a_read_only_dataset(dataset, monkeypatch, tmp_path):
+def test_a_read_only_dataset_keeps_its_packing_index_elsewhere(dataset, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     expected = rows_of(open_packed(dataset, 128, lambda _: None))
     (dataset.path / name(128)).unlink()
-    (dataset.path / name(128)).mkdir()  # in the way of the file
+    (dataset.path / name(128)).mkdir()  # makes writing the file fail
     for times in (1, 2):
         said = []
         assert np.array_equal(rows_of(open_packed(dataset, 128, said.append)), expected)

@@ -1,4 +1,4 @@
-"""Sample order: each sample once per epoch, sources by weight, from k alone."""
+"""Sample order: each sample once per epoch and sources by weight, computed from k alone."""
 
 from itertools import pairwise
 
@@ -16,13 +16,13 @@ SIZES = st.one_of(st.integers(1, 70), st.integers(1, 5000))
 
 
 @given(size=SIZES, key=st.text(max_size=8))
-def test_a_permutation_reaches_every_place_once(size, key):
+def test_a_permutation_reaches_every_number_once(size, key):
     places = Permutation(size, key)(np.arange(size))
     assert np.array_equal(np.sort(places), np.arange(size))
 
 
 @given(size=st.integers(2**20, 2**50), data=st.data())
-def test_a_large_permutation_stays_inside_and_never_meets_itself(size, data):
+def test_a_large_permutation_stays_in_range_without_repeats(size, data):
     start = data.draw(st.integers(0, size - 2000))
     places = Permutation(size, "key")(np.arange(start, start + 2000))
     assert places.min() >= 0
@@ -31,15 +31,15 @@ def test_a_large_permutation_stays_inside_and_never_meets_itself(size, data):
 
 
 @given(size=SIZES, data=st.data())
-def test_a_permutation_is_a_function_of_each_number_alone(size, data):
+def test_a_permuted_number_does_not_depend_on_other_numbers(size, data):
     numbers = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=20))
     whole = Permutation(size, "key")(np.arange(size))
     assert Permutation(size, "key")(np.array(numbers)).tolist() == whole[numbers].tolist()
 
 
 def test_a_permutation_is_as_irregular_as_a_random_one():
-    """Among 10,000 numbers about one stays, and about 1 in 10,000 pairs of neighbours; each key
-    gives another order."""
+    """A random permutation of 10,000 numbers leaves about one number in place and about two pairs
+    of neighbours adjacent. Each key gives another order."""
     orders = [Permutation(10_000, f"key {number}")(np.arange(10_000)) for number in range(8)]
     for order in orders:
         assert (order == np.arange(10_000)).sum() < 10
@@ -49,9 +49,10 @@ def test_a_permutation_is_as_irregular_as_a_random_one():
         assert (a == b).sum() < 10
 
 
-def test_no_place_and_no_step_is_likelier_than_another():
-    """The target of a number, by blocks of a sixteenth, and the distance to its neighbour: χ² over
-    200 orders, whose mean is its degrees of freedom and whose variance is twice that."""
+def test_permuted_places_and_distances_are_uniform():
+    """χ² tests over 200 orders: of the new place against the old place, both in sixteenths, and of
+    the distance between neighbours. χ² has its degrees of freedom as mean, and twice that as
+    variance."""
     size, blocks = 9973, 16
     places, steps = [], []
     for number in range(200):
@@ -62,15 +63,15 @@ def test_no_place_and_no_step_is_likelier_than_another():
         far = np.diff(order) % size * blocks // size
         expected = (size - 1) / blocks
         steps.append(((np.bincount(far, minlength=16) - expected) ** 2 / expected).sum())
-    # rows and columns of the first are given: 15 × 15 degrees of freedom. Of the mean of 200, the
-    # standard deviation is √(2 · degrees / 200)
+    # the sums of rows and columns of the first table are fixed: 15 × 15 degrees of freedom. The
+    # mean of 200 values has a standard deviation of √(2 · degrees / 200)
     assert abs(np.mean(places) - 225) < 4 * (2 * 225 / 200) ** 0.5
     assert abs(np.mean(steps) - 15) < 4 * (2 * 15 / 200) ** 0.5
 
 
 @pytest.mark.parametrize("size", [3, 5, 10])
-def test_small_orders_are_random_too(size):
-    """Each number comes to each place about as often, over the keys."""
+def test_small_permutations_are_uniform(size):
+    """Over many keys, each number comes to each place about equally often."""
     orders = np.array([Permutation(size, f"{key}")(np.arange(size)) for key in range(2000)])
     for place in range(size):
         share = np.bincount(orders[:, place], minlength=size) / 2000
@@ -81,7 +82,7 @@ def test_small_orders_are_random_too(size):
 
 
 @given(size=st.integers(1, 40), first=st.integers(0, 10**12), count=st.integers(0, 120))
-def test_any_stretch_of_an_order_is_whole_epochs_and_parts_of_two(size, first, count):
+def test_any_range_of_an_order_has_no_repeats_within_an_epoch(size, first, count):
     order = Order(size, "key")
     samples = order(np.arange(first, first + count))
     for epoch in range(first // size, (first + count) // size + 1):
@@ -93,7 +94,7 @@ def test_any_stretch_of_an_order_is_whole_epochs_and_parts_of_two(size, first, c
         assert order(np.array([first + place])) == samples[place]
 
 
-def test_epochs_and_keys_each_have_an_order_of_their_own():
+def test_every_epoch_and_every_key_has_its_own_order():
     orders = [Order(100, key)(np.arange(300)).reshape(3, 100) for key in ("one", "other")]
     for one, other in pairwise([*orders[0], *orders[1]]):
         assert (one == other).sum() < 10
@@ -106,7 +107,7 @@ WEIGHTS = st.lists(st.integers(0, 60) | st.integers(0, 10**7), min_size=1, max_s
 
 @given(weights=WEIGHTS, start=st.integers(0, 10**13))
 def test_every_source_has_its_share_after_any_number_of_samples(weights, start):
-    """Within 1 of it for up to three sources, within 1.7 for more."""
+    """The share is exact within 1 sample for up to three sources, within 1.7 for more."""
     interleaving = Interleaving(weights)
     numbers = start + np.arange(400)
     sources, _ = interleaving(numbers)
@@ -118,7 +119,7 @@ def test_every_source_has_its_share_after_any_number_of_samples(weights, start):
 
 
 @given(weights=WEIGHTS, start=st.integers(0, 10**13))
-def test_each_source_is_gone_through_in_order_and_nothing_left_out(weights, start):
+def test_samples_of_each_source_are_numbered_without_gaps(weights, start):
     interleaving = Interleaving(weights)
     sources, within = interleaving(np.arange(start, start + 300))
     before, after = interleaving.counts(start), interleaving.counts(start + 300)
@@ -128,7 +129,7 @@ def test_each_source_is_gone_through_in_order_and_nothing_left_out(weights, star
 
 
 @given(weights=WEIGHTS, numbers=st.lists(st.integers(0, 10**13), max_size=20))
-def test_a_samples_source_is_a_function_of_its_number_alone(weights, numbers):
+def test_a_samples_source_does_not_depend_on_other_samples(weights, numbers):
     interleaving = Interleaving(weights)
     for number, *found in zip(numbers, *interleaving(np.array(numbers, np.int64)), strict=True):
         (source,), (within,) = interleaving(np.array([number]))
@@ -136,17 +137,17 @@ def test_a_samples_source_is_a_function_of_its_number_alone(weights, numbers):
 
 
 @given(weights=st.lists(st.integers(1, 50), min_size=1, max_size=6), times=st.integers(0, 10**6))
-def test_as_many_samples_as_the_weights_sum_to_are_parted_exactly(weights, times):
+def test_shares_are_exact_after_a_multiple_of_the_total_weight(weights, times):
     counts = Interleaving(weights).counts(times * sum(weights))
     assert counts == [times * weight for weight in weights]
 
 
-def test_seven_and_three_are_spread_out():
+def test_sources_of_weights_7_and_3_are_spread_evenly():
     sources, _ = Interleaving([7, 3])(np.arange(20))
     assert sources.tolist().count(1) == 6
     assert np.diff(np.flatnonzero(sources)).tolist() == [3, 4, 3, 3, 4]
 
 
-def test_weights_beyond_all_bounds_keep_their_proportion():
+def test_very_large_weights_keep_their_proportion():
     counts = Interleaving([7 * 10**30, 3 * 10**30, 0]).counts(10**12)
     assert counts == [pytest.approx(7e11, abs=1e4), pytest.approx(3e11, abs=1e4), 0]

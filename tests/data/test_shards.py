@@ -1,4 +1,4 @@
-"""The forms on disk: the manifest, tokens as one row over shards, where documents begin."""
+"""Format on disk: the manifest, tokens across shards, and document starts."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def test_a_manifest_is_read_back_as_it_was_written(tmp_path, write):
     assert written.largest_token == 256
 
 
-def test_the_fingerprint_is_of_the_tokens_and_not_of_the_place(tmp_path, write):
+def test_the_fingerprint_depends_on_the_tokens_not_the_folder(tmp_path, write):
     training = [b"first", b"the second", b"third"]
     seen = {write(tmp_path / "made", training).fingerprint}
     shutil.move(tmp_path / "made", tmp_path / "moved")
@@ -38,7 +38,7 @@ def test_the_fingerprint_is_of_the_tokens_and_not_of_the_place(tmp_path, write):
 
 
 @pytest.mark.parametrize("version", [1, 3, None])
-def test_another_format_is_refused_and_not_misread(tmp_path, write, version):
+def test_another_format_version_is_refused(tmp_path, write, version):
     write(tmp_path / "made")
     path = tmp_path / "made/dataset.json"
     content = json.loads(path.read_text()) | {"format_version": version, "added": "something"}
@@ -59,7 +59,7 @@ def test_a_damaged_manifest_is_refused(tmp_path, content):
     assert str(error.value) == f"{tmp_path / 'dataset.json'}: damaged; tokenize again with --force"
 
 
-def test_a_folder_that_is_no_dataset_is_refused(tmp_path):
+def test_a_folder_without_a_manifest_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"no dataset\.json in it; make .* 'pretrain tokenize'"):
         read_manifest(tmp_path)
     with pytest.raises(DataError, match=r"nowhere: no such dataset; make .* 'pretrain tokenize'"):
@@ -67,7 +67,7 @@ def test_a_folder_that_is_no_dataset_is_refused(tmp_path):
 
 
 @given(portions=st.lists(st.binary(max_size=300), max_size=8), size=st.integers(1, 200))
-def test_checksums_of_portions_are_those_of_the_whole(portions, size):
+def test_checksums_do_not_depend_on_the_size_of_the_writes(portions, size):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pretrain_cli.data.shards.BLOCK_BYTES", size)
         checksums = Checksums()
@@ -82,7 +82,7 @@ def test_checksums_of_portions_are_those_of_the_whole(portions, size):
 
 
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6), data=st.data())
-def test_any_read_is_a_slice_of_the_whole(stream, sizes, data):
+def test_any_read_equals_a_slice_of_all_tokens(stream, sizes, data):
     ends = np.cumsum([0, *sizes])
     row = stream(*[range(a, b) for a, b in pairwise(ends)])
     start = data.draw(st.integers(0, len(row)))
@@ -93,8 +93,8 @@ def test_any_read_is_a_slice_of_the_whole(stream, sizes, data):
 
 
 @given(shards=st.lists(st.lists(st.integers(0, 9), max_size=6), max_size=5), data=st.data())
-def test_documents_are_found_between_any_two_places(shards, data):
-    """In shards that a document goes through, none begins."""
+def test_document_starts_are_found_between_any_two_positions(shards, data):
+    """A shard inside a long document has no document start."""
     starts = [np.array(sorted(set(shard)), "<u8") for shard in shards]
     offsets = [0, *accumulate([10] * len(shards))][: len(shards)]
     whole = [

@@ -1,4 +1,4 @@
-"""Other programs' token files: read as they were written, and refused where they can't be."""
+"""Token files of other programs: read as written, or refused with a reason."""
 
 import shutil
 import struct
@@ -17,11 +17,12 @@ from pretrain_cli.data.token_files import open_foreign
 from pretrain_cli.errors import ConfigError, DataError
 from tests.data.conftest import encode_documents
 
-END = 256  # of a document, of the tokenizer `bytes`
+END = 256  # end of a document in the tokenizer `bytes`
 
 
 def write(path, tokens, *, magic=20240520, version=1, count=None):
-    """A file as llm.c has it: 256 int32, then the tokens; of `magic` None, the bare tokens."""
+    """Write a file in llm.c's format: 256 int32, then the tokens. `magic` None writes tokens
+    only."""
     path.parent.mkdir(exist_ok=True)
     wide = magic == 20240801
     data = struct.pack(f"<{len(tokens)}{'I' if wide else 'H'}", *tokens)
@@ -33,7 +34,7 @@ def write(path, tokens, *, magic=20240520, version=1, count=None):
 
 
 def numbers(path, size):
-    """A tokenizer of this many ids, which begins a text with its id 1 and ends it with 0."""
+    """Write a tokenizer with this many ids, BOS 1 and EOS 0, and return its path."""
     vocab = {"<eos>": 0, "<bos>": 1} | {str(number): number for number in range(2, size)}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, "<eos>"))
     backend.add_special_tokens(["<eos>", "<bos>"])
@@ -58,7 +59,7 @@ def refusal(path, tokenizer="bytes", kind=DataError):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Files are read 8 tokens at once, and count as too large to be read or decoded whole."""
+    """Read files 8 tokens at a time, and treat them as too large to read or decode completely."""
     monkeypatch.setattr(token_files, "BLOCK", 16)
     monkeypatch.setattr(token_files, "VERIFIED_WHEN_OPENED", 0)
     monkeypatch.setattr(token_files, "SAMPLED", 200)
@@ -84,7 +85,7 @@ def test_tokens_are_read_as_they_were_written(tmp_path, header):
     assert opened.tokenizer.name == "bytes"
 
 
-def test_the_files_of_a_pattern_are_a_row_in_the_order_of_their_names(tmp_path):
+def test_files_of_a_pattern_are_concatenated_in_order_of_their_names(tmp_path):
     tokens = list(range(100))
     ends = [0, 13, 14, 50, 100]
     for number, (first, last) in reversed(list(enumerate(pairwise(ends)))):
@@ -96,7 +97,7 @@ def test_the_files_of_a_pattern_are_a_row_in_the_order_of_their_names(tmp_path):
             assert row.read(start, count).tolist() == tokens[start : start + count]
 
 
-def test_a_batch_is_of_windows_of_the_files(tmp_path):
+def test_batches_read_windows_across_token_files(tmp_path):
     write(tmp_path / "x_train_1.bin", range(0, 35))
     write(tmp_path / "x_train_2.bin", range(35, 101))
     opened = open_foreign(str(tmp_path / "x_train_*.bin"), "bytes")
@@ -141,7 +142,7 @@ NAMES = [
          "a-validation val x_val_000000 y100_val_1 y10_val_1 y10_val_2"),
     ],
 )  # fmt: skip
-def test_validation_is_on_the_files_of_that_name(tmp_path, given, train, val):
+def test_training_and_validation_files_are_chosen_by_name(tmp_path, given, train, val):
     place = tmp_path / "with [brackets]" if "*" not in given and "[" not in given else tmp_path
     for number, name in enumerate(NAMES):
         write(place / f"{name}.bin", [number] * 8)
@@ -157,7 +158,7 @@ def test_validation_is_on_the_files_of_that_name(tmp_path, given, train, val):
         assert "validation on the last 2 tokens, held out" in opened.notices[0]
 
 
-def test_files_that_are_left_out_are_named(tmp_path):
+def test_a_notice_names_the_files_left_out(tmp_path):
     for name in ("train", "val", "test"):
         write(tmp_path / f"{name}.bin", range(9))
     (said,) = open_foreign(str(tmp_path), "bytes").notices[1:]
@@ -182,7 +183,7 @@ def test_without_validation_files_the_last_tokens_are_held_out(
 # --- documents -----------------------------------------------------------------------------------
 
 
-def test_documents_of_llm_c_begin_at_their_mark(tmp_path):
+def test_documents_in_llm_c_files_begin_at_a_separator(tmp_path):
     write(tmp_path / "x.bin", [END, 1, 2, END, 3, END, 4, 5, 6, 7])
     opened = open_foreign(str(tmp_path / "x.bin"), "bytes")
     assert (opened.separator, opened.separator_leads) == (END, True)
@@ -193,7 +194,7 @@ def test_documents_of_llm_c_begin_at_their_mark(tmp_path):
     assert len(opened.train.documents) == 3
 
 
-def test_documents_of_nano_gpt_begin_behind_the_mark(tmp_path):
+def test_documents_in_nanogpt_files_begin_after_a_separator(tmp_path):
     write(tmp_path / "x.bin", [1, 2, END, 3, END, 4, 5, END, 6, 7], magic=None)
     opened = open_foreign(str(tmp_path / "x.bin"), "bytes")
     assert (opened.separator, opened.separator_leads) == (END, False)
@@ -203,7 +204,7 @@ def test_documents_of_nano_gpt_begin_behind_the_mark(tmp_path):
     assert opened.val.documents.between(0, 2).tolist() == [0]
 
 
-def test_documents_of_llama_begin_at_what_its_tokenizer_puts_first(tmp_path):
+def test_documents_in_llama_3_files_begin_at_the_bos_token(tmp_path):
     write(tmp_path / "x.bin", [1, 5, 6, 1, 7, 8, 1, 9, 5], magic=20240801, version=7)
     tokenizer = numbers(tmp_path / "tokenizer.json", 10)
     opened = open_foreign(str(tmp_path / "x.bin"), tokenizer)
@@ -212,7 +213,7 @@ def test_documents_of_llama_begin_at_what_its_tokenizer_puts_first(tmp_path):
 
 
 @pytest.mark.parametrize("magic", [20240520, None])
-def test_documents_are_the_same_looked_for_in_parts(tmp_path, small_blocks, magic):
+def test_document_starts_do_not_depend_on_the_size_of_the_search(tmp_path, small_blocks, magic):
     tokens = np.random.default_rng(1).choice([END, 1, 2], 500).tolist()
     write(tmp_path / "train_1.bin", tokens[:77], magic=magic)
     write(tmp_path / "train_2.bin", tokens[77:], magic=magic)
@@ -234,7 +235,7 @@ TEXTS = ["Vier grüne Flaschen", "日本語の文", "  two  spaces\n\n", "hangin
 
 @pytest.mark.parametrize("magic", [20240520, None])
 @pytest.mark.parametrize("name", ["bytes", "gpt2", "bpe"])
-def test_the_bytes_of_the_text_are_known(tmp_path, load, name, magic):
+def test_text_bytes_are_counted_without_document_marks(tmp_path, load, name, magic):
     tokenizer = load(name)
     tokenizer.save(tmp_path)
     tokens = []
@@ -261,7 +262,7 @@ def test_a_tokenizers_leading_space_does_not_count_as_text(tmp_path):
     assert opened.val.bytes == len("green bottles") + len("green") + len("green bottles bottles")
 
 
-def test_the_bytes_of_a_long_text_are_estimated_from_parts_of_it(tmp_path, monkeypatch):
+def test_text_bytes_of_a_long_split_are_estimated_from_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "DECODED", 400)
     monkeypatch.setattr(datasets, "DECODED_AT_ONCE", 50)
     tokens = [END, *b"nineteen characters"] * 250
@@ -287,13 +288,13 @@ def test_the_fingerprint_covers_the_training_tokens_not_the_path(tmp_path, load)
     seen.add(fingerprint(tokens, folder="b"))
     (tmp_path / "b/train.bin").rename(tmp_path / "b/train_7.bin")
     seen.add(open_foreign(str(tmp_path / "b/train_?.bin"), "bytes").fingerprint)
-    assert len(seen) == 2  # the last one has found no validation file
+    assert len(seen) == 2  # no validation file matches the pattern
     seen = {fingerprint(tokens)}
     seen.add(fingerprint([*tokens[:-1], 9]))
     seen.add(fingerprint([9, *tokens[1:]]))
     seen.add(fingerprint(tokens[::-1]))
     seen.add(fingerprint(tokens[:-1]))
-    seen.add(fingerprint([*tokens, 1, 2], val=(3,)))  # the same row, parted elsewhere
+    seen.add(fingerprint([*tokens, 1, 2], val=(3,)))  # the same tokens, split elsewhere
     seen.add(fingerprint([*tokens, 1, 2, 3], val=()))
     seen.add(fingerprint(tokens, tokenizer=str(tmp_path / "tokenizer.json")))
     seen.add(fingerprint(tokens, magic=None))
@@ -301,7 +302,7 @@ def test_the_fingerprint_covers_the_training_tokens_not_the_path(tmp_path, load)
     assert len(seen) == 10
 
 
-def test_of_large_files_first_last_and_evenly_spaced_blocks_count(tmp_path, small_blocks):
+def test_the_fingerprint_of_large_files_covers_evenly_spaced_blocks(tmp_path, small_blocks):
     tokens = [number % 256 for number in range(400)]  # 50 blocks of 16 bytes
     write(tmp_path / "val.bin", tokens[:20])  # 3 blocks, the last one of 4 tokens
 
@@ -310,9 +311,9 @@ def test_of_large_files_first_last_and_evenly_spaced_blocks_count(tmp_path, smal
         write(tmp_path / "train.bin", [99 if i in changed else t for i, t in enumerate(tokens)])
         return open_foreign(str(tmp_path), "bytes")
 
-    # 840 bytes, of which about 200 are to be read: every fifth block, and the last one
+    # of 840 bytes about 200 are read: every fifth block and the last one
     assert opened().unverified_bytes == 840 - (10 + 1) * 16 - (16 + 8)
-    assert opened().largest_token == 256  # what wasn't read may hold anything
+    assert opened().largest_token == 256  # unread blocks may hold any id
     same = opened().fingerprint
     assert opened(0).fingerprint != same
     assert opened(43).fingerprint != same
@@ -337,7 +338,7 @@ def test_an_id_beyond_the_vocabulary_is_refused_at_opening(tmp_path, monkeypatch
     assert refusal(tmp_path / "y_train.bin").startswith(f"{tmp_path / 'y_val.bin'}: token 0 is 257")
 
 
-def test_an_id_beyond_the_vocabulary_is_found_in_a_batch(tmp_path, small_blocks):
+def test_an_id_beyond_the_vocabulary_is_refused_when_a_batch_reads_it(tmp_path, small_blocks):
     write(tmp_path / "x_train_1.bin", [1] * 100)
     write(tmp_path / "x_train_2.bin", [1] * 12 + [300] + [1] * 387)
     write(tmp_path / "x_val_0.bin", [1] * 12 + [400] + [1] * 387)
@@ -368,11 +369,11 @@ def test_an_id_beyond_the_vocabulary_is_found_in_a_batch(tmp_path, small_blocks)
         ({"count": -1}, "1,224 bytes, and its header's -1 tokens take 1,022; the file is cut"),
         ({"magic": 20240801, "version": 1}, "version 1 of llm.c's header, and 7 is"),
         ({"magic": 20240326, "version": 3}, "begins as a model or another file"),
-        ({"magic": 20240522}, "begins as a model or another file"),  # an evaluation of llm.c's
-        ({"magic": 0x04034B50}, "begins as a model or another file"),  # PyTorch's zip
+        ({"magic": 20240522}, "begins as a model or another file"),  # llm.c's evaluation data
+        ({"magic": 0x04034B50}, "begins as a model or another file"),  # a zip file of PyTorch
     ],
 )
-def test_a_header_that_is_not_that_of_the_file(tmp_path, change, said):
+def test_a_header_that_does_not_match_the_file_is_refused(tmp_path, change, said):
     path = write(tmp_path / "x_train.bin", range(100), **change)
     assert refusal(path).startswith(f"{path}: {said}")
 
@@ -387,12 +388,12 @@ def test_a_header_that_is_not_that_of_the_file(tmp_path, change, said):
          "taken for bare 16-bit tokens"),
     ],
 )  # fmt: skip
-def test_a_file_without_whole_tokens(tmp_path, data, said):
+def test_an_empty_or_cut_file_is_refused(tmp_path, data, said):
     (tmp_path / "x.bin").write_bytes(data)
     assert refusal(tmp_path / "x.bin").startswith(f"{tmp_path / 'x.bin'}: {said}")
 
 
-def test_files_of_several_kinds(tmp_path):
+def test_files_of_different_formats_are_refused(tmp_path):
     write(tmp_path / "x_1.bin", range(100))
     write(tmp_path / "x_2.bin", range(100), magic=None)
     assert refusal(tmp_path / "x_*.bin") == (
@@ -401,14 +402,14 @@ def test_files_of_several_kinds(tmp_path):
     )
 
 
-def test_a_tokenizer_that_16_bits_are_too_few_for(tmp_path):
+def test_16_bit_tokens_are_refused_for_a_larger_vocabulary(tmp_path):
     path = write(tmp_path / "x.bin", range(100))
     message = refusal(path, numbers(tmp_path / "tokenizer.json", 70_000), ConfigError)
     assert "can't be those of" in message
     assert "which has 70,000; give the tokenizer that made them" in message
 
 
-def test_names_without_token_files(tmp_path):
+def test_paths_without_token_files_are_refused(tmp_path):
     (tmp_path / "text.txt").write_text("text")
     (tmp_path / "folder.bin").mkdir()
     for name in ("x_*.bin", "[ab].bin"):
@@ -420,7 +421,7 @@ def test_names_without_token_files(tmp_path):
         assert "pretrain tokenize" in message
 
 
-def test_the_tokenizer_has_to_be_named(tmp_path):
+def test_token_files_without_a_named_tokenizer_are_refused(tmp_path):
     path = write(tmp_path / "x.bin", range(100))
     for place in (path, tmp_path, tmp_path / "*.bin"):
         message = refusal(place, None, ConfigError)
@@ -439,7 +440,7 @@ def test_the_tokenizer_has_to_be_named(tmp_path):
         (".", "openwebtext"),
     ],
 )
-def test_a_run_is_called_after_the_files(tmp_path, monkeypatch, given, name):
+def test_a_run_is_named_after_the_token_files(tmp_path, monkeypatch, given, name):
     folder = tmp_path / "openwebtext"
     write(folder / ("train.bin" if given == "." else given.replace("*", "000001")), range(9))
     monkeypatch.chdir(folder)

@@ -1,4 +1,4 @@
-"""A small dataset and small settings: a run of a few steps takes a second."""
+"""Fixtures of the engine tests: small datasets, settings and models. A run takes about a second."""
 
 import importlib.util
 import sys
@@ -40,7 +40,7 @@ SMALL = {
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Bytes of thirty short documents, some of them held out."""
+    """Tokenize thirty short documents as bytes, some of them for validation."""
     root = tmp_path_factory.mktemp("engine")
     lines = [f"document {i}: " + "the cat sat on the mat. " * (i % 7 + 2) for i in range(30)]
     for number, line in enumerate(lines):
@@ -56,7 +56,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def other_dataset(dataset: Path) -> Path:
-    """Bytes of ten longer documents, none of them held out."""
+    """Tokenize ten longer documents as bytes, without a validation split."""
     root = dataset.parent
     for number in range(10):
         path = root / "dogs.txt" / f"{number}.txt"
@@ -71,7 +71,8 @@ def other_dataset(dataset: Path) -> Path:
 
 @pytest.fixture
 def settings(dataset: Path, tmp_path: Path) -> Callable[..., RunConfig]:
-    """Settings of a small run on the dataset, by dotted name; `out` is under tmp_path."""
+    """Return a function that makes the settings of a small run on the dataset. `out` is a folder
+    under tmp_path; keywords are names of settings with `__` for the dot."""
 
     def make(out: str = "run", **changes: Any) -> RunConfig:
         flags = {**SMALL, "model.name": "gemma3-tiny", "model.sliding_window": 8}
@@ -79,7 +80,7 @@ def settings(dataset: Path, tmp_path: Path) -> Callable[..., RunConfig]:
         flags |= {name.replace("__", "."): value for name, value in changes.items()}
         if flags["model.name"].startswith("qwen"):
             del flags["model.sliding_window"]
-        if "model.init_from" in flags:  # which says what the model is
+        if "model.init_from" in flags:  # which defines the model
             flags = {n: v for n, v in flags.items() if n[:6] != "model." or n == "model.init_from"}
         return build_config({}, flags, [])
 
@@ -88,7 +89,7 @@ def settings(dataset: Path, tmp_path: Path) -> Callable[..., RunConfig]:
 
 @pytest.fixture
 def run() -> Callable[..., list[Event]]:
-    """Train, and give every event that was reported."""
+    """Return a function that trains and returns every reported event."""
 
     def go(settings: RunConfig, **where: Any) -> list[Event]:
         events: list[Event] = []
@@ -100,7 +101,8 @@ def run() -> Callable[..., list[Event]]:
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., Decoder]:
-    """A model by name, of tiny width, its weights drawn wide. A mixture has three experts."""
+    """Return a function that makes a narrow model by preset name, with standard normal weights.
+    Mixtures have three experts."""
     changes = {"hidden_size": 16, "intermediate_size": 24, "head_dim": 8, "vocab_size": 30}
     changes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     experts = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
@@ -120,7 +122,7 @@ def tiny_model() -> Callable[..., Decoder]:
 
 @pytest.fixture(scope="session")
 def published() -> Callable[..., dict[str, torch.Tensor]]:
-    """Each published tensor of a model by name: a part of a parameter, or of its gradient."""
+    """Return a function that maps published names to their parts of parameters, or of gradients."""
 
     def find(model: Decoder, what: str = "data") -> dict[str, torch.Tensor]:
         parameters = dict(model.named_parameters())
@@ -132,7 +134,7 @@ def published() -> Callable[..., dict[str, torch.Tensor]]:
 
 @pytest.fixture(scope="session")
 def give_gradients() -> Callable[[Decoder, int], None]:
-    """Set every gradient to random numbers."""
+    """Return a function that sets every gradient of a model to random numbers."""
 
     def give(model: Decoder, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -144,7 +146,7 @@ def give_gradients() -> Callable[[Decoder, int], None]:
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU, torchao and Triton, as far as settings look for them."""
+    """Simulate an H200, torchao and Triton, as far as settings check for them."""
     find = importlib.util.find_spec
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
@@ -157,7 +159,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def float8_gpu() -> None:
-    """Skips where there is none."""
+    """Skip tests on machines without a GPU that computes in float8."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     if reason := speed.float8_unavailable(torch.device("cuda", 0), "auto"):
@@ -166,7 +168,7 @@ def float8_gpu() -> None:
 
 @pytest.fixture
 def emulated_float8(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Float8 on this CPU, its products emulated."""
+    """Enable float8 on this CPU, with emulated products."""
     pytest.importorskip("torchao", reason="torchao is not installed")
     product = float8.float8_product(emulated=True)
     monkeypatch.setattr(speed, "float8_unavailable", lambda *_: "")

@@ -1,4 +1,4 @@
-"""Small lm-eval tasks on this disk, and copies of a checkpoint with changed weights."""
+"""Small local lm-eval tasks, and copies of a checkpoint with changed weights."""
 
 import importlib
 import json

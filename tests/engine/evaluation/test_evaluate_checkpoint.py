@@ -44,8 +44,8 @@ def birds(trained: Path) -> None:
 def reference(
     dataset: str, targets: int | None = None, folder: Path = CHECKPOINT
 ) -> tuple[float, int, int]:
-    """Return (nats, targets, bytes) of a validation split, by transformers, window by window.
-    Tokens are bytes, except the end of a document, which is not text."""
+    """Return (nats, targets, bytes) of a validation split, computed by transformers one window at
+    a time. Tokens are bytes, except the end of a document, which is not text."""
     transformers = importlib.import_module("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokens = open_dataset(Path(dataset)).val.tokens
@@ -59,7 +59,7 @@ def reference(
     return total, len(ids) - 1, int((ids < 256).sum())
 
 
-def test_the_loss_of_each_dataset_and_of_all_is_transformers():
+def test_losses_of_each_dataset_and_overall_equal_transformers():
     evaluation = evaluate(data=DATASETS).evaluation
     sums = {name: reference(name) for name in DATASETS}
     sums["all"] = tuple(map(sum, zip(*sums.values(), strict=True)))
@@ -90,7 +90,7 @@ def test_a_document_mask_changes_the_loss_and_not_the_tokens():
     assert masked.evaluation.loss != pytest.approx(plain.evaluation.loss, rel=1e-5)
 
 
-def test_settings_come_from_the_checkpoints_run():
+def test_settings_are_read_from_the_checkpoints_run():
     settings = run_settings(CHECKPOINT)
     assert settings["data"] == {
         "path": "data/corpus", "tokenizer": None, "seq_len": 32, "document_mask": False,

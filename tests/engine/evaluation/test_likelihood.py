@@ -22,7 +22,7 @@ BEGIN, END = 258, 256
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Gemma 3 model of transformers, saved in a folder with the byte tokenizer."""
+    """Return a Gemma 3 model of transformers, saved in a folder with the byte tokenizer."""
     transformers = importlib.import_module("transformers")
     numbers = GEMMA | {"vocab_size": ROWS, "num_key_value_heads": 2}
     config = transformers.Gemma3TextConfig(**numbers, attn_implementation="eager")
@@ -60,7 +60,7 @@ def found(scorer: Scorer, spans: list[Span]) -> list[tuple[float, bool]]:
 
 
 @pytest.mark.parametrize("begins", [False, True])
-def test_a_continuation_is_as_likely_as_transformers_has_it(theirs, scorer, begins):
+def test_likelihoods_of_continuations_equal_transformers(theirs, scorer, begins):
     if begins:
         scorer.tokenizer = replace(scorer.tokenizer, bos=BEGIN)
     mark = [BEGIN] if begins else []
@@ -77,7 +77,7 @@ def test_a_continuation_is_as_likely_as_transformers_has_it(theirs, scorer, begi
         assert is_greedy == theirs_greedy
 
 
-def test_what_is_greedy_is_known(theirs, scorer):
+def test_greedy_continuations_are_recognized(theirs, scorer):
     prompt = list(b"the cat")
     with torch.no_grad():
         best = int(theirs(torch.tensor([prompt])).logits[0, -1].argmax())
@@ -87,11 +87,11 @@ def test_what_is_greedy_is_known(theirs, scorer):
     assert [is_greedy for _, is_greedy in found(scorer, spans)] == [True, False, False]
 
 
-def test_what_no_token_is_asked_about_is_certain(scorer):
+def test_an_empty_continuation_has_log_probability_zero(scorer):
     assert found(scorer, [scorer.continuation("the cat", "")]) == [(0.0, True)]
 
 
-def test_batches_change_nothing_and_choices_are_read_once(theirs, scorer, monkeypatch):
+def test_batching_changes_no_likelihood_and_shares_equal_contexts(theirs, scorer, monkeypatch):
     monkeypatch.setattr(likelihood, "BATCH_TOKENS", 40)
     monkeypatch.setattr(likelihood, "ROWS_OF_LOGITS", 3)
     texts = ["a", " lot of different texts", "of several lengths, one after the other", "b", "c"]
@@ -103,30 +103,30 @@ def test_batches_change_nothing_and_choices_are_read_once(theirs, scorer, monkey
     )
     for (logprob, _), span in zip(found(scorer, spans), spans, strict=True):
         assert logprob == pytest.approx(by_hand(theirs, span.tokens, span.scored)[0], rel=1e-5)
-    assert sum(rows for rows, _ in read) == 3  # "a", "b" and "c" follow the same
+    assert sum(rows for rows, _ in read) == 3  # "a", "b" and "c" share a row: equal contexts
 
 
-def test_a_long_context_loses_its_beginning(theirs, scorer):
+def test_a_long_context_is_truncated_at_its_beginning(theirs, scorer):
     span = scorer.continuation("x" * 100, "yz")
     [(logprob, _)] = found(scorer, [span])
     assert logprob == pytest.approx(by_hand(theirs, span.tokens[-POSITIONS - 1 :], 2)[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("length", [1, POSITIONS - 1, POSITIONS, POSITIONS + 1, 2 * POSITIONS + 5])
-def test_every_token_of_a_whole_text_is_asked_about_once(theirs, scorer, length):
+def test_windows_score_every_token_of_a_text_once(theirs, scorer, length):
     text = "the quick brown fox jumps over the lazy dog; " * 3
     text = text[:length]
     spans = scorer.windows(text)
     assert sum(span.scored for span in spans) == length
     tokens, expected, known = [END, *text.encode()], 0.0, 1
-    while known < len(tokens):  # as the harness: the last window is as long as the others
+    while known < len(tokens):  # as in lm-eval, the last window is as long as the others
         end = min(known + POSITIONS, len(tokens))
         expected += by_hand(theirs, tokens[max(0, end - POSITIONS - 1) : end], end - known)[0]
         known = end
     assert sum(logprob for logprob, _ in found(scorer, spans)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_what_is_written_is_transformers_greedy_text_up_to_a_stop(theirs, scorer):
+def test_generation_equals_transformers_greedy_text_up_to_a_stop(theirs, scorer):
     prompts = ["the cat sat", "y" * 70, "a"]
     limit = 10
     expected = []

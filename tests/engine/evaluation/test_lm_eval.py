@@ -1,4 +1,4 @@
-"""lm-eval tasks on this disk: scores and likelihoods equal transformers'."""
+"""Local lm-eval tasks: scores and likelihoods equal transformers'."""
 
 import importlib
 import importlib.util
@@ -30,12 +30,12 @@ END = 256
 needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed"
 )
-quietly = pytest.mark.filterwarnings("ignore")  # from the harness's imports
+quietly = pytest.mark.filterwarnings("ignore")  # warnings from lm-eval's imports
 
 
 @pytest.fixture
 def tasks(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Three tasks, in a subfolder of the current folder."""
+    """Write three tasks into a subfolder of the current folder; return that folder."""
     cache_datasets_in(trained / "cache", monkeypatch)
     return write_tasks(trained / "tasks")
 
@@ -47,7 +47,7 @@ def scores(*names: str, include_path: Path | None = None) -> TaskResult:
 
 @pytest.fixture
 def scored(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """Log-probabilities that the harness received, by context and continuation."""
+    """Return the log-probabilities that lm-eval received, by context and continuation."""
     scored: dict[str, float] = {}
     likelihoods = Scorer.likelihoods
 
@@ -79,7 +79,7 @@ def likelihood(theirs: Any, context: str, text: str) -> float:
 
 @needs_harness
 @quietly
-def test_accuracy_and_likelihoods_are_transformers(tasks, theirs, scored):
+def test_accuracy_and_likelihoods_equal_transformers(tasks, theirs, scored):
     result = scores("bottles", include_path=tasks)
     right, right_by_length = 0, 0
     for row in QUESTIONS:
@@ -102,7 +102,7 @@ def test_accuracy_and_likelihoods_are_transformers(tasks, theirs, scored):
 @needs_harness
 @quietly
 def test_few_shot_examples_precede_a_question(tasks, theirs, scored):
-    """Two examples come from another file; the harness puts an empty line after each."""
+    """Two examples come from another file; lm-eval puts an empty line after each."""
     examples = [
         {"question": "7 green bottles hanging on the", "choices": ["wall", "cat"], "answer": 0},
         {"question": "And if one green", "choices": ["dog", "bottle"], "answer": 1},
@@ -132,7 +132,7 @@ def test_few_shot_examples_precede_a_question(tasks, theirs, scored):
 
 @needs_harness
 @quietly
-def test_texts_and_generated_answers_score_as_transformers(tasks, theirs):
+def test_bits_per_byte_and_generated_answers_equal_transformers(tasks, theirs):
     result = scores(f"{tasks}/song.yaml", f"{tasks}/written.yaml")
     values = {score.task: score.value for score in result.scores}
     texts = [row["question"] for row in QUESTIONS]

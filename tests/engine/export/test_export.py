@@ -31,7 +31,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     ("dtype", "kind"),
     [("bf16", torch.bfloat16), ("fp16", torch.float16), ("float32", torch.float32)],
 )
-def test_weights_are_the_checkpoints_in_another_type(dtype, kind):
+def test_exported_weights_equal_the_checkpoints_in_the_given_type(dtype, kind):
     assert write(Path("runs/tiny"), dtype) == CHECKPOINT
     before, after = tensors(CHECKPOINT), tensors(Path("out"))
     assert before.keys() == after.keys()
@@ -41,7 +41,7 @@ def test_weights_are_the_checkpoints_in_another_type(dtype, kind):
     assert config["dtype"] == config["torch_dtype"] == str(kind).removeprefix("torch.")
 
 
-def test_a_card_has_no_loss_after_its_checkpoint():
+def test_a_model_card_shows_losses_up_to_its_checkpoint():
     checkpoint = CHECKPOINT.with_name("step-000040")
     write(checkpoint)
     rows = map(json.loads, Path("runs/tiny/metrics.jsonl").read_text().splitlines())

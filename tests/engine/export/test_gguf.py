@@ -50,7 +50,7 @@ LENGTH = 33  # several windows of 7
 
 @pytest.fixture(scope="module", params=MODELS)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Model folder saved by transformers, with the byte tokenizer."""
+    """Return a model folder saved by transformers, with the byte tokenizer."""
     transformers = importlib.import_module("transformers")
     family, numbers = MODELS[request.param]
     config_class = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
@@ -75,7 +75,7 @@ def export(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_every_tensor_is_the_folders_under_its_gguf_name(folder, export, dtype):
+def test_gguf_tensors_equal_the_folders_under_their_gguf_names(folder, export, dtype):
     reader = gguf.GGUFReader(export(folder, dtype))
     saved = load_file(folder / "model.safetensors")
     family = reader.get_field("general.architecture").contents()
@@ -103,7 +103,7 @@ def test_every_tensor_is_the_folders_under_its_gguf_name(folder, export, dtype):
         assert torch.equal(torch.from_numpy(read.copy()), value.to(of).float()), tensor.name
 
 
-def test_the_files_numbers_are_the_configs(folder, export):
+def test_gguf_metadata_equals_the_config(folder, export):
     reader = gguf.GGUFReader(export(folder, "bf16"))
     config = json.loads((folder / "config.json").read_text())
     config |= {"num_experts": config.get("num_local_experts", config.get("num_experts"))}
@@ -143,7 +143,7 @@ def test_the_files_numbers_are_the_configs(folder, export):
         assert field("gemma3.attention.sliding_window") == 7
 
 
-def test_what_can_not_be_written_leaves_nothing(folder, tmp_path):
+def test_a_refused_export_writes_no_file(folder, tmp_path):
     def refused(out: str = "m.gguf", dtype: str = "fp32", where: Path = folder) -> str:
         with pytest.raises(ConfigError) as error:
             export_gguf(where, tmp_path / out, dtype=dtype, best=False, notify=lambda _: None)
@@ -168,7 +168,7 @@ def test_what_can_not_be_written_leaves_nothing(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def llama() -> Callable[..., Any]:
-    """Function that opens a file with llama.cpp, computing in float32 wherever it can."""
+    """Return a function that opens a file with llama.cpp, in float32 where llama.cpp allows it."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 
     def open_file(path: Path, **more: Any) -> Any:

@@ -52,7 +52,7 @@ def test_a_card_has_the_models_size_and_the_runs_settings():
     assert "data.tokenizer" not in text  # a setting that is None
 
 
-def test_a_model_of_no_run_has_neither_settings_nor_losses():
+def test_a_card_without_a_run_shows_no_settings_or_losses():
     headings = [line for line in card().splitlines() if line.startswith("#")]
     assert headings == ["# tiny step-003000", "## The model"]
 

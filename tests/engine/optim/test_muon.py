@@ -18,7 +18,7 @@ def is_hidden(name, tensor):
 
 @pytest.mark.parametrize("merged", [True, False], ids=["merged", "apart"])
 @pytest.mark.parametrize("model", MODELS)
-def test_each_published_matrix_is_stepped_as_by_torchs_muon(
+def test_each_published_matrix_gets_the_step_of_torchs_muon(
     tiny_model, published, give_gradients, model, merged
 ):
     model = tiny_model(model, merged=merged)
@@ -45,7 +45,7 @@ def test_each_published_matrix_is_stepped_as_by_torchs_muon(
         adamw.step()
         set_learning_rate(optimizer, 0.02)
         optimizer.step()
-    # the iteration is in bfloat16, and products of stacked matrices may round in another order
+    # The iteration is in bfloat16, and products of stacked matrices may round differently.
     for name, tensor in published(model).items():
         torch.testing.assert_close(tensor, apart[name].detach(), rtol=1e-4, atol=4e-4)
 
@@ -56,14 +56,14 @@ def test_muon_orthogonalizes_a_matrix_and_keeps_singular_vectors():
         stack = torch.randn(3, rows, columns, generator=generator)
         for matrix, found in zip(stack, orthogonalize(stack).float(), strict=True):
             u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-            inner = u.T @ found @ v.T  # diagonal where the singular vectors are the same
+            inner = u.T @ found @ v.T  # diagonal if the singular vectors are equal
             singular = inner.diagonal()
             assert singular.min() > 0.5
             assert singular.max() < 1.3
             assert (inner - singular.diag()).abs().max() < 0.05
 
 
-def test_a_step_has_about_the_size_of_adamws(tiny_model, give_gradients):
+def test_a_muon_step_is_about_as_large_as_an_adamw_step(tiny_model, give_gradients):
     model = tiny_model("qwen3-tiny", hidden_size=64, intermediate_size=128)
     before = [p.detach().clone() for p in model.blocks.parameters()]
     optimizer = build_optimizer(model, OptimizerSettings(name="muon", weight_decay=0.0), fused=True)
@@ -77,7 +77,7 @@ def test_a_step_has_about_the_size_of_adamws(tiny_model, give_gradients):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_step_that_found_what_is_not_finite_changes_nothing(tiny_model, give_gradients, model):
+def test_a_muon_step_with_found_inf_changes_nothing(tiny_model, give_gradients, model):
     model = tiny_model(model)
     optimizer = build_optimizer(model, OptimizerSettings(name="muon"), fused=True)
 
@@ -101,7 +101,7 @@ def test_a_step_that_found_what_is_not_finite_changes_nothing(tiny_model, give_g
     assert not any(map(torch.equal, second, third))
 
 
-def test_muon_is_refused_where_matrices_are_parted(settings, run):
+def test_muon_is_refused_with_fsdp(settings, run):
     with pytest.raises(ConfigError, match=r"optimizer.name: 'muon' makes whole matrices"):
         run(settings(optimizer__name="muon", train__parallel="fsdp"))
 

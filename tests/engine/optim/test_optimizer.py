@@ -11,7 +11,7 @@ from pretrain_cli.errors import ConfigError
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
-def test_each_group_is_torchs_adamw_with_that_groups_rate_and_decay(
+def test_each_group_equals_torchs_adamw_at_its_own_rate_and_decay(
     tiny_model, published, give_gradients, tied, fused
 ):
     model = tiny_model(tie_word_embeddings=tied).double()
@@ -67,7 +67,7 @@ def test_head_rate_scale_is_refused_for_a_tied_head(settings, run):
         run(settings(optimizer__head_rate_scale=2.0))
 
 
-def test_the_suggested_rate_falls_with_size():
+def test_the_suggested_learning_rate_falls_with_model_size():
     # Brown et al. 2020, table 2.1
     table = {125e6: 6e-4, 350e6: 3e-4, 760e6: 2.5e-4, 1.3e9: 2e-4, 2.7e9: 1.6e-4, 13e9: 1e-4}
     for parameters, rate in table.items():

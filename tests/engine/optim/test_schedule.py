@@ -31,7 +31,7 @@ def test_cosine_ends_near_the_final_fraction():
     assert after == pytest.approx(expected)
 
 
-def test_linear_goes_down_by_the_same_each_step():
+def test_linear_falls_by_the_same_amount_each_step():
     after = rates(schedule="linear", final_fraction=0.25)[10:]
     assert after == pytest.approx([2 - 1.5 * i / 90 for i in range(90)])
 
@@ -49,7 +49,7 @@ def test_wsd_sqrt_is_constant_and_then_one_minus_the_root():
     assert after[54:] == pytest.approx(expected)
 
 
-def test_constant_stays():
+def test_constant_stays_at_the_peak():
     assert set(rates(schedule="constant")[10:]) == {2.0}
 
 
@@ -58,7 +58,7 @@ def test_a_run_of_warm_up_only_has_a_rate_for_every_step():
 
 
 @pytest.mark.parametrize("schedule", ["wsd", "wsd-sqrt", "constant"])
-def test_what_is_held_does_not_depend_on_the_number_of_steps(schedule):
+def test_the_constant_phase_does_not_depend_on_the_number_of_steps(schedule):
     assert rates(schedule=schedule)[:80] == rates(steps=300, schedule=schedule)[:80]
 
 

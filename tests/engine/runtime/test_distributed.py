@@ -17,7 +17,7 @@ from pretrain_cli.errors import ConfigError
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
-def test_one_process_is_its_own_sum_mean_and_minimum():
+def test_collectives_of_one_process_return_its_own_values():
     assert ALONE.is_first
     assert ALONE.sum(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
     assert ALONE.mean([3.0, 5.0]) == [3.0, 5.0]
@@ -26,7 +26,7 @@ def test_one_process_is_its_own_sum_mean_and_minimum():
     ALONE.wait()
 
 
-def test_ranks_come_from_torchruns_environment(monkeypatch):
+def test_without_torchruns_environment_there_is_one_rank(monkeypatch):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     with open_ranks("cpu") as ranks:
@@ -41,7 +41,7 @@ def test_ranks_come_from_torchruns_environment(monkeypatch):
         ("cuda:99", "'cuda:99' is not there, this machine has"),
     ],
 )
-def test_a_device_that_is_not_there_is_refused(name, message):
+def test_a_missing_or_unknown_device_is_refused(name, message):
     with pytest.raises(ConfigError, match=message):
         find_device(name)
 
@@ -56,7 +56,7 @@ def test_a_cpu_is_named_with_its_threads():
     assert device_name(torch.device("cpu")).endswith(f", {torch.get_num_threads()} threads")
 
 
-def test_a_model_alone_is_not_wrapped_and_fsdp_needs_ranks():
+def test_one_rank_does_not_wrap_the_model_and_refuses_fsdp():
     model = torch.nn.Linear(2, 2)
     assert parallelize(model, ALONE, "ddp") is model  # pyright: ignore[reportArgumentType]
     assert not is_sharded(model)

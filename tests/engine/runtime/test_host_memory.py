@@ -1,4 +1,4 @@
-"""Host memory: available bytes by kernel and control groups, and memory that glibc keeps."""
+"""Host memory: available bytes by kernel and control groups, and freed memory kept by glibc."""
 
 import platform
 import subprocess
@@ -33,13 +33,13 @@ def groups(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_available_memory_is_what_the_kernel_says(groups):
+def test_available_memory_is_the_kernels_estimate(groups):
     assert host_memory.available_memory() == 1000 * 1024
     limit(groups / "job/step", memory_max="max", memory_current="5", memory_stat="anon 5")
     assert host_memory.available_memory() == 1000 * 1024
 
 
-def test_a_control_group_or_one_above_it_leaves_less(groups):
+def test_limits_of_a_control_group_and_its_parents_apply(groups):
     limit(groups / "job/step", memory_max="9000", memory_current="5000",
           memory_stat="anon 4000\ninactive_file 600\nactive_file 400")  # fmt: skip
     assert host_memory.available_memory() == 9000 - 5000 + 600
@@ -47,7 +47,7 @@ def test_a_control_group_or_one_above_it_leaves_less(groups):
     assert host_memory.available_memory() == 2000
 
 
-def test_a_system_that_says_nothing_has_no_answer(monkeypatch):
+def test_available_memory_is_none_if_the_system_reports_nothing(monkeypatch):
     def missing(path, *arguments, **options):
         raise FileNotFoundError(path)
 
@@ -72,7 +72,7 @@ print(resident() - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's")
-def test_memory_that_is_freed_is_given_back():
+def test_freed_memory_is_returned_to_the_system():
     def left(give_back):
         script = GAPS.format(give_back=give_back)
         out = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)

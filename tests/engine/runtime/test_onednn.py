@@ -1,4 +1,4 @@
-"""Float32 products by oneDNN keep float32's precision."""
+"""Float32 matrix products by oneDNN: their precision, and when they are used."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def decided(asked, **changes):
 
 
 @needs_onednn
-def test_products_are_those_of_float32():
+def test_onednn_products_have_float32_precision():
     a, b = torch.randn(2, 300, 300, generator=torch.Generator().manual_seed(1))
     exact = a.double() @ b.double()
     apply_process_settings(decided(True))
@@ -37,14 +37,14 @@ def test_products_are_those_of_float32():
 
 @needs_onednn
 @pytest.mark.parametrize(("maker", "on"), [("AuthenticAMD", True), ("GenuineIntel", False)])
-def test_unasked_it_is_for_amd_alone(monkeypatch, maker, on):
+def test_auto_uses_onednn_on_amd_only(monkeypatch, maker, on):
     monkeypatch.setattr(onednn, "_maker", lambda: maker)
     decision = decided("auto").decisions["onednn_matmul"]
     assert decision.in_force is on
     assert decision.reason
 
 
-def test_with_amx_it_is_left_off_with_the_reason(monkeypatch):
+def test_onednn_is_off_with_amx_and_gives_the_reason(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     decision = decided(True).decisions["onednn_matmul"]
     assert decision.in_force is False
@@ -52,7 +52,7 @@ def test_with_amx_it_is_left_off_with_the_reason(monkeypatch):
 
 
 @needs_onednn
-def test_products_that_are_off_leave_it_off(monkeypatch):
+def test_onednn_is_off_if_its_products_are_inaccurate(monkeypatch):
     real = torch.Tensor.__matmul__
 
     def rounded(a, b):
@@ -66,7 +66,7 @@ def test_products_that_are_off_leave_it_off(monkeypatch):
 
 
 @needs_onednn
-def test_looking_leaves_the_process_as_it_was():
+def test_resolving_settings_does_not_change_torchs_precision():
     torch.set_float32_matmul_precision("highest")
     before = torch.backends.mkldnn.matmul.fp32_precision
     decided(True)

@@ -26,7 +26,7 @@ from pretrain_cli.engine.runtime.peak_flops import find_peak
         ("Tesla V100-SXM2-16GB", None),
     ],
 )
-def test_a_gpu_has_the_peak_of_its_own_name_or_none(name, teraflops):
+def test_the_stated_peak_is_that_of_the_exact_gpu_name_or_none(name, teraflops):
     stated = stated_for(name)
     assert (stated and stated.flops) == (teraflops and teraflops * 1e12)
 
@@ -43,7 +43,7 @@ def test_an_unknown_device_gets_its_measured_peak():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_what_a_gpu_reaches_is_below_what_its_maker_states():
+def test_a_gpus_measured_peak_is_below_its_stated_peak():
     peak = find_peak(torch.device("cuda", 0), torch.bfloat16, seconds=0.2)
     if peak.source.startswith("stated"):
         assert 0.4 * peak.flops < peak.measured < 1.02 * peak.flops

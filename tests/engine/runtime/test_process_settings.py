@@ -18,13 +18,13 @@ def no_torch(monkeypatch):
     """Pretend that torch is not loaded yet, and that the environment sets no thread policy."""
     monkeypatch.delitem(sys.modules, "torch")
     for name in (process_settings.SPINS, process_settings.POLICY):
-        monkeypatch.setenv(name, "")  # so that it is undone
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         monkeypatch.delenv(name)
 
 
-def test_nothing_is_set_once_torch_is_loaded(monkeypatch):
+def test_the_environment_is_unchanged_once_torch_is_loaded(monkeypatch):
     for name in (process_settings.SPINS, process_settings.POLICY):
-        monkeypatch.setenv(name, "")  # so that it is undone
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         monkeypatch.delenv(name)
     process_settings.set_env_before_torch(SpeedConfig())
     assert process_settings.SPINS not in os.environ
@@ -42,7 +42,7 @@ with torch.profiler.profile(acc_events=True):
 """
 
 
-def test_a_profile_says_nothing_on_standard_error():
+def test_a_profile_prints_nothing_to_standard_error():
     clean = {k: v for k, v in os.environ.items() if k != process_settings.KINETO_LEVEL}
     done = subprocess.run(
         [sys.executable, "-c", PROFILED.format(hush="silence_kineto()")],
@@ -51,13 +51,13 @@ def test_a_profile_says_nothing_on_standard_error():
     assert done.stderr == ""
 
 
-def test_what_the_environment_says_of_the_profiler_holds(monkeypatch):
+def test_kinetos_log_level_in_the_environment_is_kept(monkeypatch):
     monkeypatch.setenv(process_settings.KINETO_LEVEL, "1")
     process_settings.silence_kineto()
     assert os.environ[process_settings.KINETO_LEVEL] == "1"
 
 
-def test_only_settings_of_the_process_are_taken():
+def test_set_accepts_only_process_settings():
     process_settings.check_process_settings(
         "--set", ["speed.keep_freed_memory=false", "speed.passive_threads=no"]
     )

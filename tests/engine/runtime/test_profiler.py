@@ -1,4 +1,4 @@
-"""Profiles name the parts of a step and its operators; without one the spans cost nothing."""
+"""Profiles: the parts and operators of a step. Without a profiler, spans cost nothing."""
 
 import json
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ from pretrain_cli.model.presets import preset
 from pretrain_cli.spans import span
 
 
-def test_a_part_is_nothing_unless_a_profile_is_made():
+def test_a_span_is_a_null_context_without_a_profiler():
     assert isinstance(span("forward"), nullcontext)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True):
         assert not isinstance(span("forward"), nullcontext)
@@ -24,7 +24,7 @@ def test_a_part_is_nothing_unless_a_profile_is_made():
 
 
 @pytest.mark.parametrize("chunked", [True, False])
-def test_a_step_is_its_parts(tmp_path, chunked):
+def test_parts_of_a_profiled_step_add_up_to_its_seconds(tmp_path, chunked):
     workload = Workload(
         name="x", model=preset("qwen3-tiny"), seq_len=64, micro_batch_size=1, device="cpu"
     )
@@ -49,7 +49,7 @@ def test_a_step_is_its_parts(tmp_path, chunked):
     assert {"pretrain: forward", "pretrain: loss", "pretrain: backward", "aten::mm"} <= named
 
 
-def test_steps_of_a_run_are_looked_into_after_a_few(settings, run, tmp_path):
+def test_a_run_profiles_its_steps_after_three_of_warm_up(settings, run, tmp_path):
     events = run(settings(train__steps=8, train__log_every=1), profile=2)
     (profiled,) = [event for event in events if isinstance(event, Profiled)]
     assert profiled.step == 5
@@ -62,7 +62,7 @@ def test_steps_of_a_run_are_looked_into_after_a_few(settings, run, tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_more_steps_than_the_run_has_are_refused(settings, run):
+def test_profiling_more_steps_than_the_run_has_is_refused(settings, run):
     with pytest.raises(
         ConfigError, match="--profile: 4 steps after 3 to warm up, and the run has 6"
     ):

@@ -1,4 +1,4 @@
-"""Speed settings: none changes what is learned; each is recorded as requested and as in force."""
+"""Speed settings change no loss beyond rounding; each is recorded as requested and as in force."""
 
 import sys
 import types
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def choices(setting: str) -> list:
-    """Every value of a setting, read from its type, so that a new one can't be forgotten."""
+    """Return every value of a setting, read from its type, so that tests include new values."""
 
     def values(kind):
         if kind is bool:
@@ -74,7 +74,7 @@ def test_a_speed_setting_changes_no_loss_and_no_checkpoint_key(
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile's own
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # from torch.compile itself
 @pytest.mark.parametrize("masked", [False, True])
 def test_compiled_blocks_learn_the_same(settings, run, masked):
     losses = []
@@ -90,14 +90,14 @@ def test_flex_is_refused_for_training_on_a_cpu_with_the_reason():
     assert resolve_speed(SpeedConfig(attention="flex"), CPU, training=False).attention == "flex"
 
 
-def test_compile_without_a_compiler_is_said_and_left_off(monkeypatch):
+def test_compile_is_off_without_a_compiler_and_gives_the_reason(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     decision = resolve_speed(SpeedConfig(compile=True), CPU).decisions["compile"]
     assert decision.in_force is False
     assert "no C++ compiler" in decision.reason
 
 
-def test_making_cheap_things_again_is_for_compiled_blocks_on_a_cpu(monkeypatch):
+def test_recompute_cheap_is_for_compiled_blocks_on_a_cpu(monkeypatch):
     def decided(asked, device=CPU, **more):
         speed = resolve_speed(SpeedConfig(recompute_cheap=asked, **more), device)
         return speed.decisions["recompute_cheap"]
@@ -113,10 +113,10 @@ def test_making_cheap_things_again_is_for_compiled_blocks_on_a_cpu(monkeypatch):
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-def test_compiling_says_what_is_to_be_made_again(tiny_model, recompute):
+def test_compiling_applies_recompute_cheap_to_functorch(tiny_model, recompute):
     banned = [f"ban_recompute_{n}" for n in ("materialized_backward", "used_far_apart",
                                              "long_fusible_chains")]  # fmt: skip
-    with autograd_config.patch(dict.fromkeys(banned, recompute)):  # so that it is undone
+    with autograd_config.patch(dict.fromkeys(banned, recompute)):  # restored afterwards
         tiny_model().compile_parts(recompute_cheap=recompute)
         assert [getattr(autograd_config, name) for name in banned] == [not recompute] * 3
 
@@ -125,7 +125,7 @@ def test_compiling_says_what_is_to_be_made_again(tiny_model, recompute):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "flex"])
-def test_backends_learn_the_same_on_a_gpu(settings, run, attention, masked):
+def test_attention_backends_have_the_same_losses_on_a_gpu(settings, run, attention, masked):
     losses = []
     for name in ("eager", attention):
         speed = {"speed__attention": name, "speed__compile": False}

@@ -86,7 +86,7 @@ def test_a_stopped_run_saves_its_last_step_and_resumes_exactly(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_each_signal_asks_and_afterwards_means_what_it_meant(number):
+def test_each_signal_requests_a_stop_and_its_handler_is_restored(number):
     before = signal.getsignal(number)
     with StopRequest() as request:
         assert not request.poll()
@@ -104,7 +104,7 @@ with StopRequest() as request:
 """
 
 
-def test_a_second_signal_leaves_at_once_and_a_repeated_one_does_not():
+def test_a_second_signal_exits_at_once_but_a_forwarded_copy_does_not():
     process = subprocess.Popen([sys.executable, "-c", WAITING], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     with process, process.stdout:
@@ -169,9 +169,7 @@ def test_ranks_stop_at_the_same_poll_and_agree_rarely(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_ranks_of_which_one_is_signalled_save_and_say_so_alike(
-    settings, run, tmp_path, parallel
-):
+def test_a_signal_to_one_of_two_ranks_saves_and_stops_both(settings, run, tmp_path, parallel):
     """Start the ranks as Slurm's srun would: no launcher forwards the signal."""
     common = {"train__log_every": 10, "train__eval_every": 10**6}
     config = settings("two", **common, train__steps=10**6, train__parallel=parallel)
@@ -211,7 +209,7 @@ def test_two_ranks_of_which_one_is_signalled_save_and_say_so_alike(
     )
 
 
-# --- the clock -----------------------------------------------------------------------------------
+# --- time limits ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -219,19 +217,21 @@ def test_two_ranks_of_which_one_is_signalled_save_and_say_so_alike(
     [("90s", {"seconds": 90}), ("15m", {"minutes": 15}), ("3h55m", {"hours": 3, "minutes": 55}),
      ("1d", {"days": 1}), ("1d2h3m4s", {"days": 1, "hours": 2, "minutes": 3, "seconds": 4})],
 )  # fmt: skip
-def test_times_are_read_as_they_are_meant(settings, text, parts):
+def test_durations_are_converted_to_seconds(settings, text, parts):
     assert seconds_of(text) == datetime.timedelta(**parts).total_seconds()
     assert settings(train__max_time=text).train.max_time == text
 
 
 @pytest.mark.parametrize("text", ["3 hours", "90", 90, "", "0s", "1.5h", "55m3h"])
-def test_what_is_no_time_is_refused(settings, text):
+def test_an_invalid_duration_is_refused(settings, text):
     with pytest.raises(ConfigError, match=r"train.max_time: .* is not"):
         settings(train__max_time=text)
 
 
 @pytest.mark.parametrize(("every", "last"), [(100, 4), (1, 6)])
-def test_a_limit_stops_a_run_with_room_for_a_save(settings, tmp_path, monkeypatch, every, last):
+def test_a_time_limit_stops_a_run_early_enough_to_save(
+    settings, tmp_path, monkeypatch, every, last
+):
     """Run with a fake clock, on which a step takes 100 s. The estimate for a save is two minutes
     until one is measured."""
     clock = [0.0]

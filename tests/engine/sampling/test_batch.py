@@ -53,7 +53,7 @@ def finish(model, texts, params, *, rows, end=-1, known=V, until=None):
 
 @torch.no_grad()
 def greedy(model, prompt, count):
-    """Generate greedily without a cache: the whole text is computed again for every token."""
+    """Generate greedily without a cache: every token computes the whole text again."""
     tokens, logprobs = list(prompt), []
     for _ in range(count):
         last = model(torch.tensor([tokens]), last_only=True)[0, -1].float()
@@ -69,7 +69,7 @@ PROMPTS = [
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 20])
-def test_greedy_texts_of_a_ragged_batch_are_those_without_a_cache(model, rows):
+def test_greedy_texts_of_a_ragged_batch_equal_those_without_a_cache(model, rows):
     texts = finish(model, texts_of(PROMPTS), SamplingParams(temperature=0), rows=rows)
     for text in texts:
         tokens, logprobs = greedy(model, text.prompt, 20)
@@ -81,7 +81,7 @@ def test_greedy_texts_of_a_ragged_batch_are_those_without_a_cache(model, rows):
 
 
 @pytest.mark.parametrize("params", [{}, {"top_p": 0.9, "repetition_penalty": 1.3}], ids=str)
-def test_a_text_is_its_seeds_whatever_else_is_in_the_batch(model, params):
+def test_a_text_depends_on_its_seed_and_not_on_its_batch(model, params):
     hot = SamplingParams(temperature=1.5, **params)
     together = finish(model, texts_of(PROMPTS, seed=40), hot, rows=6)
     for text in together[::3]:
@@ -112,14 +112,14 @@ def test_texts_of_one_prompt_are_prefilled_once_and_differ(model, monkeypatch):
         )
 
 
-def test_prompts_of_like_lengths_are_prefilled_together():
+def test_prompts_of_similar_lengths_are_prefilled_together():
     groups = list(batch._groups([[0] * n for n in (10, 100, 90, 4, 76, 9, 74)]))
     assert [[len(prompt) for prompt in group] for group in groups] == [
         [100, 90, 76], [74], [10, 9], [4],
     ]  # fmt: skip
 
 
-def test_each_text_ends_for_its_own_reason_and_the_rest_go_on(model):
+def test_each_text_ends_for_its_own_reason_and_the_others_continue(model):
     expected = [greedy(model, prompt, 20)[0] for prompt in PROMPTS[:6]]
     end = expected[2][4]
     texts = texts_of(PROMPTS[:6])
@@ -137,8 +137,8 @@ def test_each_text_ends_for_its_own_reason_and_the_rest_go_on(model):
     assert texts[2].stopped == "end"
 
 
-def test_tokens_looked_at_late_make_the_same_texts(model, monkeypatch):
-    """Simulates a GPU, where the CPU sees a text's end some turns after it was sampled."""
+def test_tokens_fetched_late_give_the_same_texts(model, monkeypatch):
+    """Simulates a GPU, where the CPU sees the end of a text some steps after it was sampled."""
     expected = [greedy(model, prompt, 20)[0] for prompt in PROMPTS[:6]]
     end = expected[2][4]
     plain = finish(model, texts_of(PROMPTS[:6]), SamplingParams(temperature=0), rows=2, end=end)
@@ -153,14 +153,14 @@ def test_tokens_looked_at_late_make_the_same_texts(model, monkeypatch):
     assert [(t.tokens, t.stopped) for t in texts] == [(t.tokens, t.stopped) for t in plain]
 
 
-def test_rows_that_pad_the_vocabulary_are_never_chosen(model):
+def test_padding_rows_of_the_vocabulary_are_never_sampled(model):
     texts = finish(
         model, texts_of(PROMPTS[:3], limit=60), SamplingParams(temperature=100), rows=3, known=10
     )
     assert all(token < 10 for text in texts for token in text.tokens)
 
 
-def test_a_model_that_diverged_is_told(model):
+def test_a_model_with_nan_weights_raises_checkpoint_error(model):
     broken = build_model(model.config, resolve_speed(SpeedConfig(dtype="float32"), CPU), CPU)
     broken.load_state_dict(model.state_dict())
     with torch.no_grad():

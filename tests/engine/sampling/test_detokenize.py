@@ -91,7 +91,7 @@ def test_bytes_that_form_no_character_are_returned_at_the_end(broken):
     assert "".join(streamed(tokenizer, prompt, list(broken + b"xyz"))) == continued
 
 
-def test_an_invalid_byte_after_a_returned_character_stops_no_stream(byte_fallback):
+def test_an_invalid_byte_after_a_character_does_not_end_the_stream(byte_fallback):
     """DecodeStream raises here: byte fallback replaces all bytes of a run that is not UTF-8."""
     ids = [*ids_of(byte_fallback, "é"), 6 + 0xFF, *ids_of(byte_fallback, "bé")]
     pieces = streamed(byte_fallback, byte_fallback.encode_prompt("a"), ids)

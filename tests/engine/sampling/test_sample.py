@@ -52,7 +52,7 @@ def test_the_same_seed_gives_the_same_text(model, tokenizer):
     assert text(1) != text(2)
 
 
-def test_texts_are_planned_in_order_each_with_its_seed_and_its_room(model, tokenizer):
+def test_completions_are_planned_in_order_with_seeds_and_limits(model, tokenizer):
     params = SamplingParams(max_tokens=30, seed=5)
     texts = plan_completions(model, tokenizer, ["a" * 10, "b" * 50], params, n=2)
     assert [text.prompt[0] for text in texts] == [97, 97, 98, 98]
@@ -71,7 +71,7 @@ def test_texts_are_planned_in_order_each_with_its_seed_and_its_room(model, token
             plan_completions(model, tokenizer, ["x", "a" + half], params)
 
 
-def test_a_text_ends_before_a_stop_string_and_only_its_own(model, tokenizer):
+def test_a_stop_string_ends_only_the_text_that_holds_it(model, tokenizer):
     params = SamplingParams(max_tokens=30, temperature=2, seed=3)
     texts = plan_completions(model, tokenizer, ["a", "b"], params)
     whole = {}
@@ -92,14 +92,14 @@ def test_a_text_ends_before_a_stop_string_and_only_its_own(model, tokenizer):
     assert shown[1] == whole[1].partition(string)[0]
 
 
-def test_text_that_might_have_been_a_stop_string_is_given_in_the_end(model, tokenizer):
+def test_an_incomplete_stop_string_at_the_end_is_returned(model, tokenizer):
     params = SamplingParams(max_tokens=12, temperature=2, seed=3)
     plain = "".join(sample_text(model, tokenizer, "a", params))
     begun = SamplingParams(max_tokens=12, temperature=2, seed=3, stop=(plain[-2:] + "never so",))
     assert "".join(sample_text(model, tokenizer, "a", begun)) == plain
 
 
-def test_sampling_leaves_the_model_as_it_is(model, tokenizer):
+def test_sampling_does_not_change_the_model(model, tokenizer):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     "".join(sample_text(model, tokenizer, "a", SamplingParams(max_tokens=3)))
     after = model.state_dict()
@@ -135,7 +135,7 @@ def test_prompts_that_cannot_be_read_are_refused(tmp_path, text, said):
         read_prompts(tmp_path / "nowhere.txt")
 
 
-def test_compiling_pays_where_its_seconds_are_saved():
+def test_compiling_starts_at_once_to_twice_the_break_even_steps():
     """Break-even steps are compile time / time saved per token, in tokens/s of `pretrain benchmark
     sample` with and without --compile: gemma3-tiny in float32, gemma3-270m in bfloat16."""
     for name, seconds, compiled, plain in (
@@ -146,7 +146,7 @@ def test_compiling_pays_where_its_seconds_are_saved():
         assert even < worth_compiling(preset(name)) < 2 * even
 
 
-def test_compiling_is_for_long_texts_on_a_cpu_or_when_asked(model, tokenizer, monkeypatch):
+def test_compile_is_chosen_for_long_texts_or_on_request(model, tokenizer, monkeypatch):
     def decided(asked, limit, rows=1, count=1):
         texts = plan_completions(model, tokenizer, ["a"] * count, SamplingParams())
         for text in texts:
@@ -167,8 +167,8 @@ def test_compiling_is_for_long_texts_on_a_cpu_or_when_asked(model, tokenizer, mo
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "rows"), [("gemma3-tiny", 3), ("qwen3-tiny", 1)])
-def test_a_compiled_step_writes_the_same(tokenizer, family, rows):
-    """600 tokens: a full layer's buffer grows, and no new size compiles the step again."""
+def test_a_compiled_step_gives_the_same_tokens(tokenizer, family, rows):
+    """Over 600 tokens a full layer's buffer grows, and no new size recompiles the step."""
     config = variant(
         preset(family),
         {"hidden_size": 32, "vocab_size": 320, "num_hidden_layers": 6 if "gemma" in family else 2,
@@ -184,7 +184,7 @@ def test_a_compiled_step_writes_the_same(tokenizer, family, rows):
         torch._dynamo.utils.counters.clear()
         writer = sample.open_session(model, compiled, texts, rows, said.append)
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        assert graphs == compiled * (3 if "gemma" in family else 2)  # each kind of block; the head
+        assert graphs == compiled * (3 if "gemma" in family else 2)  # block kinds and head
         with torch.compiler.set_stance("fail_on_recompile" if compiled else "default"):
             for _ in generate_text(writer, tokenizer, texts, params, rows=rows):
                 pass
@@ -194,7 +194,7 @@ def test_a_compiled_step_writes_the_same(tokenizer, family, rows):
 
 
 @pytest.mark.gpu
-def test_a_cuda_graph_writes_the_same(tokenizer):
+def test_a_cuda_graph_gives_the_same_tokens(tokenizer):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     cuda = torch.device("cuda")

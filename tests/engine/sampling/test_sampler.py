@@ -49,7 +49,7 @@ def warped(logits, prompt, **params):
     ],
     ids=str,
 )
-def test_each_control_leaves_what_transformers_leaves(params, vocabulary):
+def test_each_parameter_gives_the_probabilities_of_transformers(params, vocabulary):
     generator = torch.Generator().manual_seed(1)
     logits = 3 * torch.randn(3, vocabulary, generator=generator)
     prompt = torch.randint(0, vocabulary, (3, 12), generator=generator)
@@ -58,7 +58,7 @@ def test_each_control_leaves_what_transformers_leaves(params, vocabulary):
     present = torch.zeros(3, vocabulary, dtype=torch.bool).scatter(1, prompt, True)
     scores = logits
     penalty = settled.repetition_penalty
-    if penalty != 1:  # as the paper has it: CTRL, Keskar et al. 2019, with its sign mended
+    if penalty != 1:  # as in CTRL (Keskar et al. 2019), with its sign corrected
         scores = logits.clone()
         for row, ids in enumerate(prompt.tolist()):
             for token in set(ids):
@@ -68,7 +68,7 @@ def test_each_control_leaves_what_transformers_leaves(params, vocabulary):
     ours = ours / ours.sum(-1, keepdim=True)
     assert torch.equal(ours > 0, expected > 0)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-7)
-    # and `sample_next` penalizes the same: greedily, and over a thousand draws
+    # `sample_next` applies the same penalty, greedily and in a thousand draws.
     greedy = SamplingParams(temperature=0, repetition_penalty=penalty)
     assert torch.equal(sample_next(logits, greedy, torch.zeros(3), present).ids, scores.argmax(-1))
     numbers = uniforms(5, 1000)
@@ -77,7 +77,7 @@ def test_each_control_leaves_what_transformers_leaves(params, vocabulary):
         assert (expected[row, torch.stack(drawn)[:, row]] > 0).all()
 
 
-def test_tokens_as_likely_as_the_last_one_are_kept():
+def test_top_k_and_top_p_keep_ties_with_the_last_token():
     logits = torch.tensor([[1.0, 2.0, 1.0, 0.0]])
     assert (probabilities(logits, SamplingParams(temperature=1, top_k=2)) > 0).tolist() == [
         [True, True, True, False]
@@ -94,7 +94,7 @@ def test_frequencies_follow_the_probabilities():
     torch.testing.assert_close(shares, torch.tensor([0.7, 0.0, 0.2, 0.1]), atol=0.03, rtol=0)
 
 
-def test_a_draw_is_where_the_running_sum_passes_its_share():
+def test_a_draw_inverts_the_cumulative_distribution():
     likely = torch.tensor([[0.0, 0.5, 0.25, 0.25, 0.0]])
     for share, token in ((0.0, 1), (0.499, 1), (0.5, 2), (0.75, 3), (1 - 2**-53, 3)):
         number = torch.tensor([share], dtype=torch.float64)
@@ -106,7 +106,7 @@ def test_a_seeds_numbers_do_not_depend_on_how_many_are_drawn():
     assert not torch.equal(uniforms(7, 3), uniforms(8, 3))
 
 
-def test_log_probabilities_are_the_models_own():
+def test_log_probabilities_are_those_before_temperature_and_top_k():
     logits = torch.tensor([[0.0, 3.0, 1.0]])
     choice = sample_next(
         logits, SamplingParams(temperature=0.1, top_k=1), torch.tensor([0.5]), None
@@ -132,6 +132,6 @@ def test_logits_that_are_not_finite_give_no_token(broken, temperature):
      {"max_tokens": 0}, {"seed": -1}, {"stop": ("",)}],
     ids=str,
 )  # fmt: skip
-def test_controls_that_mean_nothing_are_refused(wrong):
+def test_sampling_parameters_out_of_range_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong)).replace("_", "-")):
         SamplingParams(**wrong)

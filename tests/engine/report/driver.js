@@ -1,4 +1,4 @@
-// Uses the report as a reader does, and writes what it shows into the page as JSON.
+// Operates the report's controls like a reader, and appends the curves shown to the page as JSON.
 {
 const report = { errors: window.faults };
 setTimeout(finish, 8000);

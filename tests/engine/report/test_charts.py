@@ -5,7 +5,7 @@ import re
 from tests.commands.test_report import Page, html, make_run, step
 
 
-def test_several_runs_are_side_by_side_under_names_that_differ(pretrain, tmp_path):
+def test_several_runs_share_charts_under_distinct_names(pretrain, tmp_path):
     make_run(tmp_path / "a/run", [step(1), step(2)])
     other = {"train": {"steps": 10}, "optimizer": {"learning_rate": 0.5}}
     make_run(tmp_path / "b/run", [step(1)], settings=other)
@@ -20,7 +20,7 @@ def test_several_runs_are_side_by_side_under_names_that_differ(pretrain, tmp_pat
     assert differing == ["learning_rate"]
 
 
-def test_what_a_run_has_not_is_said(pretrain, tmp_path):
+def test_charts_report_missing_curves(pretrain, tmp_path):
     make_run(tmp_path / "r", [step(1), step(2)])
     make_run(tmp_path / "s", [step(1), {"kind": "evaluation", "step": 1, "loss": 4.5}])
     make_run(tmp_path / "none", [])

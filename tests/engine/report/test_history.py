@@ -6,7 +6,7 @@ from pretrain_cli.engine.report.history import BUCKETS, read_history
 from tests.commands.test_report import Page, make_run, step
 
 
-def test_numbers_that_are_not_finite_are_gaps_and_marked(pretrain, tmp_path):
+def test_nonfinite_numbers_become_gaps_and_marks(pretrain, tmp_path):
     make_run(tmp_path / "r", [step(1), step(2, loss=float("nan")), step(3, loss=float("inf"))])
     assert pretrain("report r").code == 0
     (run,) = Page("r/report.html").data["runs"]
@@ -15,7 +15,7 @@ def test_numbers_that_are_not_finite_are_gaps_and_marked(pretrain, tmp_path):
     assert marks == [("not finite", 2, "loss nan"), ("not finite", 3, "loss inf")]
 
 
-def test_damaged_lines_are_left_out_and_said(pretrain, tmp_path):
+def test_damaged_lines_are_skipped_and_counted_in_a_note(pretrain, tmp_path):
     run = make_run(tmp_path / "r", [step(1), step(2)])
     with (run / "metrics.jsonl").open("ab") as file:
         file.write(b'{"kind": "step", "step": true}\n[1]\n\xff\xfe\n{"kind": "step", "st')
@@ -30,17 +30,17 @@ def test_damaged_lines_are_left_out_and_said(pretrain, tmp_path):
     assert all(note in page.text for note in notes)
 
 
-def test_time_goes_on_where_each_process_counted_from_zero(tmp_path):
+def test_time_accumulates_over_processes_that_each_start_at_zero(tmp_path):
     rows = [step(1, seconds=2.0), step(2, seconds=5.0), step(3, seconds=1.0), step(4, seconds=2.5)]
     history = read_history(make_run(tmp_path / "r", rows))
     assert history.steps.axes["time"].tolist() == [2.0, 5.0, 6.0, 7.5]
     assert [mark.axes["step"] for mark in history.marked("restarted")] == [2]
 
 
-def test_a_long_run_is_drawn_by_means_lows_and_highs(pretrain, tmp_path):
+def test_a_long_run_is_thinned_to_means_with_lows_and_highs(pretrain, tmp_path):
     count = 10 * BUCKETS
     losses = [2.0 + (number % 7) for number in range(count)]
-    losses[4321] = 99.0  # one spike among them all
+    losses[4321] = 99.0  # a single spike
     rows = [{"kind": "step", "step": n + 1, "loss": loss} for n, loss in enumerate(losses)]
     make_run(tmp_path / "r", rows)
     assert pretrain("report r").code == 0

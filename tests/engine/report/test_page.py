@@ -53,13 +53,13 @@ DRIVER = (Path(__file__).parent / "driver.js").read_text()
 
 @pytest.fixture(scope="module")
 def driven(tmp_path_factory):
-    """Return the rows of two runs, and what the page showed in each state of the driver."""
+    """Return the rows of two runs, and the curves that driver.js read in each of its states."""
     folder = tmp_path_factory.mktemp("report")
     rows = [make_run(folder / name, scale) for name, scale in (("run-a", 1.0), ("run-b", 0.8))]
     page = folder / "report.html"
     write_report([folder / "run-a", folder / "run-b"], page, None, print)
     html = page.read_text()
-    # the page's policy admits its own script alone, so the driver needs the policy gone
+    # remove the content security policy: it allows only the page's own script, not the driver
     html = re.sub(r"<meta http-equiv=.Content-Security-Policy[^>]*>", "", html)
     faults = "<script>window.faults = []; onerror = (text) => { faults.push(text); };</script>"
     html = html.replace("<head>", "<head>" + faults, 1)

@@ -10,7 +10,7 @@ def test_the_picture_is_drawn(pretrain, tmp_path):
     pytest.importorskip("matplotlib")
     rows = [step(1), step(2), {"kind": "skipped", "step": 2}, {"kind": "evaluation", "step": 2,
             "loss": 2.0}]  # fmt: skip
-    make_run(tmp_path / "_$a_{$", rows)  # a name that matplotlib would take for mathematics
+    make_run(tmp_path / "_$a_{$", rows)  # matplotlib would parse `$` as math
     make_run(tmp_path / "名前", [])
     done = pretrain("report '_$a_{$' 名前 --png c.png")
     assert (done.code, done.err) == (0, "")

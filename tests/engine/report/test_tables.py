@@ -1,4 +1,4 @@
-"""The text parts of the page: what a file holds stays text."""
+"""Text parts of the page: markup in a run's files is escaped."""
 
 import json
 
@@ -7,7 +7,7 @@ from tests.commands.test_report import Page, make_run, quoted, step
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;\"'<!--"
 
 
-def test_nothing_that_a_file_holds_is_markup(pretrain, tmp_path):
+def test_markup_in_run_files_is_escaped(pretrain, tmp_path):
     name = "a<b>&'\"<script>alert(3)<!--"
     rows = [step(1, **{NASTY: 1.0}), {"kind": NASTY, "step": 1, NASTY: NASTY}]
     settings = {"train": {"steps": NASTY, NASTY: [NASTY]}, NASTY: {NASTY: NASTY}}

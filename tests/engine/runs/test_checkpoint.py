@@ -1,4 +1,4 @@
-"""A checkpoint is a model: transformers opens it, and its files can be trusted."""
+"""Checkpoints: transformers opens them, checksums find damage, and shards equal a single file."""
 
 import json
 import shutil
@@ -49,14 +49,14 @@ def test_transformers_opens_a_checkpoint_with_equal_logits_and_ids(
     assert theirs.generation_config.eos_token_id == 256
 
 
-def test_training_from_a_model_folder_starts_where_it_stands(settings, run, tmp_path):
+def test_init_from_a_model_folder_starts_at_its_loss(settings, run, tmp_path):
     first = run(settings(train__steps=40, train__eval_every=40))
     folder = tmp_path / "run/checkpoints/step-000040"
     again = run(settings("second", model__init_from=folder))
     [evaluation] = [event for event in first if isinstance(event, Evaluation)]
     start = next(event.loss for event in again if isinstance(event, StepMetrics))
     assert start == pytest.approx(evaluation.loss, abs=0.7)
-    assert start < 3.0  # and not ln 320 = 5.8, where a new model starts
+    assert start < 3.0  # a new model starts at ln 320 = 5.8
 
 
 def test_init_from_a_model_of_another_tokenizer_is_refused(settings, run, tmp_path):
@@ -75,7 +75,7 @@ def test_init_from_a_model_of_another_tokenizer_is_refused(settings, run, tmp_pa
     ["model.safetensors", "config.json", "tokenizer.json", "model.safetensors.index.json",
      "model-00003-of-00006.safetensors"],
 )  # fmt: skip
-def test_a_checkpoint_with_one_flipped_byte_is_not_sampled_from(settings, run, tmp_path, victim):
+def test_sampling_refuses_a_checkpoint_with_one_flipped_byte(settings, run, tmp_path, victim):
     shard = "5GB" if victim == "model.safetensors" else "60KB"
     run(settings(train__steps=1, train__max_shard_size=shard))
     folder = tmp_path / "run/checkpoints/step-000001"
@@ -107,7 +107,7 @@ def test_a_flipped_byte_in_training_state_falls_back_to_an_older_save(
 
 
 @pytest.mark.parametrize("size", ["5XB", "0GB", "GB", 5, 5.0])
-def test_a_size_of_files_that_is_none_is_refused(settings, size):
+def test_an_invalid_max_shard_size_is_refused(settings, size):
     with pytest.raises(ConfigError, match=r"train.max_shard_size: .* is not a size such as 5GB"):
         settings(train__max_shard_size=size)
 

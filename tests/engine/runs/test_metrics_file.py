@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line for each event, counted on over restarts."""
+"""metrics.jsonl: a line for each event; steps and seconds continue over restarts."""
 
 import json
 
@@ -8,7 +8,7 @@ from pretrain_cli.config.build import build_config
 from pretrain_cli.engine.runs.run_yaml import read_record, resumed_settings
 
 
-def test_the_file_tells_of_each_start_and_goes_on_counting(settings, run, tmp_path):
+def test_each_start_has_a_line_and_counters_continue_on_resume(settings, run, tmp_path):
     run(settings(train__steps=2))
     folder = tmp_path / "run"
     record = read_record(folder)

@@ -18,7 +18,7 @@ from pretrain_cli.errors import CheckpointError
 
 
 def make(run: Path, *states: State) -> None:
-    """Checkpoints that hold nothing but where the run stood."""
+    """Write checkpoints without weights: only a state, an empty config and checksums."""
     for state in states:
         folder = run / f"checkpoints/step-{state.step:06d}"
         (folder / "training").mkdir(parents=True)
@@ -41,7 +41,7 @@ def steps(run: Path) -> list[int]:
         ({"keep_checkpoints": 99}, [70, 60, 50, 40, 30, 20, 10]),
     ],
 )
-def test_the_newest_the_best_and_one_every_so_often_are_kept(tmp_path, settings, left):
+def test_rotation_keeps_the_newest_the_best_and_every_nth_step(tmp_path, settings, left):
     states = [State(step, best_step=10 if step < 30 else 30) for step in range(10, 80, 10)]
     make(tmp_path, *states)
     removed = retention.rotate(tmp_path, TrainSettings(**settings))
@@ -52,7 +52,7 @@ def test_the_newest_the_best_and_one_every_so_often_are_kept(tmp_path, settings,
     ]
 
 
-def test_the_last_checkpoint_known_finite_is_never_rotated_away(tmp_path):
+def test_rotation_never_removes_the_last_finite_checkpoint(tmp_path):
     make(tmp_path, *[State(step, finite=step <= 2) for step in range(1, 9)])
     for step in range(9, 12):
         retention.rotate(tmp_path, TrainSettings(keep_checkpoints=2))
@@ -64,7 +64,7 @@ def test_the_last_checkpoint_known_finite_is_never_rotated_away(tmp_path):
     assert steps(tmp_path) == [20, 11]
 
 
-def test_room_is_made_without_removing_the_last_intact_checkpoint(tmp_path):
+def test_making_room_never_removes_the_last_intact_checkpoint(tmp_path):
     make(tmp_path, *[State(step) for step in (1, 2, 3)])
     retention.make_room(tmp_path, TrainSettings(keep_checkpoints=3))
     assert steps(tmp_path) == [3, 2]
@@ -74,16 +74,16 @@ def test_room_is_made_without_removing_the_last_intact_checkpoint(tmp_path):
     assert retention.newest_intact(tmp_path, print).name == "step-000002"
 
 
-def test_no_room_is_made_where_no_checkpoint_is_intact(tmp_path):
+def test_making_room_removes_nothing_if_no_checkpoint_is_intact(tmp_path):
     make(tmp_path, State(1), State(2, finite=False))
     (tmp_path / "checkpoints/step-000001/config.json").write_text("[]")
     assert retention.make_room(tmp_path, TrainSettings(keep_checkpoints=1)) == []
     assert steps(tmp_path) == [2, 1]
 
 
-def test_a_removal_that_is_cut_short_leaves_no_part_of_a_checkpoint(tmp_path, monkeypatch):
+def test_an_interrupted_removal_leaves_no_partial_checkpoint(tmp_path, monkeypatch):
     make(tmp_path, State(1), State(2), State(3))
-    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # killed before anything is gone
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a kill before any deletion
     retention.rotate(tmp_path, TrainSettings(keep_checkpoints=1))
     monkeypatch.undo()
     assert steps(tmp_path) == [3]
@@ -92,8 +92,8 @@ def test_a_removal_that_is_cut_short_leaves_no_part_of_a_checkpoint(tmp_path, mo
     assert os.listdir(tmp_path / "checkpoints") == ["step-000003"]
 
 
-def test_the_best_so_far_is_known_to_a_resumed_run(settings, run, tmp_path):
-    """The loss rises, as the rate is far too high after the first steps: the first is the best."""
+def test_a_resumed_run_remembers_the_best_checkpoint(settings, run, tmp_path):
+    """Use a learning rate that grows far too high: the loss rises, so an early step is the best."""
     common = {"train__checkpoint_every": 1, "train__eval_every": 1, "train__keep_checkpoints": 1}
     events = run(settings(optimizer__learning_rate=0.3, optimizer__warmup_steps=3, **common))
     losses = {e.step: e.loss for e in events if isinstance(e, Evaluation)}
@@ -112,7 +112,7 @@ def test_the_best_so_far_is_known_to_a_resumed_run(settings, run, tmp_path):
     assert retention.best_checkpoint(folder).name == f"step-{best:06d}"
 
 
-def test_a_state_that_cannot_be_read_is_named(tmp_path):
+def test_a_damaged_state_file_is_named_in_the_error(tmp_path):
     make(tmp_path, State(1))
     path = tmp_path / "checkpoints/step-000001" / checkpoint.STATE
     for text in ("{", "[]", '{"step": 1, "spin": 2}'):

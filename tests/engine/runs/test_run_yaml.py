@@ -35,13 +35,13 @@ def test_a_run_with_a_removed_speed_setting_is_read(trained):
 
 
 @pytest.mark.parametrize("key", ["settings", "asked", "model", "dataset", "machine"])
-def test_a_run_yaml_without_a_part_is_damaged(trained, key):
+def test_a_run_yaml_without_a_section_is_refused_as_damaged(trained, key):
     edit(trained, lambda tree: tree.pop(key))
     with pytest.raises(CheckpointError, match=r"run\.yaml: damaged"):
         read_record(trained)
 
 
-def test_a_folder_without_run_yaml_is_no_run(tmp_path):
+def test_a_folder_without_run_yaml_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="--resume takes the folder of a run"):
         read_record(tmp_path)
 
@@ -55,7 +55,7 @@ def test_every_difference_is_named_with_both_values():
     }
 
 
-def test_a_change_of_learning_needs_allow_change(trained):
+def test_a_change_of_gradient_clipping_needs_allow_change(trained):
     record = read_record(trained)
     changed = build_config(record.settings, {"optimizer.clip": 2.0}, [])
     with pytest.raises(ConfigError, match=r"optimizer\.clip: 2\.0 differs.*--allow-change"):

@@ -35,7 +35,7 @@ def losses(folder, kind="step"):
 
 
 def killed_after_its_last_step(run, settings, folder):
-    """A run that has written all of its lines, and whose newest checkpoint is of step 3."""
+    """Make a run as a kill after step 6 leaves it: all lines written, newest checkpoint step 3."""
     run(settings)
     shutil.rmtree(folder / "checkpoints/step-000006")
 
@@ -63,12 +63,14 @@ def test_tensorboard_shows_each_step_once_with_its_numbers(settings, run, tmp_pa
 
 
 def kept_records(file):
-    """Return W&B's offline records. After seven bytes comes LevelDB's log: blocks of 32 KiB in
-    which a record is a checksum, a length, a kind (whole, first, middle, last) and that part of it.
+    """Yield the records of an offline W&B file: seven bytes, then a LevelDB log of 32 KiB blocks.
+
+    A record is stored in one or more parts, each with a header of seven bytes: checksum, length
+    and kind (1 whole, 2 first, 3 middle, 4 last).
     """
     place, record = 7, b""
     while place + 7 <= len(file):
-        if 2**15 - place % 2**15 < 7:  # no room for a header: the block ends
+        if 2**15 - place % 2**15 < 7:  # no room for a header: skip to the next block
             place += 2**15 - place % 2**15
             continue
         length, kind = struct.unpack("<HB", file[place + 4 : place + 7])
@@ -87,7 +89,7 @@ def test_wandb_offline_has_one_run_and_each_step_once(settings, run, tmp_path, m
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = settings(train__log="wandb", train__checkpoint_every=3, train__eval_every=2)
     killed_after_its_last_step(run, config, tmp_path / "run")
-    resume(run, tmp_path / "run")  # steps 4 to 6 again
+    resume(run, tmp_path / "run")  # repeats steps 4 to 6
     record = read_record(tmp_path / "run")
     more = build_config(record.settings, {"train.steps": 8}, [])
     run(resumed_settings(record, more), resume=(tmp_path / "run", record))
@@ -109,7 +111,7 @@ def test_wandb_offline_has_one_run_and_each_step_once(settings, run, tmp_path, m
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_package_that_is_absent_is_said_before_anything_is_done(
+def test_a_missing_tracker_package_is_refused_before_the_run_starts(
     settings, run, tmp_path, monkeypatch, name
 ):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
@@ -118,7 +120,7 @@ def test_a_package_that_is_absent_is_said_before_anything_is_done(
     assert not (tmp_path / "run").exists()
 
 
-def test_another_name_is_refused(settings):
+def test_an_unknown_tracker_name_is_refused(settings):
     assert settings(train__log="wandb, tensorboard").train.log == ("wandb", "tensorboard")
     with pytest.raises(ConfigError, match=r"train.log: '' is not one of tensorboard, wandb"):
         settings(train__log="wandb,")

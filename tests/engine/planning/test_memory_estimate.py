@@ -27,7 +27,7 @@ from pretrain_cli.model.config import FULL, SLIDING, variant
 from pretrain_cli.model.presets import preset
 
 CPU = torch.device("cpu")
-# all widths differ, so that a formula with the wrong one fails
+# all widths differ, so that a formula with a wrong width fails
 SHAPE = {
     "hidden_size": 240,
     "intermediate_size": 704,
@@ -104,18 +104,18 @@ def kept_by_blocks(config, speed, rows, seq_len, masked=False):
 @pytest.mark.parametrize("attention", ["blocks", "sdpa", "eager"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_what_a_block_keeps_is_counted_to_the_byte(name, dtype, attention, merged):
+def test_saved_activations_of_a_block_are_exact_to_the_byte(name, dtype, attention, merged):
     config, rows, seq_len = small(name), 2, 144
     speed = in_force(dtype=dtype, attention=attention, merged_qkv=merged)
     counted = training(config, rows, seq_len, speed)
     expected = [kept_by_block(counted, layer) for layer in (2, 3)]
-    # with experts autograd saves a few more numbers a layer
+    # with experts, autograd saves a few more numbers per layer
     slack = 2e-4 if config.num_experts else 0
     assert kept_by_blocks(config, speed, rows, seq_len) == pytest.approx(expected, rel=slack)
 
 
 @pytest.mark.parametrize("attention", ["blocks", "sdpa", "eager"])
-def test_memory_of_a_block_with_a_document_mask_is_exact_to_the_byte(attention):
+def test_saved_activations_with_a_document_mask_are_exact_to_the_byte(attention):
     config, rows, seq_len = small("gemma3-tiny"), 2, 144
     speed = in_force(dtype="bfloat16", attention=attention)
     counted = training(config, rows, seq_len, speed, document_mask=True)
@@ -126,7 +126,7 @@ def test_memory_of_a_block_with_a_document_mask_is_exact_to_the_byte(attention):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("seq_len", [30, 48, 100, 144])
-def test_the_masks_that_sdpa_makes_are_counted_to_the_byte(seq_len, masked, dtype):
+def test_mask_memory_of_sdpa_is_exact_to_the_byte(seq_len, masked, dtype):
     """Compare the masks of a full layer and of one with a window of 48."""
     config, rows = small("gemma3-tiny"), 3
     parted = documents(rows, seq_len) if masked else None
@@ -144,7 +144,7 @@ def test_the_masks_that_sdpa_makes_are_counted_to_the_byte(seq_len, masked, dtyp
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile's own
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # from torch.compile
 @pytest.mark.parametrize(
     ("name", "dtype", "recompute"),
     [
@@ -156,7 +156,7 @@ def test_the_masks_that_sdpa_makes_are_counted_to_the_byte(seq_len, masked, dtyp
         ("qwen3-tiny", "float32", False),
     ],
 )
-def test_what_a_compiled_block_keeps_is_counted(name, dtype, recompute):
+def test_saved_activations_of_a_compiled_block_are_within_2_percent(name, dtype, recompute):
     torch.compiler.reset()  # otherwise the compiled code of an earlier case is reused
     config, rows, seq_len = small(name), 2, 144
     speed = in_force(dtype=dtype, compile=True, recompute_cheap=recompute)
@@ -226,7 +226,7 @@ def without_process(found):
         ("qwen3-30b-a3b", {}, {}, 4, {}),
     ],
 )  # fmt: skip
-def test_the_peak_of_what_is_allocated_is_as_estimated(name, changes, asked, rows, more):
+def test_the_estimated_peak_of_allocated_memory_matches_a_step(name, changes, asked, rows, more):
     config, speed = small(name, **changes), in_force(**({"dtype": "bfloat16"} | asked))
     seq_len = 128
     tolerance = 0.02 if speed.chunked_loss and not speed.activation_checkpointing else 0.07
@@ -248,7 +248,7 @@ def test_the_peak_of_what_is_allocated_is_as_estimated(name, changes, asked, row
         ("blocks", {}, 0),
     ],
 )
-def test_what_masking_documents_adds_to_the_peak_is_as_estimated(attention, more, tolerance):
+def test_the_estimated_memory_of_document_masks_matches_a_step(attention, more, tolerance):
     """Use samples of 512 tokens, whose 512 × 512 masks add about a megabyte."""
     config, rows, seq_len = small("gemma3-tiny"), 2, 512
     speed = in_force(dtype="bfloat16", attention=attention, **more)
@@ -266,7 +266,7 @@ def test_what_masking_documents_adds_to_the_peak_is_as_estimated(attention, more
     ("name", "changes"),
     [("qwen3-small", {}), ("gemma3-small", {}), ("gemma3-270m", {"num_hidden_layers": 4})],
 )
-def test_the_resident_peak_of_real_sizes_is_within_a_tenth(name, changes, rows, tmp_path):
+def test_the_estimated_resident_peak_is_within_10_percent(name, changes, rows, tmp_path):
     """Compare with the benchmark's peak memory, for both families and a large vocabulary."""
     config, asked = variant(preset(name), changes), SpeedConfig.model_validate({"compile": False})
     workload = Workload(name=name, model=config, seq_len=256, micro_batch_size=rows, device="cpu")
@@ -281,12 +281,12 @@ def test_the_resident_peak_of_real_sizes_is_within_a_tenth(name, changes, rows, 
 
 
 @pytest.mark.parametrize("room", [9, 10, 11, 57, 64, 1000])
-def test_the_largest_is_the_last_that_fits(room):
+def test_largest_returns_the_last_size_that_fits(room):
     found = largest(lambda size: 7 + 3 * size, room)
     assert found == (room - 7) // 3
 
 
-def test_gpus_that_part_the_model_hold_their_parts_of_it():
+def test_fsdp_ranks_hold_a_share_of_the_weights_and_moments():
     """Shard the 8B over eight GPUs: each holds an eighth of the weights and moments, 12 bytes a
     parameter, and temporarily the whole embedding and head, 151,936 × 4096 each."""
     config, speed = preset("qwen3-8b"), in_force(dtype="bfloat16")
@@ -298,5 +298,5 @@ def test_gpus_that_part_the_model_hold_their_parts_of_it():
     assert [m["weights"] for m in of_each] == [4 * parameters, 4 * parameters, parameters // 2]
     assert [m["optimizer"] for m in of_each] == [8 * parameters, 8 * parameters, parameters]
     assert estimate(part).phases["loss"]["gathered"] > 2 * 4 * 151_936 * 4096
-    # DDP's buckets hold all gradients at every moment
+    # DDP's buckets hold all gradients throughout the step
     assert estimate(copy).phases["loss"]["gradients"] == 4 * (parameters + 151_936 * 4096)

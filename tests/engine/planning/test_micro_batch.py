@@ -1,4 +1,4 @@
-"""Choice of the micro-batch: given, kept from before, the fastest, or the largest that fits."""
+"""Choice of the micro-batch: the resumed run's, the fastest measured, or the largest that fits."""
 
 import dataclasses
 import json
@@ -38,33 +38,33 @@ def bytes_of(size):
     ("share", "room", "size"),
     [(8, 1000, 8), (8, 180, 8), (8, 179, 4), (8, 110, 1), (8, 50, 1), (6, 135, 3), (7, 165, 1)],
 )
-def test_by_the_estimate_it_is_the_largest_divisor_that_fits(share, room, size):
+def test_the_estimate_chooses_the_largest_divisor_that_fits(share, room, size):
     assert choose_micro_batch(share, bytes_of, room) == (
         micro_batch.MicroBatch(size, "by the estimate of memory")
     )
 
 
-def test_what_was_measured_goes_before_the_estimate():
+def test_measured_rates_take_precedence_over_the_estimate():
     rates = {1: 90.0, 2: 120.0, 3: 150.0, 4: 100.0, 8: 110.0}
     choice = choose_micro_batch(8, bytes_of, 1000, rates=rates)
     assert choice == micro_batch.MicroBatch(2, "the fastest measured here")  # 3 does not divide 8
-    assert choose_micro_batch(8, bytes_of, 110, rates=rates).size == 1  # nor does 2 fit
+    assert choose_micro_batch(8, bytes_of, 110, rates=rates).size == 1  # 2 does not fit
     assert choose_micro_batch(8, bytes_of, 1000, rates={3: 150.0}).size == 8
 
 
-def test_what_a_run_had_is_kept_whatever_is_free():
+def test_a_resumed_run_keeps_its_micro_batch_regardless_of_memory():
     assert choose_micro_batch(8, bytes_of, 50, had=4, rates={2: 9.0}) == micro_batch.MicroBatch(
         4, "as before"
     )
-    assert choose_micro_batch(9, bytes_of, 1000, had=4).size == 9  # a step of another size
+    assert choose_micro_batch(9, bytes_of, 1000, had=4).size == 9  # 4 does not divide 9
 
 
-def test_of_rates_that_are_alike_the_smallest_is_the_fastest():
+def test_nearly_equal_rates_choose_the_smallest_size():
     assert fastest({1: 50.0, 2: 99.0, 4: 100.0, 8: 100.5}) == 2
     assert fastest({1: 50.0, 2: 97.0, 4: 100.0}) == 4
 
 
-# --- what was measured ---------------------------------------------------------------------------
+# --- stored measurements -------------------------------------------------------------------------
 
 SPEED = dict.fromkeys(micro_batch.MICRO_BATCH_KEYS, "x") | {"prefetch": True}
 
@@ -74,7 +74,7 @@ def a_measurement(rates, **changes):
     return measured(**(of | changes), rates=rates)
 
 
-def test_what_was_measured_is_remembered_of_the_same_alone():
+def test_a_measurement_applies_to_equal_machine_model_and_settings():
     assert recall(a_measurement({})) == {}
     remember(a_measurement({1: 10.0, 2: 12.0}))
     remember(a_measurement({1: 20.0}, seq_len=128))
@@ -91,7 +91,7 @@ def test_what_was_measured_is_remembered_of_the_same_alone():
 
 
 @pytest.mark.parametrize("text", ["", "[{}]", "{}x", '[{"tokens_per_second": 3}]', "[3]"])
-def test_a_damaged_file_is_refused(text):
+def test_a_damaged_measurement_file_is_refused(text):
     micro_batch.MEASURED.parent.mkdir()
     micro_batch.MEASURED.write_text(text)
     with pytest.raises(ConfigError, match=r"micro-batches\.json: damaged; remove it, and"):
@@ -105,7 +105,7 @@ def notices(events):
     return [event.text for event in events if isinstance(event, Notice)]
 
 
-def test_a_run_takes_what_was_measured_and_keeps_it_when_it_goes_on(
+def test_a_run_uses_the_measured_micro_batch_and_keeps_it_on_resume(
     settings, run, tmp_path, monkeypatch
 ):
     auto = settings(train__micro_batch_size="auto", train__tokens_per_step=256, train__steps=4)
@@ -137,7 +137,7 @@ def test_a_run_takes_what_was_measured_and_keeps_it_when_it_goes_on(
     assert (machine["micro_batch_size"], machine["micro_batch_is"]) == (2, "as before")
 
 
-def test_what_is_learned_depends_on_the_micro_batch_by_rounding_alone(settings, run):
+def test_losses_for_different_micro_batches_differ_by_rounding_only(settings, run):
     losses = []
     for size in (1, 2, 8):
         events = run(

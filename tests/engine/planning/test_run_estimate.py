@@ -26,18 +26,18 @@ def test_auto_values_for_a_listed_gpu_match_training_on_it(monkeypatch):
     ("typed", "name"),
     [("h200", "H200"), ("H100-PCIe", "H100 PCIe"), ("rtx_4090", "RTX 4090"), ("cpu", None)],
 )
-def test_a_gpu_is_known_as_people_type_it(typed, name):
+def test_gpu_names_match_in_any_case_and_with_any_separator(typed, name):
     assert called(typed) == name
 
 
-def test_every_gpu_of_the_table_can_be_planned_for():
+def test_every_listed_gpu_can_be_planned_for():
     for name, stated in STATED.items():
         machine = find_machine(name.lower().replace(" ", "-"), 1, SpeedConfig())
         assert (machine.name, machine.peak_flops) == (name, stated.flops)
         assert machine.memory == pytest.approx(0.9 * stated.memory)
 
 
-def test_what_is_asked_of_a_setting_holds_on_a_gpu_that_is_not_here():
+def test_a_plan_for_an_absent_gpu_resolves_given_settings():
     asked = SpeedConfig(dtype="float32", compile=False, attention="eager")
     speed = find_machine("h200", 1, asked).speed
     assert (speed["dtype"], speed["compile"], speed["attention"]) == ("float32", False, "eager")
@@ -66,7 +66,7 @@ def test_time_memory_and_disk_of_a_run_on_eight_gpus():
     assert found.seconds == pytest.approx(5e9 * 1.698e9 / (0.4 * 8 * 989e12), rel=1e-3)
     parameters = 268_098_176
     assert found.checkpoint == 12 * parameters
-    assert found.checkpoints == 4 * 12 * parameters  # two, the best, and one being written
+    assert found.checkpoints == 4 * 12 * parameters  # newest two, best, one being written
     copy, part = found.ways["ddp"].memory, found.ways["fsdp"].memory
     assert (copy.most("weights"), part.most("weights")) == (4 * parameters, parameters // 2)
     assert (copy.most("optimizer"), part.most("optimizer")) == (8 * parameters, parameters)
@@ -86,7 +86,7 @@ def test_the_micro_batch_is_the_largest_that_fits():
     assert not more.ways["alone"].fits
 
 
-def test_a_model_that_does_not_fit_is_told():
+def test_a_plan_reports_that_a_model_does_not_fit():
     """Estimate the 8B, whose weights, gradients and moments take 131 GB."""
     way = forecast("", preset("qwen3-8b"), 1024, find_machine("h100", 1, SpeedConfig()))
     assert not way.ways["alone"].fits
@@ -96,7 +96,7 @@ def test_a_model_that_does_not_fit_is_told():
     assert parted.ways["fsdp"].fits
 
 
-def test_without_a_stated_peak_no_pace_is_made_up():
+def test_a_machine_without_a_stated_peak_gets_no_pace():
     machine = find_machine("cpu", 1, SpeedConfig())
     found = forecast("", preset("gemma3-tiny"), 64, machine)
     assert found.pace is None
@@ -104,12 +104,12 @@ def test_without_a_stated_peak_no_pace_is_made_up():
     assert found.tokens == 20 * found.parameters
 
 
-def test_gpus_of_a_machine_without_any_are_refused():
+def test_a_gpu_count_for_a_cpu_is_refused():
     with pytest.raises(ConfigError, match="--gpus: 2 of a machine without any"):
         find_machine("cpu", 2, SpeedConfig())
 
 
-def test_a_plan_for_a_gpu_of_the_table_is_arithmetic():
+def test_a_plan_for_a_listed_gpu_does_not_load_torch():
     """Make the plan in a fresh process, which must not load torch."""
     program = (
         "import sys; from pretrain_cli.commands.count_params_plan import Asked, show_plan; "

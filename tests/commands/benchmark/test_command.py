@@ -1,4 +1,4 @@
-"""`pretrain benchmark`: the real step, timed, and what can't be timed said."""
+"""`pretrain benchmark`: timings of real training steps, and reasons for arms that are not run."""
 
 import contextlib
 import json
@@ -30,7 +30,7 @@ TINY = f"{MODEL} --seq-len 32 --micro-batch-size 2 --steps 3 --warmup 1 --device
 
 @pytest.fixture
 def here(monkeypatch):
-    """Arms run in this process, and the peak is measured in no time."""
+    """Run arms in this process, and limit the measurement of peak FLOP/s to 0.01 s."""
     monkeypatch.setattr(timing, "PEAK_SECONDS", 0.01)
 
     def start(name, speed, folder, *arguments):
@@ -41,7 +41,7 @@ def here(monkeypatch):
 
 @pytest.mark.slow
 def test_a_backend_that_cannot_train_here_is_timed_forward_only(pretrain, monkeypatch):
-    """In fresh processes, as a person has it."""
+    """Run the arms in fresh processes, as the command does."""
     monkeypatch.setattr("sys.argv", ["/bin/pretrain", "benchmark", "--attn", "flex,sdpa"])
     outcome = pretrain(f"benchmark --attn flex,sdpa {TINY} --json results.json")
     assert outcome.code == 0, outcome.err
@@ -70,14 +70,14 @@ def test_a_backend_that_cannot_train_here_is_timed_forward_only(pretrain, monkey
         share = result["flops_per_token"] * figures["tokens_per_second"] / result["peak_flops"]
         assert figures["mfu"] == pytest.approx(share)
         assert figures["peak_memory"] > 10_000_000
-        assert 4 < figures["loss"] < 9  # of 512 random tokens: about ln 512 = 6.2
+        assert 4 < figures["loss"] < 9  # random tokens, vocabulary 512: ln 512 = 6.2
         assert result["speed"]["attention"]["in_force"] == result["arm"]
         assert len(result["rounds"][0]["times"]) == 3
 
 
 @pytest.mark.slow
-def test_the_settings_of_a_process_are_not_the_next_ones(pretrain):
-    """An arm's process settings must not be in force in the other's."""
+def test_process_settings_do_not_carry_over_to_the_next_benchmark(pretrain):
+    """Compare two benchmarks: the second must not run with the process settings of the first."""
     line = f"benchmark --sweep micro-batch=1,2 {TINY} --dtype float32 --json %s.json"
     on = "--set speed.keep_freed_memory=true --set speed.deterministic=true"
     for name, options in (("on", on), ("off", "")):
@@ -91,9 +91,9 @@ def test_the_settings_of_a_process_are_not_the_next_ones(pretrain):
 
 
 @pytest.mark.usefixtures("here")
-def test_an_ablation_has_all_arms_and_says_which_are_not_run(pretrain, monkeypatch):
+def test_an_ablation_lists_all_arms_and_why_some_are_not_run(pretrain, monkeypatch):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("shutil.which", lambda name: None)  # compiling takes its time
+    monkeypatch.setattr("shutil.which", lambda name: None)  # no compiler: compiling would be slow
     line = f"benchmark --ablate {TINY} --rounds 1"
     outcome = pretrain(f"{line} --json a.json --markdown a.md --plot a.svg")
     assert outcome.code == 0, outcome.err
@@ -114,8 +114,8 @@ def test_an_ablation_has_all_arms_and_says_which_are_not_run(pretrain, monkeypat
 
 
 @pytest.mark.usefixtures("here")
-def test_what_is_turned_off_by_hand_does_not_come_back_as_an_arm(pretrain, monkeypatch):
-    monkeypatch.setattr("shutil.which", lambda name: name)  # a compiler is there
+def test_an_ablation_does_not_vary_settings_given_by_hand(pretrain, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: name)  # a compiler seems installed
     line = f"benchmark --ablate {TINY} --rounds 1 --dtype float32 --no-compile"
     off = " ".join(
         f"--set speed.{name}=false" for name in SpeedConfig.model_fields
@@ -132,7 +132,7 @@ def test_what_is_turned_off_by_hand_does_not_come_back_as_an_arm(pretrain, monke
 
 
 @pytest.mark.usefixtures("here")
-def test_beside_transformers_the_ratios_are_printed(pretrain):
+def test_a_comparison_with_transformers_prints_ratios(pretrain):
     pytest.importorskip("transformers")
     outcome = pretrain(f"benchmark --vs transformers --no-compile {TINY} --rounds 2 --json v.json")
     assert outcome.code == 0, outcome.err
@@ -150,7 +150,7 @@ def test_beside_transformers_the_ratios_are_printed(pretrain):
 
 @pytest.mark.usefixtures("here")
 def test_a_profile_is_shown_and_its_trace_written(pretrain, monkeypatch):
-    monkeypatch.setenv(KINETO_LEVEL, "")  # so that it is undone
+    monkeypatch.setenv(KINETO_LEVEL, "")  # so that monkeypatch restores it
     monkeypatch.delenv(KINETO_LEVEL)
     outcome = pretrain(f"benchmark --attn sdpa {TINY} --profile looked")
     assert outcome.code == 0, outcome.err
@@ -160,12 +160,13 @@ def test_a_profile_is_shown_and_its_trace_written(pretrain, monkeypatch):
     assert Path("looked/sdpa.json").stat().st_size > 1000
 
 
-# --- stopped -------------------------------------------------------------------------------------
+# --- signals -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def stopped_at(monkeypatch):
-    """Arms run in this process, which gets a signal once this is to be done of this arm."""
+    """Return a function that makes the timing `what` of an arm send a signal to this process, in
+    which all arms run."""
     monkeypatch.setattr(timing, "PEAK_SECONDS", 0.01)
 
     def prepare(number, what, arm):
@@ -182,10 +183,10 @@ def stopped_at(monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_what_was_measured_before_a_signal_is_shown_and_written(pretrain, stopped_at, number):
+def test_results_before_a_signal_are_printed_and_written(pretrain, stopped_at, number):
     pytest.importorskip("matplotlib")
     stopped_at(number, "measure_round", "seq-len 20")
-    before = signal.getsignal(number)  # ignored, in the background of a shell
+    before = signal.getsignal(number)  # shells ignore SIGINT in the background
     line = TINY.replace("--seq-len 32", "--sweep seq-len=10,20,30")
     outcome = pretrain(f"benchmark {line} --json c.json --markdown c.md --plot c.svg")
     assert outcome.code == 128 + number
@@ -201,14 +202,14 @@ def test_what_was_measured_before_a_signal_is_shown_and_written(pretrain, stoppe
     assert signal.getsignal(number) == before
 
 
-def test_a_profile_that_is_stopped_leaves_what_was_written(pretrain, stopped_at):
+def test_an_interrupted_profile_keeps_the_results_file(pretrain, stopped_at):
     stopped_at(signal.SIGTERM, "profile_arm", "sdpa")
     outcome = pretrain(f"benchmark --attn sdpa {TINY} --profile looked --json c.json")
     assert outcome.code == 128 + signal.SIGTERM
     assert json.loads(Path("c.json").read_text())["results"][0]["figures"]
 
 
-def test_nothing_is_kept_of_a_search_that_is_stopped(pretrain, stopped_at, monkeypatch):
+def test_an_interrupted_search_stores_no_micro_batch(pretrain, stopped_at, monkeypatch):
     monkeypatch.setattr(micro_batch, "memory_here", lambda device: 20 * 10**9)
     stopped_at(signal.SIGTERM, "measure_round", "micro-batch 2")
     line = f"benchmark --find-micro-batch {MODEL} --seq-len 32 --device cpu --json c.json"
@@ -217,14 +218,14 @@ def test_nothing_is_kept_of_a_search_that_is_stopped(pretrain, stopped_at, monke
     assert not Path("runs").exists()
 
 
-def test_a_second_signal_exits_at_once_but_an_echo_does_not(monkeypatch):
+def test_a_second_signal_exits_but_an_immediate_duplicate_does_not(monkeypatch):
     left = []
     monkeypatch.setattr("os._exit", left.append)
     with Interruption() as interruption:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
         assert (left, interruption.exit_code) == ([], 128 + signal.SIGTERM)
-        soon(lambda: interruption.came)  # a thread takes it, which no kernel keeps waiting
+        soon(lambda: interruption.came)  # taken by a thread that no running kernel delays
         interruption.came -= 2
         os.kill(os.getpid(), signal.SIGINT)
         soon(lambda: left)
@@ -251,7 +252,7 @@ def running(processes):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are told by /proc")
-def test_a_benchmark_that_is_stopped_leaves_no_process_behind(tmp_path):
+def test_an_interrupted_benchmark_leaves_no_process_behind(tmp_path):
     line = f"{TINY} --attn sdpa --json c.json".replace("--steps 3", "--steps 1000000")
     program = subprocess.Popen(
         [sys.executable, "-m", "pretrain_cli", "benchmark", *shlex.split(line)],
@@ -276,11 +277,11 @@ def test_a_benchmark_that_is_stopped_leaves_no_process_behind(tmp_path):
     assert not running(children)
 
 
-# --- a micro-batch that fits ---------------------------------------------------------------------
+# --- failures ------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("here")
-def test_an_arm_that_fails_gives_exit_code_1(pretrain, monkeypatch):
+def test_a_failed_arm_gives_exit_code_1(pretrain, monkeypatch):
     def broken(arm, repeats):
         raise MemoryError("no room")
 
@@ -335,19 +336,19 @@ def test_an_arm_that_fails_gives_exit_code_1(pretrain, monkeypatch):
         ),
     ],
 )
-def test_what_cannot_be_measured_is_refused_before_it_is_tried(refused, options, said):
+def test_invalid_benchmark_options_are_refused(refused, options, said):
     model = "" if "--model" in options else "--model gemma3-tiny"
     assert refused(f"benchmark {model} {options}").startswith(said)
 
 
 @pytest.mark.parametrize("folder", ["taken", "taken/below"])
-def test_a_profile_has_no_room_where_a_file_is(refused, tmp_path, folder):
+def test_a_profile_path_through_a_file_is_refused(refused, tmp_path, folder):
     (tmp_path / "taken").touch()
     said = refused(f"benchmark --model gemma3-tiny --profile {folder}")
     assert said == "--profile: taken is a file; give a folder"
 
 
-def test_files_that_are_no_results_are_refused(refused, tmp_path):
+def test_compare_refuses_files_that_are_not_results(refused, tmp_path):
     assert refused("benchmark --compare a.json b.json").startswith("a.json: can't be read (No such")
     (tmp_path / "a.json").write_text("{}")
     said = "a.json: not a file that pretrain benchmark --json wrote"

@@ -16,9 +16,7 @@ def quick(monkeypatch):
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("packing", ["concat", "best-fit"])
-def test_reading_is_measured_on_tokens_that_are_made_and_taken_away(
-    pretrain, tmp_path, monkeypatch, packing
-):
+def test_reading_is_measured_on_temporary_random_tokens(pretrain, tmp_path, monkeypatch, packing):
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     outcome = pretrain(
@@ -65,5 +63,5 @@ def test_reading_is_measured_on_a_dataset(pretrain):
         ("--micro-batch-size 0", "train.micro_batch_size: 0 is not greater than 0"),
     ],
 )
-def test_what_cannot_be_read_is_refused(refused, options, said):
+def test_invalid_data_benchmark_options_are_refused(refused, options, said):
     assert refused(f"benchmark data {options}").startswith(said)

@@ -16,14 +16,14 @@ here = test_command.here  # a fixture
 
 @pytest.fixture
 def room(monkeypatch):
-    """For a process with all that the tests have loaded, and little time for a step."""
+    """Allow 20 GB, enough for a process that has loaded all the tests, and 0.05 s per step."""
     monkeypatch.setattr(micro_batch, "memory_here", lambda device: 20 * 10**9)
     monkeypatch.setattr(search, "LONGEST", 0.05)
 
 
 @pytest.mark.usefixtures("here", "room", "trained")
-def test_the_micro_batch_that_is_found_is_the_one_that_training_takes(pretrain):
-    model = MODEL.replace("vocab_size=512", "vocab_size=320")  # the dataset's
+def test_training_uses_the_micro_batch_that_the_search_found(pretrain):
+    model = MODEL.replace("vocab_size=512", "vocab_size=320")  # the dataset's vocabulary
     line = f"benchmark --find-micro-batch {model} --seq-len 32 --dtype float32 --device cpu"
     outcome = pretrain(f"{line} --rounds 2 --steps 2 --warmup 1 --json found.json")
     assert outcome.code == 0, outcome.err
@@ -43,7 +43,7 @@ def test_the_micro_batch_that_is_found_is_the_one_that_training_takes(pretrain):
     assert "(the fastest measured here)" in outcome.out
 
 
-def test_a_machine_that_has_no_room_for_one_sample_is_told_so(refused, monkeypatch):
+def test_a_machine_without_memory_for_one_sample_is_refused(refused, monkeypatch):
     monkeypatch.setattr(micro_batch, "memory_here", lambda device: 1_500_000)
     said = refused(f"benchmark --find-micro-batch {MODEL} --seq-len 32 --device cpu")
     assert said.startswith("--find-micro-batch: a micro-batch of 1 takes about 33")

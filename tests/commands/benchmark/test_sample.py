@@ -7,7 +7,7 @@ import pytest
 
 
 @pytest.mark.slow
-def test_writing_is_measured(pretrain):
+def test_sampling_is_measured(pretrain):
     line = "benchmark sample --seq-len 20 --max-tokens 6 --rounds 2 --batch-size 2"
     outcome = pretrain(f"{line} --json s.json")
     assert outcome.code == 0, outcome.err
@@ -33,5 +33,5 @@ def test_writing_is_measured(pretrain):
         ("--dtype float8", "speed.dtype: 'float8' can't be used: it is a way to train"),
     ],
 )
-def test_what_cannot_be_written_is_refused(refused, options, said):
+def test_invalid_sample_benchmark_options_are_refused(refused, options, said):
     assert refused(f"benchmark sample {options}").startswith(said)

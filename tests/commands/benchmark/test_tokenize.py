@@ -1,4 +1,4 @@
-"""`pretrain benchmark tokenize`: beside the library, or refused."""
+"""`pretrain benchmark tokenize`: compared with the library, or refused."""
 
 import json
 from pathlib import Path
@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 
-def test_tokenizing_is_measured_beside_the_library(pretrain, corpus):
+def test_tokenizing_is_compared_with_the_library(pretrain, corpus):
     size = sum(path.stat().st_size for path in corpus.rglob("*.txt"))
     line = "benchmark tokenize --tokenizer bytes --text corpus --rounds 1 --workers 1 --json t.json"
     outcome = pretrain(line)
     assert outcome.code == 0, outcome.err
     (result,) = json.loads(Path("t.json").read_text())["results"]
     assert result["bytes"] == size
-    assert result["tokens"] == size + 30  # an end a document
+    assert result["tokens"] == size + 30  # 30 end-of-document tokens
     assert result["seconds"] > 0
     assert result["ratio"] == pytest.approx(result["library_seconds"] / result["seconds"])
 
@@ -25,5 +25,5 @@ def test_tokenizing_is_measured_beside_the_library(pretrain, corpus):
         ("--workers 0", "--workers: 0 is not at least 1"),
     ],
 )
-def test_what_cannot_be_tokenized_is_refused(refused, options, said):
+def test_invalid_tokenize_benchmark_options_are_refused(refused, options, said):
     assert refused(f"benchmark tokenize {options}").startswith(said)

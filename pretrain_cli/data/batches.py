@@ -14,8 +14,7 @@ import numpy as np
 
 from pretrain_cli.data.sample_order import Interleaving, Order
 from pretrain_cli.data.shards import TokenStream
-
-IGNORE_INDEX = -100
+from pretrain_cli.targets import IGNORE_INDEX
 
 
 class Samples(Protocol):
@@ -90,11 +89,11 @@ class Batch:
 
     inputs: np.ndarray
     targets: np.ndarray
-    """Token to predict at each position; IGNORED where there is none."""
+    """Token to predict at each position; IGNORE_INDEX where there is none."""
     documents: np.ndarray | None
     """Document number of each input token; None unless requested."""
     counted: int = 0
-    """Number of targets of the whole step, on all ranks, that are not IGNORED."""
+    """Number of targets of the whole step, on all ranks, that are not IGNORE_INDEX."""
 
 
 class Batches:
@@ -155,7 +154,7 @@ def validation_batches(
     """Yield a split in batches of one shape; every token but the first is a target exactly once.
 
     Ranks take batches in turn. The last batch is padded, and empty batches are added so that all
-    ranks have equally many; padding targets are IGNORED.
+    ranks have equally many; padding targets are IGNORE_INDEX.
     """
     total = max(len(tokens) - 1, 0)  # targets
     windows = -(-total // seq_len)

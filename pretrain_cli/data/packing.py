@@ -28,11 +28,12 @@ from typing import Any
 
 import numpy as np
 
-from pretrain_cli.data.batches import IGNORE_INDEX, Batch
+from pretrain_cli.data.batches import Batch
 from pretrain_cli.data.dataset import VERIFIED_WHEN_OPENED, Dataset, Split
 from pretrain_cli.data.shards import TokenStream
 from pretrain_cli.errors import DataError
 from pretrain_cli.files import flush
+from pretrain_cli.targets import IGNORE_INDEX
 
 FORMAT_VERSION = 1
 HEADER = 4096

@@ -29,7 +29,7 @@ from pretrain_cli.errors import ConfigError, DataError
 MAGIC = 20240520
 VERSION = 1
 HEADER_BYTES = 1024
-BLOCK = 2**20
+TOKENS_PER_READ = 2**20
 """Bytes read at a time when files are opened, and tokens searched at a time when counting
 documents."""
 SAMPLED = 2**30
@@ -80,8 +80,8 @@ class SeparatedStarts:
         self.tokens, self.separator, self.leads = tokens, separator, leads
 
     def __len__(self) -> int:
-        blocks = range(0, len(self.tokens), BLOCK)
-        return sum(len(self.between(first, first + BLOCK)) for first in blocks)
+        blocks = range(0, len(self.tokens), TOKENS_PER_READ)
+        return sum(len(self.between(first, first + TOKENS_PER_READ)) for first in blocks)
 
     def between(self, first: int, last: int) -> np.ndarray:
         last = min(last, len(self.tokens))
@@ -283,7 +283,7 @@ def _read_through(rows: list[TokenStream], form: Format, key: str) -> tuple[str,
     largest = read = 0
     for row in rows:
         for shard, path in enumerate(row.paths):
-            blocks = range(0, len(row.shards[shard]), BLOCK // dtype.itemsize)
+            blocks = range(0, len(row.shards[shard]), TOKENS_PER_READ // dtype.itemsize)
             # not through the memory map: its pages would count as this process's memory
             with path.open("rb") as file:
                 for offset in sorted({*blocks[::every], blocks[-1]}):

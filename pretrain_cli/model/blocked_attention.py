@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = 128
+QUERIES_PER_BLOCK = 128
 
 
 def blocked_attention(
@@ -44,8 +44,8 @@ def blocked_attention(
 def _blocks(queries: int, keys: int, window: int | None) -> Iterator[tuple[slice, slice]]:
     """Yield each block's range of queries and the range of keys that any of them sees."""
     past = keys - queries
-    for start in range(0, queries, BLOCK):
-        end = min(start + BLOCK, queries)
+    for start in range(0, queries, QUERIES_PER_BLOCK):
+        end = min(start + QUERIES_PER_BLOCK, queries)
         first = 0 if window is None else max(0, past + start - window + 1)
         yield slice(start, end), slice(first, past + end)
 

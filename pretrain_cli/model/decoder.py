@@ -23,11 +23,12 @@ from pretrain_cli.model.attention_backends import BACKENDS, Mask
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.kv_cache import KVCache, LayerCache
 from pretrain_cli.model.layers import GatedMLP, Linear, RMSNorm, lookup
-from pretrain_cli.model.loss import IGNORE_INDEX, Loss, Softmax, softmax_, with_z_loss
+from pretrain_cli.model.loss import Loss, Softmax, softmax_, with_z_loss
 from pretrain_cli.model.moe import MixtureOfExperts, balancing_loss
 from pretrain_cli.model.parameter_map import EMBEDDING, Merged, PublishedTensor, parameter_map
 from pretrain_cli.model.rope import rope_table
 from pretrain_cli.spans import span
+from pretrain_cli.targets import IGNORE_INDEX
 
 
 class Block(nn.Module):

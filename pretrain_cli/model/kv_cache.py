@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pretrain_cli.model.config import ModelConfig
 
-BLOCK = 256
+CAPACITY_STEP = 256
 """Smallest number of positions by which a full layer's buffer grows."""
 
 
@@ -102,7 +102,7 @@ class KVCache:
         self.layers: list[LayerCache] = []
         for kind in config.layer_types:
             window = config.window(kind)
-            places = min(capacity, BLOCK) if window is None else min(capacity, window)
+            places = min(capacity, CAPACITY_STEP) if window is None else min(capacity, window)
             if whole and window is None:
                 places = capacity
             size = (batch, config.num_key_value_heads, places, config.head_dim)
@@ -115,8 +115,8 @@ class KVCache:
         """Make room for texts of this many tokens."""
         for layer in self.layers:
             if layer.window is None and layer.places < length:
-                grown = layer.places + max(BLOCK, layer.places // 8)
-                wanted = -(-max(length, grown) // BLOCK) * BLOCK
+                grown = layer.places + max(CAPACITY_STEP, layer.places // 8)
+                wanted = -(-max(length, grown) // CAPACITY_STEP) * CAPACITY_STEP
                 layer.grow(min(wanted, self.capacity))
 
     def take(self, row: int, other: "KVCache", other_row: int, length: int) -> None:

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain_cli.model.counting import CHUNK_ELEMENTS, SOFTMAX_ELEMENTS
+from pretrain_cli.targets import IGNORE_INDEX
 
-IGNORE_INDEX = -100
 SLICE_ELEMENTS = 2**21
 """Elements of the V × D gradient accumulated at a time on a CPU: 4 MB in bfloat16."""
 

@@ -131,7 +131,7 @@ def test_an_id_beyond_the_vocabulary_ends_a_run_on_large_files(
     """Opening reads only the first and the last block, so training must find the id."""
     monkeypatch.setattr(token_files, "VERIFIED_WHEN_OPENED", 0)
     monkeypatch.setattr(token_files, "SAMPLED", 1)
-    monkeypatch.setattr(token_files, "BLOCK", 64)
+    monkeypatch.setattr(token_files, "TOKENS_PER_READ", 64)
     monkeypatch.setattr(dataset, "DECODED", 64)
     monkeypatch.setattr(dataset, "DECODED_AT_ONCE", 64)
     with Path("song_train_000002.bin").open("rb+") as file:

@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain_cli.data.batches import IGNORE_INDEX, Batches, Windows, validation_batches
+from pretrain_cli.data.batches import Batches, Windows, validation_batches
+from pretrain_cli.targets import IGNORE_INDEX
 
 # --- training ------------------------------------------------------------------------------------
 

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain_cli.data import packing
-from pretrain_cli.data.batches import IGNORE_INDEX, Batch, Batches
+from pretrain_cli.data.batches import Batch, Batches
 from pretrain_cli.data.packing import Packed, best_fit, open_packed, pack
+from pretrain_cli.targets import IGNORE_INDEX
 
 LENGTHS = st.lists(st.integers(1, 12) | st.integers(1, 60), min_size=1, max_size=80)
 

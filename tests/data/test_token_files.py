@@ -60,7 +60,7 @@ def refusal(path, tokenizer="bytes", kind=DataError):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Read files 8 tokens at a time, and treat them as too large to read or decode completely."""
-    monkeypatch.setattr(token_files, "BLOCK", 16)
+    monkeypatch.setattr(token_files, "TOKENS_PER_READ", 16)
     monkeypatch.setattr(token_files, "VERIFIED_WHEN_OPENED", 0)
     monkeypatch.setattr(token_files, "SAMPLED", 200)
     monkeypatch.setattr(datasets, "DECODED", 8)

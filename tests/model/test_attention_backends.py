@@ -33,7 +33,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2}  # a bfloat16 has 8 bi
 def small_blocks():
     """Blocks of five queries: these lengths are several blocks, the last one shorter."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocked_attention, "BLOCK", 5)
+        patch.setattr(blocked_attention, "QUERIES_PER_BLOCK", 5)
         yield
 
 
@@ -238,7 +238,7 @@ def test_a_row_of_one_document_is_as_without_documents(backend, window):
 @pytest.mark.parametrize("window", [None, 600])
 def test_documents_may_start_beyond_a_kernels_first_blocks_of_keys(backend, window, monkeypatch):
     """The last queries see nothing in those blocks, in a fused kernel too."""
-    monkeypatch.setattr(blocked_attention, "BLOCK", 128)
+    monkeypatch.setattr(blocked_attention, "QUERIES_PER_BLOCK", 128)
     length = 1300
     q, k, v = made(length, length)
     documents = starting_at((1250,), (601, 1024), length=length)

@@ -27,7 +27,7 @@ from pretrain_cli.data.corpus.source_files import STANDARD_INPUT, TextFile
 from pretrain_cli.errors import DataError
 from pretrain_cli.files import is_disk_full
 
-BLOCK = 2**20
+READ_BYTES = 2**20
 """Bytes read at a time."""
 MAX_IN_MEMORY = 2**23
 """Bytes of a document kept in memory; a longer document is read twice."""
@@ -102,7 +102,7 @@ class FileReader:
                     yield from self._short_documents(texts)
                 else:
                     yield from self._plain(stream, can_seek=can_seek)
-                while raw.read(BLOCK):  # the checksum covers trailing bytes too
+                while raw.read(READ_BYTES):  # the checksum covers trailing bytes too
                     pass
         except signs_of_damage() as error:
             self._damaged(str(error))
@@ -123,7 +123,7 @@ class FileReader:
     def _open_raw(self) -> io.BufferedReader:
         file: Any = sys.stdin.buffer if self.file.name == STANDARD_INPUT else None
         file = file or self.file.path.open("rb", buffering=0)
-        return io.BufferedReader(_Observed(file, self), BLOCK)
+        return io.BufferedReader(_Observed(file, self), READ_BYTES)
 
     # --- plain text ------------------------------------------------------------------------------
 
@@ -229,7 +229,7 @@ class _LongDocument:
             if not self.copy:
                 file.seek(self.start)
             left = self.length
-            while left and (data := file.read(min(BLOCK, left))):
+            while left and (data := file.read(min(READ_BYTES, left))):
                 left -= len(data)
                 yield decoder.decode(data, not left).encode()
 
@@ -266,7 +266,7 @@ def _segments(stream: IO[bytes], separator: str | None) -> Iterator[bytes | int]
     """Yield the bytes of documents in order; after each document, the position of the next."""
     place = 0
     if separator is None:
-        while block := stream.read(BLOCK):
+        while block := stream.read(READ_BYTES):
             place += len(block)
             yield block
         yield place
@@ -275,11 +275,11 @@ def _segments(stream: IO[bytes], separator: str | None) -> Iterator[bytes | int]
     rest = b""
     at_line_start = True
     while True:
-        block = stream.read(BLOCK)
+        block = stream.read(READ_BYTES)
         text = rest + block
         # take whole lines, except at the end of the file or in a line longer than a block
         end = len(text) if not block else text.rfind(b"\n") + 1
-        if not end and len(text) > BLOCK + len(separator):
+        if not end and len(text) > READ_BYTES + len(separator):
             end = len(text)
         lines, rest = text[:end], text[end:]
         done = 0

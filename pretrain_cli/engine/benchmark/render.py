@@ -21,14 +21,14 @@ LEGEND = (
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     group: str
     cells: tuple[str, ...]
     is_run: bool
     differs: bool
 
 
-def rows(results: list[dict[str, Any]]) -> list[Row]:
+def rows(results: list[dict[str, Any]]) -> list[TableRow]:
     """Return a row for each arm."""
     return [_row(result) for result in results]
 
@@ -48,11 +48,11 @@ def remarks(results: list[dict[str, Any]]) -> list[str]:
     return said + [f"{', '.join(arms)}: {note}" for note, arms in notes.items()]
 
 
-def _row(result: dict[str, Any]) -> Row:
+def _row(result: dict[str, Any]) -> TableRow:
     figures, name, group = result["figures"], result["arm"], result["group"]
     if figures is None:
         shown = "not run" if result["kind"] == "not run" else "…"
-        return Row(group, (name, shown, *[""] * (len(COLUMNS) - 2)), False, False)
+        return TableRow(group, (name, shown, *[""] * (len(COLUMNS) - 2)), False, False)
     if result["kind"] == "forward only":
         name += " (forward only)"
     off, worth = figures["loss_difference"], figures["worth"]
@@ -69,7 +69,7 @@ def _row(result: dict[str, Any]) -> Row:
         "" if off is None else f"{off:.0e}" if off else "0",
         duration(figures["compile_time"]),
     )
-    return Row(group, cells, True, bool(result["differs"]))
+    return TableRow(group, cells, True, bool(result["differs"]))
 
 
 def to_markdown(record: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from pretrain_cli.engine.runs.run_yaml import RUN_YAML
 from pretrain_cli.errors import CheckpointError
 
-Row = dict[str, Any]
+MetricsLine = dict[str, Any]
 BUCKETS = 1500
 """Maximum points of a curve, about the width of a screen. A run of a million steps then takes half
 a megabyte."""
@@ -78,7 +78,7 @@ class Mark:
     """An event at a step."""
 
     kind: str
-    details: Row
+    details: MetricsLine
     axes: dict[str, float]
 
 
@@ -164,15 +164,15 @@ class _Reader:
 
     def __init__(self) -> None:
         self.steps, self.evaluations = Columns(), Columns()
-        self.marks: list[tuple[str, float, int, Row]] = []
+        self.marks: list[tuple[str, float, int, MetricsLine]] = []
         self.evaluated: list[tuple[float, int]] = []
         """Step, and how many step rows came before: rolled back, a run has a step twice."""
         self.source_tokens: dict[str, float] = {}
-        self.start: Row = {}
+        self.start: MetricsLine = {}
         """The last line of kind start; of a restart only what is another now is told."""
         self.time = _Clock()
 
-    def read(self, row: Row) -> None:
+    def read(self, row: MetricsLine) -> None:
         kind, step = str(row.get("kind")), float(row["step"])
         if kind == "step":
             self._read_step(row, step)
@@ -187,7 +187,7 @@ class _Reader:
                 row = {n: v for n, v in row.items() if before.get(n, v) != v and "peak" not in n}
             self._mark(kind, step, row)
 
-    def _read_step(self, row: Row, step: float) -> None:
+    def _read_step(self, row: MetricsLine, step: float) -> None:
         seconds = float(given) if is_number(given := row.get("seconds")) else math.nan
         if seconds < self.time.seconds:  # the clock restarted, but the file has no start row
             self.time.restart()
@@ -203,11 +203,11 @@ class _Reader:
     def _last(self, axis: str) -> float:
         return self.steps.fields[f"@{axis}"][-1]
 
-    def _mark(self, kind: str, step: float, details: Row) -> None:
+    def _mark(self, kind: str, step: float, details: MetricsLine) -> None:
         details = {name: value for name, value in details.items() if name not in ("kind", "step")}
         self.marks.append((kind, step, self.steps.rows, details))
 
-    def _numbers(self, row: Row, step: float) -> dict[str, float]:
+    def _numbers(self, row: MetricsLine, step: float) -> dict[str, float]:
         """Return a row's numbers. Those that are not finite become marks, and gaps in their
         curves."""
         found = {}
@@ -258,7 +258,7 @@ class _Clock:
         self.seconds = 0.0
 
 
-def _by_source(row: Row) -> dict[str, float]:
+def _by_source(row: MetricsLine) -> dict[str, float]:
     """Flatten `sources: {web: {loss: 2.0}}` to `loss of web`."""
     sources = row.get("sources")
     return {
@@ -290,7 +290,7 @@ class Rows:
         self.path = path
         self.damaged = 0
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[MetricsLine]:
         if not self.path.is_file():
             return
         with self.path.open("rb") as file:

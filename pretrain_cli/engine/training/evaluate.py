@@ -9,11 +9,12 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from pretrain_cli.data.batches import IGNORE_INDEX, document_numbers, validation_batches
+from pretrain_cli.data.batches import document_numbers, validation_batches
 from pretrain_cli.data.dataset import Dataset, Split
 from pretrain_cli.data.mixture import Mixture
 from pretrain_cli.engine.runs.events import Evaluation, Validation
 from pretrain_cli.engine.runtime.distributed import Ranks, reshard
+from pretrain_cli.targets import IGNORE_INDEX
 
 
 @torch.no_grad()

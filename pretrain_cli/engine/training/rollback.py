@@ -172,7 +172,7 @@ def restore(
 
 WORST_SAMPLES = 3
 WORST_TENSORS = 5
-HEAD = 200
+TEXT_CHARACTERS = 200
 """Number of characters of a sample's text that are recorded."""
 
 
@@ -269,5 +269,5 @@ def _sample(number: int, loss: float, plan: Plan, feed: Prefetcher) -> dict[str,
         "sample": number,
         "source": plan.data.trained_on[source].name,
         "loss": loss,
-        "text": plan.data.tokenizer.decode(tokens.tolist())[:HEAD],
+        "text": plan.data.tokenizer.decode(tokens.tolist())[:TEXT_CHARACTERS],
     }

@@ -50,7 +50,7 @@ NORM_NAMES = {
     False: {"post_attention_layernorm": "ffn_norm"},
 }
 """GGUF names of the norms that differ between the families, by `has_post_norms`."""
-BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
+BLOCK_TENSOR = re.compile(r"model\.layers\.(\d+)\.(.+)")
 EXPERT = re.compile(r"experts\.\d+\.")
 
 
@@ -124,7 +124,7 @@ def gguf_name(config: ModelConfig, published: str) -> str:
     stem = published.removesuffix(".weight")
     if stem in NAMES:
         return f"{NAMES[stem]}.weight"
-    match = BLOCK.fullmatch(stem)
+    match = BLOCK_TENSOR.fullmatch(stem)
     assert match, published
     names = BLOCK_NAMES | NORM_NAMES[config.has_post_norms]
     return f"blk.{match[1]}.{names[EXPERT.sub('experts.', match[2])]}.weight"

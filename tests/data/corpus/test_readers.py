@@ -177,7 +177,7 @@ def test_documents_are_the_text_between_separator_lines(
     else:
         path.write_bytes(COMPRESS[kind](content))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "BLOCK", block)
+        patch.setattr(module, "READ_BYTES", block)
         patch.setattr(module, "MAX_IN_MEMORY", held)
         assert texts(path, separator=separator) == [text for text in expected if text]
 
@@ -250,7 +250,7 @@ def test_a_document_too_long_for_memory_is_read_like_a_short_one(way, monkeypatc
     content = f"short\n---\n{long}\n---\nshort too\n---\n{long}{long}".encode()
     expected = way(content, separator="---")
     assert expected == (["short\n", f"{long}\n", "short too\n", long + long], {})
-    monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(module, "READ_BYTES", block)
     monkeypatch.setattr(module, "MAX_IN_MEMORY", held)
     assert way(content, separator="---") == expected
     assert way(long.encode()) == ([long], {})
@@ -258,7 +258,7 @@ def test_a_document_too_long_for_memory_is_read_like_a_short_one(way, monkeypatc
 
 @pytest.mark.parametrize("broken", [b"\xe9", b"\xf0\x9f\x91"])
 def test_invalid_utf8_at_the_end_drops_a_whole_long_document(way, monkeypatch, broken):
-    monkeypatch.setattr(module, "BLOCK", 16)
+    monkeypatch.setattr(module, "READ_BYTES", 16)
     monkeypatch.setattr(module, "MAX_IN_MEMORY", 40)
     long = b"words and words " * 30 + broken
     replaced = "words and words " * 30 + "\ufffd"

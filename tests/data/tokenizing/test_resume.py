@@ -23,7 +23,7 @@ SMALL = {
     "pretrain_cli.data.tokenizing.pipeline.BATCH_BYTES": 1000,
     "pretrain_cli.data.tokenizing.pipeline.BLOCK_CHARACTERS": 2000,
     "pretrain_cli.data.tokenizing.encoding.PIECE": 500,
-    "pretrain_cli.data.corpus.readers.BLOCK": 1000,
+    "pretrain_cli.data.corpus.readers.READ_BYTES": 1000,
     "pretrain_cli.data.corpus.readers.MAX_IN_MEMORY": 6000,
 }
 OPTIONS = [

@@ -118,7 +118,7 @@ def test_a_bpe_is_not_trained_on_a_stream(tmp_path, make):
 @pytest.fixture
 def long_documents_are_short(monkeypatch):
     """Documents of some kB go the way of those that are not held in memory."""
-    monkeypatch.setattr(readers, "BLOCK", 1000)
+    monkeypatch.setattr(readers, "READ_BYTES", 1000)
     monkeypatch.setattr(readers, "MAX_IN_MEMORY", 3000)
     monkeypatch.setattr(pipeline, "BLOCK_CHARACTERS", 2000)
     monkeypatch.setattr(pipeline, "BATCH_BYTES", 5000)

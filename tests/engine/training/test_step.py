@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from pretrain_cli.config.run_config import OptimizerSettings
-from pretrain_cli.data.batches import IGNORE_INDEX, document_numbers
+from pretrain_cli.data.batches import document_numbers
 from pretrain_cli.engine.optim.optimizer import build_optimizer, set_learning_rate
 from pretrain_cli.engine.training.step import train_step
+from pretrain_cli.targets import IGNORE_INDEX
 from tests.engine.training.test_train import small_model
 
 

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from pretrain_cli.config.run_config import SpeedConfig
-from pretrain_cli.data.batches import IGNORE_INDEX
 from pretrain_cli.engine.runs.events import Evaluation, Finished, Notice, Sample, Saved, StepMetrics
 from pretrain_cli.engine.runtime.speed import build_model, resolve_speed
 from pretrain_cli.engine.training import trainer as training
 from pretrain_cli.model.config import variant
 from pretrain_cli.model.presets import preset
+from pretrain_cli.targets import IGNORE_INDEX
 
 CPU = torch.device("cpu")
 

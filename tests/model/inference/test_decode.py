@@ -134,7 +134,7 @@ def test_a_long_prompt_goes_through_in_chunks(build, monkeypatch):
 
 
 def test_a_full_layer_grows_and_keeps_what_it_has(build, monkeypatch):
-    monkeypatch.setattr("pretrain_cli.model.kv_cache.BLOCK", 4)
+    monkeypatch.setattr("pretrain_cli.model.kv_cache.CAPACITY_STEP", 4)
     model = build(layer_types=(SLIDING, FULL), sliding_window=W)
     cache = compare(model, DecodeSession(model), draw(5, 2), new=25, capacity=500)
     assert [layer.places for layer in cache.layers] == [W, 32]

@@ -23,7 +23,7 @@ def test_without_a_flag_both_totals_are_side_by_side(pretrain):
     assert "tied (the model's own)" in outcome.out
 
 
-def test_the_same_numbers_for_machines(pretrain):
+def test_json_has_the_same_numbers_as_the_table(pretrain):
     counts = json.loads(pretrain("count-params --json").out)
     assert counts["model"] == "gemma3-270m"
     assert counts["published_as"] == "tied"
@@ -43,9 +43,10 @@ def test_the_same_numbers_for_machines(pretrain):
     assert only["untied"] == counts["untied"]
 
 
-def test_training_flops_follow_the_length(pretrain):
-    """A token takes 6 FLOPs per matrix weight, and 12 × heads × head_dim per key and layer: here,
-    at full attention, 18 layers of 4 heads of 256 dimensions that see all T tokens."""
+def test_training_flops_depend_on_the_sequence_length(pretrain):
+    """Expect 6 FLOPs a token for each matrix weight, and 12 × heads × head_dim for each key that it
+    attends to. The conventional count assumes all T keys in each of 18 layers, with 4 heads of 256
+    dimensions."""
     matrices = GEMMA_TIED - 55_936  # all but norms; the tied embedding is also the head's matrix
     for length in (1024, 4096):
         counts = json.loads(pretrain(f"count-params --json --tied --seq-len {length}").out)
@@ -54,8 +55,8 @@ def test_training_flops_follow_the_length(pretrain):
         assert flops["exact"] < flops["conventional"]
 
 
-def test_what_sampling_remembers_follows_the_length_and_the_windows(pretrain):
-    """KV cache of the 27B for 32,768 tokens: 10 full layers, and 52 with windows of 1024."""
+def test_the_kv_cache_depends_on_the_length_and_the_windows(pretrain):
+    """KV cache of the 27B for 32,768 tokens: 10 full layers, and 52 with a window of 1024."""
     counts = json.loads(pretrain("count-params --model gemma3-27b --seq-len 32768 --json").out)
     remembered = counts["tied"]["sampling_bytes"]["cache_per_text"]
     assert remembered == 2 * 2 * 16 * 128 * (10 * 32768 + 52 * 1024)
@@ -64,12 +65,12 @@ def test_what_sampling_remembers_follows_the_length_and_the_windows(pretrain):
     assert "3.1 GB" in table
 
 
-def test_another_vocabulary_changes_the_embeddings_alone(pretrain):
+def test_vocab_size_changes_only_the_embeddings(pretrain):
     counts = json.loads(pretrain("count-params --json --tied --vocab-size 1000").out)
     assert counts["tied"]["parameters"]["total"] == GEMMA_TIED - GEMMA_EMBEDDINGS + 640_000
 
 
-def test_experts_that_a_token_does_not_meet_are_told_apart(pretrain):
+def test_active_parameters_of_experts_are_counted_separately(pretrain):
     """Source: the model card of Qwen3-30B-A3B. 30.5 billion parameters, 3.3 billion active."""
     outcome = pretrain("count-params --model qwen3-30b-a3b")
     assert "30,532,122,624" in outcome.out
@@ -78,7 +79,7 @@ def test_experts_that_a_token_does_not_meet_are_told_apart(pretrain):
     assert 3.25e9 < counts["untied"]["parameters"]["active"] < 3.4e9
 
 
-def test_a_model_may_be_a_file(pretrain, tmp_path):
+def test_model_accepts_a_yaml_file(pretrain, tmp_path):
     (tmp_path / "mine.yaml").write_text("base: gemma3\nvocab_size: 1000\n")
     outcome = pretrain("count-params --model mine.yaml --tied")
     assert outcome.code == 0, outcome.err

@@ -26,7 +26,7 @@ def test_a_plan_has_memory_by_part_the_micro_batch_time_and_disk(pretrain):
         assert said in outcome.out
 
 
-def test_a_plan_for_machines(pretrain):
+def test_a_plan_as_json(pretrain):
     line = "count-params --plan --device a100 --mfu 0.5 --micro-batch-size 3 --untied --json"
     plan = json.loads(pretrain(line).out)
     assert plan["parameters"] == GEMMA_UNTIED
@@ -40,7 +40,7 @@ def test_a_plan_for_machines(pretrain):
     assert plan["seconds"] == plan["tokens"] / plan["pace"]["tokens_per_second"]
 
 
-def test_what_does_not_fit_is_told(pretrain):
+def test_a_plan_reports_a_micro_batch_that_does_not_fit(pretrain):
     outcome = pretrain("count-params --plan --model qwen3-8b --device h100")
     assert outcome.code == 0, outcome.err
     assert "Micro-batch 1 does not fit: it takes 131.1 GB, more than the 72.0 GB" in outcome.out
@@ -86,5 +86,5 @@ def test_a_cpu_plan_offers_to_calibrate_and_calibrates(pretrain, monkeypatch):
         ("--plan --dtype int8", "speed.dtype: 'int8' is not one of auto, float32, bfloat16"),
     ],
 )
-def test_what_cannot_be_counted_is_refused(refused, options, said):
+def test_invalid_count_params_options_are_refused(refused, options, said):
     assert refused(f"count-params {options}").startswith(said)

@@ -28,7 +28,7 @@ def evaluated(pretrain, line):
 
 
 @pytest.mark.usefixtures("trained")
-def test_a_checkpoint_has_the_loss_that_its_run_measured(pretrain):
+def test_evaluate_gives_the_validation_loss_of_the_run(pretrain):
     rows = map(json.loads, Path("runs/tiny/metrics.jsonl").read_text().splitlines())
     measured = {row["step"]: row for row in rows if row["kind"] == "evaluation"}[60]
     result = evaluated(pretrain, "")
@@ -43,7 +43,7 @@ def test_a_checkpoint_has_the_loss_that_its_run_measured(pretrain):
 @pytest.mark.usefixtures("trained")
 def test_a_run_a_checkpoint_and_a_model_folder_have_the_same_loss(pretrain):
     shutil.copytree(CHECKPOINT, "elsewhere")
-    shutil.rmtree("elsewhere/training")  # what a Hugging Face folder does not have
+    shutil.rmtree("elsewhere/training")  # a Hugging Face folder has none
     lines = (
         "",
         "runs/tiny",
@@ -57,8 +57,8 @@ def test_a_run_a_checkpoint_and_a_model_folder_have_the_same_loss(pretrain):
 
 
 @pytest.mark.usefixtures("trained")
-def test_the_best_checkpoint_is_the_one_of_lowest_validation_loss(pretrain, refused):
-    """The run diverges: it starts from good weights, and its learning rate grows too high."""
+def test_best_selects_the_checkpoint_with_the_lowest_validation_loss(pretrain, refused):
+    """Train a run that diverges: good initial weights, and a learning rate that grows too high."""
     done = pretrain(
         f"train --init-from {CHECKPOINT} --seq-len 32 --tokens-per-step 128 --micro-batch-size 2 "
         "--dtype float32 --steps 4 --learning-rate 0.3 --keep 1 --out worse "
@@ -86,7 +86,7 @@ def test_options_reach_the_evaluation(pretrain, birds):
 
 
 @pytest.mark.usefixtures("trained")
-def test_a_person_is_shown_a_table(pretrain, birds):
+def test_without_json_a_table_is_printed(pretrain, birds):
     outcome = pretrain("evaluate --data data/corpus --data data/birds")
     assert outcome.code == 0, outcome.err
     result = evaluated(pretrain, "--data data/corpus --data data/birds")
@@ -116,12 +116,12 @@ def test_another_tokenizers_dataset_is_refused(pretrain, refused):
         ("--device gpu", "train.device: 'gpu' is not a device"),
     ],
 )
-def test_what_can_not_be_evaluated_is_refused(refused, line, said):
+def test_invalid_evaluate_arguments_are_refused(refused, line, said):
     assert refused(f"evaluate {line}").startswith(said)
 
 
 @pytest.mark.usefixtures("trained")
-def test_a_folder_of_no_run_needs_a_dataset(refused):
+def test_a_model_folder_without_a_run_needs_a_dataset(refused):
     shutil.copytree(CHECKPOINT, "elsewhere")
     assert "elsewhere belongs to no run" in refused("evaluate elsewhere")
 

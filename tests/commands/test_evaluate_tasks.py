@@ -36,7 +36,7 @@ def test_json_has_the_checkpoint_and_every_score(pretrain, tasks):
 
 @needs_harness
 @quietly
-def test_so_many_questions_in_a_table(pretrain, tasks):
+def test_limit_caps_the_questions_shown_in_the_table(pretrain, tasks):
     outcome = pretrain(f"evaluate --tasks {tasks}/bottles.yaml --limit 2 --seq-len 64")
     assert outcome.code == 0, outcome.err
     assert "texts of up to 64 tokens, float32, lm-eval " in outcome.out
@@ -62,7 +62,7 @@ def test_so_many_questions_in_a_table(pretrain, tasks):
         ("--tasks a,,b", "--tasks: 'a,,b' has an empty name"),
     ],
 )  # fmt: skip
-def test_what_is_no_task_is_refused(refused, tasks, options, said):
+def test_invalid_task_options_are_refused(refused, tasks, options, said):
     (tasks / "lost.yaml").write_text(
         "task: lost\ndataset_path: json\ndataset_kwargs: {data_files: {test: lost.jsonl}}\n"
         "test_split: test\noutput_type: loglikelihood_rolling\ndoc_to_text: ''\n"
@@ -72,7 +72,7 @@ def test_what_is_no_task_is_refused(refused, tasks, options, said):
 
 
 @pytest.mark.usefixtures("trained")
-def test_without_the_harness_it_says_what_to_install(refused, monkeypatch):
+def test_a_missing_harness_error_names_the_package_to_install(refused, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert "pip install 'pretrain[eval]'" in refused("evaluate --tasks hellaswag")

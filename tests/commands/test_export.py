@@ -31,7 +31,7 @@ def test_transformers_opens_the_shards_with_the_tokenizer(pretrain):
 
 
 @pytest.mark.usefixtures("trained")
-def test_an_exported_folder_is_exported_again_and_trained_from(pretrain):
+def test_an_exported_folder_can_be_exported_and_trained_from(pretrain):
     assert pretrain("export runs/tiny out").code == 0
     assert pretrain("export out again").code == 0
     for name, value in tensors("out").items():
@@ -70,12 +70,12 @@ def test_the_model_card_has_settings_data_and_losses(pretrain):
         ("runs/tiny no/out.gguf --gguf", "no/out.gguf: no folder no to write out.gguf in"),
     ],
 )
-def test_what_can_not_be_exported_is_refused(refused, line, said):
+def test_invalid_export_arguments_are_refused(refused, line, said):
     assert refused(f"export {line}").startswith(said)
 
 
 @pytest.mark.usefixtures("trained")
-def test_a_run_is_written_as_one_file_for_llama_cpp(pretrain):
+def test_export_gguf_writes_one_file_for_llama_cpp(pretrain):
     gguf = pytest.importorskip("gguf")
     outcome = pretrain("export runs/tiny --best tiny.gguf --gguf --dtype fp16")
     assert outcome.code == 0, outcome.err
@@ -88,6 +88,6 @@ def test_a_run_is_written_as_one_file_for_llama_cpp(pretrain):
 
 
 @pytest.mark.usefixtures("trained")
-def test_without_the_gguf_package_it_says_what_to_install(refused, monkeypatch):
+def test_a_missing_gguf_error_names_the_package_to_install(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert "pip install 'pretrain[gguf]'" in refused("export runs/tiny tiny.gguf --gguf")

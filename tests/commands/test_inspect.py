@@ -34,20 +34,20 @@ def inspected(pretrain, options=""):
     return json.loads(done.out)
 
 
-def test_totals_are_those_of_the_texts(pretrain, dataset):
+def test_totals_match_the_input_texts(pretrain, dataset):
     facts = inspected(pretrain)
     total = sum(map(len, LINES))
     splits = facts["splits"].values()
     assert sum(part["documents"] for part in splits) == len(LINES)
     assert sum(part["bytes"] for part in splits) == total
-    assert sum(part["tokens"] for part in splits) == total + len(LINES)  # each ends with a mark
+    assert sum(part["tokens"] for part in splits) == total + len(LINES)  # an end token each
     assert facts["bytes_per_token"] == pytest.approx(total / (total + len(LINES)))
     assert facts["end_of_document"] == 256
     assert facts["beginning_of_document"] is None
     assert (facts["beginning_token"], facts["end_token"]) == (None, "<|endoftext|>")
 
 
-def test_the_marks_of_documents_are_shown_by_name(pretrain, dataset):
+def test_document_boundary_tokens_are_shown_by_name(pretrain, dataset):
     assert ", documents end with <|endoftext|> (256), " in pretrain("inspect data/mixed").out
     line = "tokenize rows.jsonl --tokenizer data/mixed --bos '<|endoftext|>' --eos A --out marked"
     assert pretrain(line).code == 0
@@ -55,7 +55,7 @@ def test_the_marks_of_documents_are_shown_by_name(pretrain, dataset):
     assert ", documents between <|endoftext|> (256) and A (65), " in out
 
 
-def test_every_source_has_its_share(pretrain, dataset):
+def test_sources_report_their_share_of_the_tokens(pretrain, dataset):
     sources = inspected(pretrain)["sources"]
     tokens = {"texts": LINES[:10], "rows.jsonl": LINES[10:]}
     tokens = {name: sum(len(line) + 1 for line in lines) for name, lines in tokens.items()}
@@ -100,7 +100,7 @@ def test_an_epochs_samples_are_its_windows_in_seed_order(pretrain, dataset):
     assert [stretch["first_token"] for (stretch,) in other] != seen
 
 
-def test_a_sample_is_the_one_that_a_run_trains_on(pretrain, dataset):
+def test_an_inspected_sample_equals_the_training_sample(pretrain, dataset):
     opened = open_dataset(dataset)
     windows = Windows(
         opened.train.tokens,
@@ -117,7 +117,7 @@ def test_a_sample_is_the_one_that_a_run_trains_on(pretrain, dataset):
             assert sample["tokens"][1:] == batch.targets[row].tolist()
 
 
-def test_a_packed_sample_is_the_one_that_a_run_trains_on(pretrain, dataset):
+def test_an_inspected_packed_sample_equals_the_training_sample(pretrain, dataset):
     opened = open_dataset(dataset)
     run = Batches(
         [open_packed(opened, 64, lambda text: None)], [1], seq_len=64, samples_per_step=8, seed=7
@@ -129,7 +129,7 @@ def test_a_packed_sample_is_the_one_that_a_run_trains_on(pretrain, dataset):
         assert len(sample["tokens"]) + sample["padding"] == 65
         assert [*sample["tokens"], *[0] * sample["padding"]][:-1] == row
         assert sum(stretch["tokens"] for stretch in sample["stretches"]) == len(sample["tokens"])
-        assert all(document["begins"] for document in sample["documents"])  # none is longer
+        assert all(document["begins"] for document in sample["documents"])  # none is cut
         assert len(sample["documents"]) == sample["tokens"].count(256)
     shown = pretrain("inspect data/mixed --sample 0 --seq-len 400 --packing best-fit").out
     assert "places of padding ──" in shown
@@ -141,7 +141,7 @@ def test_a_sample_shows_where_documents_begin(pretrain, dataset):
     assert "<|endoftext|>" in shown
 
 
-def test_a_whole_dataset_is_verified(pretrain, dataset):
+def test_verify_accepts_an_intact_dataset(pretrain, dataset):
     done = pretrain("inspect data/mixed --verify")
     assert done.code == 0
     assert "whole" in done.out
@@ -149,15 +149,15 @@ def test_a_whole_dataset_is_verified(pretrain, dataset):
 
 
 @pytest.mark.parametrize("place", [0, 501])
-def test_a_flipped_bit_is_found_with_its_shard_and_place(pretrain, dataset, place):
+def test_verify_reports_the_shard_and_byte_range_of_a_flipped_bit(pretrain, dataset, place):
     path = dataset / "train-00000.bin"
     data = bytearray(path.read_bytes())
     data[place] ^= 4
     path.write_bytes(data)
     done = pretrain("inspect data/mixed --verify")
     assert done.code == 1
-    assert f"train-00000.bin: damaged between bytes 0 and {len(data):,}" in done.out  # of a block
-    assert pretrain("inspect data/mixed").code == 0  # the size is right
+    assert f"train-00000.bin: damaged between bytes 0 and {len(data):,}" in done.out  # one block
+    assert pretrain("inspect data/mixed").code == 0  # the size is unchanged
     done = pretrain("inspect data/mixed --verify --json")
     assert done.code == 1
     assert "train-00000.bin" in json.loads(done.out)["damage"][0]
@@ -179,7 +179,7 @@ def test_a_missing_file_is_named(pretrain, dataset, name, said):
     assert said in done.out
 
 
-def test_a_cut_shard_is_found_without_reading_it(pretrain, dataset):
+def test_a_truncated_shard_is_found_by_its_size(pretrain, dataset):
     path = dataset / "train-00000.bin"
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-2])
@@ -188,7 +188,7 @@ def test_a_cut_shard_is_found_without_reading_it(pretrain, dataset):
     assert f"train-00000.bin: {size - 2:,} bytes where dataset.json says {size:,}" in done.out
 
 
-def test_another_tokenizer_in_its_place_is_found(pretrain, dataset):
+def test_a_replaced_tokenizer_is_found(pretrain, dataset):
     path = dataset / "tokenizer.json"
     path.write_text(path.read_text() + "\n")
     done = pretrain("inspect data/mixed")
@@ -209,7 +209,7 @@ def test_another_tokenizer_in_its_place_is_found(pretrain, dataset):
         ("inspect data/mixed --sample 0 --seq-len 100000", "--seq-len: 100000 is not from 1 to"),
     ],
 )
-def test_what_cannot_be_shown_is_refused(refused, dataset, line, said):
+def test_invalid_inspect_options_are_refused(refused, dataset, line, said):
     assert said in refused(line)
 
 
@@ -220,7 +220,7 @@ def test_a_manifest_of_a_later_format_is_refused(refused, dataset):
     assert "99" in refused("inspect data/mixed")
 
 
-def test_a_folder_that_is_no_dataset_is_refused(refused, dataset):
+def test_a_folder_without_a_dataset_is_refused(refused, dataset):
     shutil.rmtree("texts")
     Path("texts").mkdir()
     assert "texts" in refused("inspect texts")

@@ -11,7 +11,7 @@ def dataset(pretrain, corpus):
 
 
 @pytest.mark.usefixtures("dataset")
-def test_it_suggests_a_rate_and_makes_no_run(pretrain, tiny):
+def test_lr_find_suggests_a_rate_and_creates_no_run(pretrain, tiny):
     Path("settings.yaml").write_text("train: {tokens: 100000000}\noptimizer: {name: muon}\n")
     outcome = pretrain(f"train --config settings.yaml {tiny} --steps 12 --lr-find --out found")
     assert outcome.code == 0, outcome.err
@@ -31,7 +31,7 @@ def test_it_suggests_a_rate_and_makes_no_run(pretrain, tiny):
         ("--resume runs/x", "--resume: runs/x does not go with --lr-find"),
     ],
 )
-def test_what_has_no_meaning_with_it_is_refused(pretrain, option, said):
+def test_options_that_conflict_with_lr_find_are_refused(pretrain, option, said):
     outcome = pretrain(f"train --lr-find {option}")
     assert outcome.code == 2
     assert said in outcome.err

@@ -11,8 +11,7 @@ from pretrain_cli.commands.options import MAY_BE_EMPTY
 
 
 def texts():
-    """Yield for each option and argument of text a command line with an empty value, and its
-    name."""
+    """Yield each text option and argument: a command line that leaves it empty, and its name."""
 
     def of(line, command):
         kinds = typing.get_type_hints(inspect.unwrap(command.callback))
@@ -31,5 +30,5 @@ def texts():
 
 
 @pytest.mark.parametrize(("line", "name"), list(texts()))
-def test_an_empty_value_is_none_and_refused(refused, line, name):
+def test_an_empty_option_value_is_refused(refused, line, name):
     assert refused(line) == f"{name}: is empty; give a value, or leave it out"

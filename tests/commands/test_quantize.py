@@ -51,7 +51,7 @@ def test_quantized_loss_is_reported_beside_the_original_loss(pretrain, rounded_f
     assert f"{result['loss'] - plain['loss']:+.5f} by int8" in outcome.out
 
 
-def test_text_is_that_of_the_rounded_weights(pretrain, rounded_folder):
+def test_int8_text_equals_that_of_rounded_weights(pretrain, rounded_folder):
     line = "--temperature 0 --max-tokens 40 --dtype float32 --prompt '1 green' --json"
     expected, given = (
         json.loads(pretrain(f"sample {where} {line}").out)
@@ -64,7 +64,7 @@ def test_text_is_that_of_the_rounded_weights(pretrain, rounded_folder):
 
 
 @pytest.mark.usefixtures("trained")
-def test_where_floats_are_faster_a_notice_says_so_and_text_is_equal(pretrain):
+def test_a_notice_reports_faster_float_products_with_equal_text(pretrain):
     line = "sample --quantize int8 --temperature 0 --max-tokens 20 --dtype float32"
     one = pretrain(f"{line} --prompt '1 green'")
     apart = pretrain(f"{line} --prompt '1 green' --no-compile")
@@ -78,7 +78,7 @@ def test_where_floats_are_faster_a_notice_says_so_and_text_is_equal(pretrain):
 
 
 @pytest.mark.slow
-def test_a_compiled_step_writes_the_same(pretrain, rounded_folder):
+def test_a_compiled_int8_step_generates_the_same_text(pretrain, rounded_folder):
     line = "--temperature 0 --max-tokens 40 --dtype float32 --prompt '1 green'"
     plain = pretrain(f"sample runs/tiny --quantize int8 {line}")
     compiled = pretrain(f"sample runs/tiny --quantize int8 {line} --compile")
@@ -87,7 +87,7 @@ def test_a_compiled_step_writes_the_same(pretrain, rounded_folder):
 
 
 @pytest.mark.slow
-def test_a_benchmark_reads_a_byte_a_weight(pretrain):
+def test_int8_sampling_reads_one_byte_per_weight(pretrain):
     line = "benchmark sample --seq-len 20 --max-tokens 6 --rounds 1 --dtype float32"
     read = []
     for option in ("", "--quantize int8"):
@@ -100,7 +100,7 @@ def test_a_benchmark_reads_a_byte_a_weight(pretrain):
 
 @pytest.mark.usefixtures("trained")
 @pytest.mark.parametrize("command", ["sample", "evaluate", "benchmark sample"])
-def test_another_type_is_refused(refused, command):
+def test_quantize_types_other_than_int8_are_refused(refused, command):
     assert refused(f"{command} --quantize int4") == "--quantize: 'int4' is not int8"
 
 
@@ -110,6 +110,6 @@ def test_a_mixture_of_experts_is_refused(refused):
     assert refused(line).startswith("--quantize: not of this model: the experts")
 
 
-def test_writing_text_on_a_gpu_is_refused():
+def test_int8_sampling_on_a_gpu_is_refused():
     with pytest.raises(ConfigError, match="int8 is for writing text on a CPU, and the device is"):
         refuse_int8_off_cpu(torch.device("cuda"))

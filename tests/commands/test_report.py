@@ -1,4 +1,4 @@
-"""`pretrain report`: the page has the files' numbers, says what is missing, loads nothing."""
+"""`pretrain report`: the page has the numbers of the files, and loads no external resource."""
 
 import json
 import re
@@ -74,7 +74,7 @@ def test_the_page_has_the_numbers_of_the_file(pretrain):
     titles = [chart["title"] for chart in page.data["charts"]]
     assert sorted(set(titles)) == sorted(titles)
     assert "Split tokens" not in titles
-    # an evaluation has the tokens of its step
+    # an evaluation has the token count of its step
     tokens = [128 * row["step"] for row in rows["evaluation"]]
     assert run["evaluations"]["axes"]["tokens"] == tokens
     assert [curve["what"] for curve in page.chart("Loss")["curves"]] == ["training", "validation"]
@@ -87,7 +87,7 @@ def test_the_page_has_the_numbers_of_the_file(pretrain):
 
 
 @pytest.mark.usefixtures("trained")
-def test_a_restart_is_marked_where_it_was(pretrain):
+def test_a_restart_is_marked_at_its_step(pretrain):
     assert pretrain("train --resume runs/tiny --steps 64").code == 0
     assert pretrain("report runs/tiny").code == 0
     marks = Page("runs/tiny/report.html").data["runs"][0]["marks"]
@@ -96,10 +96,10 @@ def test_a_restart_is_marked_where_it_was(pretrain):
     assert mark["text"] == "steps 64"  # the only changed setting
 
 
-# --- safe ----------------------------------------------------------------------------------------
+# --- isolation -----------------------------------------------------------------------------------
 
 
-def test_the_page_reaches_for_nothing(pretrain, tmp_path):
+def test_the_page_loads_no_external_resource(pretrain, tmp_path):
     make_run(tmp_path / "r", [step(1)])
     assert pretrain("report r").code == 0
     text = html("r/report.html")
@@ -110,7 +110,7 @@ def test_the_page_reaches_for_nothing(pretrain, tmp_path):
     assert not [a for _, a in Page("r/report.html").tags if {"src", "href", "style"} & a.keys()]
 
 
-def test_the_script_may_run_because_the_policy_names_its_hash(pretrain, tmp_path):
+def test_the_security_policy_has_the_script_and_style_hashes(pretrain, tmp_path):
     openssl = ["openssl", "dgst", "-sha256", "-binary"]
     make_run(tmp_path / "r", [step(1)])
     assert pretrain("report r").code == 0
@@ -123,7 +123,7 @@ def test_the_script_may_run_because_the_policy_names_its_hash(pretrain, tmp_path
         assert f"{directive} 'sha256-{encoded.stdout.decode().strip()}'" in policy
 
 
-def test_no_torch_is_loaded(pretrain, tmp_path):
+def test_report_loads_no_torch_matplotlib_or_transformers(pretrain, tmp_path):
     make_run(tmp_path / "r", [step(1)])
     script = (
         "import sys\nfrom pretrain_cli.cli import app\n"
@@ -134,10 +134,10 @@ def test_no_torch_is_loaded(pretrain, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-# --- the picture ---------------------------------------------------------------------------------
+# --- PNG -----------------------------------------------------------------------------------------
 
 
-def test_without_matplotlib_a_picture_is_refused_in_a_line(refused, monkeypatch, tmp_path):
+def test_png_without_matplotlib_is_refused(refused, monkeypatch, tmp_path):
     make_run(tmp_path / "r", [step(1)])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert refused("report r --png c.png") == (
@@ -148,7 +148,7 @@ def test_without_matplotlib_a_picture_is_refused_in_a_line(refused, monkeypatch,
 # --- refused -------------------------------------------------------------------------------------
 
 
-def test_no_run_yet(refused):
+def test_report_without_any_run_is_refused(refused):
     assert refused("report").startswith("runs/: no run; train one with 'pretrain train'")
 
 
@@ -165,7 +165,7 @@ def test_no_run_yet(refused):
         ("r --png c.jpg", "--png: c.jpg doesn't end in .png"),
     ],
 )
-def test_what_is_no_run_or_no_place(refused, tmp_path, line, said):
+def test_invalid_runs_and_output_paths_are_refused(refused, tmp_path, line, said):
     make_run(tmp_path / "r", [step(1)])
     make_run(tmp_path / "damaged", [])
     (tmp_path / "damaged/run.yaml").write_text("settings: [")

@@ -15,7 +15,7 @@ GREEDY = "--temperature 0 --max-tokens 24 --dtype float32 --prompt 'green bottle
 
 
 @pytest.mark.usefixtures("trained")
-def test_without_any_options_it_writes_from_the_newest_run(pretrain):
+def test_sample_without_options_uses_the_newest_run(pretrain):
     outcome = pretrain("sample")
     assert outcome.code == 0, outcome.err
     assert outcome.err == "runs/tiny/checkpoints/step-000060\n"
@@ -23,9 +23,9 @@ def test_without_any_options_it_writes_from_the_newest_run(pretrain):
 
 
 @pytest.mark.usefixtures("trained")
-def test_a_run_a_checkpoint_and_a_model_folder_write_the_same(pretrain):
+def test_a_run_a_checkpoint_and_a_model_folder_give_equal_text(pretrain):
     shutil.copytree("runs/tiny/checkpoints/step-000060", "elsewhere")
-    shutil.rmtree("elsewhere/training")  # what a Hugging Face folder does not have
+    shutil.rmtree("elsewhere/training")  # a Hugging Face folder has none
     texts = {
         pretrain(f"sample {where} {GREEDY}").out
         for where in ("runs/tiny", "runs/tiny/checkpoints/step-000060", "elsewhere", "")
@@ -37,8 +37,8 @@ def test_a_run_a_checkpoint_and_a_model_folder_write_the_same(pretrain):
 
 
 @pytest.mark.usefixtures("trained")
-def test_greedy_text_is_what_transformers_generates(pretrain):
-    """transformers opens our checkpoint directly, without an export."""
+def test_greedy_text_equals_that_of_transformers(pretrain):
+    """Open our checkpoint in transformers directly, without an export."""
     transformers = importlib.import_module("transformers")
     folder = "runs/tiny/checkpoints/step-000060"
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -49,7 +49,7 @@ def test_greedy_text_is_what_transformers_generates(pretrain):
     assert pretrain(f"sample {GREEDY}").out == f"{text}\n"
 
 
-def test_a_transformers_folder_samples_what_transformers_generates(pretrain, tmp_path):
+def test_a_transformers_folder_gives_the_text_of_transformers(pretrain, tmp_path):
     transformers = importlib.import_module("transformers")
     config = transformers.Qwen3Config(
         vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -82,8 +82,8 @@ def test_the_prompt_may_come_from_standard_input(pretrain):
 
 
 @pytest.mark.usefixtures("trained")
-def test_text_is_written_as_it_is(pretrain):
-    """Markup, emoji codes, control characters and spaces are printed unchanged."""
+def test_text_is_printed_unchanged(pretrain):
+    """Print markup, emoji codes, control characters and spaces unchanged."""
     prompt = "a\tb [bold]c[/] [/x] :smile: \\ \x07 é\r \n   "
     outcome = pretrain(f"sample --max-tokens 1 --temperature 0 --prompt {shlex.quote(prompt)}")
     assert outcome.code == 0, outcome.err
@@ -91,7 +91,7 @@ def test_text_is_written_as_it_is(pretrain):
 
 
 @pytest.mark.usefixtures("trained")
-def test_a_seed_gives_a_text_and_n_gives_several(pretrain):
+def test_a_seed_determines_the_text_and_n_gives_several(pretrain):
     line = "sample --max-tokens 40 --dtype float32 --prompt green"
     first, second = pretrain(f"{line} --seed 1").out, pretrain(f"{line} --seed 2").out
     assert first == pretrain(f"{line} --seed 1").out
@@ -102,8 +102,8 @@ def test_a_seed_gives_a_text_and_n_gives_several(pretrain):
 
 
 @pytest.mark.usefixtures("trained")
-def test_prompts_of_a_file_are_written_in_order_and_as_one_by_one(pretrain):
-    """Prompts have different lengths, beyond windows of 8; no batch size divides their number."""
+def test_prompts_of_a_file_keep_their_order_and_single_prompt_text(pretrain):
+    """Use 7 prompts of different lengths, most beyond the window of 8, in batches of 3 and 7."""
     prompts = ["And if one green bottle " * k + "x" * k for k in range(1, 6)] + ["a", "green"]
     Path("prompts.txt").write_text("\n\n".join(prompts) + "\n")
     line = "sample --max-tokens 30 --dtype float32 --json"
@@ -121,7 +121,7 @@ def test_prompts_of_a_file_are_written_in_order_and_as_one_by_one(pretrain):
 
 
 @pytest.mark.usefixtures("trained")
-def test_json_lines_say_what_was_made_and_why_it_ended(pretrain):
+def test_json_lines_have_tokens_logprobs_and_the_stop_reason(pretrain):
     outcome = pretrain(f"sample {GREEDY} --json")
     assert outcome.err.startswith("runs/tiny/checkpoints/step-000060\n")
     (row,) = rows(outcome)
@@ -148,7 +148,7 @@ def test_json_lines_say_what_was_made_and_why_it_ended(pretrain):
 
 
 @pytest.mark.usefixtures("trained")
-def test_an_interrupted_text_ends_with_its_line(pretrain, monkeypatch):
+def test_an_interrupted_text_ends_with_a_newline(pretrain, monkeypatch):
     batch, turns = importlib.import_module("pretrain_cli.engine.sampling.batch"), []
     sample_next = batch.sample_next
 
@@ -171,16 +171,16 @@ def rows(outcome):
 
 
 @pytest.mark.usefixtures("trained")
-def test_text_ends_at_the_limit(pretrain):
+def test_text_ends_at_max_tokens(pretrain):
     outcome = pretrain("sample --max-tokens 3 --temperature 0 --prompt green")
     assert outcome.out.startswith("green")
-    assert len(outcome.out) <= len("green") + 3 + 1  # a token is a byte; the line ends
+    assert len(outcome.out) <= len("green") + 3 + 1  # 3 one-byte tokens, a newline
 
 
 # --- refused -------------------------------------------------------------------------------------
 
 
-def test_nothing_trained_yet(refused):
+def test_sample_without_any_run_is_refused(refused):
     message = refused("sample")
     assert message.startswith("runs/: no run with a checkpoint; train one with 'pretrain train'")
 
@@ -207,12 +207,12 @@ def test_nothing_trained_yet(refused):
         ("--seed 99999999999999999999", "--seed: 99999999999999999999 "),
     ],
 )  # fmt: skip
-def test_options_that_cannot_be_honoured(refused, options, said):
+def test_invalid_sample_options_are_refused(refused, options, said):
     assert refused(f"sample {options}").startswith(said)
 
 
 @pytest.mark.usefixtures("trained")
-def test_a_prompt_that_fills_every_position(refused, pretrain):
+def test_a_prompt_that_fills_every_position_is_refused(refused, pretrain):
     message = refused("sample", "x" * 3000)
     assert message == "--prompt: its 3,000 tokens fill the model's 2,048 positions; shorten it"
     assert pretrain("sample", "x" * 3000).out == ""
@@ -220,8 +220,8 @@ def test_a_prompt_that_fills_every_position(refused, pretrain):
 
 @pytest.mark.usefixtures("trained")
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_a_checkpoint_cut_short(pretrain, refused, name):
-    """Given alone it is refused; given the run, sample uses the one before it and says so."""
+def test_a_truncated_checkpoint_is_refused_or_skipped(pretrain, refused, name):
+    """Refuse a truncated checkpoint; for its run, use the one before it and print a notice."""
     newest = Path("runs/tiny/checkpoints/step-000060")
     cut(newest / name)
     message = refused(f"sample {newest}")
@@ -239,8 +239,8 @@ def test_a_checkpoint_cut_short(pretrain, refused, name):
 
 @pytest.mark.usefixtures("trained")
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_a_model_folder_cut_short(refused, name):
-    """The folder has no checksums, so the damage must be found in the files themselves."""
+def test_a_truncated_model_folder_is_refused(refused, name):
+    """Find the damage in the files themselves: the folder has no checksums."""
     shutil.copytree("runs/tiny/checkpoints/step-000060", "model")
     shutil.rmtree("model/training")
     cut(Path("model", name))

@@ -54,7 +54,7 @@ def test_a_published_tokenizer_makes_a_dataset(pretrain, corpus, tmp_path, monke
     assert pretrain("tokenize corpus").out.startswith("data/corpus is up to date")  # the default
 
 
-def test_several_files_of_jsonl_go_where_asked(pretrain, tmp_path):
+def test_several_jsonl_files_are_written_to_the_out_folder(pretrain, tmp_path):
     for name in ("a", "b"):
         row = json.dumps({"content": f"text of {name}"})
         (tmp_path / f"{name}.jsonl").write_text(f"{row}\n{row}\n")
@@ -66,14 +66,14 @@ def test_several_files_of_jsonl_go_where_asked(pretrain, tmp_path):
     assert not Path("data").exists()
 
 
-def test_bpe_is_trained_to_the_size_asked_for(pretrain, corpus):
+def test_bpe_is_trained_to_the_given_vocabulary_size(pretrain, corpus):
     outcome = pretrain("tokenize --tokenizer bpe --vocab-size 300 corpus")
     assert outcome.code == 0, outcome.err
     assert manifest()["vocab_size"] == 300
     assert "A vocabulary of" not in outcome.out
 
 
-def test_a_bpe_of_a_text_with_less_to_merge_is_smaller_and_named_so(pretrain, tmp_path):
+def test_bpe_on_a_short_text_gets_a_smaller_vocabulary_and_name(pretrain, tmp_path):
     (tmp_path / "a.txt").write_text("aaaa " * 9)  # merges: aa, aaaa, and the word with its space
     outcome = pretrain("tokenize --tokenizer bpe --vocab-size 5000 a.txt")
     assert outcome.code == 0, outcome.err
@@ -91,7 +91,7 @@ def test_a_local_tokenizer_is_given_by_path(pretrain, corpus):
         assert Path("again/tokenizer.json").read_bytes() == tokenizer
 
 
-def test_again_on_the_same_files_it_says_so_and_does_nothing(pretrain, corpus):
+def test_tokenizing_unchanged_files_again_does_nothing(pretrain, corpus):
     pretrain("tokenize --tokenizer bytes corpus")
     before = {path: path.stat().st_mtime_ns for path in Path("data/corpus").iterdir()}
     outcome = pretrain("tokenize --tokenizer bytes corpus/")
@@ -105,7 +105,7 @@ def test_again_on_the_same_files_it_says_so_and_does_nothing(pretrain, corpus):
     assert all(after[path] > before[path] for path in before)
 
 
-def test_a_changed_corpus_is_not_tokenized_over_the_old_one_unasked(pretrain, refused, corpus):
+def test_a_changed_corpus_needs_force_to_replace_the_dataset(pretrain, refused, corpus):
     pretrain("tokenize --tokenizer bytes corpus")
     (corpus / "new.txt").write_text("one more")
     message = refused("tokenize --tokenizer bytes corpus")
@@ -115,7 +115,7 @@ def test_a_changed_corpus_is_not_tokenized_over_the_old_one_unasked(pretrain, re
     assert pretrain("tokenize --tokenizer bytes corpus --force").code == 0
 
 
-def test_without_text_a_demo_is_made(pretrain, tmp_path, monkeypatch):
+def test_tokenize_without_arguments_makes_the_demo_dataset(pretrain, tmp_path, monkeypatch):
     (tmp_path / "python").mkdir()
     (tmp_path / "python/this.py").write_text("print('The Zen of Python')\n" * 20)
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "python")})
@@ -132,13 +132,13 @@ def test_files_that_are_not_text_are_skipped_named_and_counted(pretrain, corpus)
     assert "2 × not UTF-8, left out: corpus/latin.txt, corpus/picture.png" in outcome.out
 
 
-def test_a_folder_named_in_markup_is_shown_as_it_is(pretrain, corpus):
+def test_markup_in_a_folder_name_is_printed_unchanged(pretrain, corpus):
     outcome = pretrain("tokenize --tokenizer bytes corpus --out 'data/[bold] :x:'")
     assert outcome.code == 0, outcome.err
     assert "data/[bold] :x:: " in outcome.out
 
 
-# --- what is read --------------------------------------------------------------------------------
+# --- input ---------------------------------------------------------------------------------------
 
 
 def tokens(folder="data/corpus", split="train"):
@@ -162,7 +162,7 @@ def test_standard_input_is_a_document(pretrain):
     assert tokens("data/stdin") == row("one – ü\n\ntwo")
 
 
-def test_standard_input_may_hold_what_a_file_may(pretrain):
+def test_standard_input_accepts_the_formats_of_files(pretrain):
     lines = '{"body": "one"}\n{"body": "two"}\n'
     assert pretrain(f"tokenize {ALL_TRAIN} --input jsonl --text-key body -", lines).code == 0
     assert tokens("data/stdin") == row("one", "two")
@@ -172,8 +172,8 @@ def test_standard_input_may_hold_what_a_file_may(pretrain):
     assert tokens("b") == row("one\n", "two")
 
 
-def test_standard_input_is_that_of_the_process(pretrain, tmp_path):
-    """It is read to its end, in whatever chunks it arrives."""
+def test_standard_input_of_a_process_is_read_to_its_end(pretrain, tmp_path):
+    """Pipe 3 MB, which arrive in several chunks."""
     command = [sys.executable, "-m", "pretrain_cli", "tokenize", *ALL_TRAIN.split(), "-"]
     environment = {**os.environ, "PYTHONPATH": str(Path(pretrain_cli.__file__).parent.parent)}
     text = "words and words\n" * 200_000
@@ -189,7 +189,7 @@ def test_a_quoted_pattern_is_expanded_by_the_program(pretrain, corpus):
     assert manifest()["sources"].keys() == {"corpus/**/*-2[89].txt"}
 
 
-def test_folders_give_what_is_included_and_not_excluded(pretrain, corpus):
+def test_include_and_exclude_select_the_files_of_a_folder(pretrain, corpus):
     options = "--include '*-0?.txt' --include '*-1?.txt' --exclude '*5.txt'"
     assert pretrain(f"tokenize {ALL_TRAIN} corpus {options}").code == 0
     assert manifest()["sources"]["corpus"]["files"] == 18
@@ -225,7 +225,7 @@ def test_a_column_of_parquet_is_read(pretrain):
         ("replace", ["good\n", "caf\ufffd\n", "good too"], "1 × not UTF-8, replaced: a.txt"),
     ],
 )
-def test_what_is_not_utf8_is_treated_as_asked_and_said(pretrain, errors, kept, said):
+def test_invalid_utf8_is_skipped_or_replaced_with_a_notice(pretrain, errors, kept, said):
     Path("a.txt").write_bytes(b"good\n--\ncaf\xe9\n--\ngood too")
     outcome = pretrain(f"tokenize {ALL_TRAIN} a.txt --document-separator -- --errors {errors}")
     assert outcome.code == 0, outcome.err
@@ -234,7 +234,7 @@ def test_what_is_not_utf8_is_treated_as_asked_and_said(pretrain, errors, kept, s
     assert manifest("data/a")["options"]["errors"] == errors
 
 
-def test_what_is_left_of_a_damaged_file_is_said(pretrain, corpus):
+def test_a_damaged_file_keeps_its_intact_documents_with_a_notice(pretrain, corpus):
     (corpus / "z.txt.gz").write_bytes(gzip.compress(b"words " * 999)[:-9])
     outcome = pretrain("tokenize --tokenizer bytes corpus")
     assert outcome.code == 0, outcome.err
@@ -253,7 +253,7 @@ def test_files_that_are_left_out_are_named_with_the_reason(pretrain, corpus):
     assert "Left out 1 more such files" in outcome.out
 
 
-def test_documents_that_came_before_are_left_out_where_asked_for(pretrain, corpus):
+def test_dedup_leaves_out_duplicate_documents(pretrain, corpus):
     (corpus / "again.txt").write_bytes((corpus / "verse-07.txt").read_bytes())
     outcome = pretrain("tokenize --tokenizer bytes corpus --dedup")
     assert outcome.code == 0, outcome.err
@@ -261,10 +261,10 @@ def test_documents_that_came_before_are_left_out_where_asked_for(pretrain, corpu
     assert "from 30 documents" in outcome.out
 
 
-# --- what is written -----------------------------------------------------------------------------
+# --- output --------------------------------------------------------------------------------------
 
 
-def test_new_files_are_added(pretrain, corpus):
+def test_append_adds_new_files(pretrain, corpus):
     assert pretrain("tokenize --tokenizer bytes --val-fraction 0.1 corpus").code == 0
     (corpus / "new.txt").write_text("one more")
     again = "tokenize --tokenizer bytes --val-fraction 0.1 corpus --append"
@@ -274,7 +274,7 @@ def test_new_files_are_added(pretrain, corpus):
     assert pretrain(again).out.startswith("data/corpus is up to date")
 
 
-def test_marks_and_shards_are_as_asked_for(pretrain, corpus, tmp_path):
+def test_bos_eos_shard_size_and_format_options_take_effect(pretrain, corpus, tmp_path):
     backend = tokenizers.Tokenizer.from_str(load_tokenizer("bytes").json)
     backend.add_special_tokens(["<s>"])
     backend.save("mine.json")
@@ -309,11 +309,11 @@ def test_any_number_of_workers_makes_the_same_dataset(pretrain, corpus, monkeypa
 # --- refused -------------------------------------------------------------------------------------
 
 
-def test_a_path_that_does_not_exist(refused):
+def test_a_path_that_does_not_exist_is_refused(refused):
     assert refused("tokenize --tokenizer bytes nowhere") == "nowhere: no such file or folder"
 
 
-def test_an_empty_corpus(refused, tmp_path):
+def test_an_empty_corpus_is_refused(refused, tmp_path):
     (tmp_path / "empty").mkdir()
     assert refused("tokenize --tokenizer bytes empty") == (
         "empty: no files in it; give a folder of text"
@@ -322,7 +322,7 @@ def test_an_empty_corpus(refused, tmp_path):
     assert "empty: no text in its 1 file;" in refused("tokenize --tokenizer bytes empty")
 
 
-def test_a_corpus_of_nothing_but_pictures(refused, tmp_path):
+def test_a_corpus_without_utf8_text_is_refused(refused, tmp_path):
     (tmp_path / "pictures").mkdir()
     for name in ("a.png", "b.png"):
         (tmp_path / "pictures" / name).write_bytes(b"\x89PNG\xff")
@@ -330,14 +330,14 @@ def test_a_corpus_of_nothing_but_pictures(refused, tmp_path):
     assert message.startswith("pictures: no UTF-8 text in its 2 files (pictures/a.png the first)")
 
 
-def test_a_broken_json_line(refused, tmp_path):
+def test_a_broken_json_line_is_refused(refused, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": "cut\n')
     message = refused("tokenize --tokenizer bytes a.jsonl")
     assert message.startswith("a.jsonl:2: not a JSON line (")
     assert "mend or remove it" in message
 
 
-def test_a_json_line_without_the_key(refused, tmp_path):
+def test_a_json_line_without_the_text_key_is_refused(refused, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"content": "good"}\n')
     message = refused("tokenize --tokenizer bytes a.jsonl")
     assert message.startswith("a.jsonl:1: no text under 'text' (it has content)")
@@ -384,7 +384,7 @@ def test_a_json_line_without_the_key(refused, tmp_path):
         ("--tokenizer bpe -", "bpe: is trained on the text first, and standard input can be read"),
     ],
 )
-def test_options_that_cannot_be_honoured(refused, corpus, options, said):
+def test_invalid_tokenize_options_are_refused(refused, corpus, options, said):
     assert said in refused(f"tokenize {options} corpus")
 
 
@@ -403,20 +403,20 @@ def test_options_that_cannot_be_honoured(refused, corpus, options, said):
         ("a.tar.gz", b"", "a.tar.gz: an archive; unpack it"),
     ],
 )
-def test_files_that_cannot_be_read_where_asked_to_fail(refused, tmp_path, name, content, said):
+def test_errors_fail_refuses_unreadable_files(refused, tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
     message = refused(f"tokenize --tokenizer bytes --errors fail {name}")
     assert message.startswith(said)
 
 
-def test_a_corpus_that_is_damaged_from_the_beginning_on(refused, tmp_path):
+def test_a_corpus_without_an_intact_document_is_refused(refused, tmp_path):
     (tmp_path / "a.txt.gz").write_bytes(b"words")
     assert refused("tokenize --tokenizer bytes a.txt.gz") == (
         "a.txt.gz: damaged from the beginning on (a.txt.gz); get it again"
     )
 
 
-def test_a_parquet_without_the_column(refused):
+def test_a_parquet_file_without_the_text_column_is_refused(refused):
     parquet.write_table(pyarrow.table({"id": [1], "content": ["text"]}), "a.parquet")
     assert refused("tokenize --tokenizer bytes a.parquet") == (
         "a.parquet: no column 'text' (it has id, content); name the column with --text-key"
@@ -426,7 +426,7 @@ def test_a_parquet_without_the_column(refused):
     )
 
 
-def test_a_disk_that_is_too_small_is_found_at_the_start(refused, corpus, monkeypatch):
+def test_too_little_disk_space_is_refused_at_the_start(refused, corpus, monkeypatch):
     monkeypatch.setattr("pretrain_cli.data.tokenizing.pipeline.BATCH_BYTES", 1000)
     usage = shutil.disk_usage(".")._replace(free=5000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)

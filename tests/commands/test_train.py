@@ -39,7 +39,7 @@ def metrics(run, kind="step"):
 
 
 @pytest.mark.usefixtures("trained")
-def test_a_run_folder_is_as_drawn():
+def test_a_run_folder_has_the_documented_files():
     assert {path.name for path in Path("runs/tiny").iterdir()} == RUN
     kept = sorted(path.name for path in Path("runs/tiny/checkpoints").iterdir())
     assert kept == ["step-000040", "step-000060"]  # the newest two of three
@@ -58,7 +58,7 @@ def test_a_run_folder_is_as_drawn():
 
 
 @pytest.mark.usefixtures("dataset")
-def test_a_run_says_what_it_does_line_by_line(pretrain, tiny, monkeypatch):
+def test_train_prints_its_settings_steps_and_result(pretrain, tiny, monkeypatch):
     monkeypatch.setattr(display, "SECONDS_A_LINE", 0.0)
     outcome = pretrain(f"train {tiny} --steps 3 --learning-rate 0.01")
     assert (outcome.code, outcome.err) == (0, "")
@@ -89,7 +89,7 @@ def test_a_run_says_what_it_does_line_by_line(pretrain, tiny, monkeypatch):
 
 
 @pytest.mark.usefixtures("dataset")
-def test_a_second_run_of_the_same_name_gets_the_next_one(pretrain, tiny):
+def test_a_second_run_of_the_same_name_gets_a_number(pretrain, tiny):
     for name in ("gemma3-tiny-corpus", "gemma3-tiny-corpus-2", "gemma3-tiny-corpus-3"):
         assert pretrain(f"train {tiny} --steps 1 --set train.sample_tokens=0").code == 0
         assert Path("runs", name, "run.yaml").is_file()
@@ -97,7 +97,7 @@ def test_a_second_run_of_the_same_name_gets_the_next_one(pretrain, tiny):
 
 
 @pytest.mark.usefixtures("dataset")
-def test_a_qwen_is_trained_as_a_gemma_is(pretrain):
+def test_a_qwen_model_is_trained(pretrain):
     outcome = pretrain(
         "train --model qwen3-tiny --set model.num_hidden_layers=2 --set model.hidden_size=32 "
         "--set model.intermediate_size=48 --seq-len 32 --tokens-per-step 128 --tokens 500 --out q"
@@ -133,7 +133,7 @@ def test_flags_and_set_win_over_the_file_and_the_file_over_defaults(pretrain, ti
 
 
 @pytest.mark.usefixtures("dataset")
-def test_the_record_says_what_was_asked_and_what_it_became(pretrain, tiny):
+def test_run_yaml_has_the_given_and_the_resolved_settings(pretrain, tiny):
     pretrain(f"train {tiny} --steps 2 --out made --set speed.float32_matmul=high")
     made = record("made")
     assert made["asked"]["optimizer"]["learning_rate"] == "auto"
@@ -209,7 +209,7 @@ def other(pretrain, dataset):
 @pytest.mark.parametrize(
     "data", ["--data data/corpus:0.75 data/other:0.25", "--data data/corpus:3 --data data/other:1"]
 )
-def test_datasets_are_mixed_by_weight_as_it_is_typed(pretrain, tiny, data):
+def test_datasets_are_mixed_by_the_typed_weights(pretrain, tiny, data):
     outcome = pretrain(f"train {data} {tiny} --steps 4 --out mixed --learning-rate 0.01")
     assert outcome.code == 0, outcome.err
     # 16 samples of 32 tokens, mixed 3 : 1
@@ -225,7 +225,7 @@ def test_datasets_are_mixed_by_weight_as_it_is_typed(pretrain, tiny, data):
 
 
 @pytest.mark.usefixtures("other")
-def test_without_weights_an_epoch_of_the_mixture_is_one_of_each(pretrain, tiny):
+def test_an_unweighted_mixture_epoch_is_one_epoch_of_each_dataset(pretrain, tiny):
     sizes = {}
     for name in ("corpus", "other"):
         shards = json.loads(Path(f"data/{name}/dataset.json").read_text())["shards"]
@@ -238,7 +238,7 @@ def test_without_weights_an_epoch_of_the_mixture_is_one_of_each(pretrain, tiny):
     assert metrics("mixed")[-1]["sources"] == sizes
 
 
-def test_one_datasets_run_says_nothing_of_sources(pretrain, tiny, dataset):
+def test_a_run_on_one_dataset_reports_no_sources(pretrain, tiny, dataset):
     outcome = pretrain(f"train {tiny} --data {dataset} --steps 1 --out made")
     assert "sources" not in metrics("made")[0] | metrics("made", "evaluation")[0]
     assert "Tokens seen" not in outcome.out
@@ -262,20 +262,20 @@ def test_one_datasets_run_says_nothing_of_sources(pretrain, tiny, dataset):
         ("--data data/other --packing best-fit --seq-len 2000", "data.seq_len: 2,000 is beyond th"),
     ],
 )  # fmt: skip
-def test_datasets_that_cannot_be_trained_on_together(refused, tiny, options, said):
+def test_invalid_dataset_combinations_are_refused(refused, tiny, options, said):
     sizes = "--tokens-per-step 4000" if "2000" in options else "--steps 1"
     assert refused(f"train {tiny} {sizes} --steps 1 {options}").startswith(said)
 
 
-def test_different_tokenizers_do_not_mix(pretrain, refused, dataset, tiny):
+def test_datasets_of_different_tokenizers_are_refused(pretrain, refused, dataset, tiny):
     pretrain("tokenize --tokenizer bpe --vocab-size 300 corpus --out data/bpe")
     message = refused(f"train {tiny} --data {dataset} data/bpe --steps 1")
     assert message.startswith("data/bpe: made with the tokenizer bpe-300 (")
     assert ", and data/corpus with bytes (" in message
 
 
-def test_whole_documents_are_packed_once_and_it_is_told_how_well(pretrain, tiny, dataset):
-    """Documents have about 400 tokens, samples 33, so every document is cut."""
+def test_best_fit_packing_runs_once_and_reports_how_full_samples_are(pretrain, tiny, dataset):
+    """Pack documents of about 400 tokens into samples of 33, so that every document is cut."""
     line = f"train {tiny} --data {dataset} --packing best-fit --steps 2 --out"
     outcome = pretrain(f"{line} first")
     assert outcome.code == 0, outcome.err
@@ -293,11 +293,11 @@ def test_whole_documents_are_packed_once_and_it_is_told_how_well(pretrain, tiny,
     assert record("first")["settings"]["data"]["packing"] == "best-fit"
 
 
-# --- stopped, and gone on with -------------------------------------------------------------------
+# --- stop and resume -----------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("dataset")
-def test_ctrl_c_saves_and_says_how_to_go_on(pretrain, tiny):
+def test_ctrl_c_saves_and_prints_the_resume_command(pretrain, tiny):
     command = f"train {tiny} --device cpu --steps 100000 --set train.sample_tokens=0".split()
     process = subprocess.Popen(
         [sys.executable, "-m", "pretrain_cli", *command],
@@ -329,15 +329,15 @@ def test_ctrl_c_saves_and_says_how_to_go_on(pretrain, tiny):
     assert [row["step"] for row in metrics(run)] == list(range(1, step + 3))
 
 
-def test_a_profile_is_made_without_the_profilers_own_words(pretrain, trained, monkeypatch):
-    monkeypatch.setenv("KINETO_LOG_LEVEL", "")  # so that it is undone
+def test_a_profile_silences_the_profilers_own_log(pretrain, trained, monkeypatch):
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "")  # so that monkeypatch restores it
     monkeypatch.delenv("KINETO_LOG_LEVEL")
     outcome = pretrain("train --resume runs/tiny --steps 65 --profile 1")
     assert outcome.code == 0, outcome.err
     assert "KINETO_LOG_LEVEL" in os.environ
 
 
-def test_a_limit_of_time_is_of_its_process_and_not_of_the_run(pretrain, trained):
+def test_max_time_limits_one_process_and_is_not_kept_on_resume(pretrain, trained):
     for options, limit in (("--steps 61 --max-time 9h", "9h"), ("--steps 62", None)):
         outcome = pretrain(f"train --resume runs/tiny {options}")
         assert outcome.code == 0, outcome.err
@@ -347,7 +347,7 @@ def test_a_limit_of_time_is_of_its_process_and_not_of_the_run(pretrain, trained)
 
 
 @pytest.mark.usefixtures("trained")
-def test_a_finished_run_goes_on_with_more_steps(pretrain):
+def test_resume_continues_a_finished_run_with_more_steps(pretrain):
     before = Path("runs/tiny/metrics.jsonl").read_text()
     outcome = pretrain("train --resume runs/tiny --steps 62")
     assert outcome.code == 0, outcome.err
@@ -357,14 +357,14 @@ def test_a_finished_run_goes_on_with_more_steps(pretrain):
 
 
 @pytest.mark.usefixtures("trained")
-def test_a_run_goes_on_from_a_named_checkpoint(pretrain):
+def test_resume_continues_from_a_given_checkpoint(pretrain):
     outcome = pretrain("train --resume runs/tiny/checkpoints/step-000040 --steps 41")
     assert outcome.code == 0, outcome.err
     assert [row["step"] for row in metrics("runs/tiny")] == list(range(1, 42))
 
 
 @pytest.mark.usefixtures("trained")
-def test_a_run_goes_on_for_more_tokens(pretrain):
+def test_resume_continues_for_more_tokens(pretrain):
     outcome = pretrain("train --resume runs/tiny --tokens 8000")
     assert outcome.code == 0, outcome.err
     assert metrics("runs/tiny")[-1]["step"] == 63  # 62.5 steps of 128
@@ -372,7 +372,7 @@ def test_a_run_goes_on_for_more_tokens(pretrain):
 
 @pytest.mark.usefixtures("trained")
 @pytest.mark.parametrize("name", ["model.safetensors", "training/optimizer.safetensors"])
-def test_a_checkpoint_cut_short_is_passed_over_and_said(pretrain, refused, name):
+def test_resume_skips_a_truncated_checkpoint_with_a_notice(pretrain, refused, name):
     newest = Path("runs/tiny/checkpoints/step-000060")
     cut(newest / name)
     message = refused(f"train --resume {newest}")
@@ -385,7 +385,7 @@ def test_a_checkpoint_cut_short_is_passed_over_and_said(pretrain, refused, name)
 
 
 @pytest.mark.usefixtures("trained")
-def test_a_run_whose_checkpoints_are_all_cut_short(refused):
+def test_resume_refuses_a_run_with_only_truncated_checkpoints(refused):
     for folder in Path("runs/tiny/checkpoints").iterdir():
         cut(folder / "model.safetensors")
     message = refused("train --resume runs/tiny")
@@ -393,7 +393,7 @@ def test_a_run_whose_checkpoints_are_all_cut_short(refused):
 
 
 @pytest.mark.usefixtures("trained")
-def test_a_run_does_not_go_on_with_another_dataset(pretrain, refused):
+def test_resume_refuses_another_dataset_but_allows_a_moved_one(pretrain, refused):
     pretrain("tokenize --tokenizer bytes --val-fraction 0.3 corpus --out data/other")
     message = refused("train --resume runs/tiny --steps 62 --data data/other")
     assert message.startswith("data/other: not the dataset that runs/tiny was trained on")
@@ -415,12 +415,12 @@ def test_a_run_does_not_go_on_with_another_dataset(pretrain, refused):
         ("runs/tiny --steps 5", "train.steps: 5 "),
     ],
 )  # fmt: skip
-def test_what_a_run_cannot_go_on_with(refused, options, said):
+def test_resume_refuses_invalid_folders_and_changes(refused, options, said):
     assert refused(f"train --resume {options}").startswith(said)
 
 
 @pytest.mark.usefixtures("trained")
-def test_a_record_cut_short(refused):
+def test_resume_refuses_a_damaged_run_yaml(refused):
     Path("runs/tiny/run.yaml").write_text("settings:\n  model:\n")
     assert refused("train --resume runs/tiny").startswith("runs/tiny/run.yaml: damaged")
 
@@ -457,7 +457,7 @@ def test_weights_of_another_tokenizer_are_refused(pretrain, refused):
         "tokenizer.json",
     ],
 )  # fmt: skip
-def test_a_model_folder_cut_short(refused, name):
+def test_init_from_a_truncated_model_folder_is_refused(refused, name):
     shutil.copytree("runs/tiny/checkpoints/step-000060", "model")
     shutil.rmtree("model/training")
     cut(Path("model", name))
@@ -504,7 +504,7 @@ def test_a_wrong_option_is_refused_before_anything_is_written(refused, tiny, opt
 
 
 @pytest.mark.usefixtures("dataset")
-def test_a_length_beyond_the_dataset(refused, tiny):
+def test_a_sequence_length_beyond_the_dataset_is_refused(refused, tiny):
     line = f"train {tiny} --seq-len 20000 --tokens-per-step 40000 --steps 1"
     message = refused(f"{line} --set model.max_position_embeddings=65536")
     assert message.startswith("data.seq_len: 20,000 is beyond the dataset data/corpus")
@@ -512,7 +512,7 @@ def test_a_length_beyond_the_dataset(refused, tiny):
 
 
 @pytest.mark.usefixtures("trained")
-def test_an_output_folder_that_holds_another_run(refused, tiny):
+def test_an_output_folder_that_holds_another_run_is_refused(refused, tiny):
     message = refused(f"train {tiny} --steps 1 --out runs/tiny")
     assert message == (
         "--out: runs/tiny holds another run; choose another folder, or continue that run with "
@@ -521,7 +521,7 @@ def test_an_output_folder_that_holds_another_run(refused, tiny):
 
 
 @pytest.mark.parametrize("change", ["cut", "altered"])
-def test_a_shard_that_has_changed(refused, dataset, tiny, change):
+def test_a_changed_shard_is_refused(refused, dataset, tiny, change):
     shard = dataset / "train-00000.bin"
     data = bytearray(shard.read_bytes())
     data[100] ^= 1
@@ -536,7 +536,7 @@ def test_a_shard_that_has_changed(refused, dataset, tiny, change):
     assert "tokenize again with --force" in message
 
 
-def test_a_dataset_with_another_tokenizer_in_it(pretrain, refused, dataset, tiny):
+def test_a_dataset_with_a_replaced_tokenizer_is_refused(pretrain, refused, dataset, tiny):
     pretrain("tokenize --tokenizer bpe --vocab-size 300 corpus --out elsewhere")
     shutil.copy("elsewhere/tokenizer.json", dataset)
     message = refused(f"train {tiny} --steps 1")
@@ -558,7 +558,7 @@ def test_a_wrong_model_is_refused_before_the_demo_is_made(refused, tiny, tmp_pat
         ("corpus", "corpus: no config.json"),
     ],
 )
-def test_weights_that_are_not_there(refused, folder, said):
+def test_init_from_a_folder_without_a_model_is_refused(refused, folder, said):
     assert refused(f"train --init-from {folder} --steps 1").startswith(said)
 
 

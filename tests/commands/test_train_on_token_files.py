@@ -39,7 +39,7 @@ def losses(run):
 
 
 @pytest.mark.usefixtures("files")
-def test_a_run_on_a_pattern_of_files(pretrain, tiny):
+def test_a_run_on_a_glob_pattern_of_token_files(pretrain, tiny):
     done = pretrain(f"train {tiny} --data 'song_train_*.bin' --tokenizer bytes --steps 2")
     assert (done.code, done.err) == (0, "")
     assert (
@@ -66,7 +66,7 @@ def test_a_run_on_a_pattern_of_files(pretrain, tiny):
 
 
 @pytest.mark.usefixtures("files")
-def test_a_run_is_gone_on_with_as_it_would_have_gone(pretrain, tiny):
+def test_a_resumed_run_equals_an_uninterrupted_one(pretrain, tiny):
     line = (
         f"train {tiny} --data 'song_train_*.bin' --tokenizer bytes --set train.sample_tokens=0 "
         "--set optimizer.schedule=constant --set optimizer.warmup_steps=1"
@@ -102,7 +102,7 @@ def test_a_run_resumes_with_moved_token_files_but_not_with_others(pretrain, refu
     assert message.startswith("moved/song_train_*.bin: not the dataset that run was trained on")
 
 
-def test_a_folder_as_nano_gpt_leaves_it(pretrain, tiny):
+def test_a_run_on_a_folder_of_nano_gpt_files(pretrain, tiny):
     Path("verses").mkdir()
     write("verses/train.bin", [VERSE] * 30, header=False)
     write("verses/val.bin", [VERSE] * 4, header=False)
@@ -113,7 +113,7 @@ def test_a_folder_as_nano_gpt_leaves_it(pretrain, tiny):
     assert Path("runs/gemma3-tiny-verses/checkpoints/step-000001").is_dir()
 
 
-def test_a_single_file_whose_end_is_held_out(pretrain, tiny):
+def test_a_single_file_holds_out_its_end_for_validation(pretrain, tiny):
     write("song.bin", [VERSE * 40])
     done = pretrain(f"train {tiny} --data song.bin --tokenizer bytes --steps 1")
     assert (done.code, done.err) == (0, "")
@@ -128,7 +128,7 @@ def test_a_single_file_whose_end_is_held_out(pretrain, tiny):
 def test_an_id_beyond_the_vocabulary_ends_a_run_on_large_files(
     pretrain, tiny, monkeypatch, prefetch
 ):
-    """Opening reads only the first and the last block, so training must find the id."""
+    """Write the id to a block that only training reads: opening reads the first and the last."""
     monkeypatch.setattr(token_files, "VERIFIED_WHEN_OPENED", 0)
     monkeypatch.setattr(token_files, "SAMPLED", 1)
     monkeypatch.setattr(token_files, "TOKENS_PER_READ", 64)
@@ -168,7 +168,7 @@ def test_an_id_beyond_the_vocabulary_ends_a_run_on_large_files(
         ("--data 'song_train_*.bin' --set data.tokenizer=3", "data.tokenizer: 3 is not a string"),
     ],
 )  # fmt: skip
-def test_what_is_refused_before_anything_is_written(refused, tiny, options, said):
+def test_invalid_token_files_and_options_are_refused(refused, tiny, options, said):
     numbers = np.zeros(256, "<i4")
     numbers[:3] = 20240326, 3, 1024
     Path("model.bin").write_bytes(numbers.tobytes() + bytes(4096))
@@ -179,7 +179,7 @@ def test_what_is_refused_before_anything_is_written(refused, tiny, options, said
 
 
 @pytest.mark.usefixtures("trained")
-def test_the_tokenizer_of_a_dataset_is_its_own(pretrain, refused, tiny):
+def test_a_tokenizer_other_than_the_datasets_is_refused(pretrain, refused, tiny):
     line = f"train {tiny} --set train.sample_tokens=0 --steps 1 --tokenizer"
     assert pretrain(f"{line} bytes --data data/corpus").code == 0
     pretrain("tokenize --tokenizer bpe --vocab-size 300 corpus --out data/bpe")
@@ -191,7 +191,7 @@ def test_the_tokenizer_of_a_dataset_is_its_own(pretrain, refused, tiny):
 
 @pytest.mark.usefixtures("trained")
 @pytest.mark.parametrize("given", ["data/corpus/train-00000.bin", "data/corpus/*.bin"])
-def test_the_shards_of_a_dataset_are_not_taken_for_another_programs(refused, tiny, given):
+def test_the_shards_of_a_dataset_are_refused_as_token_files(refused, tiny, given):
     message = refused(f"train {tiny} --steps 1 --data '{given}' --tokenizer bytes")
     assert message == (
         "data/corpus/train-00000.bin: part of a dataset; give its folder, --data data/corpus"

@@ -30,7 +30,7 @@ def test_a_checkpoint_is_the_same_model_in_transformers(pretrain, data):
 
 
 @pytest.mark.usefixtures("trained")
-def test_another_models_weights_do_not_pass(pretrain):
+def test_changed_weights_fail_verification(pretrain):
     copy_with_weights(
         lambda name, value: value + 0.05 if "layers.1.post_feedforward" in name else value
     )
@@ -43,7 +43,7 @@ def test_another_models_weights_do_not_pass(pretrain):
 
 
 @pytest.mark.usefixtures("trained")
-def test_without_transformers_one_line_says_how_to_install_it(refused, monkeypatch):
+def test_a_missing_transformers_error_says_how_to_install_it(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "pip install 'pretrain[verify]'" in refused(f"verify {SHORT}")
 
@@ -59,5 +59,5 @@ def test_without_transformers_one_line_says_how_to_install_it(refused, monkeypat
         ("--against nowhere", "nowhere: no such run"),
     ],
 )
-def test_what_can_not_be_compared_is_refused(refused, line, said):
+def test_invalid_verify_arguments_are_refused(refused, line, said):
     assert refused(f"verify {line}").startswith(said)

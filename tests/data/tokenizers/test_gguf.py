@@ -1,7 +1,7 @@
-"""A tokenizer in GGUF's words: llama.cpp makes the same tokens of a text, or it is refused.
+"""GGUF tokenizers: llama.cpp produces the same tokens, or the tokenizer is refused.
 
-What llama.cpp does with scores is written out here (`as_llama_cpp`), so that it is held to without
-llama.cpp too; where llama.cpp is installed, it is asked itself.
+`as_llama_cpp` reimplements llama.cpp's merging by scores, so that most tests run without llama.cpp.
+Where llama.cpp is installed, its own tokens are compared too.
 """
 
 import ctypes
@@ -31,8 +31,8 @@ WORDS = [" ", "  ", "\n", "\n\n", "\t", "the", "The", "don't", "1234", "é", "�
 
 
 def spm_like(tmp_path: Path) -> Tokenizer:
-    """A small tokenizer of Gemma's make: ▁ for spaces, bytes, and every way to make a token a
-    merge. Their order is not that of the ids."""
+    """Return a small tokenizer like Gemma's: ▁ for spaces, byte tokens, and every pair of tokens
+    that forms a token is a merge. The order of the merges is not the order of the ids."""
     learner = tokenizers.Tokenizer(tokenizers.models.BPE())
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=500, show_progress=False)
     corpus = [*LINES * 3, *(Path(random.__file__).read_text()[:20_000]).split("\n")]
@@ -74,9 +74,11 @@ def spm_like(tmp_path: Path) -> Tokenizer:
 
 
 def as_llama_cpp(facts: dict[str, Any], text: str) -> list[int]:
-    """The tokens of a text by llama.cpp's rules for the kind `llama`: user-defined tokens are cut
-    out, the longest first; in what is left the two neighbours that make the token of the highest
-    score are merged, the leftmost of equals; characters that are none become bytes."""
+    """Return the tokens of a text by llama.cpp's rules for the kind `llama`.
+
+    User-defined tokens are cut out first, the longest first. In the rest, the two neighbours that
+    form the token with the highest score are merged repeatedly, the leftmost of equals first.
+    Characters without a token become bytes."""
     texts, kinds = facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.token_type"]
     ids = {text: id for id, text in enumerate(texts)}
     scores = facts["tokenizer.ggml.scores"]
@@ -108,7 +110,7 @@ def encoded(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.backend.encode(text, add_special_tokens=False).ids
 
 
-def test_scores_merge_what_the_merges_do(tmp_path):
+def test_merging_by_scores_gives_the_same_tokens_as_the_merges(tmp_path):
     tokenizer = spm_like(tmp_path)
     facts, said = described(tokenizer, tokenizer.vocab_size)
     assert not said
@@ -121,13 +123,13 @@ def test_scores_merge_what_the_merges_do(tmp_path):
         assert as_llama_cpp(facts, text) == encoded(tokenizer, text), text
 
 
-def test_the_kinds_of_tokens_are_llama_cpps(tmp_path):
+def test_tokens_have_the_token_types_of_llama_cpp(tmp_path):
     tokenizer = spm_like(tmp_path)
     facts, said = described(tokenizer, tokenizer.vocab_size + 2)
     texts, kinds = facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.token_type"]
     of = dict(zip(texts, kinds, strict=True))
     assert (of["<bos>"], of["<b>"], of["<0x0A>"]) == (CONTROL, USER_DEFINED, BYTE)
-    assert of["▁▁▁▁"] == of["▁▁"] == NORMAL  # ▁ typed in a text, not spaces
+    assert of["▁▁▁▁"] == of["▁▁"] == NORMAL  # a typed ▁, not spaces
     assert kinds[-2:] == [UNUSED, UNUSED]
     assert len(set(texts)) == len(texts)
     ids = {key.split(".")[-1]: value for key, value in facts.items() if key.endswith("_id")}
@@ -149,7 +151,7 @@ def test_the_kinds_of_tokens_are_llama_cpps(tmp_path):
         ("bpe", "gpt2", "dbrx", None),
     ],
 )
-def test_every_tokenizer_of_ours_has_its_kind(load, kind, model, pre, begins):
+def test_each_supported_tokenizer_has_its_gguf_model_and_pattern(load, kind, model, pre, begins):
     tokenizer = load(kind)
     facts, _ = described(tokenizer, tokenizer.vocab_size)
     assert facts["tokenizer.ggml.model"] == model
@@ -161,7 +163,7 @@ def test_every_tokenizer_of_ours_has_its_kind(load, kind, model, pre, begins):
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "llama2"])
-def test_scores_of_published_tokenizers_merge_what_their_merges_do(load, kind):
+def test_scores_of_published_tokenizers_give_the_same_tokens(load, kind):
     tokenizer = load(kind)
     facts, _ = described(tokenizer, tokenizer.vocab_size)
     prefix = " " if kind == "llama2" else ""
@@ -169,7 +171,7 @@ def test_scores_of_published_tokenizers_merge_what_their_merges_do(load, kind):
         assert as_llama_cpp(facts, prefix + text) == encoded(tokenizer, text), text
 
 
-def test_tokens_that_the_model_has_no_rows_for_are_named(load):
+def test_a_notice_names_tokens_without_an_embedding_row(load):
     tokenizer = load("gemma3")
     facts, said = described(tokenizer, 262_144)
     assert len(facts["tokenizer.ggml.tokens"]) == 262_144
@@ -195,7 +197,7 @@ def changed(tokenizer: Tokenizer, tmp_path: Path, **parts: Any) -> Tokenizer:
         ({"pre_tokenizer": {"type": "Whitespace"}}, "is not SentencePiece's"),
     ],
 )
-def test_what_llama_cpp_would_merge_otherwise_is_refused(tmp_path, parts, said):
+def test_a_tokenizer_that_llama_cpp_merges_differently_is_refused(tmp_path, parts, said):
     with pytest.raises(ConfigError, match=f"tokenizer 'changed'.*{said}"):
         described(changed(spm_like(tmp_path), tmp_path, **parts), 1000)
 
@@ -211,7 +213,7 @@ def test_what_llama_cpp_would_merge_otherwise_is_refused(tmp_path, parts, said):
          "lstrip is set for its token '<|endoftext|>'"),
     ],
 )  # fmt: skip
-def test_a_split_that_llama_cpp_does_not_have_is_refused(tmp_path, parts, said):
+def test_a_word_split_that_llama_cpp_lacks_is_refused(tmp_path, parts, said):
     tokenizer = train_bpe(LINES, 280)
     with pytest.raises(ConfigError, match=said.replace("|", r"\|")):
         described(changed(tokenizer, tmp_path, **parts), 300)
@@ -222,7 +224,8 @@ def test_a_split_that_llama_cpp_does_not_have_is_refused(tmp_path, parts, said):
 
 @pytest.fixture
 def llama_tokens(tmp_path: Path) -> Callable[[dict[str, Any]], Callable[[str], list[int]]]:
-    """Tokenize with llama.cpp, from a vocabulary alone, special tokens taken as text."""
+    """Function that returns llama.cpp's tokenizer, loaded from a GGUF file with only a vocabulary.
+    Special tokens are plain text."""
     gguf = pytest.importorskip("gguf")
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     values = gguf.GGUFValueType

@@ -1,4 +1,4 @@
-"""Every kind of tokenizer: its published ids, its document marks, nothing lost, one file."""
+"""All kinds of tokenizers: published ids, document marks, lossless decoding, and files."""
 
 import importlib
 import json
@@ -16,14 +16,14 @@ from pretrain_cli.errors import ConfigError, DataError
 from tests.data.conftest import encode_documents
 
 KINDS = [*HUB, "bytes", "bpe"]
-# name: begin and end of a document, ids, "Hello world" without marks; from the published files
+# name: BOS, EOS, vocabulary size, ids of "Hello world" without marks; from the published files
 PUBLISHED = {
     "gemma3": (2, 1, 262_145, [9259, 1902]),
     "qwen3": (None, 151_643, 151_669, [9707, 1879]),
     "gpt2": (None, 50_256, 50_257, [15496, 995]),
     "llama2": (1, 2, 32_000, [15043, 3186]),
 }
-# In Unicode's normal form C, to which Qwen brings its text; without U+2581, Gemma's space.
+# In Unicode normal form C, because Qwen normalizes text to it; without U+2581, Gemma's space.
 TEXTS = [
     "Hello world",
     "  leading, trailing \t ",
@@ -48,7 +48,7 @@ def test_published_tokenizers_have_their_published_ids(load, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_document_comes_back_as_it_was(load, kind, text):
+def test_decoding_returns_the_original_document(load, kind, text):
     tokenizer = load(kind)
     (ids,) = encode_documents(tokenizer, [text])
     assert tokenizer.decode(ids) == text
@@ -67,7 +67,7 @@ def test_special_tokens_typed_in_a_text_stay_text(load, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_documents_are_encoded_alone_whatever_their_batch(load, kind):
+def test_a_documents_ids_do_not_depend_on_its_batch(load, kind):
     tokenizer = load(kind)
     assert encode_documents(tokenizer, TEXTS) == [
         ids for text in TEXTS for ids in encode_documents(tokenizer, [text])
@@ -75,30 +75,30 @@ def test_documents_are_encoded_alone_whatever_their_batch(load, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_prompt_begins_as_a_document_does(load, kind):
+def test_a_prompt_begins_like_a_document(load, kind):
     tokenizer = load(kind)
     (ids,) = encode_documents(tokenizer, ["The start"])
     assert tokenizer.encode_prompt("The start") == ids[:-1]
-    # where nothing marks a beginning, a document begins behind another one's end
+    # without a BOS token, a document begins after the EOS token of the previous one
     begin = tokenizer.eos if tokenizer.bos is None else tokenizer.bos
     assert tokenizer.encode_prompt("") == [begin]
 
 
 @given(st.text())
-def test_ids_of_bytes_are_the_bytes(text):
+def test_ids_of_the_bytes_tokenizer_are_the_bytes(text):
     tokenizer = load_tokenizer("bytes")
     assert encode_documents(tokenizer, [text]) == [[*text.encode(), 256]]
     assert tokenizer.decode([*text.encode(), 256]) == text
 
 
-def test_bytes_has_an_id_a_byte_and_the_end_of_a_document():
+def test_the_bytes_tokenizer_has_256_bytes_and_an_end_mark():
     tokenizer = load_tokenizer("bytes")
     numbers = (tokenizer.vocab_size, tokenizer.bos, tokenizer.eos, tokenizer.pad)
     assert numbers == (257, None, 256, None)
 
 
 @given(text=st.text())
-def test_a_trained_bpe_loses_nothing(load, text):
+def test_a_trained_bpe_decodes_any_text_losslessly(load, text):
     tokenizer = load("bpe")  # its training text is ASCII
     (ids,) = encode_documents(tokenizer, [text])
     assert tokenizer.decode(ids) == text
@@ -109,10 +109,10 @@ def test_a_trained_bpe_has_the_given_size_and_merges_frequent_pairs():
     tokenizer = train_bpe([words] * 3, 300)
     assert tokenizer.vocab_size == 300
     (ids,) = encode_documents(tokenizer, [" word word"])
-    assert len(ids) == 3  # two words and the end
+    assert len(ids) == 3  # two words and the end mark
 
 
-def test_a_bpe_too_small_for_the_bytes_is_refused():
+def test_a_bpe_vocabulary_below_257_is_refused():
     with pytest.raises(ConfigError, match=r"--vocab-size: 256 is too small.*at least 257"):
         train_bpe(["text"], 256)
 
@@ -123,7 +123,8 @@ def test_a_bpe_too_small_for_the_bytes_is_refused():
 @pytest.mark.parametrize("model_type", ["gemma3_text", "qwen3"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformers_opens_a_saved_tokenizer_with_the_same_ids(load, tmp_path, kind, model_type):
-    """In a model's folder, where transformers would choose a class by the model's type."""
+    """The folder has a config.json, whose model type transformers would otherwise use to choose a
+    class."""
     tokenizer = load(kind)
     tokenizer.save(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
@@ -137,7 +138,7 @@ def test_transformers_opens_a_saved_tokenizer_with_the_same_ids(load, tmp_path, 
     assert len(theirs) == tokenizer.vocab_size
 
 
-def test_a_saved_tokenizer_is_read_back_as_itself(load, tmp_path):
+def test_a_saved_tokenizer_is_read_back_unchanged(load, tmp_path):
     tokenizer = load("bpe")
     tokenizer.save(tmp_path)
     for name in (tmp_path, tmp_path / "tokenizer.json"):
@@ -146,13 +147,13 @@ def test_a_saved_tokenizer_is_read_back_as_itself(load, tmp_path):
         assert encode_documents(again, TEXTS) == encode_documents(tokenizer, TEXTS)
 
 
-def test_a_published_name_is_looked_for_in_the_folder_first(tmp_path, monkeypatch):
+def test_a_published_tokenizer_is_searched_in_the_folder_first(tmp_path, monkeypatch):
     load_tokenizer("bytes").save(_made(tmp_path / "gpt2"))
     monkeypatch.setenv("PRETRAIN_TOKENIZERS", str(tmp_path))
     assert load_tokenizer("gpt2").json == load_tokenizer("bytes").json
 
 
-def test_a_published_name_is_looked_for_in_the_hubs_cache_next(tmp_path, monkeypatch):
+def test_a_published_tokenizer_is_searched_in_the_hub_cache_next(tmp_path, monkeypatch):
     repository = tmp_path / "models--openai-community--gpt2"
     load_tokenizer("bytes").save(_made(repository / "snapshots" / ("0" * 40)))
     _made(repository / "refs").joinpath("main").write_text("0" * 40)
@@ -162,7 +163,7 @@ def test_a_published_name_is_looked_for_in_the_hubs_cache_next(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("name", [*HUB, "someone/model"])
-def test_without_a_network_the_error_says_what_to_do(tmp_path, monkeypatch, name):
+def test_the_error_without_a_network_names_the_alternatives(tmp_path, monkeypatch, name):
     monkeypatch.delenv("PRETRAIN_TOKENIZERS", raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(DataError) as error:
@@ -184,11 +185,11 @@ def test_without_a_network_the_error_says_what_to_do(tmp_path, monkeypatch, name
         ("LocalEntryNotFoundError", "can't be reached"),
     ],
 )
-def test_what_the_hub_answers_is_said_in_words(tmp_path, monkeypatch, kind, said):
+def test_each_error_of_the_hub_has_its_own_message(tmp_path, monkeypatch, kind, said):
     error = getattr(huggingface_hub.errors, kind)
 
     def refuse(*_, **__):
-        raise error.__new__(error)  # each wants another HTTP response to be made of
+        raise error.__new__(error)  # __init__ would need an HTTP response
 
     monkeypatch.delenv("PRETRAIN_TOKENIZERS", raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
@@ -200,7 +201,7 @@ def test_what_the_hub_answers_is_said_in_words(tmp_path, monkeypatch, kind, said
 @pytest.mark.parametrize(
     ("name", "nearest"), [("gemma", "gemma3"), ("qwen", "qwen3"), ("byte", "bytes"), ("BPE2", "")]
 )
-def test_an_unknown_name_gets_the_nearest_known_one(name, nearest):
+def test_the_error_for_an_unknown_name_suggests_the_nearest_one(name, nearest):
     with pytest.raises(ConfigError) as error:
         load_tokenizer(name)
     message = str(error.value)
@@ -219,14 +220,14 @@ def test_a_path_without_a_tokenizer_is_refused(tmp_path, monkeypatch, name):
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1, 2", b"words", b"\xff\xfe\x00"])
-def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, content):
+def test_a_file_that_is_not_a_tokenizer_is_refused(tmp_path, content):
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(DataError, match=r"tokenizer\.json: not (a tokenizer\.json|UTF-8)"):
         load_tokenizer(str(tmp_path))
 
 
-def test_a_tokenizer_without_an_end_of_document_takes_one_by_name(tmp_path):
-    """As a string or, as older files have it, as an object."""
+def test_tokenizer_config_can_name_the_end_of_document_token(tmp_path):
+    """The name is a string or, in older files, an object."""
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[SEP]": 1}, "a"))
     path = tmp_path / "tokenizer.json"
     backend.save(str(path))

@@ -1,4 +1,4 @@
-"""New files to a dataset that is there: only they are tokenized, and what was there stays."""
+"""Appending to a dataset: only new files are tokenized, and existing shards stay unchanged."""
 
 import json
 import os
@@ -18,7 +18,8 @@ NEW = [f"New text {number}, {'words ' * (number % 5)}\n" for number in range(20)
 
 @pytest.fixture
 def corpus(tmp_path, write_documents, make):
-    """`corpus/` in `made`, and new files in it since; the old ones sort behind some of them."""
+    """Path of `corpus/`, tokenized into `made`, with files added since. They sort before the old
+    ones."""
     write_documents(tmp_path / "corpus/old", OLD)
     make(tmp_path / "corpus", tmp_path / "made", val_fraction=0.3)
     write_documents(tmp_path / "corpus/new", NEW)
@@ -64,7 +65,7 @@ def test_only_new_files_are_tokenized_and_old_shards_stay(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "made"]
 
 
-def test_nothing_new_is_up_to_date(tmp_path, corpus, make, contents):
+def test_appending_without_new_files_does_nothing(tmp_path, corpus, make, contents):
     make(corpus, tmp_path / "made", val_fraction=0.3, append=True)
     before = contents(tmp_path / "made")
     result = make(corpus, tmp_path / "made", val_fraction=0.3, append=True)
@@ -72,7 +73,9 @@ def test_nothing_new_is_up_to_date(tmp_path, corpus, make, contents):
     assert contents(tmp_path / "made") == before
 
 
-def test_it_can_be_done_again_and_again(tmp_path, corpus, make, write_documents, read_back):
+def test_a_dataset_can_be_appended_to_repeatedly(
+    tmp_path, corpus, make, write_documents, read_back
+):
     for number in range(3):
         make(corpus, tmp_path / "made", val_fraction=0.3, append=True)
         write_documents(corpus / f"more {number}", [f"more {number}\n"])
@@ -81,7 +84,7 @@ def test_it_can_be_done_again_and_again(tmp_path, corpus, make, write_documents,
     assert found["train"] | found["val"] == {*OLD, *NEW, "more 0\n", "more 1\n", "more 2\n"}
 
 
-def test_another_corpus_can_be_added(tmp_path, corpus, make, write_documents, read_back):
+def test_another_corpus_can_be_appended(tmp_path, corpus, make, write_documents, read_back):
     other = write_documents(tmp_path / "other", ["of another corpus\n"])
     manifest = make(other, tmp_path / "made", val_fraction=0.3, append=True).manifest
     found = documents(read_back, tmp_path / "made")
@@ -89,7 +92,9 @@ def test_another_corpus_can_be_added(tmp_path, corpus, make, write_documents, re
     assert manifest.paths == [str(corpus), str(other)]
 
 
-def test_a_text_that_was_held_out_is_so_again(tmp_path, corpus, make, write_documents, read_back):
+def test_copies_of_validation_documents_are_held_out_again(
+    tmp_path, corpus, make, write_documents, read_back
+):
     held_out = documents(read_back, tmp_path / "made")["val"]
     write_documents(corpus / "copies", OLD)
     make(corpus, tmp_path / "made", val_fraction=0.3, append=True)
@@ -98,7 +103,7 @@ def test_a_text_that_was_held_out_is_so_again(tmp_path, corpus, make, write_docu
     assert not held_out & found["train"]
 
 
-def test_duplicates_of_what_was_there_are_left_out(
+def test_duplicates_of_documents_in_the_dataset_are_left_out(
     tmp_path, make, write_documents, read_back, contents
 ):
     made = tmp_path / "made"
@@ -113,7 +118,7 @@ def test_duplicates_of_what_was_there_are_left_out(
     assert make(tmp_path / "corpus", made, append=True, **options).manifest.duplicates == 10
 
 
-def test_it_is_gone_on_with_where_it_was_killed(
+def test_a_killed_append_resumes_where_it_stopped(
     tmp_path, corpus, make, driven, contents, monkeypatch
 ):
     shutil.copytree(tmp_path / "made", tmp_path / "straight/made")
@@ -142,10 +147,10 @@ def test_it_is_gone_on_with_where_it_was_killed(
     assert manifest == expected
 
 
-def test_whether_there_is_space_goes_by_what_is_new(
+def test_the_disk_space_check_counts_only_new_files(
     tmp_path, make, write_documents, monkeypatch, corpus
 ):
-    """Not by the tokens that are there already."""
+    """Tokens that the dataset already has are not counted."""
     free = 2 * 3 * sum(map(len, NEW))
     write_documents(tmp_path / "long", ["word " * 100_000])
     make(tmp_path / "long", tmp_path / "made", val_fraction=0.3, append=True)
@@ -159,7 +164,7 @@ def test_whether_there_is_space_goes_by_what_is_new(
 
 @pytest.fixture
 def refusal(tmp_path, make, contents):
-    """Return the error message, and check that nothing was changed."""
+    """Function that returns the error message, and checks that no file was changed."""
 
     def check(corpus, **options):
         before = contents(tmp_path)
@@ -182,7 +187,7 @@ def test_a_changed_old_file_is_refused(tmp_path, corpus, refusal):
     )
 
 
-def test_an_old_file_that_was_only_touched_is_none(tmp_path, corpus, make):
+def test_an_old_file_with_only_a_new_time_is_accepted(tmp_path, corpus, make):
     os.utime(corpus / "old/00007.txt", ns=(0, 0))
     make(corpus, tmp_path / "made", val_fraction=0.3, append=True)
 
@@ -197,7 +202,7 @@ def test_an_old_file_that_was_only_touched_is_none(tmp_path, corpus, make):
         ({"tokenizer": "bpe"}, ""),
     ],
 )
-def test_other_options_are_refused(corpus, refusal, options, what):
+def test_appending_with_other_options_is_refused(corpus, refusal, options, what):
     message = refusal(corpus, **options)
     if what:
         assert f"made: holds a dataset made with another {what}; replace it" in message
@@ -216,20 +221,22 @@ def test_another_tokenizer_in_the_same_file_is_refused(tmp_path, make, write_doc
         make(corpus, tmp_path / "made", append=True, **mine)
 
 
-def test_there_must_be_a_dataset(tmp_path, corpus, make):
+def test_appending_without_a_dataset_is_refused(tmp_path, corpus, make):
     with pytest.raises(DataError, match="nowhere: no dataset there to append to; leave --append"):
         make(corpus, tmp_path / "nowhere", append=True)
 
 
-def test_it_is_one_or_the_other(corpus, refusal):
+def test_append_and_force_together_are_refused(corpus, refusal):
     assert refusal(corpus, force=True).startswith("--append and --force: the one keeps")
 
 
 # --- a trained tokenizer -------------------------------------------------------------------------
 
 
-def test_a_datasets_own_bpe_tokenizes_what_is_new(tmp_path, make, write_documents, monkeypatch):
-    """As the refusal of 'bpe' says to do it."""
+def test_new_files_can_be_tokenized_with_the_datasets_own_bpe(
+    tmp_path, make, write_documents, monkeypatch
+):
+    """The error for --tokenizer bpe tells the user to do this."""
     monkeypatch.chdir(tmp_path)
     write_documents(tmp_path / "corpus/old", OLD)
     first = make("corpus", Path("made"), tokenizer="bpe", vocab_size=280)
@@ -243,7 +250,9 @@ def test_a_datasets_own_bpe_tokenizes_what_is_new(tmp_path, make, write_document
     assert make("corpus", Path("made"), tokenizer="made", append=True).was_there
 
 
-def test_a_datasets_own_tokenizer_has_its_marks(tmp_path, make, marked, write_documents, read_back):
+def test_a_datasets_own_tokenizer_keeps_its_document_marks(
+    tmp_path, make, marked, write_documents, read_back
+):
     corpus = write_documents(tmp_path / "corpus", ["one"])
     made = tmp_path / "made"
     make(corpus, made, tokenizer=str(marked(begins=True)), bos="none", val_fraction=0)

@@ -1,4 +1,4 @@
-"""Long documents are encoded in pieces, and nobody can tell from their ids."""
+"""Chunking: long documents encoded in pieces have the same ids as encoded whole."""
 
 import functools
 import random
@@ -33,7 +33,7 @@ FRAGMENTS = [
 
 @st.composite
 def texts(draw, size):
-    """A text of about so many characters, of a few fragments in a random order."""
+    """Draw a text of about `size` characters, made of a few fragments in random order."""
     pool = draw(st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=12))
     order = random.Random(draw(st.integers(0, 2**32)))
     parts: list[str] = []
@@ -44,8 +44,9 @@ def texts(draw, size):
 
 @pytest.fixture(scope="session")
 def tokenizer(load):
-    """By name; one whose name ends in `special` takes special tokens in a text for what they are,
-    and is another object, since that is said to the library once."""
+    """Function that returns a tokenizer by name. For a name that ends in `special`, special tokens
+    typed in a text keep their meaning; it is a separate object, because the setting is stored in
+    the object."""
 
     @functools.cache
     def special(name):
@@ -64,14 +65,14 @@ def encode(tokenizer, blocks):
 
 
 def cut_in_pieces(tokenizer, text, piece):
-    """The ids of a text that goes through whole, in pieces of this many characters."""
+    """Return the ids of a text given as one block and encoded in pieces of this many characters."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoding, "PIECE", piece)
         return encode(tokenizer, [Block(text.encode(), True, True)])
 
 
 def cut_in_blocks(tokenizer, text, size, parts):
-    """(the blocks of a text that is read in parts, whether every cut is said to be exact)."""
+    """Return (blocks of a text that is read in parts, whether all cuts are reported as exact)."""
     data = [text[at : at + parts].encode() for at in range(0, len(text), parts)]
     document = Document(sum(map(len, data)), b"", data)
     with pytest.MonkeyPatch.context() as patch:
@@ -95,8 +96,8 @@ def check(tokenizer, text, piece, size, parts):
         assert tokenizer.decode(ids) == tokenizer.decode(whole)
 
 
-# A block is long beside the longest token, of some 128 characters, as it is where nothing is
-# patched: where a text has no place to cut it at, an eighth of it is looked at.
+# As without patches, a block is much longer than the longest token (about 128 characters), because
+# only an eighth of it is searched for a border between ids if the text has no place for a cut.
 CUTS = {
     "piece": st.sampled_from([130, 300, 700]),
     "size": st.just(8192),
@@ -107,7 +108,7 @@ CUTS = {
 @pytest.mark.parametrize("kind", [*KINDS, "qwen3 special"])
 @settings(max_examples=5)
 @given(text=texts(size=18_000), **CUTS)
-def test_ids_are_those_of_encoding_the_document_whole(tokenizer, kind, text, piece, size, parts):
+def test_ids_equal_those_of_encoding_the_document_whole(tokenizer, kind, text, piece, size, parts):
     check(tokenizer(kind), text, piece, size, parts)
 
 
@@ -115,7 +116,9 @@ def test_ids_are_those_of_encoding_the_document_whole(tokenizer, kind, text, pie
 @pytest.mark.parametrize("kind", [*KINDS, "qwen3 special", "gemma3 special"])
 @settings(max_examples=250, derandomize=False)
 @given(text=texts(size=30_000), **CUTS)
-def test_many_more_texts_have_the_same_ids(tokenizer, kind, text, piece, size, parts):
+def test_ids_of_many_more_texts_equal_those_of_encoding_whole(
+    tokenizer, kind, text, piece, size, parts
+):
     check(tokenizer(kind), text, piece, size, parts)
 
 
@@ -124,15 +127,15 @@ RUNS = ["a", ">", "=", "\n", "▁", "ab", "你", "><", "é\t\t\t", f"x{' ' * 7}"
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("run", RUNS)
-def test_a_run_that_goes_on_across_many_cuts_has_the_same_ids(tokenizer, kind, run):
-    """The ids of a run go by its length, and it has no place that is sure."""
+def test_repeated_patterns_across_many_cuts_have_the_same_ids(tokenizer, kind, run):
+    """The ids of a repeated pattern depend on its length, and no cut in it is reliable."""
     count = 18_000 // len(run)
     check(tokenizer(kind), f"begins {run * count} ends", 300, 8192, 5000)
     check(tokenizer(kind), "_".join(run * (140 + n) for n in range(20)), 200, 8192, 5000)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ordinary_text_is_cut_exactly_and_in_pieces_of_the_size(tokenizer, kind):
+def test_ordinary_text_has_exact_cuts_and_pieces_of_the_given_size(tokenizer, kind):
     words = random.Random(0).choices(["The", "quick", "fox,", "jumps.\n", "over", "it"], k=9000)
     for text in (" ".join(words), "敏捷的棕色狐狸跳过了懒狗。" * 3000):
         blocks, exact = cut_in_blocks(tokenizer(kind), text, 8192, 5000)
@@ -145,7 +148,7 @@ def test_ordinary_text_is_cut_exactly_and_in_pieces_of_the_size(tokenizer, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_text_that_fits_is_not_cut(tokenizer, kind):
+def test_a_text_that_fits_in_one_piece_is_not_cut(tokenizer, kind):
     cutter = Chunker(tokenizer(kind))
     for text in ("word " * 200, ""):
         assert list(cutter.pieces(text, 500)) == [text]

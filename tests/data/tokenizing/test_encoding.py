@@ -1,4 +1,4 @@
-"""Blocks of text in, tokens out: in their order, whatever number of processes encodes."""
+"""Encoding: blocks of text become tokens in the same order for any number of processes."""
 
 import gc
 import os
@@ -19,7 +19,7 @@ TEXTS = [f"Text {number}: {'äöü and words, ' * (number % 50)}\n" for number i
 
 @pytest.fixture
 def busy(monkeypatch):
-    """A small corpus is worth several processes, and comes in many batches."""
+    """Split a small corpus into many batches, and use several processes for it."""
     monkeypatch.setattr(pipeline, "SMALL", 0)
     monkeypatch.setattr(pipeline, "BATCH_BYTES", 3000)
     monkeypatch.setattr(pipeline, "BLOCK_CHARACTERS", 2000)
@@ -40,8 +40,8 @@ def test_a_batch_is_encoded_by_block_with_document_marks(load, kind):
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_batches_come_back_in_their_order(load, workers):
-    """However long each takes."""
+def test_batches_are_returned_in_their_order(load, workers):
+    """Batches take different times."""
     batches = [[Block(b"%d " % number * (number % 7 * 100), True, True)] for number in range(40)]
     encode = Encoder(load("bytes"), DTYPE)
     expected = [encode(batch).tokens.tolist() for batch in batches]
@@ -50,7 +50,7 @@ def test_batches_come_back_in_their_order(load, workers):
 
 
 def dirtied(batch):
-    """Bytes that a collection of garbage writes to of what a worker process shares."""
+    """Return the bytes of shared memory that a garbage collection in a worker process writes to."""
 
     def private():
         lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
@@ -72,7 +72,7 @@ def test_memory_shared_with_workers_survives_garbage_collection(load, monkeypatc
         (written,) = several(iter([[]]))
     assert written < 5_000_000
     assert len(shared) == 500_000
-    assert gc.get_freeze_count() == 0  # and is collected as ever afterwards
+    assert gc.get_freeze_count() == 0  # unfrozen again afterwards
 
 
 @pytest.mark.parametrize("kind", ["bytes", "gpt2", "llama2"])
@@ -90,7 +90,7 @@ def test_any_number_of_processes_makes_the_same_dataset(
     assert len([name for name in seen[0] if name.endswith(".bin")]) > 2
 
 
-def test_special_tokens_are_text_in_processes_that_were_not_forked(load, monkeypatch):
+def test_special_tokens_are_text_in_spawned_processes(load, monkeypatch):
     monkeypatch.setattr(encoding, "START", "spawn")
     texts = [b"<|endoftext|>", b"before <|endoftext|> behind"]
     with encoders(load("bytes"), DTYPE, 2) as encode:
@@ -104,7 +104,7 @@ def test_cores_are_counted_on_systems_without_cpu_affinity(monkeypatch):
 
 
 def test_reading_runs_ahead_by_a_few_batches(load):
-    """And no further: memory holds what is under way."""
+    """The limit bounds memory, which holds all batches in flight."""
     begun = []
 
     def batches():
@@ -117,7 +117,7 @@ def test_reading_runs_ahead_by_a_few_batches(load):
             assert len(begun) <= done + 2 + encoding.IN_FLIGHT_PER_WORKER * 2
 
 
-def test_the_environment_is_left_as_it_was(load, monkeypatch):
+def test_encoders_restore_the_environment(load, monkeypatch):
     for value in (None, "true"):
         monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
         if value:
@@ -127,10 +127,10 @@ def test_the_environment_is_left_as_it_was(load, monkeypatch):
         assert os.environ.get("TOKENIZERS_PARALLELISM") == value
 
 
-def test_a_process_that_is_ended_from_outside_is_one_line(
+def test_a_killed_encoding_process_is_reported_in_one_line(
     tmp_path, make, write_documents, busy, monkeypatch
 ):
-    """As the system ends one when memory runs out."""
+    """The system kills a process like this when memory runs out."""
     corpus = write_documents(tmp_path / "corpus", [*TEXTS, "end here", *TEXTS])
     real = Encoder.__call__
 
@@ -152,7 +152,7 @@ def test_a_process_that_is_ended_from_outside_is_one_line(
     assert not make(corpus, tmp_path / "made").was_there
 
 
-def test_a_mistake_found_while_several_processes_encode_is_one_line(
+def test_bad_input_is_reported_in_one_line_with_several_processes(
     tmp_path, make, write_documents, busy
 ):
     corpus = write_documents(tmp_path / "corpus", TEXTS)
@@ -162,14 +162,14 @@ def test_a_mistake_found_while_several_processes_encode_is_one_line(
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
 
-def test_processes_end_with_the_one_that_started_them(tmp_path, write_documents, start):
-    """When it is killed too, in the middle of its work."""
+def test_encoding_processes_end_with_their_parent(tmp_path, write_documents, start):
+    """The parent is killed while it tokenizes."""
     write_documents(tmp_path / "corpus", TEXTS)
     os.mkfifo(tmp_path / "pipe")
     arguments = ["tokenize", "corpus", "pipe", "--tokenizer", "bytes", "--workers", "3"]
     changes = {"pretrain_cli.data.tokenizing.pipeline.BATCH_BYTES": 3000}
     with start(arguments, tmp_path, changes) as process, (tmp_path / "pipe").open("wb"):
-        # it waits for the pipe, and its processes for it
+        # the parent waits for the pipe, and the workers wait for the parent
         children = wait_for(
             lambda: (found := children_of(process.pid)) and len(found) == 3 and found
         )

@@ -1,4 +1,4 @@
-"""A run that was killed, wherever it was, is gone on with, and the dataset is the same."""
+"""Resuming: a run killed at any point makes the same dataset as an uninterrupted run."""
 
 import errno
 import gzip
@@ -17,7 +17,7 @@ import pytest
 
 from pretrain_cli.data.tokenizing import encoding, writer
 
-# All of what follows happens within some 100 kB of text.
+# Small sizes, so that a corpus of about 100 kB has many batches, blocks and saves.
 SMALL = {
     "pretrain_cli.data.tokenizing.pipeline.SECONDS_BETWEEN_NOTES": 0,
     "pretrain_cli.data.tokenizing.pipeline.BATCH_BYTES": 1000,
@@ -43,7 +43,7 @@ FINISH = "pretrain_cli.data.tokenizing.writer.DatasetWriter.finish"
 
 @pytest.fixture
 def small(monkeypatch):
-    """In this process what `driven` changes in another."""
+    """Change the constants of this process as `driven` changes those of another."""
     for name, value in SMALL.items():
         monkeypatch.setattr(name, value)
     monkeypatch.setattr(os, "fsync", lambda file: None)
@@ -57,7 +57,7 @@ def sentences(number, count):
 
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
-    """`corpus/` in the current folder: short documents, some of them twice, and long ones."""
+    """Path of `corpus/` in the current folder: long documents, and short ones with duplicates."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     monkeypatch.chdir(tmp_path)
@@ -75,7 +75,7 @@ def corpus(tmp_path, monkeypatch):
 
 @pytest.fixture
 def straight(pretrain, corpus, small, contents):
-    """Return the dataset that an uninterrupted run makes with these options."""
+    """Function that returns the dataset of an uninterrupted run with these options."""
 
     def run(*options, out="straight/made"):
         done = pretrain(" ".join(["tokenize", "corpus", "--out", out, *OPTIONS, *options]))
@@ -88,7 +88,7 @@ def straight(pretrain, corpus, small, contents):
 
 @pytest.fixture
 def again(pretrain, small, contents):
-    """The same command another time: (what is there behind it, whether it went on)."""
+    """Function that runs the command again; returns (the dataset, whether the run resumed)."""
 
     def run(*options, out="killed/made"):
         done = pretrain(" ".join(["tokenize", "corpus", "--out", out, *OPTIONS, *options]))
@@ -102,7 +102,8 @@ def again(pretrain, small, contents):
 
 @pytest.fixture
 def killed(driven, tmp_path):
-    """The same command in a process that is killed at a call of a function."""
+    """Function that runs the command in a process that is killed at the n-th call of a function;
+    returns whether it was killed before it finished."""
 
     def run(function, call, *options, out="killed/made", **changes):
         arguments = ["tokenize", "corpus", "--out", out, *OPTIONS, *options]
@@ -131,13 +132,15 @@ def killed(driven, tmp_path):
         (FINISH, 1, True),
     ],
 )
-def test_a_killed_run_is_gone_on_with(straight, killed, again, function, call, goes_on):
+def test_a_killed_run_resumes_from_its_saved_progress(
+    straight, killed, again, function, call, goes_on
+):
     assert killed(function, call)
     expected = straight()
     assert again() == (expected, goes_on)
 
 
-def test_a_run_that_is_killed_again_and_again_gets_to_its_end(straight, killed, again):
+def test_a_run_that_is_killed_repeatedly_finishes(straight, killed, again):
     kills = 0
     while killed(NOTE, 6):
         kills += 1
@@ -147,8 +150,8 @@ def test_a_run_that_is_killed_again_and_again_gets_to_its_end(straight, killed, 
 
 
 @pytest.mark.parametrize("call", [3, 15, 25])
-def test_duplicates_stay_left_out(straight, killed, again, call):
-    """Also those of documents that were being encoded when the run was killed."""
+def test_duplicates_stay_left_out_after_a_resume(straight, killed, again, call):
+    """This includes duplicates of documents that were being encoded when the run was killed."""
     assert killed(NOTE, call, "--dedup")
     expected = straight("--dedup")
     assert json.loads(expected["dataset.json"])["duplicates"] == 20
@@ -156,9 +159,7 @@ def test_duplicates_stay_left_out(straight, killed, again, call):
 
 
 @pytest.mark.parametrize("call", [2, 5, 9])
-def test_one_long_document_is_gone_on_with_in_its_middle(
-    corpus, straight, killed, again, call, monkeypatch
-):
+def test_a_run_resumes_inside_a_long_document(corpus, straight, killed, again, call, monkeypatch):
     for path in corpus.iterdir():
         if path.name != "b.txt":
             path.unlink()
@@ -177,13 +178,13 @@ def test_one_long_document_is_gone_on_with_in_its_middle(
     assert found == (straight(), True)
 
 
-def test_a_run_with_several_processes_is_gone_on_with(straight, killed, again):
-    """By one process, since the number of them changes nothing."""
+def test_a_run_with_several_processes_resumes_with_one(straight, killed, again):
+    """The number of processes may differ, because the dataset does not depend on it."""
     assert killed(NOTE, 8, "--workers", "3", **{"pretrain_cli.data.tokenizing.pipeline.SMALL": 0})
     assert again() == (straight(), True)
 
 
-# --- killed when all is tokenized ----------------------------------------------------------------
+# --- killed after the last document --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -197,24 +198,22 @@ def test_a_run_with_several_processes_is_gone_on_with(straight, killed, again):
     ],
 )
 @pytest.mark.parametrize("fraction", ["0.000001", "0.999999"])
-def test_a_run_killed_while_the_tail_is_held_out_is_gone_on_with(
+def test_a_run_killed_while_it_holds_out_the_tail_resumes(
     straight, killed, again, function, call, fraction
 ):
-    """All documents fell into train, or all into val."""
+    """The hash puts all documents into train, or all into val."""
     options = ["--val-fraction", fraction]
     assert killed(function, call, *options)
     assert again(*options) == (straight(*options), True)
 
 
 @pytest.mark.parametrize(("function", "call"), [("shutil.copyfileobj", 2), (FINISH, 1)])
-def test_a_run_killed_while_other_shards_are_written_is_gone_on_with(
-    straight, killed, again, function, call
-):
+def test_a_run_killed_while_it_writes_llm_c_files_resumes(straight, killed, again, function, call):
     assert killed(function, call, "--format", "llm.c")
     assert again("--format", "llm.c") == (straight("--format", "llm.c"), True)
 
 
-def test_what_is_left_of_other_shards_is_in_nobodys_way(straight, killed, again):
+def test_leftover_llm_c_files_do_not_disturb_another_run(straight, killed, again):
     """A run with other options starts over."""
     assert killed("shutil.copyfileobj", 2, "--format", "llm.c")
     assert again() == (straight(), False)
@@ -222,10 +221,10 @@ def test_what_is_left_of_other_shards_is_in_nobodys_way(straight, killed, again)
 
 @pytest.mark.parametrize("renames", [1, 2])
 @pytest.mark.parametrize("force", [False, True])
-def test_a_run_killed_while_the_dataset_is_moved_into_place_is_done(
+def test_a_run_killed_while_it_moves_the_dataset_is_complete(
     straight, killed, again, pretrain, renames, force
 ):
-    """Aside, with its manifest; or with the one that it replaces out of the way already."""
+    """With --force, the kill comes before or after the old dataset is moved away."""
     expected = straight()
     if force:
         assert pretrain("tokenize --tokenizer bytes corpus --out killed/made").code == 0
@@ -235,11 +234,11 @@ def test_a_run_killed_while_the_dataset_is_moved_into_place_is_done(
     assert outcome == (expected, False)
 
 
-# --- not killed, but stopped ---------------------------------------------------------------------
+# --- interrupted, or out of disk space -----------------------------------------------------------
 
 
-def test_a_run_that_is_interrupted_is_gone_on_with(straight, again, pretrain, small, monkeypatch):
-    """By Ctrl-C; what isn't noted is given up."""
+def test_an_interrupted_run_resumes(straight, again, pretrain, small, monkeypatch):
+    """Ctrl-C discards work that is not saved."""
     calls = []
     real = writer.DatasetWriter.note
 
@@ -256,7 +255,7 @@ def test_a_run_that_is_interrupted_is_gone_on_with(straight, again, pretrain, sm
 
 
 @pytest.mark.parametrize("where", ["add", "note", "hold_out_tail", "finish"])
-def test_a_full_disk_is_one_line_and_the_next_run_goes_on(
+def test_a_full_disk_prints_one_line_and_the_next_run_resumes(
     straight, again, pretrain, small, monkeypatch, where
 ):
     options = ["--val-fraction", "0.000001"]
@@ -276,7 +275,7 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(
     assert again(*options) == (straight(*options), True)
 
 
-def test_a_disk_that_the_copy_of_a_long_document_fills(
+def test_a_disk_filled_by_the_copy_of_a_long_document_is_reported(
     again, straight, pretrain, small, monkeypatch
 ):
     real = tempfile.TemporaryFile
@@ -293,7 +292,9 @@ def test_a_disk_that_the_copy_of_a_long_document_fills(
     assert again() == (straight(), True)
 
 
-def test_a_disk_that_the_digests_of_documents_fill(again, straight, pretrain, small, monkeypatch):
+def test_a_disk_filled_by_the_duplicate_index_is_reported(
+    again, straight, pretrain, small, monkeypatch
+):
     real = sqlite3.connect
 
     def small_one(path):
@@ -309,13 +310,11 @@ def test_a_disk_that_the_digests_of_documents_fill(again, straight, pretrain, sm
     assert again("--dedup") == (straight("--dedup"), True)
 
 
-# --- something else has changed since ------------------------------------------------------------
+# --- changes between the two runs ----------------------------------------------------------------
 
 
-def test_a_file_that_was_changed_while_it_was_at_hand_is_begun_anew(
-    corpus, straight, killed, again
-):
-    """And those before it are not."""
+def test_a_current_file_that_changed_is_read_again(corpus, straight, killed, again):
+    """The files before it are not read again."""
     assert killed(NOTE, 13)
     progress = json.loads(Path("killed/made.partial/progress.json").read_text())
     assert progress["file"][0] == "corpus/b.txt"
@@ -324,8 +323,8 @@ def test_a_file_that_was_changed_while_it_was_at_hand_is_begun_anew(
     assert again() == (straight(), True)
 
 
-def test_a_file_that_was_changed_twice_is_begun_anew_twice(corpus, straight, killed, again):
-    """The first of the corpus, behind nothing; and another."""
+def test_a_current_file_that_changed_twice_is_read_again_twice(corpus, straight, killed, again):
+    """The file is the first of the corpus, then a later one."""
     for name, notes in (("a.jsonl", 4), ("a.jsonl", 3), ("b.txt", 12), ("b.txt", 5)):
         assert killed(NOTE, notes)
         progress = json.loads(Path("killed/made.partial/progress.json").read_text())
@@ -335,14 +334,14 @@ def test_a_file_that_was_changed_twice_is_begun_anew_twice(corpus, straight, kil
     assert again() == (straight(), True)
 
 
-def test_a_file_that_was_done_with_and_changed_starts_all_over(corpus, straight, killed, again):
+def test_a_finished_file_that_changed_restarts_the_run(corpus, straight, killed, again):
     assert killed(NOTE, 20)
     lines = (corpus / "a.jsonl").read_bytes()
     (corpus / "a.jsonl").write_bytes(lines.replace(b"over", b"OVER"))
     assert again() == (straight(), False)
 
 
-def test_a_file_that_was_touched_and_not_changed_is_as_it_was(corpus, straight, killed, again):
+def test_a_finished_file_with_only_a_new_time_lets_the_run_resume(corpus, straight, killed, again):
     assert killed(NOTE, 20)
     expected = straight()
     os.utime(corpus / "a.jsonl", ns=(0, 0))
@@ -350,8 +349,10 @@ def test_a_file_that_was_touched_and_not_changed_is_as_it_was(corpus, straight, 
 
 
 @pytest.mark.parametrize(("name", "goes_on"), [("0.txt", False), ("d2.txt", True)])
-def test_a_file_that_is_new(corpus, straight, killed, again, name, goes_on):
-    """Before what is done with, or behind it."""
+def test_a_new_file_restarts_the_run_only_before_finished_files(
+    corpus, straight, killed, again, name, goes_on
+):
+    """0.txt sorts before the finished files, d2.txt after them."""
     assert killed(NOTE, 20)
     (corpus / name).write_text(sentences(600, 200))
     assert again() == (straight(), goes_on)
@@ -361,12 +362,14 @@ def test_a_file_that_is_new(corpus, straight, killed, again, name, goes_on):
     "options",
     [["--val-fraction", "0.3"], ["--errors", "replace"], ["--dedup"], ["--shard-tokens", "9000"]],
 )
-def test_another_option_starts_over(straight, killed, again, options):
+def test_another_option_restarts_the_run(straight, killed, again, options):
     assert killed(NOTE, 20)
     assert again(*options) == (straight(*options), False)
 
 
-def test_another_tokenizer_in_the_same_file_starts_over(tmp_path, straight, killed, again, load):
+def test_another_tokenizer_in_the_same_file_restarts_the_run(
+    tmp_path, straight, killed, again, load
+):
     mine = ["--tokenizer", "mine.json"]
     (tmp_path / "mine.json").write_text(load("bytes").json)
     assert killed(NOTE, 20, *mine)
@@ -375,7 +378,7 @@ def test_another_tokenizer_in_the_same_file_starts_over(tmp_path, straight, kill
 
 
 @pytest.mark.parametrize("size", [[], ["--vocab-size", "300"]])
-def test_a_bpe_is_trained_once(straight, killed, again, monkeypatch, size):
+def test_a_resumed_run_does_not_train_its_bpe_again(straight, killed, again, monkeypatch, size):
     options = ["--tokenizer", "bpe", *size]
     assert killed(NOTE, 20, *options)
     expected = straight(*options)
@@ -384,21 +387,21 @@ def test_a_bpe_is_trained_once(straight, killed, again, monkeypatch, size):
 
 
 @pytest.mark.parametrize("left", ["{}", "{", '{"options": 1, "here": []}'])
-def test_a_note_that_is_not_understood_starts_over(straight, killed, again, left):
-    """The progress file may be of another version."""
+def test_unreadable_progress_restarts_the_run(straight, killed, again, left):
+    """The progress file may come from another version of the program."""
     assert killed(NOTE, 20)
     Path("killed/made.partial/progress.json").write_text(left)
     assert again() == (straight(), False)
 
 
-def test_shards_that_are_gone_start_over(straight, killed, again):
+def test_a_missing_shard_restarts_the_run(straight, killed, again):
     assert killed(NOTE, 20)
     Path("killed/made.partial/train-00000.idx").unlink()
     assert again() == (straight(), False)
 
 
-def test_two_runs_of_one_dataset_at_once_are_refused(corpus, straight, pretrain, driven, tmp_path):
-    """The second says so and touches nothing."""
+def test_a_second_run_on_the_same_dataset_is_refused(corpus, straight, pretrain, driven, tmp_path):
+    """The second run prints an error and changes nothing."""
     expected = straight()
     fifo = tmp_path / "pipe"
     os.mkfifo(fifo)
@@ -406,7 +409,7 @@ def test_two_runs_of_one_dataset_at_once_are_refused(corpus, straight, pretrain,
     outcome = []
     first = threading.Thread(target=lambda: outcome.append(driven(arguments, tmp_path, SMALL)))
     first.start()
-    with fifo.open("wb") as pipe:  # open when the first reads it, and has read the rest
+    with fifo.open("wb") as pipe:  # waits until the first run has read `corpus`
         done = pretrain(" ".join(["tokenize corpus --out killed/made", *OPTIONS]))
         pipe.write(b"the end")
     first.join()
@@ -421,15 +424,16 @@ def test_two_runs_of_one_dataset_at_once_are_refused(corpus, straight, pretrain,
         assert (made / shard).read_bytes().startswith(expected[shard][:1000])
 
 
-# --- at any instant ------------------------------------------------------------------------------
+# --- kills at random times -----------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--dedup", "--workers", "3"]], ids=["plain", "dedup"])
-def test_twenty_kills_at_random_instants_change_nothing(
+def test_twenty_kills_at_random_times_do_not_change_the_dataset(
     tmp_path, monkeypatch, pretrain, start, contents, options
 ):
-    """Some MB in files of every kind, the dataset growing as in a long run, some notes a second."""
+    """The corpus has a few MB in files of several kinds, so the dataset grows as in a long run.
+    Progress is saved up to 50 times a second."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     for number in range(12):

@@ -1,4 +1,4 @@
-"""From a corpus to a dataset: every document, once, on the right side, or nothing at all."""
+"""Tokenizing: every document is in the right split once, or no dataset is written."""
 
 import gzip
 import hashlib
@@ -35,7 +35,7 @@ def tokens(texts):
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe", "gpt2", "gemma3", "llama2"])
-def test_every_document_is_as_the_library_encodes_it(
+def test_documents_are_encoded_as_by_the_tokenizers_library(
     load, tmp_path, kind, make, write_documents, read_back
 ):
     if kind != "bpe":
@@ -72,8 +72,8 @@ def test_a_corpus_larger_than_a_batch_keeps_its_order(
     assert read_back(tmp_path / "made", "val") == []
 
 
-def test_documents_of_every_kind_of_file_come_together(tmp_path, make, read_back):
-    """In the order of their names, and of what is in them."""
+def test_files_of_different_formats_make_one_dataset(tmp_path, make, read_back):
+    """Documents are in the order of the file names, then of their position in the file."""
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     rows = "".join(json.dumps({"text": text}) + "\n" for text in ("b1", "b2"))
@@ -89,7 +89,7 @@ def test_documents_of_every_kind_of_file_come_together(tmp_path, make, read_back
     assert result.remarked == {"not UTF-8, left out": ["corpus/d.bin"]}
 
 
-def test_streams_are_read_as_files_are(tmp_path, make, read_back):
+def test_streams_are_read_like_files(tmp_path, make, read_back):
     for name, data in (("one.jsonl", b'{"text": "one"}\n'), ("two.gz", gzip.compress(b"two"))):
         os.mkfifo(tmp_path / name)
         threading.Thread(target=(tmp_path / name).write_bytes, args=(data,), daemon=True).start()
@@ -100,8 +100,8 @@ def test_streams_are_read_as_files_are(tmp_path, make, read_back):
     assert result.manifest.total.bytes == 11
 
 
-def test_a_bpe_is_not_trained_on_a_stream(tmp_path, make):
-    """It would be empty when its turn comes to be tokenized, or wait for ever."""
+def test_training_a_bpe_on_a_stream_is_refused(tmp_path, make):
+    """After training, the stream would be empty or block forever when it is tokenized."""
     os.mkfifo(tmp_path / "pipe")
     for name, shown in ((tmp_path / "pipe", tmp_path / "pipe"), ("-", "standard input")):
         with pytest.raises(ConfigError) as error:
@@ -117,7 +117,7 @@ def test_a_bpe_is_not_trained_on_a_stream(tmp_path, make):
 
 @pytest.fixture
 def long_documents_are_short(monkeypatch):
-    """Documents of some kB go the way of those that are not held in memory."""
+    """Treat documents of a few kB as too long for memory."""
     monkeypatch.setattr(readers, "READ_BYTES", 1000)
     monkeypatch.setattr(readers, "MAX_IN_MEMORY", 3000)
     monkeypatch.setattr(pipeline, "BLOCK_CHARACTERS", 2000)
@@ -157,7 +157,7 @@ def test_long_documents_give_the_same_tokens_as_short_ones(
 
 
 @pytest.mark.parametrize("ending", ["", ".gz"])
-def test_nothing_is_written_of_a_long_document_with_a_non_utf8_end(
+def test_a_long_document_with_a_non_utf8_end_is_left_out_whole(
     tmp_path, make, read_back, long_documents_are_short, ending
 ):
     data = "\n---\n".join(["first", LONG[0]]).encode() + b"\xff\n---\nlast"
@@ -176,10 +176,10 @@ def test_nothing_is_written_of_a_long_document_with_a_non_utf8_end(
 # --- held out for validation ---------------------------------------------------------------------
 
 
-def test_a_document_is_held_out_by_the_hash_of_its_text_alone(
+def test_a_hash_of_the_text_alone_decides_a_documents_split(
     tmp_path, make, write_documents, read_back
 ):
-    """Whatever it is called, and whatever lies beside it; the hash is BLAKE2b's."""
+    """File names and other documents do not matter. The hash is BLAKE2b."""
     held_out = [
         text for text in TEXTS
         if int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest()[:8], "little")
@@ -195,7 +195,7 @@ def test_a_document_is_held_out_by_the_hash_of_its_text_alone(
         assert train == set(TEXTS) - val
 
 
-def test_what_is_held_out_stays_so_when_the_corpus_grows(
+def test_documents_keep_their_split_when_the_corpus_grows(
     tmp_path, make, write_documents, read_back
 ):
     texts = [f"text number {number}" for number in range(600)]
@@ -209,12 +209,10 @@ def test_what_is_held_out_stays_so_when_the_corpus_grows(
     )  # fmt: skip
     assert small["val"] < large["val"]
     assert small["train"] < large["train"]
-    assert 30 < len(large["val"]) < 95  # of 600, a tenth within four standard deviations
+    assert 30 < len(large["val"]) < 95  # a tenth of 600, within four standard deviations
 
 
-def test_a_larger_fraction_holds_out_more_and_never_less(
-    tmp_path, make, write_documents, read_back
-):
+def test_a_larger_fraction_holds_out_a_superset(tmp_path, make, write_documents, read_back):
     corpus = write_documents(tmp_path / "corpus", TEXTS)
     held_out = []
     for number, fraction in enumerate((0.1, 0.3, 0.6)):
@@ -224,8 +222,8 @@ def test_a_larger_fraction_holds_out_more_and_never_less(
 
 
 @pytest.mark.parametrize("by_hash", ["train", "val"])
-def test_one_document_gives_its_last_tokens(tmp_path, monkeypatch, by_hash, make, read_back):
-    """Whichever side its hash would put it on: neither may be empty."""
+def test_the_tail_of_a_single_document_is_held_out(tmp_path, monkeypatch, by_hash, make, read_back):
+    """The hash may choose either split, but neither split may be empty."""
     monkeypatch.setattr(pipeline, "split_of", lambda document, fraction: by_hash)
     text = "".join(chr(97 + number % 26) for number in range(999))
     (tmp_path / "book.txt").write_text(text)
@@ -238,7 +236,7 @@ def test_one_document_gives_its_last_tokens(tmp_path, monkeypatch, by_hash, make
     open_dataset(tmp_path / "made")
 
 
-def test_whole_documents_at_the_end_are_held_out_whole(
+def test_a_tail_that_begins_at_a_document_is_whole_documents(
     tmp_path, monkeypatch, make, write_documents, read_back
 ):
     monkeypatch.setattr(pipeline, "split_of", lambda document, fraction: "train")
@@ -259,7 +257,7 @@ def test_a_cut_inside_a_character_loses_no_byte(tmp_path, make, read_back):
 
 
 def test_the_tail_of_one_document_in_several_shards_is_held_out(tmp_path, make, read_back):
-    """By their hashes some of these fall into train, and some into val."""
+    """The hashes put some of these documents into train and others into val."""
     for number in range(20):
         text = f"{number} " + "abcdefghij" * 250
         (tmp_path / "book.txt").write_text(text)
@@ -272,16 +270,16 @@ def test_the_tail_of_one_document_in_several_shards_is_held_out(tmp_path, make, 
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1, 1.5, float("nan")])
-def test_a_fraction_must_leave_something_to_train_on(tmp_path, fraction, make):
+def test_a_val_fraction_outside_0_to_1_is_refused(tmp_path, fraction, make):
     with pytest.raises(ConfigError, match=f"--val-fraction: {fraction} is not from 0 up to 1"):
         make(tmp_path, tmp_path / "made", val_fraction=fraction)
 
 
-# --- seen before --------------------------------------------------------------------------------
+# --- duplicates ----------------------------------------------------------------------------------
 
 
-def test_duplicates_are_left_out_where_asked_for(tmp_path, make, write_documents, read_back):
-    """The first of each stays, within a file and across files, long ones too."""
+def test_dedup_leaves_out_duplicates(tmp_path, make, write_documents, read_back):
+    """The first copy stays, within a file and across files, also of a long document."""
     lines = "".join(json.dumps({"text": text}) + "\n" for text in ("one", "two", "one", "new"))
     for name in ("a", "b"):
         write_documents(tmp_path / f"corpus/{name}", ["one", LONG[0], f"only {name}", "one\n"])
@@ -297,7 +295,9 @@ def test_duplicates_are_left_out_where_asked_for(tmp_path, make, write_documents
     assert result.manifest.duplicates == 0
 
 
-def test_a_file_of_nothing_but_duplicates_has_its_row(tmp_path, make, write_documents, read_back):
+def test_a_file_of_only_duplicates_has_a_row_in_files_jsonl(
+    tmp_path, make, write_documents, read_back
+):
     corpus = write_documents(tmp_path / "corpus", ["one", "one", "one"])
     made = tmp_path / "made"
     result = make(corpus, made, dedup=True, val_fraction=0)
@@ -350,7 +350,7 @@ def test_chosen_document_marks_are_stored_with_the_dataset(
         assert encode_documents(tokenizer, ["text"]) == [expected]
 
 
-def test_a_tokenizers_own_beginning_can_be_left_out(tmp_path, make, marked, read_back):
+def test_a_tokenizers_own_bos_token_can_be_left_out(tmp_path, make, marked, read_back):
     (tmp_path / "a.txt").write_text("text")
     for bos, begin in ((None, [257]), ("none", [])):
         make(tmp_path / "a.txt", tmp_path / "made", tokenizer=str(marked(begins=True)), bos=bos,
@@ -360,7 +360,7 @@ def test_a_tokenizers_own_beginning_can_be_left_out(tmp_path, make, marked, read
 
 
 @pytest.mark.parametrize("option", ["bos", "eos"])
-def test_a_mark_that_is_no_token_is_refused(tmp_path, make, marked, option):
+def test_a_document_mark_that_is_not_a_token_is_refused(tmp_path, make, marked, option):
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(ConfigError, match=f"--{option}: '<end>' is no token of .*; name one"):
         make(tmp_path / "a.txt", tmp_path / "made", tokenizer=str(marked()), **{option: "<end>"})
@@ -373,14 +373,14 @@ def _made(folder):
     return folder
 
 
-# --- what is said of it --------------------------------------------------------------------------
+# --- manifest and files.jsonl --------------------------------------------------------------------
 
 
 def rows(folder):
     return [json.loads(line) for line in (folder / "files.jsonl").read_text().splitlines()]
 
 
-def test_every_file_has_its_row_and_they_add_up(tmp_path, make, write_documents):
+def test_every_file_has_a_row_and_the_rows_add_up(tmp_path, make, write_documents):
     corpus = tmp_path / "corpus"
     for name, texts in (("books", TEXTS[:9]), ("web/deep", TEXTS[9:20]), (".", TEXTS[20:])):
         write_documents(corpus / name, texts)
@@ -415,7 +415,7 @@ def test_every_file_has_its_row_and_they_add_up(tmp_path, make, write_documents)
     assert files == {"corpus": 21, "corpus/books": 9, "corpus/web": 12}
 
 
-def test_what_was_asked_for_is_recorded(tmp_path, make, write_documents):
+def test_the_manifest_records_the_options(tmp_path, make, write_documents):
     corpus = write_documents(tmp_path / "corpus", TEXTS)
     reading = ReadOptions(separator="--", errors="replace")
     options = make(corpus, tmp_path / "made", val_fraction=0.2, dedup=True, bos="none",
@@ -428,7 +428,7 @@ def test_what_was_asked_for_is_recorded(tmp_path, make, write_documents):
     }  # fmt: skip
 
 
-def test_files_whose_names_are_not_utf8_have_legible_ones(tmp_path, make, read_back):
+def test_file_names_that_are_not_utf8_are_recorded_legibly(tmp_path, make, read_back):
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     folder.mkdir()
     (folder / os.fsdecode(b"\xff.txt")).write_text("text")
@@ -439,17 +439,17 @@ def test_files_whose_names_are_not_utf8_have_legible_ones(tmp_path, make, read_b
     assert make(folder, tmp_path / "made", val_fraction=0).was_there
 
 
-# --- again ---------------------------------------------------------------------------------------
+# --- a second request ----------------------------------------------------------------------------
 
 
-def test_the_same_request_of_the_same_files_does_nothing(
+def test_the_same_request_on_the_same_files_does_nothing(
     tmp_path, monkeypatch, make, write_documents
 ):
     corpus = write_documents(tmp_path / "corpus", TEXTS)
     first = make(corpus, tmp_path / "made")
     before = (tmp_path / "made/dataset.json").stat().st_mtime_ns
     monkeypatch.chdir(tmp_path)
-    for path in (corpus, Path("corpus")):  # however the path is written
+    for path in (corpus, Path("corpus")):  # absolute and relative
         again = make(path, tmp_path / "made")
         assert again.was_there
         assert not first.was_there
@@ -465,7 +465,7 @@ def test_the_same_request_of_the_same_files_does_nothing(
         ({"corpus": "other"}, "corpus"),
     ],
 )
-def test_another_request_does_not_replace_a_dataset_unasked(
+def test_another_request_replaces_a_dataset_only_with_force(
     tmp_path, change, what, make, write_documents, contents
 ):
     corpus = write_documents(tmp_path / "corpus", TEXTS)
@@ -503,7 +503,7 @@ def test_another_tokenizer_in_the_same_file_is_another_request(
     ],
 )
 @pytest.mark.parametrize("append", [False, True])
-def test_an_unknown_tokenizer_is_told_as_that_beside_a_dataset(
+def test_an_unknown_tokenizer_is_reported_even_if_a_dataset_exists(
     tmp_path, make, write_documents, contents, tokenizer, said, append
 ):
     corpus = write_documents(tmp_path / "corpus", TEXTS)
@@ -514,9 +514,7 @@ def test_an_unknown_tokenizer_is_told_as_that_beside_a_dataset(
     assert contents(tmp_path / "made") == before
 
 
-def test_a_dataset_is_up_to_date_without_the_file_of_its_tokenizer(
-    load, tmp_path, make, write_documents
-):
+def test_a_dataset_is_up_to_date_without_its_tokenizer_file(load, tmp_path, make, write_documents):
     corpus = write_documents(tmp_path / "corpus", TEXTS)
     (tmp_path / "mine").mkdir()
     load("bytes").save(tmp_path / "mine")
@@ -525,7 +523,9 @@ def test_a_dataset_is_up_to_date_without_the_file_of_its_tokenizer(
     assert make(corpus, tmp_path / "made", tokenizer=str(tmp_path / "mine")).was_there
 
 
-def test_a_folder_that_is_no_dataset_is_never_replaced(tmp_path, make, write_documents, contents):
+def test_a_folder_that_is_not_a_dataset_is_never_replaced(
+    tmp_path, make, write_documents, contents
+):
     corpus = write_documents(tmp_path / "corpus", TEXTS)
     mine = write_documents(tmp_path / "mine", ["my letters"])
     for force in (False, True):
@@ -534,10 +534,10 @@ def test_a_folder_that_is_no_dataset_is_never_replaced(tmp_path, make, write_doc
     assert contents(mine) == {"00000.txt": b"my letters"}
 
 
-# --- nothing half-written ------------------------------------------------------------------------
+# --- failures ------------------------------------------------------------------------------------
 
 
-def test_a_corpus_that_breaks_midway_leaves_what_was_there(
+def test_a_failure_midway_leaves_the_old_dataset_unchanged(
     tmp_path, monkeypatch, make, write_documents, contents
 ):
     monkeypatch.setattr(pipeline, "BATCH_BYTES", 50)
@@ -573,7 +573,9 @@ def test_a_corpus_without_text_is_refused(tmp_path, files, said, kind, make):
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
 
-def test_what_is_not_utf8_is_skipped_and_given_back(tmp_path, make, write_documents, read_back):
+def test_files_that_are_not_utf8_are_skipped_and_reported(
+    tmp_path, make, write_documents, read_back
+):
     corpus = write_documents(tmp_path / "corpus", ["a text", "another"])
     (corpus / "picture.png").write_bytes(b"\x89PNG")
     result = make(corpus, tmp_path / "made", val_fraction=0)
@@ -582,14 +584,14 @@ def test_what_is_not_utf8_is_skipped_and_given_back(tmp_path, make, write_docume
     assert len(read_back(tmp_path / "made", "train")) == 2
 
 
-def test_a_place_that_cannot_be_made_is_refused(tmp_path, make, write_documents):
+def test_an_output_folder_that_cannot_be_created_is_refused(tmp_path, make, write_documents):
     corpus = write_documents(tmp_path / "corpus", TEXTS)
     (tmp_path / "file").write_text("a file, not a folder")
     with pytest.raises(DataError, match=r"file/made: can't be made .*; choose another folder"):
         make(corpus, tmp_path / "file/made")
 
 
-def test_a_vocabulary_size_goes_with_bpe_alone(tmp_path, make, write_documents):
+def test_a_vocabulary_size_without_bpe_is_refused(tmp_path, make, write_documents):
     corpus = write_documents(tmp_path / "corpus", TEXTS)
     with pytest.raises(ConfigError, match="--vocab-size: 300 goes with --tokenizer bpe"):
         make(corpus, tmp_path / "made", vocab_size=300)
@@ -598,7 +600,7 @@ def test_a_vocabulary_size_goes_with_bpe_alone(tmp_path, make, write_documents):
 # --- the demo ------------------------------------------------------------------------------------
 
 
-def test_the_demo_is_made_of_the_standard_librarys_sources(tmp_path, monkeypatch, read_back):
+def test_the_demo_dataset_is_the_source_of_the_standard_library(tmp_path, monkeypatch, read_back):
     library = tmp_path / "python"
     for name in ("os.py", "json/decoder.py", "site-packages/torch/nn.py", "__pycache__/os.py",
                  "lib2to3/notes.txt"):  # fmt: skip
@@ -615,7 +617,7 @@ def test_the_demo_is_made_of_the_standard_librarys_sources(tmp_path, monkeypatch
     assert result.manifest.options["vocab_size"] == 4096
 
 
-def test_the_running_pythons_own_sources_make_tens_of_megabytes():
+def test_the_demo_corpus_has_more_than_10_megabytes():
     request = demo_request()
     paths = [Path(path) for path in request.paths]
     assert not [path for path in paths if "packages" in path.name]
@@ -629,9 +631,9 @@ def test_the_running_pythons_own_sources_make_tens_of_megabytes():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", [".txt", ".txt.gz"])
-def test_memory_does_not_grow_with_a_document(tmp_path, start, ending):
-    """The most that the processes took in physical memory, for one line of 20 MB and of 100: were
-    it held but once, that would be 80 MB more."""
+def test_memory_does_not_grow_with_the_length_of_a_document(tmp_path, start, ending):
+    """Compares the peak physical memory of all processes for one line of 20 MB and one of 100 MB.
+    Holding the line in memory even once would take 80 MB more."""
     peaks = []
     for megabytes in (20, 100):
         words = b"words and more words, " * (megabytes * 10**6 // 22)
@@ -648,7 +650,7 @@ def test_memory_does_not_grow_with_a_document(tmp_path, start, ending):
 
 
 def peak_memory(process):
-    """The sum of what a process and those it starts took at most, in bytes."""
+    """Return the sum of the peak physical memory of a process and its children, in bytes."""
     most = Counter()
     while process.poll() is None:
         try:

@@ -1,4 +1,4 @@
-"""The writer: documents in shards of a size, and progress that can be resumed."""
+"""Dataset writer: shards of a fixed size, and saved progress to resume from."""
 
 import errno
 import hashlib
@@ -51,24 +51,24 @@ def row(documents):
 # --- shards --------------------------------------------------------------------------------------
 
 
-def test_tokens_are_little_endian_documents_in_a_row(tmp_path, write):
+def test_shards_hold_concatenated_documents_in_little_endian(tmp_path, write):
     write(tmp_path / "made", shard_tokens=1000)
     for split, documents in (("train", DOCUMENTS), ("val", HELD_OUT)):
         tokens = np.fromfile(tmp_path / f"made/{split}-00000.bin", dtype="<u2").tolist()
         assert tokens == row(documents)
 
 
-def test_the_index_says_where_each_document_begins(tmp_path, write):
+def test_the_index_holds_the_start_of_each_document(tmp_path, write):
     write(tmp_path / "made", training=[b"abc", b"de", b"f"], shard_tokens=1000)
     index = np.fromfile(tmp_path / "made/train-00000.idx", dtype="<u8")
-    assert index.tolist() == [0, 4, 7]  # each with its end
+    assert index.tolist() == [0, 4, 7]  # lengths include the end mark
 
 
-def test_a_shard_ends_after_its_tokens_wherever_that_falls(tmp_path, write):
+def test_a_shard_has_a_fixed_size_and_may_end_inside_a_document(tmp_path, write):
     write(tmp_path / "made")
     made = tmp_path / "made"
     sizes = {path.name: path.stat().st_size // 2 for path in made.glob("*.bin")}
-    assert sizes == {  # of documents of 6, 15, 15, 2 and 20 tokens, and of 15 and 9
+    assert sizes == {  # train documents have 6, 15, 15, 2 and 20 tokens; val 15 and 9
         **{f"train-0000{number}.bin": 10 for number in range(5)},
         "train-00005.bin": 8,
         **{"val-00000.bin": 10, "val-00001.bin": 10, "val-00002.bin": 4},
@@ -78,17 +78,17 @@ def test_a_shard_ends_after_its_tokens_wherever_that_falls(tmp_path, write):
 
 
 @given(data=st.data(), size=st.integers(1, 12))
-def test_any_tokens_in_any_portions_are_written_as_they_are(
+def test_tokens_added_in_any_portions_are_written_unchanged(
     tmp_path_factory, read_back, data, size
 ):
-    """Portions hold parts of documents, or several, and shards are shorter or longer than both."""
+    """A portion is a part of a document or several documents; shards are shorter or longer."""
     folder = tmp_path_factory.mktemp("portions")
     lengths = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=8))
     tokens = np.arange(sum(lengths)) % 256
     begins = [0, *accumulate(lengths)][:-1]
     cuts = sorted(data.draw(st.sets(st.integers(1, len(tokens)), max_size=6)) | {len(tokens)})
     with pytest.MonkeyPatch.context() as patch, writer(folder / "made", shard_tokens=size) as made:
-        patch.setattr(os, "fsync", lambda file: None)  # which takes long
+        patch.setattr(os, "fsync", lambda file: None)  # fsync takes long
         made.begin()
         start = 0
         for end in cuts:
@@ -105,7 +105,7 @@ def test_any_tokens_in_any_portions_are_written_as_they_are(
     assert (amount.tokens, amount.documents) == (len(tokens), len(lengths))
 
 
-def test_the_manifest_says_what_the_files_hold(tmp_path, write):
+def test_the_manifest_matches_the_files(tmp_path, write):
     write(tmp_path / "made")
     manifest = json.loads((tmp_path / "made/dataset.json").read_text())
     assert manifest["format_version"] == 2
@@ -126,8 +126,8 @@ def test_the_manifest_says_what_the_files_hold(tmp_path, write):
         assert sum(shard["documents"] for shard in shards) == len(documents)
 
 
-def test_checksums_are_of_the_files(tmp_path, write, read_back):
-    """Also of a shard of several blocks of 64 KiB, the last of them not full."""
+def test_checksums_match_the_files(tmp_path, write, read_back):
+    """One shard has several blocks of 64 KiB, the last one not full."""
     long = hashlib.shake_128(b"seed").digest(100_000)
     write(tmp_path / "made", training=[*DOCUMENTS, long], shard_tokens=90_000)
     assert [bytes(ids[:-1]) for ids in read_back(tmp_path / "made", "train")] == [*DOCUMENTS, long]
@@ -136,7 +136,7 @@ def test_checksums_are_of_the_files(tmp_path, write, read_back):
 
 
 @pytest.mark.parametrize(("ids", "dtype"), [(2**16, "uint16"), (2**16 + 1, "uint32")])
-def test_the_vocabulary_chooses_the_width_of_a_token(tmp_path, ids, dtype):
+def test_the_vocabulary_size_determines_the_token_width(tmp_path, ids, dtype):
     vocab = {"<eos>": 0} | {str(number): number for number in range(1, ids)}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, "<eos>"))
     backend.save(str(tmp_path / "tokenizer.json"))
@@ -151,16 +151,16 @@ def test_the_vocabulary_chooses_the_width_of_a_token(tmp_path, ids, dtype):
     assert open_dataset(tmp_path / "made").train.tokens.read(0, 3).tolist() == [1, ids - 1, 0]
 
 
-# --- the end of the training split is held out ---------------------------------------------------
+# --- validation split from the tail --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("shard_tokens", [7, 10, 50, 1000])
 @pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5, 0.9])
-def test_the_tail_is_held_out_of_any_number_of_shards(
+def test_the_tail_of_any_number_of_shards_is_held_out(
     tmp_path, read_back, split, shard_tokens, fraction
 ):
-    """Whichever split the documents had fallen into."""
+    """The documents are all in train, or all in val."""
     with writer(tmp_path / "made", shard_tokens=shard_tokens) as made:
         made.begin()
         add(made, split, DOCUMENTS)
@@ -185,7 +185,7 @@ def test_the_tail_is_held_out_of_any_number_of_shards(
     assert opened.val.tokens.read(0, 1000).tolist() == whole[-count:]
 
 
-def test_a_tail_longer_than_what_is_moved_at_once(tmp_path, monkeypatch, read_back):
+def test_a_tail_longer_than_one_block_is_held_out(tmp_path, monkeypatch, read_back):
     monkeypatch.setattr(module, "TAIL_BLOCK", 9)
     with writer(tmp_path / "made", shard_tokens=25) as made:
         made.begin()
@@ -197,11 +197,12 @@ def test_a_tail_longer_than_what_is_moved_at_once(tmp_path, monkeypatch, read_ba
     assert sum(map(len, val)) == round(len(row(DOCUMENTS)) * 0.7)
 
 
-# --- a place to go on from -----------------------------------------------------------------------
+# --- resuming ------------------------------------------------------------------------------------
 
 
 def interrupted(folder, split="train", noted=3, lost=2):
-    """A dataset of which so many documents are noted, and more written since; -> what was noted."""
+    """Write `noted` documents, save the progress, and write `lost` more. Return the writer, still
+    open, and the saved state."""
     made = writer(folder)
     made.__enter__()
     made.begin()
@@ -215,7 +216,7 @@ def interrupted(folder, split="train", noted=3, lost=2):
 
 
 def found(folder):
-    """Return the saved progress, as the next writer finds it."""
+    """Return the saved progress as the next writer reads it: state and finished shards."""
     progress = read_progress(folder)
     assert progress is not None
     shards = noted_shards(progress)
@@ -225,7 +226,7 @@ def found(folder):
 
 
 @pytest.mark.parametrize("noted", [1, 2, 3, 4])
-def test_what_was_written_behind_the_note_is_taken_back(tmp_path, contents, noted):
+def test_tokens_written_after_the_last_save_are_discarded(tmp_path, contents, noted):
     made, _ = interrupted(tmp_path / "made", noted=noted, lost=1)
     made.__exit__(KeyboardInterrupt, None, None)
     with writer(tmp_path / "made") as again:
@@ -244,8 +245,8 @@ def test_what_was_written_behind_the_note_is_taken_back(tmp_path, contents, note
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_holding_out_the_tail_leaves_what_is_noted_as_it_is(tmp_path, split):
-    """It can be interrupted too."""
+def test_holding_out_the_tail_does_not_change_saved_files(tmp_path, split):
+    """Otherwise a run interrupted in this step could not resume."""
     folder = tmp_path / "made"
     made, written = interrupted(folder, split, noted=len(DOCUMENTS), lost=0)
     noted = {shard.file for shard in made.closed} | {e.file for e in written.open.values()}
@@ -263,7 +264,7 @@ def test_holding_out_the_tail_leaves_what_is_noted_as_it_is(tmp_path, split):
     assert tokens == row(DOCUMENTS)
 
 
-def test_a_note_that_does_not_fit_the_files_is_not_gone_on_with(tmp_path):
+def test_saved_progress_that_does_not_match_the_files_is_ignored(tmp_path):
     made, written = interrupted(tmp_path / "made")
     made.__exit__(KeyboardInterrupt, None, None)
     again, shards = found(tmp_path / "made")
@@ -272,17 +273,17 @@ def test_a_note_that_does_not_fit_the_files_is_not_gone_on_with(tmp_path):
     assert as_written(tmp_path / "made", asdict(written), shards) is None
 
 
-def test_a_progress_that_is_no_json_is_none(tmp_path):
+def test_a_missing_or_invalid_progress_file_is_ignored(tmp_path):
     (tmp_path / "made.partial").mkdir()
     assert read_progress(tmp_path / "made") is None
     (tmp_path / "made.partial/progress.json").write_text("{")
     assert read_progress(tmp_path / "made") is None
 
 
-# --- nothing half-written ------------------------------------------------------------------------
+# --- failures and replacement --------------------------------------------------------------------
 
 
-def test_a_writer_that_fails_before_anything_is_noted_leaves_nothing(tmp_path):
+def test_a_writer_that_fails_before_its_first_save_leaves_nothing(tmp_path):
     def fail():
         with writer(tmp_path / "made") as made:
             made.begin()
@@ -294,8 +295,8 @@ def test_a_writer_that_fails_before_anything_is_noted_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_writer_whose_disk_is_full_fails_with_that(tmp_path, monkeypatch):
-    """Closing what it had open would fail once more."""
+def test_a_full_disk_raises_the_original_error(tmp_path, monkeypatch):
+    """Closing the open files would fail again, which must not hide the first error."""
     real = Path.open
 
     def full(self, *given, **named):
@@ -314,7 +315,7 @@ def test_a_writer_whose_disk_is_full_fails_with_that(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_writer_left_is_no_dataset_and_is_replaced(tmp_path, write):
+def test_the_staging_folder_of_a_killed_writer_is_replaced(tmp_path, write):
     left = tmp_path / "made.partial"
     (left / "llm.c").mkdir(parents=True)
     (left / "llm.c/made_train_000001.bin").write_bytes(b"half")
@@ -325,7 +326,7 @@ def test_what_a_killed_writer_left_is_no_dataset_and_is_replaced(tmp_path, write
     open_dataset(tmp_path / "made")
 
 
-def test_a_new_dataset_replaces_an_old_one_whole(tmp_path, write):
+def test_a_new_dataset_replaces_all_files_of_the_old_one(tmp_path, write):
     write(tmp_path / "made", shard_tokens=5)
     write(tmp_path / "made", training=[b"new"])
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
@@ -333,7 +334,7 @@ def test_a_new_dataset_replaces_an_old_one_whole(tmp_path, write):
     open_dataset(tmp_path / "made")
 
 
-def test_what_lies_beside_a_dataset_stays_when_it_is_replaced(tmp_path, write):
+def test_replacing_a_dataset_does_not_change_neighbouring_folders(tmp_path, write):
     write(tmp_path / "made")
     beside = [tmp_path / "made.old", tmp_path / "made.new"]
     for copy in beside:
@@ -348,7 +349,7 @@ def test_what_lies_beside_a_dataset_stays_when_it_is_replaced(tmp_path, write):
 def test_a_complete_staged_dataset_is_moved_into_place_after_a_kill(
     tmp_path, write, monkeypatch, renames
 ):
-    """Killed before the old one was moved away, or behind that."""
+    """The kill comes before or after the old dataset is moved away."""
     write(tmp_path / "made", training=[b"old"])
     real = Path.rename
 
@@ -369,7 +370,7 @@ def test_a_complete_staged_dataset_is_moved_into_place_after_a_kill(
     assert open_dataset(tmp_path / "made").train.tokens.read(0, 9).tolist() == row([b"new"])
 
 
-def test_two_writers_of_one_dataset_are_refused(tmp_path):
+def test_a_second_writer_of_the_same_dataset_is_refused(tmp_path):
     with writer(tmp_path / "made") as one:
         one.begin()
         add(one, "train", DOCUMENTS)
@@ -383,8 +384,8 @@ def test_two_writers_of_one_dataset_are_refused(tmp_path):
     assert read_manifest(tmp_path / "made").total.documents == len(DOCUMENTS)
 
 
-def test_of_what_is_cleared_away_the_note_goes_first(tmp_path, monkeypatch):
-    """A run that is killed meanwhile would leave it, and not all that it speaks for."""
+def test_the_progress_file_is_deleted_before_the_other_files(tmp_path, monkeypatch):
+    """Otherwise a run killed in between would leave progress that refers to deleted files."""
     (tmp_path / "made.partial").mkdir()
     for name in ("files.jsonl", "progress.json", "seen.sqlite"):
         (tmp_path / "made.partial" / name).write_text("")

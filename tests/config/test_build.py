@@ -29,7 +29,7 @@ def refusal(*assignments, base=None, flags=None):
     return message
 
 
-# --- where values come from ----------------------------------------------------------------------
+# --- sources of values ---------------------------------------------------------------------------
 
 
 def test_a_file_wins_over_defaults_and_flags_over_a_file():
@@ -75,7 +75,7 @@ def test_values_of_set_are_yaml():
     assert config.data.seq_len == "auto"
 
 
-# --- what is refused -----------------------------------------------------------------------------
+# --- refusals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_a_wrong_setting_is_refused_in_one_line(assignment, said):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_every_setting_refuses_what_it_does_not_take(setting):
+def test_every_setting_refuses_a_value_of_the_wrong_type(setting):
     message = refusal(f"{setting}={{a: [1]}}")
     assert message.startswith(f"{setting}: {{'a': [1]}} is not ")
     assert "input" not in message.lower()  # pydantic's wording must not show
@@ -168,5 +168,5 @@ def test_steps_and_tokens_together_are_refused():
         ("x", [], ""),
     ],
 )
-def test_the_nearest_name_is_offered_where_one_is_near(name, known, said):
+def test_the_nearest_name_is_suggested_if_one_is_similar(name, known, said):
     assert did_you_mean(name, known) == said

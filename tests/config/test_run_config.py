@@ -12,12 +12,12 @@ from pretrain_cli.config.run_config import (
 )
 
 
-def test_with_nothing_said_everything_has_a_default():
+def test_every_setting_has_a_default():
     assert build_config({}, {}, []) == RunConfig()
     assert RunConfig().model.name == "gemma3"
 
 
-def test_these_speed_settings_can_be_switched():
+def test_speed_config_has_these_settings():
     assert set(SpeedConfig.model_fields) >= {
         "attention", "dtype", "float32_matmul", "compile", "merged_qkv", "merged_gate_up",
         "fused_optimizer", "chunked_loss", "activation_checkpointing", "prefetch",
@@ -25,11 +25,11 @@ def test_these_speed_settings_can_be_switched():
     }  # fmt: skip
 
 
-def test_a_config_cannot_be_changed_behind_ones_back():
+def test_a_run_config_is_frozen():
     with pytest.raises(ValueError, match="frozen"):
         RunConfig().train.seed = 3  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_what_is_dumped_is_read_back_the_same():
+def test_a_dumped_config_is_read_back_equal():
     config = build_config({}, {"data.path": Path("d")}, ["model.num_hidden_layers=2"])
     assert check_config(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config

@@ -13,12 +13,12 @@ from pretrain_cli.errors import ConfigError
     [("5B", 5 * 10**9), ("200M", 2 * 10**8), ("2.3b", 23 * 10**8), ("1.5T", 15 * 10**11),
      ("10k", 10_000), ("1000", 1000), (1000, 1000)],
 )  # fmt: skip
-def test_tokens_are_given_as_people_say_them(said, tokens):
+def test_token_counts_accept_suffixes_such_as_5b(said, tokens):
     assert build_config({}, {"train.tokens": said}, []).train.tokens == tokens
 
 
 @pytest.mark.parametrize("said", ["5X", "B", "-5B", "0", "0.5", "1.2345k", "5 GB", ""])
-def test_what_is_no_number_of_tokens_is_refused(said):
+def test_an_invalid_token_count_is_refused(said):
     with pytest.raises(ConfigError, match="is not a number such as 5B, 200M"):
         build_config({}, {"train.tokens": said}, [])
 

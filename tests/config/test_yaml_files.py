@@ -21,7 +21,7 @@ def read(tmp_path, text):
     return read_config(str(tmp_path / "run.yaml"))
 
 
-def test_a_file_is_sections_of_settings(tmp_path):
+def test_a_file_holds_sections_of_settings(tmp_path):
     tree = read(tmp_path, "model:\n  name: qwen3-tiny\noptimizer:\n  learning_rate: 1.0e-3\n")
     config = build_config(tree, {}, [])
     assert (config.model.name, config.optimizer.learning_rate) == ("qwen3-tiny", 1e-3)
@@ -48,7 +48,7 @@ def test_a_file_that_holds_no_settings_is_refused(tmp_path, text, said):
 
 
 @pytest.mark.parametrize("file", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_shipped_file_is_a_run_that_can_be_asked_for_by_name(file):
+def test_every_shipped_file_is_found_by_name_and_is_complete(file):
     config = build_config(read_config(file.stem), {}, [])
     assert config == build_config(read_config(str(file)), {}, [])
     find_model(config.model)
@@ -65,7 +65,7 @@ def test_an_unknown_file_gets_the_nearest_shipped_name():
     assert message.endswith("did you mean gemma3-270m?")
 
 
-def test_a_model_is_a_name_and_changes_to_it():
+def test_a_model_is_a_name_and_changed_fields():
     name, config = find_model(ModelSettings(name="gemma3", **{"sliding_window": 64}))
     assert name == "gemma3-270m"
     assert config.sliding_window == 64
@@ -74,7 +74,7 @@ def test_a_model_is_a_name_and_changes_to_it():
         find_model(ModelSettings(**{"hiden_size": 64}))
 
 
-def test_a_model_file_says_what_differs_from_a_known_model(tmp_path):
+def test_a_model_file_holds_changes_to_a_known_model(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("base: qwen3-tiny\nnum_hidden_layers: 3\nhidden_size: 64\n")
     name, config = find_model(ModelSettings(name=str(path), **{"hidden_size": 128}))
@@ -103,7 +103,7 @@ def test_a_model_file_may_state_every_number(tmp_path):
         ("base: 5\n", "5"),
     ],
 )
-def test_a_model_file_that_is_no_model_is_refused(tmp_path, text, said):
+def test_an_invalid_model_file_is_refused(tmp_path, text, said):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as error:
@@ -112,6 +112,6 @@ def test_a_model_file_that_is_no_model_is_refused(tmp_path, text, said):
     assert "\n" not in str(error.value)
 
 
-def test_a_model_file_that_is_not_there_is_refused(tmp_path):
+def test_a_missing_model_file_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"model: no file .*nowhere\.yaml; give a YAML file or"):
         find_model(ModelSettings(name=str(tmp_path / "nowhere.yaml")))

@@ -1,4 +1,4 @@
-"""Fixtures of the model tests: small models made by transformers, with their exact answers.
+"""Fixtures of the model tests: small models of transformers, with their exact results.
 
 A reference folder is written by transformers' own save_pretrained; its logits, loss and gradients
 are transformers' own, in float32 with eager attention. Weights are drawn wide (0.15, not 0.02) and
@@ -26,7 +26,7 @@ COMMON = {
     "num_attention_heads": 4,
     "head_dim": 16,
     "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-3,  # large enough to be seen, and in no class a default
+    "rms_norm_eps": 1e-3,  # large enough to affect results, and no class's default
 }
 GEMMA = {
     **COMMON,
@@ -56,7 +56,7 @@ REFERENCES = {
         MOE | {"num_key_value_heads": 1, "norm_topk_prob": False, "decoder_sparse_step": 2},
     ),
 }
-BATCH, LENGTH = 2, 33  # several windows of 7, and no multiple of them
+BATCH, LENGTH = 2, 33  # LENGTH is several windows of 7, but no multiple
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def transformers_model(name: str) -> Any:
 
 
 def published_gradients(model: Any) -> dict[str, Tensor]:
-    """Gradients by published name: transformers 5 stacks the experts in memory, not on disk."""
+    """Return gradients by published name. transformers 5 stacks experts in memory, not on disk."""
     out = {}
     for name, parameter in model.named_parameters():
         grad = parameter.grad
@@ -119,7 +119,7 @@ def make_transformers_model() -> Callable[[str], Any]:
 
 @pytest.fixture(scope="session", params=list(REFERENCES))
 def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Each of REFERENCES in turn."""
+    """Return each of REFERENCES in turn."""
     model = transformers_model(request.param)
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
@@ -141,7 +141,7 @@ def wide() -> Callable[[nn.Module], None]:
 
 @pytest.fixture(scope="session")
 def our_gradients() -> Callable[[Decoder], dict[str, Tensor]]:
-    """Return a decoder's gradients by published name."""
+    """Return a function that returns a decoder's gradients by published name."""
 
     def gradients(model: Decoder) -> dict[str, Tensor]:
         parameters = dict(model.named_parameters())
@@ -158,7 +158,7 @@ def our_gradients() -> Callable[[Decoder], dict[str, Tensor]]:
 
 @pytest.fixture(scope="session")
 def relative_error() -> Callable[[Tensor, Tensor], float]:
-    """|a − b| / |b|, of whole tensors."""
+    """Return a function that computes ‖a − b‖ / ‖b‖ over whole tensors."""
 
     def error(ours: Tensor, theirs: Tensor) -> float:
         assert ours.shape == theirs.shape
@@ -169,7 +169,8 @@ def relative_error() -> Callable[[Tensor, Tensor], float]:
 
 @pytest.fixture(scope="session")
 def make_config() -> Callable[..., ModelConfig]:
-    """A tiny Gemma 3, or with `family` a Qwen 3 or a mixture of experts; any field may be given."""
+    """Return a function that makes the config of a tiny Gemma 3; `family` may also be qwen3 or moe,
+    and keywords change fields."""
 
     def make(family: str = "gemma3", **changes: Any) -> ModelConfig:
         is_gemma, is_moe = family == "gemma3", family == "moe"

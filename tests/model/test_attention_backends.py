@@ -1,4 +1,4 @@
-"""Masks as matrices one can read; every backend against a loop over queries, and against eager."""
+"""Masks as drawn matrices; eager against a loop over queries, and other backends against eager."""
 
 import itertools
 import time
@@ -31,7 +31,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2}  # a bfloat16 has 8 bi
 
 @pytest.fixture(autouse=True, scope="module")
 def small_blocks():
-    """Blocks of five queries: these lengths are several blocks, the last one shorter."""
+    """Set blocks of five queries: lengths here are several blocks, the last one shorter."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocked_attention, "QUERIES_PER_BLOCK", 5)
         yield
@@ -104,7 +104,7 @@ def test_a_window_of_one_is_the_diagonal():
     ]
 
 
-def test_queries_are_the_last_of_the_keys():
+def test_queries_are_at_the_last_positions_of_the_keys():
     assert drawn(Mask(2, 5, None).matrix(CPU)) == [
         "████·",
         "█████",
@@ -116,7 +116,7 @@ def test_queries_are_the_last_of_the_keys():
     ]
 
 
-def test_documents_are_triangles_of_their_own():
+def test_each_document_is_a_triangle():
     documents = torch.tensor([[0, 0, 1, 1, 1], [3, 4, 4, 4, 5]])
     first, second = Mask(5, 5, None, documents).matrix(CPU)
     assert drawn(first) == [
@@ -172,7 +172,7 @@ def test_eager_sees_the_keys_that_a_cache_adds(window):
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("backend", ["sdpa", "flex", "blocks"])
-def test_backends_give_what_eager_gives(backend, window, group, dtype):
+def test_backends_equal_eager(backend, window, group, dtype):
     q, k, v = made(T, T, group=group, dtype=dtype)
     with torch.no_grad():
         ours, expected = attend(backend, q, k, v, window), attend("eager", q, k, v, window)
@@ -194,7 +194,7 @@ def test_lengths_need_not_be_multiples_of_the_window(backend, window, length):
 @pytest.mark.parametrize("queries", [1, 2, W - 1, W, W + 1])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("backend", ["sdpa", "flex", "blocks"])
-def test_fewer_queries_than_keys_are_the_last_ones(backend, window, queries):
+def test_fewer_queries_than_keys_are_at_the_last_positions(backend, window, queries):
     q, k, v = made(queries, T)
     with torch.no_grad():
         ours, expected = attend(backend, q, k, v, window), attend("eager", q, k, v, window)
@@ -204,7 +204,7 @@ def test_fewer_queries_than_keys_are_the_last_ones(backend, window, queries):
 @pytest.mark.parametrize("starts", DOCUMENTS.values(), ids=DOCUMENTS)
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("window", [W - 1, W, T, None])
-def test_eager_sees_the_keys_of_its_own_document_alone(window, group, starts):
+def test_eager_attends_only_to_keys_of_the_same_document(window, group, starts):
     q, k, v = made(T, T, group=group)
     documents = starting_at(*starts)
     ours = attend("eager", q, k, v, window, documents=documents)
@@ -215,7 +215,7 @@ def test_eager_sees_the_keys_of_its_own_document_alone(window, group, starts):
 @pytest.mark.parametrize("starts", DOCUMENTS.values(), ids=DOCUMENTS)
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("backend", ["sdpa", "flex", "blocks"])
-def test_backends_give_what_eager_gives_inside_documents(backend, window, starts, dtype):
+def test_backends_equal_eager_inside_documents(backend, window, starts, dtype):
     q, k, v = made(T, T, dtype=dtype)
     documents = starting_at(*starts)
     with torch.no_grad():
@@ -226,7 +226,7 @@ def test_backends_give_what_eager_gives_inside_documents(backend, window, starts
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("window", WINDOWS)
-def test_a_row_of_one_document_is_as_without_documents(backend, window):
+def test_a_row_of_one_document_equals_one_without_documents(backend, window):
     q, k, v = made(T, T)
     with torch.no_grad():
         ours = attend(backend, q, k, v, window, documents=starting_at((), ()))
@@ -237,7 +237,7 @@ def test_a_row_of_one_document_is_as_without_documents(backend, window):
 @pytest.mark.parametrize("backend", ["sdpa", "blocks"])
 @pytest.mark.parametrize("window", [None, 600])
 def test_documents_may_start_beyond_a_kernels_first_blocks_of_keys(backend, window, monkeypatch):
-    """The last queries see nothing in those blocks, in a fused kernel too."""
+    """The last queries see no key of those blocks, in a fused kernel too."""
     monkeypatch.setattr(blocked_attention, "QUERIES_PER_BLOCK", 128)
     length = 1300
     q, k, v = made(length, length)
@@ -254,7 +254,7 @@ def test_documents_may_start_beyond_a_kernels_first_blocks_of_keys(backend, wind
     group=st.sampled_from(GROUPS),
     starts=st.tuples(*[st.sets(st.integers(1, 39))] * 2),
 )
-def test_backends_give_what_eager_gives_in_any_documents(backend, length, window, group, starts):
+def test_backends_equal_eager_in_any_documents(backend, length, window, group, starts):
     q, k, v = made(length, length, group=group)
     documents = starting_at(*starts, length=length)
     ours = attend(backend, q, k, v, window, documents=documents)
@@ -264,7 +264,7 @@ def test_backends_give_what_eager_gives_in_any_documents(backend, length, window
 
 @pytest.mark.parametrize("backend", ["sdpa", "blocks"])
 @given(length=st.integers(1, 40), window=st.integers(1, 45), group=st.sampled_from(GROUPS))
-def test_backends_give_what_eager_gives_at_any_length_and_window(backend, length, window, group):
+def test_backends_equal_eager_at_any_length_and_window(backend, length, window, group):
     q, k, v = made(length, length, group=group)
     ours, expected = attend(backend, q, k, v, window), attend("eager", q, k, v, window)
     torch.testing.assert_close(ours, expected, rtol=2e-6, atol=2e-6)
@@ -288,7 +288,7 @@ def test_backends_have_the_gradients_of_eager(
     tensors = made(T, T, group=group, dtype=dtype)
     ours, expected = (gradients(name, tensors, window, documents) for name in (backend, "eager"))
     for mine, theirs in zip(ours, expected, strict=True):
-        if theirs.norm() < 1e-4:  # with a window of one, scores and so q and k change nothing
+        if theirs.norm() < 1e-4:  # with a window of 1, q and k have no effect
             assert mine.norm() < 1e-4
         else:
             assert relative_error(mine, theirs) < TOLERANCE[dtype]
@@ -324,7 +324,7 @@ def test_sdpa_makes_no_square_matrix_for_a_whole_sequence(window):
 
 
 @pytest.mark.parametrize("starts", [None, ((100,), (7, 8))], ids=["whole", "documents"])
-def test_sdpa_sees_no_more_scores_than_the_window_needs(monkeypatch, starts):
+def test_sdpa_computes_at_most_twice_the_scores_of_the_window(monkeypatch, starts):
     """At most T · 2 · window scores are computed; a T × T mask would need T²."""
     documents = starting_at(*starts, length=256) if starts else None
     scores = []
@@ -340,12 +340,12 @@ def test_sdpa_sees_no_more_scores_than_the_window_needs(monkeypatch, starts):
     assert sum(scores) <= q.shape[0] * 256 * 2 * 8
 
 
-def test_a_token_that_continues_a_cache_needs_no_mask():
+def test_a_single_query_after_a_cache_needs_no_mask():
     assert BACKENDS["sdpa"].lower(Mask(1, 8, 8), CPU, torch.float32) is False
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_key_is_read_by_the_queries_of_its_window_alone(backend):
+def test_a_key_affects_only_the_queries_of_its_window(backend):
     q, k, v = made(20, 20)
     with torch.no_grad():
         before = attend(backend, q, k, v, 5)
@@ -406,7 +406,7 @@ def test_a_folded_window_takes_at_most_a_quarter_of_full_attention():
     assert min(shares) <= 1 / 4
 
 
-def test_flex_does_not_train_on_a_cpu_and_says_why():
+def test_flex_does_not_train_on_a_cpu_and_gives_the_reason():
     flex = BACKENDS["flex"]
     assert "no backward pass on a CPU" in (flex.unavailable(CPU, True) or "")
     assert flex.unavailable(CPU, False) is None
@@ -415,6 +415,6 @@ def test_flex_does_not_train_on_a_cpu_and_says_why():
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
-def test_eager_and_sdpa_serve_every_device(backend):
+def test_eager_and_sdpa_are_available_on_every_device(backend):
     for device in ("cpu", "cuda", "mps"):
         assert BACKENDS[backend].unavailable(torch.device(device), True) is None

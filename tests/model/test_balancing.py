@@ -1,4 +1,4 @@
-"""The balancing loss of experts against transformers': its value, and every gradient with it."""
+"""The balancing loss of experts against transformers': its value and every gradient."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ COEFFICIENT = 0.7  # large enough to be seen in every gradient
 
 @pytest.fixture(params=MIXTURES)
 def pair(request, make_transformers_model, tmp_path):
-    """transformers' model, and its folder."""
+    """Return a model of transformers and its folder."""
     model = make_transformers_model(request.param)
     model.save_pretrained(tmp_path)
     return model, tmp_path
@@ -58,8 +58,8 @@ def test_minimized_loss_and_every_gradient_equal_transformers(
             assert relative_error(gradients[name], parameter.grad) < 5e-5, name
 
 
-def test_even_use_gives_as_much_as_experts_are_chosen(make_config):
-    """A router without a preference: every probability is 1/E, whoever is chosen."""
+def test_a_uniform_router_has_a_loss_of_experts_per_token(make_config):
+    """The router's weights are zero: every probability is 1/E, whichever experts are chosen."""
     config = make_config("moe", num_experts_per_tok=3)
     model = Decoder(config)
     model.initialize(0)
@@ -72,7 +72,7 @@ def test_even_use_gives_as_much_as_experts_are_chosen(make_config):
     assert terms.balancing.item() == pytest.approx(3.0)
 
 
-def test_a_dense_model_has_a_z_loss_and_nothing_to_balance(make_config, wide):
+def test_a_dense_model_has_a_z_loss_and_no_balancing_loss(make_config, wide):
     model = Decoder(make_config("gemma3"))
     wide(model)
     tokens = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(2))
@@ -91,6 +91,6 @@ def test_a_dense_model_has_a_z_loss_and_nothing_to_balance(make_config, wide):
         ("qwen3-30b-a3b", float("nan"), "nan is not 0 or more"),
     ],
 )
-def test_a_coefficient_without_a_meaning_is_refused(name, coefficient, said):
+def test_an_invalid_balancing_coefficient_is_refused(name, coefficient, said):
     with pytest.raises(ConfigError, match=f"model.router_aux_loss_coef: {said}"):
         variant(preset(name), {"router_aux_loss_coef": coefficient})

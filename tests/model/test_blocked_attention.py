@@ -26,9 +26,9 @@ def test_blocks_hold_the_scores_of_one_block_at_a_time(window):
     assert max(sizes.noted) == max(2 * 2 * 2 * 5 * seen_by_a_block, q.numel())
 
 
-# torch 2.14's opcheck reads .grad of tensors of its own, whatever the operator
+# torch 2.14's opcheck reads .grad of its own tensors, for any operator.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_blocks_are_as_they_are_under_torch_compile():
+def test_the_operator_passes_opcheck_for_torch_compile():
     """The operator is opaque: the compiler knows only its shapes and gradients."""
     q = torch.randn(2, 2, 7, 3, 4, requires_grad=True)
     k, v = (torch.randn(2, 2, 12, 4, requires_grad=True) for _ in range(2))
@@ -36,6 +36,6 @@ def test_blocks_are_as_they_are_under_torch_compile():
         torch.library.opcheck(torch.ops.pretrain.blocked_attention.default, (q, k, v, 3, documents))
 
 
-def test_blocks_are_for_cpus_and_say_so():
+def test_blocks_are_refused_on_a_gpu_with_the_reason():
     assert BACKENDS["blocks"].unavailable(CPU, True) is None
     assert BACKENDS["blocks"].unavailable(torch.device("cuda"), True) == "it is made for CPUs"

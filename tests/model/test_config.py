@@ -10,7 +10,7 @@ from pretrain_cli.model.presets import PRESETS, preset
 
 
 def test_no_field_has_a_default():
-    """So that no size can inherit another's number."""
+    """A default would let one size inherit another's number."""
     for field in dataclasses.fields(ModelConfig):
         assert field.default is dataclasses.MISSING, field.name
         assert field.default_factory is dataclasses.MISSING, field.name
@@ -89,25 +89,25 @@ def test_a_layer_is_sparse_by_step_unless_listed(make_config, changes, sparse):
     ],
     ids=lambda value: next(iter(value), "") if isinstance(value, dict) else None,
 )
-def test_what_can_not_be_a_model_is_refused_by_name(make_config, family, changes, message):
+def test_impossible_models_are_refused_by_name(make_config, family, changes, message):
     with pytest.raises(ConfigError) as error:
         make_config(family, **changes)
     assert str(error.value).startswith(message)
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_variant_without_changes_is_the_same(name):
+def test_a_variant_without_changes_equals_its_preset(name):
     assert variant(preset(name), {}) == preset(name)
 
 
-def test_a_variant_changes_what_is_named_and_nothing_else():
+def test_a_variant_changes_only_the_named_fields():
     changed = variant(preset("gemma3"), {"vocab_size": 4096, "rope_theta": 10_000})
     assert (changed.vocab_size, changed.rope_theta) == (4096, 10_000.0)
     back = {"vocab_size": 262_144, "rope_theta": 1_000_000.0}
     assert variant(changed, back) == preset("gemma3")
 
 
-def test_a_variant_leaves_the_changes_it_was_given_alone():
+def test_variant_does_not_modify_its_argument():
     changes = {"num_hidden_layers": 2, "vocab_size": "4096"}
     variant(preset("gemma3"), changes)
     assert changes == {"num_hidden_layers": 2, "vocab_size": "4096"}
@@ -122,7 +122,7 @@ def test_another_depth_repeats_the_pattern_of_layers(name, depth, full):
     assert types == tuple(FULL if i in full else SLIDING for i in range(depth))
 
 
-def test_depth_and_layer_types_must_agree_where_both_are_given():
+def test_depth_and_layer_types_must_agree_if_both_are_given():
     both = {"num_hidden_layers": 3, "layer_types": [FULL, SLIDING]}
     with pytest.raises(ConfigError, match=r"num_hidden_layers: 3, but layer_types has 2"):
         variant(preset("gemma3"), both)
@@ -154,7 +154,7 @@ def test_qwen_attention_scale_follows_head_dim_gemma_keeps_its_own():
     ],
     ids=lambda value: None if isinstance(value, dict) else value.split(":")[0],
 )
-def test_a_wrong_change_is_refused_with_what_the_setting_takes(changes, message):
+def test_a_wrong_change_is_refused_with_the_accepted_values(changes, message):
     with pytest.raises(ConfigError) as error:
         variant(preset("gemma3"), changes)
     assert str(error.value).startswith(message)

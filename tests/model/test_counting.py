@@ -16,7 +16,7 @@ from pretrain_cli.model.counting import (
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.presets import PRESETS, PUBLISHED, preset
 
-# name: tied total, untied total, embedding, all else; the totals of transformers' own models
+# name: tied total, untied total, embedding, all else. Totals are those of transformers' models.
 TOTALS = {
     "gemma3-270m": (268098176, 435870336, 167772160, 100326016),
     "gemma3-1b": (999885952, 1301875840, 301989888, 697896064),
@@ -45,7 +45,7 @@ def test_every_published_size_has_its_total_here():
 
 
 @pytest.mark.parametrize("name", TOTALS)
-def test_totals_are_the_published_ones_tied_and_untied(name):
+def test_tied_and_untied_totals_are_as_published(name):
     tied_total, untied_total, embedding, rest = TOTALS[name]
     count = count_parameters(tied(name, True))
     assert (count.total, count.embeddings, count.head) == (tied_total, embedding, 0)
@@ -55,20 +55,20 @@ def test_totals_are_the_published_ones_tied_and_untied(name):
 
 
 @pytest.mark.parametrize("name", TEXT_ONLY)
-def test_a_vocabulary_without_image_rows_is_as_much_smaller(name):
+def test_a_vocabulary_without_image_rows_has_fewer_parameters(name):
     config = dataclasses.replace(preset(name), vocab_size=262144)
     assert count_parameters(config).total == TEXT_ONLY[name]
 
 
 @pytest.mark.parametrize("name", ACTIVE)
-def test_a_token_meets_only_its_experts(name):
+def test_active_parameters_count_only_the_chosen_experts(name):
     count = count_parameters(preset(name))
     assert count.active == ACTIVE[name]
     assert count.total == TOTALS[name][1]
 
 
 @pytest.mark.parametrize("name", ["gemma3-270m", "qwen3-8b"])
-def test_a_dense_model_is_all_active(name):
+def test_all_parameters_of_a_dense_model_are_active(name):
     count = count_parameters(preset(name))
     assert count.inactive == 0
     assert count.active == count.total
@@ -82,7 +82,7 @@ def test_the_decoder_has_as_many_parameters_as_counted(name):
 
 
 @pytest.mark.parametrize("changes", [{}, {"decoder_sparse_step": 2}, {"mlp_only_layers": (0, 2)}])
-def test_dense_layers_among_the_sparse_are_counted_as_they_are(make_config, changes):
+def test_dense_layers_of_a_mixture_are_counted_as_dense(make_config, changes):
     config = make_config("moe", **changes)
     model = Decoder(config)
     assert sum(p.numel() for p in model.parameters()) == count_parameters(config).total
@@ -99,13 +99,13 @@ def test_dense_layers_among_the_sparse_are_counted_as_they_are(make_config, chan
         ("qwen3-0.6b", 4096, 4.986),
     ],
 )
-def test_exact_flops_count_the_scores_that_the_mask_leaves(name, seq_len, gigaflops):
+def test_exact_flops_count_only_unmasked_scores(name, seq_len, gigaflops):
     assert training_flops(preset(name), seq_len).exact / 1e9 == pytest.approx(gigaflops, abs=6e-4)
 
 
-def test_conventional_flops_let_every_token_see_all():
+def test_conventional_flops_count_attention_to_all_tokens():
     """Qwen 3 0.6B: 6 · 596 M, and 12 · layers · heads · head_dim · T."""
-    matrices = 596049920 - 65536  # all but the norms; the tied head counted, the lookup not
+    matrices = 596049920 - 65536  # no norms; the tied matrix counts as head, not as lookup
     flops = training_flops(preset("qwen3-0.6b"), 1024)
     assert flops.conventional == 6 * matrices + 12 * 28 * 16 * 128 * 1024
     assert flops.conventional / flops.exact == pytest.approx(1.09, abs=0.005)
@@ -113,8 +113,8 @@ def test_conventional_flops_let_every_token_see_all():
     assert flops.conventional / flops.exact == pytest.approx(1.28, abs=0.005)
 
 
-def test_flops_of_a_mixture_count_the_chosen_experts_alone():
-    """Qwen 3 30B-A3B, in sequences of one: 6 for each active matrix weight but the lookup."""
+def test_flops_of_a_mixture_count_only_the_chosen_experts():
+    """Qwen 3 30B-A3B, sequences of one token: 6 for each active matrix weight except the lookup."""
     attention_norms = 48 * (2 * 2048 + 2 * 128) + 2048
     matrices = 3353032704 - 311164928 - attention_norms
     flops = training_flops(preset("qwen3-30b-a3b"), 1)
@@ -131,12 +131,12 @@ def test_tying_changes_no_flops():
     ("seq_len", "window", "seen"),
     [(4, None, 2.5), (4, 4, 2.5), (4, 9, 2.5), (5, 2, 9 / 5), (5, 1, 1.0), (1, None, 1.0)],
 )
-def test_keys_seen_are_counted_with_the_query_itself(seq_len, window, seen):
+def test_keys_seen_include_the_query_itself(seq_len, window, seen):
     assert keys_seen(seq_len, window) == pytest.approx(seen)
 
 
 @pytest.mark.parametrize("window", [1, 6, 7, 8, 19, 20, 21, None])
-def test_keys_seen_are_those_of_the_mask(window):
+def test_keys_seen_equal_the_mean_of_the_mask(window):
     matrix = Mask(20, 20, window).matrix(torch.device("cpu"))
     assert keys_seen(20, window) == pytest.approx(matrix.sum().item() / 20)
 

@@ -1,4 +1,4 @@
-"""The decoder beyond parity: initial weights, reach, switches."""
+"""The decoder beyond parity: initial weights, embedding scale, reach, documents, loss."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_merged_and_separate_projections_start_from_the_same_draw(make_config, f
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_seed_gives_the_same_draw_again_and_another_seed_another(make_config, family):
+def test_equal_seeds_give_equal_weights_and_other_seeds_others(make_config, family):
     first, again = initialized(make_config(family)), initialized(make_config(family))
     other = initialized(make_config(family), seed=1)
     for name, values in first.items():
@@ -37,7 +37,7 @@ def test_a_seed_gives_the_same_draw_again_and_another_seed_another(make_config, 
         assert torch.equal(values, other[name]) is ("norm" in name), name
 
 
-def test_no_two_matrices_start_alike(make_config):
+def test_no_two_matrices_have_the_same_initial_values(make_config):
     first = initialized(make_config("moe"))
     starts = [tuple(v.flatten()[:4].tolist()) for k, v in first.items() if "norm" not in k]
     assert len(set(starts)) == len(starts)
@@ -45,13 +45,13 @@ def test_no_two_matrices_start_alike(make_config):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_initial_matrices_have_published_deviation_norms_neutral(make_config, family):
-    """0.02 for every matrix, whatever its depth or width; 0 for Gemma's norms and 1 for Qwen's."""
+    """Matrices have 0.02 at any depth and width; Gemma's norms are 0 and Qwen's are 1."""
     wide = make_config(family, hidden_size=256, intermediate_size=512, vocab_size=500)
     for name, values in initialized(wide).items():
         if "norm" in name:
             assert (values == (0.0 if family == "gemma3" else 1.0)).all(), name
             continue
-        error = 4 / values.numel() ** 0.5  # four standard errors of a deviation, generously
+        error = 4 / values.numel() ** 0.5  # at least four standard errors of a deviation
         assert values.std().item() == pytest.approx(0.02, rel=error + 0.005), name
         assert abs(values.mean().item()) < 0.02 * error, name
 
@@ -70,8 +70,8 @@ def test_only_the_padding_row_starts_at_zero(make_config):
     assert (rows > 0).all()
 
 
-def test_the_first_loss_is_that_of_a_guess(make_config):
-    """ln V, and a little for the spread of the logits."""
+def test_the_initial_loss_is_that_of_a_uniform_guess(make_config):
+    """The loss is ln V, plus a little for the spread of the logits."""
     for family in FAMILIES:
         model = Decoder(make_config(family, hidden_size=128, rms_norm_eps=1e-6))
         model.initialize(0)
@@ -84,7 +84,7 @@ def test_the_first_loss_is_that_of_a_guess(make_config):
     ("hidden_size", "scale"), [(640, 25.25), (1152, 34.0), (2560, 50.5), (3840, 62.0), (5376, 73.5)]
 )
 def test_the_embedding_scale_is_rounded_to_the_type_of_the_weights(make_config, hidden_size, scale):
-    """√640 = 25.298 is 25.25 in bfloat16, and so in the published models."""
+    """√640 = 25.298 rounds to 25.25 in bfloat16, as in the published models."""
     config = make_config(hidden_size=hidden_size, layer_types=(FULL,), vocab_size=4)
     model = Decoder(config)
     model.initialize(0)
@@ -102,7 +102,7 @@ def test_the_embedding_scale_is_exact_for_float32_weights(make_config):
     torch.testing.assert_close(model.embed(torch.tensor([[1]]))[0, 0], expected)
 
 
-def test_qwen_embeddings_enter_as_they_are(make_config):
+def test_qwen_embeddings_are_not_scaled(make_config):
     model = Decoder(make_config("qwen3"))
     model.initialize(0)
     tokens = torch.tensor([[3, 1]])
@@ -146,14 +146,14 @@ LENGTHS = ((9, 1, 16, 14), (40,), (3, 37), (7, 7, 1, 1, 24))
 
 
 def packed(vocabulary=60):
-    """(tokens, the number of each one's document), each (4, 40)."""
+    """Return tokens and their document numbers, (4, 40) each."""
     tokens = torch.randint(1, vocabulary, (4, 40), generator=torch.Generator().manual_seed(0))
     numbers = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in LENGTHS]
     return tokens, torch.stack(numbers)
 
 
 def apart(rows):
-    """Return each document's part of these rows: (1, its length) each."""
+    """Return the slice of each document in these rows: (1, length, ...)."""
     return [part for row, lengths in zip(rows, LENGTHS, strict=True)
             for part in row.unsqueeze(0).split(lengths, dim=1)]  # fmt: skip
 
@@ -161,10 +161,9 @@ def apart(rows):
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("attention", BACKENDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_documents_in_a_row_have_the_logits_that_each_has_alone(
-    make_config, wide, family, attention
-):
-    """Positions need not restart at a document, not even where Gemma's full layers divide them."""
+def test_documents_in_a_row_have_the_same_logits_as_alone(make_config, wide, family, attention):
+    """Positions do not restart at documents, since attention depends on distances only. This holds
+    for Gemma's full layers too, whose RoPE divides positions."""
     model = Decoder(make_config(family), attention=attention)
     wide(model)
     tokens, documents = packed()
@@ -174,13 +173,13 @@ def test_documents_in_a_row_have_the_logits_that_each_has_alone(
         unmasked = apart(model(tokens))
     for ours, expected in zip(together, alone, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(unmasked[2], alone[2], atol=0.1)  # it does see what lies before
+    assert not torch.allclose(unmasked[2], alone[2], atol=0.1)  # attends to earlier documents
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_documents_in_a_row_have_the_gradients_that_they_have_alone(
+def test_documents_in_a_row_have_the_same_gradients_as_alone(
     make_config, wide, our_gradients, relative_error, family, attention, checkpointed
 ):
     model = Decoder(make_config(family), attention=attention, activation_checkpointing=checkpointed)
@@ -197,8 +196,8 @@ def test_documents_in_a_row_have_the_gradients_that_they_have_alone(
 
 
 @pytest.mark.parametrize("attention", BACKENDS)
-def test_other_documents_need_no_other_compiled_blocks(make_config, attention):
-    """One graph for each kind of layer at most, as without documents."""
+def test_other_documents_recompile_no_block(make_config, attention):
+    """At most one graph is compiled for each kind of layer, as without documents."""
     torch.compiler.reset()
     counter = CompileCounter()
     model = Decoder(make_config(), attention=attention)
@@ -214,7 +213,7 @@ def test_other_documents_need_no_other_compiled_blocks(make_config, attention):
     assert graphs[0] == graphs[-1] <= 2
 
 
-def test_a_loss_is_the_mean_over_the_targets_given(make_config, wide):
+def test_the_loss_is_a_mean_unless_a_normalizer_is_given(make_config, wide):
     model = Decoder(make_config())
     wide(model)
     tokens = torch.randint(1, 60, (2, 12), generator=torch.Generator().manual_seed(0))

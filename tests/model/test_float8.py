@@ -1,4 +1,4 @@
-"""Products in float8, emulated: against roundings written out here, and beside bfloat16."""
+"""Emulated float8 products, against a reference rounding written here and against bfloat16."""
 
 import math
 
@@ -13,7 +13,7 @@ from pretrain_cli.model.parameter_map import Merged
 FAMILIES = ["gemma3", "qwen3", "moe"]
 E4M3 = (448.0, 3, -6)
 E5M2 = (57344.0, 2, -14)
-"""(the largest value, bits behind the point, the least exponent of a normal number)"""
+"""(largest value, mantissa bits, smallest exponent of a normal number), as of E4M3."""
 
 
 @pytest.fixture(scope="module")
@@ -23,17 +23,19 @@ def emulated():
 
 
 def rounded(x: Tensor, kind: tuple[float, int, int]) -> Tensor:
-    """Scaled so that the largest is the kind's own, to the nearest that it has, and back."""
+    """Scale the largest magnitude to the kind's largest value, round to nearest, and scale back."""
     largest, bits, least = kind
     scale = (largest / x.double().abs().max()).float()
     scaled = x.float() * scale
     exponent = scaled.abs().clamp(min=2.0**least).log2().floor()
-    apart = 2.0 ** (exponent - bits)  # of neighbours
+    apart = 2.0 ** (exponent - bits)  # distance between neighbours
     return (scaled / apart).round().clamp(-largest / apart, largest / apart) * apart / scale
 
 
 class Written(torch.autograd.Function):
-    """y = q(x) q(W)^T, dx = r(dy) q(W), dW = r(dy)^T q(x), in float32, given in bfloat16."""
+    """y = q(x) q(W)^T, dx = r(dy) q(W), dW = r(dy)^T q(x), in float32, returned in bfloat16.
+
+    q rounds to E4M3, and r to E5M2."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -66,7 +68,7 @@ def a_batch(rows=2, length=24):
 
 
 @pytest.mark.parametrize("kind", ["e4m3", "e5m2"])
-def test_the_roundings_written_out_here_are_the_types_own(kind):
+def test_the_reference_rounding_equals_that_of_the_types(kind):
     """Without this, the tests below would have no valid reference."""
     dtype = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[kind]
     values = torch.arange(256, dtype=torch.uint8).view(dtype).double()
@@ -76,7 +78,7 @@ def test_the_roundings_written_out_here_are_the_types_own(kind):
     x = torch.cat([values, between, between / 1e4, between / 1e7])
     nearest = values[(x.unsqueeze(1) - values).abs().argmin(1)]
     ours = rounded(x, E4M3 if kind == "e4m3" else E5M2)
-    assert ((ours - x).abs() <= (nearest - x).abs() * (1 + 1e-12)).all()  # a tie either way
+    assert ((ours - x).abs() <= (nearest - x).abs() * (1 + 1e-12)).all()  # ties may go either way
     assert torch.isin(ours, values).all()
 
 
@@ -89,7 +91,7 @@ def loss_and_gradients(model, product, our_gradients):
 
 @pytest.mark.parametrize("merged", [True, False], ids=["merged", "separate"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loss_and_every_gradient_are_those_of_rounded_products(
+def test_loss_and_every_gradient_equal_those_of_rounded_products(
     make_config, wide, our_gradients, relative_error, emulated, family, merged
 ):
     (loss, gradients), (expected_loss, expected) = (
@@ -104,10 +106,10 @@ def test_loss_and_every_gradient_are_those_of_rounded_products(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_beside_bfloat16_loss_and_gradients_are_off_by_the_rounding(
+def test_float8_differs_from_bfloat16_by_its_rounding(
     make_config, our_gradients, relative_error, emulated, family
 ):
-    """Initial weights. Rounding to three bits changes a product by 2 to 3 %, to two bits by 5 %."""
+    """Weights are initial. Rounding to three bits changes a product by 2 to 3 %, to two bits by 5 %."""
     found = []
     for product in (emulated, layers.product):
         model = Decoder(make_config(family), dtype=torch.bfloat16)
@@ -120,7 +122,7 @@ def test_beside_bfloat16_loss_and_gradients_are_off_by_the_rounding(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_parameters_and_their_first_values_are_as_ever(make_config, emulated, family):
+def test_float8_changes_no_parameter_and_no_initial_value(make_config, emulated, family):
     plain, ours = (Decoder(make_config(family), dtype=torch.bfloat16) for _ in range(2))
     float8.multiply_by(ours, emulated)
     for model in (plain, ours):
@@ -133,7 +135,7 @@ def test_parameters_and_their_first_values_are_as_ever(make_config, emulated, fa
 
 @pytest.mark.parametrize("merged", [True, False], ids=["merged", "separate"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_float8_is_for_the_matrices_of_the_layers_alone(make_config, wide, family, merged):
+def test_float8_is_used_only_for_the_matrices_of_the_layers(make_config, wide, family, merged):
     """Embedding, head, router and experts do not use float8."""
     model = in_bfloat16(make_config(family), wide, merged=merged)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -167,7 +169,7 @@ def test_without_gradients_products_are_bfloat16(make_config, wide, emulated, fa
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_activations_computed_again_give_the_same_gradients(
+def test_activation_checkpointing_gives_the_same_gradients(
     make_config, wide, our_gradients, emulated, family
 ):
     found = []
@@ -189,8 +191,8 @@ def product_and_gradients(multiply, rows):
 
 
 @pytest.mark.parametrize("rows", [16, 13])
-def test_rows_that_are_no_multiple_of_16_are_filled_up(monkeypatch, relative_error, rows):
-    """By the product itself, not emulated, which here is the CPU's. A GPU's takes no other sums."""
+def test_rows_are_padded_to_a_multiple_of_16(monkeypatch, relative_error, rows):
+    """The product is the CPU's, not emulated. A GPU's takes only sums over multiples of 16."""
     pytest.importorskip("torchao", reason="torchao is not installed")
     multiply, summed = torch._scaled_mm, []
 
@@ -200,7 +202,7 @@ def test_rows_that_are_no_multiple_of_16_are_filled_up(monkeypatch, relative_err
 
     monkeypatch.setattr(torch, "_scaled_mm", noted)
     found = product_and_gradients(float8.float8_product(), rows)
-    assert summed == [32, 48, 48]  # in y of 32, in dx of 48, in dW of 3 × 16, or 39 and zeros
+    assert summed == [32, 48, 48]  # y: 32; dx: 48; dW: 3 × 16, or 39 and zero padding
     for ours, theirs in zip(found, product_and_gradients(written, rows), strict=True):
         assert relative_error(ours, theirs) < 0.01
 
@@ -234,14 +236,16 @@ def test_a_compiled_product_is_in_float8(relative_error):
         ("moe", {"moe_intermediate_size": 56}, None),
     ],
 )
-def test_sides_of_the_matrices_are_multiples_of_16(make_config, family, changes, said):
+def test_float8_takes_only_matrix_sides_that_16_divides(make_config, family, changes, said):
     reason = float8.no_float8(make_config(family, **changes))
     assert reason is None if said is None else reason.startswith(said)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile's own
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # from torch.compile itself
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_block_is_one_graph(make_config, wide, our_gradients, relative_error, emulated, family):
+def test_a_float8_block_compiles_to_one_graph(
+    make_config, wide, our_gradients, relative_error, emulated, family
+):
     torch.compiler.reset()
     found = []
     for compiled in (False, True):

@@ -71,7 +71,7 @@ def whole(build, tokens):
 
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
 @pytest.mark.parametrize("attention", BACKENDS)
-def test_cached_logits_are_those_of_the_whole_sequence(build, tokens, whole, attention, split):
+def test_cached_logits_equal_those_of_the_whole_sequence(build, tokens, whole, attention, split):
     ours = piecewise(build(attention, sliding_window=W), tokens, split)
     torch.testing.assert_close(ours, whole[W], rtol=1e-4, atol=1e-4)
 
@@ -86,7 +86,7 @@ def test_windows_may_be_one_or_longer_than_the_text(build, tokens, whole, attent
 
 @pytest.mark.parametrize("family", ["qwen3", "moe"])
 @pytest.mark.parametrize("attention", BACKENDS)
-def test_full_layers_remember_everything(build, tokens, attention, family):
+def test_full_layers_keep_all_keys_and_values(build, tokens, attention, family):
     model = build(attention, family)
     with torch.no_grad():
         expected = model(tokens)
@@ -94,7 +94,7 @@ def test_full_layers_remember_everything(build, tokens, attention, family):
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_only_the_last_logits_are_formed_when_asked(build, tokens):
+def test_last_only_computes_only_the_last_logits(build, tokens):
     model = build()
     with torch.no_grad():
         expected = model(tokens)[:, -1:]
@@ -104,8 +104,8 @@ def test_only_the_last_logits_are_formed_when_asked(build, tokens):
 
 
 @given(pieces=st.lists(st.integers(1, 12), min_size=1, max_size=25), window=st.integers(1, 9))
-def test_a_ring_gives_what_is_still_seen_and_then_the_new(pieces, window):
-    """Against a list: the last window − 1 positions before the piece, then the piece."""
+def test_a_ring_returns_visible_positions_and_then_the_new_ones(pieces, window):
+    """Compare with a list: the last window − 1 positions before the piece, then the piece."""
     layer = LayerCache(torch.zeros(1, 1, window, 2), window)
     start = 0
     for length in pieces:
@@ -118,7 +118,7 @@ def test_a_ring_gives_what_is_still_seen_and_then_the_new(pieces, window):
 
 
 @given(ends=st.lists(st.integers(1, 20), min_size=1, max_size=4), chunk=st.integers(1, 20))
-def test_what_pads_a_prompt_is_not_written_over_what_it_remembers(ends, chunk):
+def test_padding_of_a_prompt_does_not_overwrite_its_cached_keys(ends, chunk):
     window, longest = 5, max(ends)
     layer = LayerCache(torch.full((len(ends), 1, window, 1), -1.0), window)
     layer.ends = ends
@@ -133,7 +133,7 @@ def test_what_pads_a_prompt_is_not_written_over_what_it_remembers(ends, chunk):
 
 
 @pytest.mark.parametrize("window", [None, 5])
-def test_values_may_lie_along_places_and_are_the_same(window):
+def test_the_memory_layout_of_values_does_not_change_them(window):
     plain, along = (
         LayerCache(torch.zeros(2, 3, 5, 4), window, along_places=way) for way in (False, True)
     )
@@ -147,7 +147,7 @@ def test_values_may_lie_along_places_and_are_the_same(window):
     assert along.values.mT.is_contiguous()
 
 
-def test_places_seen_as_small_literal_rows():
+def test_seen_places_as_small_literal_rows():
     ring = seen_places(torch.tensor([0, 2, 3, 9]), 4)
     assert ring.int().tolist() == [[1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
 
@@ -167,16 +167,16 @@ def test_ring_cache_holds_a_window_and_full_cache_grows_to_capacity(make_config)
     assert sizes[-1] == 5000
     assert all(bigger <= max(smaller * 1.125 + 256, smaller + 512)
                for smaller, bigger in itertools.pairwise(sizes))  # fmt: skip
-    assert sum(sizes) < 15 * 5000  # copied in all to grow: a small multiple, not a square
+    assert sum(sizes) < 15 * 5000  # all copies of growing: linear in the length
 
 
-def test_a_buffer_is_no_longer_than_the_text_can_be(make_config):
+def test_a_buffer_is_no_longer_than_the_capacity(make_config):
     config = make_config(layer_types=(SLIDING, FULL), sliding_window=1024)
     assert [layer.places for layer in new_cache(config, capacity=10).layers] == [10, 10]
 
 
 @pytest.mark.parametrize(("length", "expected"), [(32_768, 3_120_562_176), (1024, 520_093_696)])
-def test_a_27b_remembers_what_the_arithmetic_says(length, expected):
+def test_cache_bytes_of_gemma3_27b_equal_the_formula(length, expected):
     """62 layers, 10 of them full; 16 key/value heads of 128, in bfloat16; a window of 1024:
     2 · 2 · 16 · 128 · (10 · 32768 + 52 · 1024) bytes."""
     config = preset("gemma3-27b")

@@ -1,4 +1,4 @@
-"""The norm's arithmetic by hand, the activations' known values, projections merged and apart."""
+"""Norms by hand arithmetic, known values of activations, merged and separate projections."""
 
 import pytest
 import torch
@@ -58,13 +58,13 @@ def test_activations_are_silu_and_the_tanh_approximation_of_gelu():
     torch.testing.assert_close(activate("gelu_pytorch_tanh", x), gelu, rtol=0, atol=2e-7)
 
 
-def test_the_exact_gelu_is_another_function():
+def test_the_exact_gelu_has_other_values():
     """The test above can thus distinguish the two: erf gives 0.8413447 and 1.9544997."""
     x = torch.tensor([1.0, 2.0])
     assert (activate("gelu_pytorch_tanh", x) - F.gelu(x)).abs().min() > 5e-5
 
 
-def test_merged_projections_give_what_separate_ones_give():
+def test_merged_projections_equal_separate_ones():
     rows = {"q_proj": 6, "k_proj": 2, "v_proj": 2}
     x = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(1))
     merged, apart = Projections(5, rows, merged=True), Projections(5, rows, merged=False)
@@ -93,7 +93,7 @@ def test_only_the_gate_goes_through_the_activation(make_config, merged):
     torch.testing.assert_close(out, torch.tensor([[2.1931758, 21.931758]]))
 
 
-def test_a_float32_weight_computes_in_the_type_of_what_comes_in():
+def test_a_float32_weight_computes_in_the_type_of_its_input():
     layer = Linear(4, 3)
     torch.nn.init.ones_(layer.weight)
     assert layer(torch.ones(2, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16

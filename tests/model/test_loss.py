@@ -44,7 +44,7 @@ def by_torch(hidden, weight, targets):
 
 
 @pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "whole"])
-def test_value_and_gradients_are_those_of_cross_entropy(case, chunked):
+def test_value_and_gradients_equal_those_of_cross_entropy(case, chunked):
     hidden, weight, targets = case
     expected = by_torch(*case)
     ours = cross_entropy(hidden, weight, targets, normalizer=None, chunked=chunked)
@@ -57,7 +57,7 @@ def test_value_and_gradients_are_those_of_cross_entropy(case, chunked):
 
 
 @pytest.mark.parametrize("elements", [1, V, 5 * V, 27 * V, 1000 * V])
-def test_the_size_of_a_chunk_changes_nothing(case, elements, monkeypatch):
+def test_the_chunk_size_does_not_change_the_loss(case, elements, monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", {"cpu": elements})
     ours = cross_entropy(*case, normalizer=None, chunked=True)
     torch.testing.assert_close(ours.double(), by_torch(*case), rtol=1e-6, atol=0)
@@ -87,7 +87,7 @@ def test_only_a_chunk_of_logits_exists_at_a_time(case):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4])
-def test_the_softmax_is_taken_of_a_few_rows_at_a_time(case, rows, monkeypatch):
+def test_the_softmax_runs_on_a_few_rows_at_a_time(case, rows, monkeypatch):
     monkeypatch.setattr(loss, "SOFTMAX_ELEMENTS", rows * V + 1)
     taken = []
 
@@ -125,7 +125,7 @@ print(loss())
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="a peak is told by Linux")
-def test_the_logits_are_held_once_and_in_their_own_type():
+def test_peak_memory_holds_the_logits_once_in_bfloat16():
     out = subprocess.run(
         [sys.executable, "-c", PEAK], capture_output=True, text=True, check=True
     ).stdout
@@ -213,7 +213,7 @@ def test_bfloat16_weights_get_a_bfloat16_gradient(case, relative_error):
     assert relative_error(rounded.grad, theirs) < 0.02
 
 
-def test_large_logits_neither_overflow_nor_lose_the_loss(case):
+def test_large_logits_give_the_right_loss_without_overflow(case):
     hidden, weight, targets = case
     far = (hidden.detach() * 300).requires_grad_()
     ours = cross_entropy(far, weight, targets, normalizer=None, chunked=True)
@@ -224,7 +224,7 @@ def test_large_logits_neither_overflow_nor_lose_the_loss(case):
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3"])
 def test_tied_weights_sum_the_gradients_of_lookup_and_head(family, make_config, wide):
-    """Chunked and whole must agree where the head's gradient meets the embedding's."""
+    """The chunked and the whole loss give the same sum of both gradients."""
     config = make_config(family, tie_word_embeddings=True)
     tokens = torch.randint(0, 60, (2, 11), generator=torch.Generator().manual_seed(1))
     found = []
@@ -240,7 +240,7 @@ def test_tied_weights_sum_the_gradients_of_lookup_and_head(family, make_config, 
 
 @pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "whole"])
 @pytest.mark.parametrize("count", [None, 17])
-def test_the_z_loss_and_its_gradients_are_those_of_whole_logits(case, chunked, count):
+def test_the_z_loss_and_its_gradients_equal_those_of_whole_logits(case, chunked, count):
     hidden, weight, targets = case
     logits = (hidden.double() @ weight.double().T).flatten(0, 1)
     counts = targets.flatten() != -100
@@ -259,7 +259,7 @@ def test_the_z_loss_and_its_gradients_are_those_of_whole_logits(case, chunked, c
 
 
 def test_the_z_loss_of_logits_far_below_zero_has_a_gradient(case):
-    """Covers negative 1 + 2 z · log Σ exp logits."""
+    """Covers a negative factor 1 + 2 z · log Σ exp logits."""
     hidden, weight, targets = case
     ones = torch.ones_like(weight, requires_grad=True)
     low = (-(hidden.detach().abs() + 1) * 100).requires_grad_()
@@ -272,7 +272,7 @@ def test_the_z_loss_of_logits_far_below_zero_has_a_gradient(case):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_a_tied_embedding_has_its_gradient_where_the_heads_was_made():
+def test_a_tied_embeddings_gradient_reuses_the_heads_tensor():
     """The lookup adds its rows to the head's gradient; no other V × D tensor is allocated."""
     model = Decoder(replace(preset("gemma3-tiny"), vocab_size=320))
     model.initialize(0)
@@ -292,15 +292,15 @@ def test_a_tied_embedding_has_its_gradient_where_the_heads_was_made():
 
 
 @pytest.mark.parametrize("padding", [None, 3])
-def test_a_tied_embeddings_gradient_is_the_lookups_and_the_heads(padding):
+def test_a_tied_embeddings_gradient_sums_lookup_and_head(padding):
     """Their sum equals autograd's, without the padding token's lookup gradient."""
     config = replace(preset("gemma3-tiny"), vocab_size=64, pad_token_id=padding)
-    tokens = torch.randint(5, (2, 12))  # some of them again and again
+    tokens = torch.randint(5, (2, 12))  # some tokens repeat
     gradients = []
     for chunked in (True, False):
         model = Decoder(config, chunked_loss=chunked)
         model.initialize(0)
-        for _ in range(2):  # the second adds to the first
+        for _ in range(2):  # gradients accumulate
             model(tokens[:, :-1], tokens[:, 1:]).backward()
         gradients.append(model.embedding.weight.grad)
     torch.testing.assert_close(*gradients)

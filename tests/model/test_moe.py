@@ -51,7 +51,7 @@ def test_each_token_gets_its_experts_weighted_by_the_router(build, x, normalized
 
 
 @pytest.mark.parametrize("normalized", [True, False])
-def test_weights_sum_to_one_only_where_they_are_normalized(build, x, normalized):
+def test_weights_sum_to_one_only_if_normalized(build, x, normalized):
     layer = build(norm_topk_prob=normalized)
     weights, experts = layer.choose(layer.router(x.flatten(0, 1)).softmax(-1))
     assert weights.shape == experts.shape == (10, 3)
@@ -89,7 +89,7 @@ def test_all_tokens_may_choose_the_same_expert(build, x):
     assert out.flatten(0, 1).norm(dim=1).min() > 0
 
 
-def test_bfloat16_tokens_meet_float32_experts(build, x, relative_error):
+def test_bfloat16_tokens_work_with_float32_experts(build, x, relative_error):
     layer = build()
     out, _ = layer(x.bfloat16())
     assert out.dtype == torch.bfloat16

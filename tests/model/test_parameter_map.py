@@ -51,7 +51,7 @@ def merged(request):
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_names_and_shapes_are_the_published_ones(make_config, family, merged, tied):
+def test_names_and_shapes_are_as_published(make_config, family, merged, tied):
     expected = {"model.embed_tokens.weight": (60, 32), "model.norm.weight": (32,)}
     expected |= {} if tied else {"lm_head.weight": (60, 32)}
     for i, block in enumerate(BLOCKS[family]):
@@ -80,7 +80,7 @@ def test_merging_projections_changes_no_name_and_no_order(make_config, family):
     assert both[0] == both[1]
 
 
-def test_norms_are_told_from_matrices(make_config, family):
+def test_norms_are_distinguished_from_matrices(make_config, family):
     norms = {p.name for p in parameter_map(make_config(family), merged=Merged()) if p.is_norm}
     assert norms == {
         p.name for p in parameter_map(make_config(family), merged=Merged()) if "norm" in p.name

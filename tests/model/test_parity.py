@@ -1,6 +1,6 @@
 """The decoder against transformers: logits, loss and every gradient, in float32.
 
-Eight layers of Gemma's pattern hold both kinds; T is several windows and no multiple of one.
+Gemma's eight layers include both kinds; T is several windows, but not a multiple of one.
 """
 
 import pytest
@@ -14,13 +14,13 @@ from pretrain_cli.model.parameter_map import Merged
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
-SEVEN_ROWS = {"cpu": 7 * 150}  # of 64: nine chunks and a ragged tenth
+SEVEN_ROWS = {"cpu": 7 * 150}  # of 64 rows: nine chunks and a shorter tenth
 
 
 @pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "whole"])
 @pytest.mark.parametrize("merged", [True, False], ids=["merged", "separate"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_logits_loss_and_every_gradient_are_those_of_transformers(
+def test_logits_loss_and_every_gradient_equal_transformers(
     reference, attention, merged, chunked, our_gradients, relative_error, monkeypatch
 ):
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", SEVEN_ROWS)

@@ -117,7 +117,7 @@ def test_qwen_sizes_are_as_published(name):
     )
 
 
-# The fields of the hub's own config.json files that say anything about the mathematics.
+# Fields of the hub's config.json files that affect the computation.
 GEMMA_FILE = {
     "model_type": "gemma3_text",
     "attention_bias": False,
@@ -181,7 +181,7 @@ FILES = {
         "rope_theta": 1000000,
         "sliding_window_pattern": 6,
     },
-    # From 4B up the text decoder is nested, and what it leaves out is transformers' default.
+    # From 4B up the text config is nested; fields it omits have transformers' defaults.
     "gemma3-4b": {
         "hidden_size": 2560,
         "intermediate_size": 10240,
@@ -257,7 +257,7 @@ def test_the_published_config_json_is_read_as_the_preset(name):
     assert from_config_json(file) == preset(name)
 
 
-def test_the_family_alone_means_its_smallest_published_size():
+def test_a_family_name_means_its_smallest_published_size():
     assert preset("gemma3") == preset("gemma3-270m")
     assert preset("qwen3") == preset("qwen3-0.6b")
     assert full_name("gemma3") == "gemma3-270m"

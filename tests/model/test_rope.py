@@ -45,7 +45,7 @@ def test_scores_depend_on_the_distance_alone(shift):
     torch.testing.assert_close(scores[0], scores[1], rtol=1e-3, atol=1e-3)
 
 
-def test_angles_are_formed_in_float32_whatever_the_type():
+def test_angles_are_computed_in_float32_for_any_type():
     """bfloat16 cannot represent position 30,001; it would round to 29,952 before the cosine."""
     cos, sin = table([30_001], head_dim=2, dtype=torch.bfloat16)
     assert cos.dtype == sin.dtype == torch.bfloat16

@@ -105,7 +105,9 @@ REPRODUCED = {
 
 
 @pytest.mark.parametrize("case", REPRODUCED.values(), ids=REPRODUCED)
-def test_what_transformers_writes_has_the_same_logits(case, wide, tokens, tmp_path, relative_error):
+def test_folders_written_by_transformers_have_the_same_logits(
+    case, wide, tokens, tmp_path, relative_error
+):
     family, changes, how = case
     numbers = {"gemma3": GEMMA, "qwen3": QWEN, "moe": MOE}[family]
     folder = written(tmp_path, wide, family, numbers | changes, **how)
@@ -113,7 +115,7 @@ def test_what_transformers_writes_has_the_same_logits(case, wide, tokens, tmp_pa
     assert relative_error(ours(folder, tokens), theirs(folder, tokens)) < 2e-5
 
 
-def test_a_mixtures_head_size_is_the_quotient_where_it_is_not_given(
+def test_a_mixtures_missing_head_dim_is_hidden_size_over_heads(
     wide, tokens, tmp_path, relative_error
 ):
     folder = written(tmp_path, wide, "moe", MOE | {"head_dim": 8})
@@ -201,7 +203,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
-def test_a_field_that_would_change_the_mathematics_is_refused_by_name(case, wide, tmp_path):
+def test_unsupported_or_contradictory_fields_are_refused_by_name(case, wide, tmp_path):
     family, changes, said = case
     numbers = {"gemma3": GEMMA, "qwen3": QWEN, "moe": MOE}[family]
     folder = written(tmp_path, wide, family, numbers)
@@ -212,7 +214,7 @@ def test_a_field_that_would_change_the_mathematics_is_refused_by_name(case, wide
     assert said in str(error.value)
 
 
-def test_a_multimodal_config_that_ties_and_does_not_is_refused():
+def test_contradictory_tying_in_a_multimodal_config_is_refused():
     text = to_config_json(preset("gemma3-4b"), "float32")
     outer = {"model_type": "gemma3", "text_config": text, "tie_word_embeddings": False}
     with pytest.raises(
@@ -247,7 +249,7 @@ def test_every_transformers_config_field_is_read_or_harmless(model_type):
 
 
 @pytest.mark.parametrize("model_type", ["gemma3_text", "qwen3", "qwen3_moe"])
-def test_a_field_that_is_read_changes_the_model(model_type):
+def test_every_field_that_is_read_changes_the_model(model_type):
     """Every field listed as read is used by from_config_json."""
 
     changed = {
@@ -270,7 +272,7 @@ def test_a_field_that_is_read_changes_the_model(model_type):
         base |= {"num_experts_per_tok": 3}
     before = from_config_json(base)
     for name in hf_fields.READ[model_type] - {"model_type"}:
-        if changed[name] is None:  # a Qwen's layer_types can only say what holds anyway
+        if changed[name] is None:  # Qwen's layer_types allow only full attention
             continue
         assert from_config_json(base | {name: changed[name]}) != before, name
 
@@ -288,7 +290,7 @@ def test_quantized_weights_are_refused_by_type(wide, tmp_path):
         ours(folder, torch.zeros(1, 3, dtype=torch.long))
 
 
-def test_a_tensor_that_is_there_under_two_names_is_refused(wide, tmp_path):
+def test_a_tensor_under_two_names_is_refused(wide, tmp_path):
     folder = written(tmp_path, wide, "qwen3", QWEN)
     tensors = load_file(folder / "model.safetensors")
     tensors["language_model.model.norm.weight"] = tensors["model.norm.weight"] + 1
@@ -297,7 +299,7 @@ def test_a_tensor_that_is_there_under_two_names_is_refused(wide, tmp_path):
         ours(folder, torch.zeros(1, 3, dtype=torch.long))
 
 
-def test_a_tensor_that_is_in_two_shards_is_refused(wide, tmp_path):
+def test_a_tensor_in_two_shards_is_refused(wide, tmp_path):
     folder = written(tmp_path, wide, "qwen3", QWEN, shards="20KB")
     path = sorted(folder.glob("*.safetensors"))[1]
     stale = load_file(path) | {"model.norm.weight": torch.full((32,), 9.0)}
@@ -308,9 +310,7 @@ def test_a_tensor_that_is_in_two_shards_is_refused(wide, tmp_path):
         ours(folder, torch.zeros(1, 3, dtype=torch.long))
 
 
-def test_a_single_file_goes_before_an_index_as_in_transformers(
-    wide, tokens, tmp_path, relative_error
-):
+def test_a_single_file_precedes_an_index_as_in_transformers(wide, tokens, tmp_path, relative_error):
     folder = written(tmp_path, wide, "qwen3", QWEN, shards="20KB")
     other = written(tmp_path / "other", wide, "qwen3", QWEN)
     tensors = load_file(other / "model.safetensors")

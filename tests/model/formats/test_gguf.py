@@ -25,7 +25,7 @@ def test_every_published_size_has_the_gguf_packages_tensor_names(name):
         assert names.get_name(published, (".weight",)) == tensor.name
 
 
-def test_the_27b_is_described_as_published():
+def test_gguf_metadata_of_gemma3_27b_is_as_published():
     assert gguf_metadata(preset("gemma3-27b")) == {
         "gemma3.context_length": 131_072,
         "gemma3.embedding_length": 5376,
@@ -45,7 +45,7 @@ def test_the_27b_is_described_as_published():
     }
 
 
-def test_a_mixture_of_experts_is_described_as_published():
+def test_gguf_metadata_of_a_mixture_of_experts_is_as_published():
     facts = gguf_metadata(preset("qwen3-30b-a3b"))
     assert facts["qwen3moe.expert_count"] == 128
     assert facts["qwen3moe.expert_used_count"] == 8
@@ -59,12 +59,12 @@ def test_a_mixture_of_experts_is_described_as_published():
     [
         ((S, S, F, S, S, F, S), 3),
         ((S, F), 2),
-        ((S, S), 3),  # none: the first full one would be the third
+        ((S, S), 3),  # no full layer: it would be the third
         ((F, S, S), [False, True, True]),
         ((S, F, F), [True, False, False]),
     ],
 )
-def test_a_pattern_is_every_nth_layer_or_layer_by_layer(make_config, kinds, pattern):
+def test_the_window_pattern_is_a_period_or_a_list_of_layers(make_config, kinds, pattern):
     config = make_config(layer_types=kinds, query_pre_attn_scalar=16)
     assert gguf_metadata(config)["gemma3.attention.sliding_window_pattern"] == pattern
 
@@ -88,6 +88,6 @@ def test_a_gemma_without_sliding_layers_has_no_window(make_config):
         ("moe", {"decoder_sparse_step": 2, "mlp_only_layers": ()}, "2 of 3 layers have no experts"),
     ],
 )  # fmt: skip
-def test_what_llama_cpp_computes_otherwise_is_refused_by_name(make_config, family, changes, said):
+def test_fields_that_llama_cpp_computes_differently_are_refused(make_config, family, changes, said):
     with pytest.raises(ConfigError, match=said):
         gguf_metadata(make_config(family, **changes))

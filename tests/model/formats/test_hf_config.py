@@ -86,7 +86,7 @@ def test_every_preset_survives_config_json(name):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_transformers_reads_from_config_json_what_the_preset_says(name, tmp_path):
+def test_transformers_reads_the_presets_numbers_from_config_json(name, tmp_path):
     config = preset(name)
     (tmp_path / "config.json").write_text(json.dumps(to_config_json(config, "bfloat16")))
     theirs = importlib.import_module("transformers").AutoConfig.from_pretrained(tmp_path)
@@ -123,20 +123,20 @@ def test_both_spellings_of_each_number_are_written():
 
 
 @pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
-def test_what_would_change_the_mathematics_is_refused_by_name(case, tmp_path):
+def test_unsupported_fields_are_refused_by_name(case, tmp_path):
     name, changes, message = case
     written = to_config_json(preset(name), "float32") | changes
     with pytest.raises(ConfigError) as error:
         from_config_json(written)
     assert message in str(error.value)
     (tmp_path / "config.json").write_text(json.dumps(written))
-    with pytest.raises(CheckpointError) as error:  # the same words, and the folder's name
+    with pytest.raises(CheckpointError) as error:  # the same message, with the folder's name
         read_config(tmp_path)
     assert message in str(error.value)
     assert str(tmp_path) in str(error.value)
 
 
-def test_a_multimodal_config_is_refused_for_what_its_text_part_says():
+def test_unsupported_fields_of_a_text_config_are_refused():
     text = to_config_json(preset("gemma3-4b"), "float32") | {"final_logit_softcapping": 30.0}
     with pytest.raises(ConfigError, match="final_logit_softcapping is 30"):
         from_config_json({"model_type": "gemma3", "text_config": text})
@@ -145,7 +145,7 @@ def test_a_multimodal_config_is_refused_for_what_its_text_part_says():
 @pytest.mark.parametrize(
     "field", ["vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers"]
 )
-def test_a_size_that_is_missing_is_named(field):
+def test_a_missing_size_is_named(field):
     written = to_config_json(preset("qwen3"), "float32")
     del written[field]
     with pytest.raises(PretrainError, match=f"'{field}' is missing"):

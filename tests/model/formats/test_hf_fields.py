@@ -68,7 +68,7 @@ def test_the_number_of_experts_is_read_in_both_spellings():
     assert from_config_json(written) == preset("qwen3-30b-a3b")
 
 
-def test_layer_types_come_from_the_pattern_where_they_are_not_given():
+def test_missing_layer_types_are_derived_from_the_pattern():
     written = to_config_json(preset("gemma3-1b"), "float32")
     del written["layer_types"]
     assert from_config_json(written) == preset("gemma3-1b")
@@ -78,8 +78,8 @@ def test_layer_types_come_from_the_pattern_where_they_are_not_given():
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3", "qwen3-30b-a3b"])
-def test_a_field_that_is_null_is_a_field_that_is_absent(name):
-    """Nested configs too: transformers writes null for many unset fields."""
+def test_a_null_field_equals_a_missing_field(name):
+    """Also in nested configs: transformers writes null for many unset fields."""
     written = to_config_json(preset(name), "float32")
     for optional in ("rope_parameters", "use_bidirectional_attention", "attention_bias",
                      "sliding_window_pattern", "use_sliding_window"):  # fmt: skip
@@ -89,7 +89,7 @@ def test_a_field_that_is_null_is_a_field_that_is_absent(name):
         assert from_config_json({"model_type": "gemma3", "text_config": written}) == preset(name)
 
 
-def test_a_null_padding_token_is_none_though_gemma_has_one_by_default():
+def test_a_null_padding_token_overrides_gemmas_default():
     written = to_config_json(preset("gemma3"), "float32")
     assert from_config_json(written | {"pad_token_id": None}).pad_token_id is None
     del written["pad_token_id"]

@@ -1,5 +1,5 @@
-"""Model folders, both ways: transformers opens ours with the same logits; we open its folders and
-the hub's. Models that this decoder cannot compute are refused by name."""
+"""Model folders: transformers opens ours with the same logits, and we open its folders and the
+hub's. Models that this decoder cannot compute are refused by name."""
 
 import importlib
 import json
@@ -67,7 +67,7 @@ def tokens():
 
 @pytest.fixture
 def folder(make_config, wide, tmp_path):
-    """Folder of a tied Gemma 3 that a test may damage."""
+    """Return the folder of a tied Gemma 3 that a test may damage."""
     model = Decoder(make_config())
     wide(model)
     return write_folder(model, tmp_path / "model")
@@ -95,7 +95,7 @@ OURS = {
 
 @pytest.mark.parametrize("merged", [True, False], ids=["merged", "separate"])
 @pytest.mark.parametrize("case", OURS.values(), ids=OURS)
-def test_transformers_opens_what_is_written_with_the_same_logits(
+def test_transformers_opens_our_folders_with_the_same_logits(
     make_config, wide, tokens, tmp_path, relative_error, case, merged
 ):
     family, changes = case
@@ -108,7 +108,7 @@ def test_transformers_opens_what_is_written_with_the_same_logits(
 
 
 @pytest.mark.parametrize("case", OURS.values(), ids=OURS)
-def test_a_folder_of_ours_is_read_back_as_it_was(make_config, wide, tmp_path, case):
+def test_a_written_folder_is_read_back_with_equal_weights(make_config, wide, tmp_path, case):
     family, changes = case
     ours = Decoder(make_config(family, **changes), merged=Merged(True, True))
     wide(ours)
@@ -123,7 +123,7 @@ def test_a_folder_of_ours_is_read_back_as_it_was(make_config, wide, tmp_path, ca
 
 
 def test_each_parameter_is_read_once_and_its_parts_share_its_memory(make_config):
-    """For stacked experts, a value per part would be hundreds of copies of them all."""
+    """With stacked experts, one copy per part would copy the whole parameter hundreds of times."""
     model, asked = Decoder(make_config("moe")), []
 
     def copied(parameter):
@@ -136,7 +136,7 @@ def test_each_parameter_is_read_once_and_its_parts_share_its_memory(make_config)
     assert len(storages) == len(asked)
 
 
-def test_weight_names_are_those_that_transformers_writes(reference, tmp_path):
+def test_weight_names_equal_those_that_transformers_writes(reference, tmp_path):
     ours, left_out = opened_by_us(reference.folder)
     assert left_out == []
     assert names_in(write_folder(ours, tmp_path)) == names_in(reference.folder)
@@ -173,7 +173,7 @@ def test_a_bfloat16_gemma_keeps_an_unrounded_scale_in_float32(
 
 
 def test_the_text_part_of_a_multimodal_gemma_is_read(wide, tokens, tmp_path, relative_error):
-    """As transformers writes it: text_config within, language_model.model.* beside the tower."""
+    """transformers nests text_config, and writes language_model.model.* beside the vision tower."""
     transformers = importlib.import_module("transformers")
     text = {
         "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 7,
@@ -248,7 +248,7 @@ def test_folders_without_config_or_weights_are_refused_by_name(folder):
 
 
 @pytest.mark.parametrize("content", [b'{"model_type": "qw', b"\xff\xfe\x00", b"[1]"])
-def test_a_config_that_is_no_models_is_refused_by_name(folder, content):
+def test_an_invalid_config_json_is_refused_by_name(folder, content):
     (folder / "config.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"config\.json: not a model's"):
         read_config(folder)
@@ -273,7 +273,7 @@ def test_a_tensor_of_another_shape_is_refused_with_both_shapes(folder):
         ("intermediate_size", 40, "mlp.gate_proj.weight"),
     ],
 )
-def test_a_config_that_is_not_of_these_weights_is_refused(folder, field, value, tensor):
+def test_a_config_that_does_not_fit_the_weights_is_refused(folder, field, value, tensor):
     edit_config(folder, **{field: value})
     with pytest.raises(CheckpointError, match=tensor):
         opened_by_us(folder)
@@ -282,7 +282,7 @@ def test_a_config_that_is_not_of_these_weights_is_refused(folder, field, value, 
 @pytest.mark.parametrize("tied_head", [False, True], ids=["", "with a head"])
 @pytest.mark.parametrize("name", ["model.layers.2.self_attn.k_norm.weight", "model.norm.weight",
                                   "model.embed_tokens.weight"])  # fmt: skip
-def test_a_tensor_that_is_missing_is_named(folder, name, tied_head):
+def test_a_missing_tensor_is_named(folder, name, tied_head):
     tensors = load_file(folder / "model.safetensors")
     if tied_head:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -292,7 +292,7 @@ def test_a_tensor_that_is_missing_is_named(folder, name, tied_head):
         opened_by_us(folder)
 
 
-def test_more_layers_than_the_weights_hold_are_missed_by_name(folder):
+def test_weights_with_too_few_layers_are_refused_by_name(folder):
     edit_config(folder, num_hidden_layers=4, layer_types=[FULL] * 4)
     with pytest.raises(CheckpointError, match=r"13 tensors .* model\.layers\.3\.input_layernorm"):
         opened_by_us(folder)
@@ -311,7 +311,7 @@ def test_an_untied_model_without_a_head_is_refused(folder):
         opened_by_us(folder)
 
 
-def test_a_tied_model_with_a_head_of_its_own_is_refused(folder):
+def test_a_tied_model_with_a_different_head_is_refused(folder):
     """transformers 5 would use the file's head, transformers 4 the embedding."""
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
@@ -321,7 +321,7 @@ def test_a_tied_model_with_a_head_of_its_own_is_refused(folder):
 
 
 @pytest.mark.parametrize("kept", [0, 5, 100, -1], ids=lambda n: f"{n} bytes")
-def test_a_weight_file_that_is_cut_short_is_refused_by_name(folder, kept):
+def test_a_truncated_weight_file_is_refused_by_name(folder, kept):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(CheckpointError, match=r"model\.safetensors: cut short or damaged"):
@@ -335,7 +335,7 @@ def sharded(make_transformers_model, tmp_path):
     return folder
 
 
-def test_a_shard_that_is_not_there_is_refused_by_name(sharded):
+def test_a_missing_shard_is_refused_by_name(sharded):
     gone = sorted(sharded.glob("*.safetensors"))[1]
     gone.unlink()
     with pytest.raises(CheckpointError, match=f"{gone.name}: named by the index, but not there"):
@@ -349,8 +349,8 @@ def test_a_damaged_index_is_refused_by_name(sharded, content):
         opened_by_us(sharded)
 
 
-def test_a_copied_folder_is_the_same_model(sharded, tokens, tmp_path):
-    """Shards are found beside their index, wherever that is."""
+def test_a_moved_folder_can_be_opened(sharded, tokens, tmp_path):
+    """Shards are looked up in the folder of their index."""
     moved = tmp_path / "elsewhere"
     shutil.copytree(sharded, moved)
     shutil.rmtree(sharded)
@@ -358,7 +358,7 @@ def test_a_copied_folder_is_the_same_model(sharded, tokens, tmp_path):
     assert left_out == []
 
 
-def test_a_variant_is_written_as_what_it_is(tmp_path):
+def test_config_json_of_a_variant_is_read_back_equal(tmp_path):
     config = variant(preset("gemma3-tiny"), {"num_hidden_layers": 3, "head_dim": 32})
     (tmp_path / "config.json").write_text(json.dumps(to_config_json(config, "float32")))
     assert read_config(tmp_path) == config

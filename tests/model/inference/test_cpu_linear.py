@@ -1,4 +1,4 @@
-"""Products of few rows on a CPU: the same as the plain product, to rounding."""
+"""Products of few rows on a CPU equal the plain product up to rounding."""
 
 import pytest
 import torch

@@ -68,7 +68,7 @@ def test_a_step_gives_the_logits_of_the_whole_text(build, attention, length):
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3", "moe"])
 @pytest.mark.parametrize("attention", BACKENDS)
-def test_texts_of_different_lengths_go_on_side_by_side(build, attention, family):
+def test_texts_of_different_lengths_are_decoded_together(build, attention, family):
     prompts = draw(30, 1, W - 1, W, W + 1, 2 * W, 23)
     compare(build("eager", family), DecodeSession(build(attention, family)), prompts)
 
@@ -80,7 +80,7 @@ def test_windows_may_be_one_or_longer_than_the_text(build, window):
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_heads_share_keys_as_they_are_grouped(build, groups):
+def test_decoding_works_with_any_number_of_key_value_heads(build, groups):
     model = build(num_key_value_heads=groups)
     compare(model, DecodeSession(model), draw(9, 20))
 
@@ -107,9 +107,7 @@ def test_attention_by_sums_is_softmax_of_scores_over_values(dtype, rounding, gro
 @pytest.mark.parametrize(
     ("family", "merged"), [("gemma3", Merged()), ("qwen3", Merged(qkv=False, gate_up=False))]
 )
-def test_one_compiled_text_has_equal_logits_without_a_second_head(
-    make_config, wide, family, merged
-):
+def test_one_compiled_text_has_equal_logits_and_copies_no_head(make_config, wide, family, merged):
     plain, fast = (
         Decoder(make_config(family, tie_word_embeddings=True), merged=merged).eval()
         for _ in range(2)
@@ -122,8 +120,8 @@ def test_one_compiled_text_has_equal_logits_without_a_second_head(
     compare(plain, writer, draw(11))
 
 
-def test_a_long_prompt_goes_through_in_chunks(build, monkeypatch):
-    """Prompts shorter than the window, longer, and in both kinds of layer."""
+def test_a_long_prompt_is_prefilled_in_chunks(build, monkeypatch):
+    """Chunks are shorter than the window, equal to it and longer; layers are of both kinds."""
     model = build(layer_types=(SLIDING, FULL))
     for chunk in (3, W, 20):
         monkeypatch.setattr("pretrain_cli.model.inference.decode.CHUNK", chunk)
@@ -133,7 +131,7 @@ def test_a_long_prompt_goes_through_in_chunks(build, monkeypatch):
     assert CHUNK >= 128
 
 
-def test_a_full_layer_grows_and_keeps_what_it_has(build, monkeypatch):
+def test_a_growing_full_layer_keeps_its_keys_and_values(build, monkeypatch):
     monkeypatch.setattr("pretrain_cli.model.kv_cache.CAPACITY_STEP", 4)
     model = build(layer_types=(SLIDING, FULL), sliding_window=W)
     cache = compare(model, DecodeSession(model), draw(5, 2), new=25, capacity=500)
@@ -141,7 +139,7 @@ def test_a_full_layer_grows_and_keeps_what_it_has(build, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3"])
-def test_bfloat16_differs_by_its_rounding(make_config, wide, family):
+def test_bfloat16_logits_differ_only_by_rounding(make_config, wide, family):
     model = Decoder(make_config(family), dtype=torch.bfloat16)
     wide(model)
     compare(model, DecodeSession(model), draw(11, 25), rtol=0.1, atol=0.25)

@@ -60,7 +60,7 @@ def rounded(matrix):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_no_weight_moves_by_more_than_half_a_step(dtype):
+def test_no_weight_changes_by_more_than_half_a_step(dtype):
     weight = drawn(33, 50, scale=0.3)
     weight[3] = 0.0
     weight[4, 7] = 30.0
@@ -77,7 +77,7 @@ def test_no_weight_moves_by_more_than_half_a_step(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 70])
 @pytest.mark.parametrize(("width", "height"), [(64, 48), (50, 33), (7, 1)])
-def test_few_rows_and_many_are_multiplied_by_the_same(dtype, rows, width, height, monkeypatch):
+def test_few_rows_and_many_have_the_same_products(dtype, rows, width, height, monkeypatch):
     linear = QuantizedLinear(drawn(height, width), dtype)
     x = drawn(rows, width).to(dtype)
     expected = (x.double() @ linear.whole.double().T) * linear.scales.double()
@@ -88,13 +88,13 @@ def test_few_rows_and_many_are_multiplied_by_the_same(dtype, rows, width, height
         assert error < (2e-6 if dtype == torch.float32 else 5e-3)
     monkeypatch.setattr(linear, "sums", None)
     if rows <= FEW[dtype]:
-        with pytest.raises(TypeError):  # by it, or nothing was compared
+        with pytest.raises(TypeError):  # few rows do use `sums`
             linear(x)
     else:
         linear(x)
 
 
-def test_a_quantized_model_is_the_rounded_one_by_any_way_through_it(model):
+def test_a_quantized_model_equals_the_rounded_one_on_every_path(model):
     expected = by_hand(model)
     tokens = torch.randint(1, 60, (2, 33), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_a_quantized_model_is_the_rounded_one_by_any_way_through_it(model):
         quantize(model)
         torch.testing.assert_close(model(tokens), logits, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(model(tokens[:, :-1], tokens[:, 1:]), loss)
-    assert not torch.allclose(plain, logits, rtol=1e-3, atol=1e-3)  # or nothing was seen
+    assert not torch.allclose(plain, logits, rtol=1e-3, atol=1e-3)  # rounding shows
     writer = DecodeSession(model, fast=True)
     cache = writer.new_cache(batch=2, capacity=33)
     last = writer.prefill(cache, tokens[:, :20].tolist())
@@ -122,7 +122,7 @@ def test_a_quantized_model_is_the_rounded_one_by_any_way_through_it(model):
     torch.testing.assert_close(last, logits[:, -1], rtol=1e-4, atol=1e-4)
 
 
-def test_the_embedding_is_left_alone(make_config, wide):
+def test_the_embedding_is_not_quantized(make_config, wide):
     model = Decoder(make_config())
     wide(model)
     before = model.embedding.weight.clone()

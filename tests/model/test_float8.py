@@ -109,7 +109,7 @@ def test_loss_and_every_gradient_equal_those_of_rounded_products(
 def test_float8_differs_from_bfloat16_by_its_rounding(
     make_config, our_gradients, relative_error, emulated, family
 ):
-    """Weights are initial. Rounding to three bits changes a product by 2 to 3 %, to two bits by 5 %."""
+    """Weights are initial. Rounding to 3 bits changes a product by 2 to 3 %, to 2 bits by 5 %."""
     found = []
     for product in (emulated, layers.product):
         model = Decoder(make_config(family), dtype=torch.bfloat16)

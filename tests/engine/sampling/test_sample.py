@@ -135,7 +135,7 @@ def test_prompts_that_cannot_be_read_are_refused(tmp_path, text, said):
         read_prompts(tmp_path / "nowhere.txt")
 
 
-def test_compiling_starts_at_once_to_twice_the_break_even_steps():
+def test_compiling_starts_at_one_to_two_times_the_break_even_steps():
     """Break-even steps are compile time / time saved per token, in tokens/s of `pretrain benchmark
     sample` with and without --compile: gemma3-tiny in float32, gemma3-270m in bfloat16."""
     for name, seconds, compiled, plain in (

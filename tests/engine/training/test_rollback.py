@@ -350,10 +350,7 @@ def test_ranks_skip_and_roll_back_together(settings, tmp_path, parallel):
     assert done.returncode == 0, done.stderr[-3000:]
     skipped = rows(tmp_path / "run", "skipped")
     assert [(row["step"], row["samples"]) for row in skipped] == [(5, [16, 20]), (6, [20, 24])]
-    assert {sample["sample"] for sample in skipped[0]["worst_samples"]} > {
-        18,
-        19,
-    }  # rank 1's samples
+    assert {sample["sample"] for sample in skipped[0]["worst_samples"]} > {18, 19}  # of rank 1
     [back] = rows(tmp_path / "run", "rollback")
     assert (back["step"], back["samples"]) == (3, [12, 24])
     steps = rows(tmp_path / "run", "step")

@@ -61,9 +61,7 @@ def test_a_run_reports_saves_evaluates_and_samples(settings, run, tmp_path):
     assert [e.step for e in events if isinstance(e, Sample)] == [4]
     assert events[-1] == Finished(tmp_path / "run", 4, 4, "done")
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    rows = [
-        row for row in rows if row["kind"] != "saved"
-    ]  # written in the background, so anywhere among the rows
+    rows = [row for row in rows if row["kind"] != "saved"]  # saves are logged asynchronously
     assert [(row["kind"], row["step"]) for row in rows] == [
         ("start", 0), ("step", 1), ("step", 2), ("evaluation", 2), ("step", 3), ("step", 4),
         ("evaluation", 4),

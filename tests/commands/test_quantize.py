@@ -105,7 +105,7 @@ def test_quantize_types_other_than_int8_are_refused(refused, command):
 
 
 @pytest.mark.usefixtures("trained")
-def test_a_mixture_of_experts_is_refused(refused):
+def test_quantize_refuses_a_mixture_of_experts(refused):
     line = "benchmark sample --quantize int8 --model qwen3-30b-a3b"
     assert refused(line).startswith("--quantize: not of this model: the experts")
 

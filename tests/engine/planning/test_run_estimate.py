@@ -46,7 +46,7 @@ def test_a_plan_for_an_absent_gpu_resolves_given_settings():
     assert (speed["recompute_cheap"], speed["keep_freed_memory"]) == (False, False)
 
 
-def test_float8_is_planned_as_bfloat16_and_refused_like_in_training():
+def test_float8_is_planned_as_bfloat16_and_refused_as_in_training():
     for_both = [find_machine("h200", 1, SpeedConfig(dtype=d)) for d in ("float8", "bfloat16")]
     assert for_both[0].speed["dtype"] == "float8"
     found = [forecast("qwen3-0.6b", preset("qwen3"), 1024, machine) for machine in for_both]

@@ -1,4 +1,4 @@
-"""Open what `--data` names, a dataset folder or another program's token files, and its samples."""
+"""Open the data of `--data`, a dataset folder or other programs' token files, and its samples."""
 
 from collections.abc import Callable
 from pathlib import Path

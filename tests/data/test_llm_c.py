@@ -55,7 +55,7 @@ def test_only_the_first_file_of_a_split_has_an_extra_token(tmp_path, make, write
 
 
 def test_a_tokenizer_with_a_bos_token_gets_no_extra_separator(tmp_path, make, load, read_back):
-    load("llama2")  # or skip
+    load("llama2")  # skips without its file
     (tmp_path / "a.txt").write_text("Hello world")
     make(tmp_path / "a.txt", tmp_path / "made", tokenizer="llama2", format="llm.c", val_fraction=0)
     (ids,) = read_back(tmp_path / "made", "train")
@@ -74,7 +74,7 @@ def test_appended_documents_are_in_the_llm_c_files(tmp_path, make, write_documen
 
 
 def test_a_vocabulary_too_large_for_16_bits_is_refused(tmp_path, make, load):
-    load("qwen3")  # or skip
+    load("qwen3")  # skips without its file
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(ConfigError) as error:
         make(tmp_path / "a.txt", tmp_path / "made", tokenizer="qwen3", format="llm.c")

@@ -213,7 +213,7 @@ def test_documents_in_llama_3_files_begin_at_the_bos_token(tmp_path):
 
 
 @pytest.mark.parametrize("magic", [20240520, None])
-def test_document_starts_do_not_depend_on_the_size_of_the_search(tmp_path, small_blocks, magic):
+def test_document_starts_do_not_depend_on_the_read_size(tmp_path, small_blocks, magic):
     tokens = np.random.default_rng(1).choice([END, 1, 2], 500).tolist()
     write(tmp_path / "train_1.bin", tokens[:77], magic=magic)
     write(tmp_path / "train_2.bin", tokens[77:], magic=magic)

@@ -25,8 +25,8 @@ from pretrain_cli.data.tokenizers.tokenizer import WORDS, Tokenizer
 from pretrain_cli.errors import ConfigError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-"""llama.cpp's kinds of token. A user-defined one is found in a text before anything else, a control
-token never."""
+"""llama.cpp's token types. In a text, user-defined tokens are matched before all others, and
+control tokens are never matched."""
 
 SPACE = "▁"
 TO_SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -45,10 +45,10 @@ PATTERNS = {
     (WORDS, False): "dbrx",
     (WORDS, True): "llama-bpe",
 }
-"""llama.cpp's name of a word pattern, by the pattern and by whether a word that is a token is taken
-whole (`ignore_merges`)."""
+"""llama.cpp's names of word patterns. Keys are (pattern, `ignore_merges`); with `ignore_merges`, a
+word that is a token is taken whole."""
 NO_MERGE = "<| |>"
-"""A merge of no two tokens, for a tokenizer without merges: llama.cpp requires the list."""
+"""Merge that matches no two tokens, for a tokenizer without merges: llama.cpp requires the list."""
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 

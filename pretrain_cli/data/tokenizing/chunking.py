@@ -67,8 +67,8 @@ class Chunker:
         yield text[start:]
 
     def blocks(self, texts: Iterator[str], size: int) -> Iterator[tuple[str, bool]]:
-        """Yield blocks of at most about `size` characters from a document that arrives in parts,
-        each with whether the cut after it is exact."""
+        """Yield (block, whether the cut after it is exact) for a document that arrives in parts.
+        Blocks have at most about `size` characters, the last one less than twice as many."""
         held = ""
         begins = True
         for text in texts:

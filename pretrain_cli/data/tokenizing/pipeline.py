@@ -35,7 +35,7 @@ SMALL = 2**22
 SECONDS_BETWEEN_NOTES = 3.0
 
 Progress = Callable[[str, int, int, int], None]
-"""Called with (activity, bytes of the files done, bytes in all, tokens made)."""
+"""Called with (activity, bytes of the files done, bytes of all files, tokens made)."""
 
 
 class Cursor(NamedTuple):

@@ -61,9 +61,9 @@ def existing(request: TokenizeRequest, corpus: Corpus) -> Manifest | None:
 
 
 def _told_by_tokenizer(request: TokenizeRequest, manifest: Manifest) -> dict[str, bool]:
-    """Return the options that a tokenizer file decides. They are taken from the dataset if the
-    tokenizer is the same: its file may have moved, be the dataset's copy, or carry its document
-    marks."""
+    """Return the options that a tokenizer file decides, and whether each matches the dataset. The
+    tokenizer itself is compared, not its path: its file may have moved, be the dataset's copy, or
+    carry its document marks."""
     tokenizer = load_tokenizer(request.tokenizer)
     if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
         return {"tokenizer": False}

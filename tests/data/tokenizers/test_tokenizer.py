@@ -185,7 +185,7 @@ def test_the_error_without_a_network_names_the_alternatives(tmp_path, monkeypatc
         ("LocalEntryNotFoundError", "can't be reached"),
     ],
 )
-def test_each_error_of_the_hub_has_its_own_message(tmp_path, monkeypatch, kind, said):
+def test_each_hub_error_gives_a_message_with_the_reason(tmp_path, monkeypatch, kind, said):
     error = getattr(huggingface_hub.errors, kind)
 
     def refuse(*_, **__):

@@ -79,7 +79,7 @@ def test_memory_shared_with_workers_survives_garbage_collection(load, monkeypatc
 def test_any_number_of_processes_makes_the_same_dataset(
     tmp_path, load, make, write_documents, contents, busy, kind
 ):
-    load(kind)  # or skip
+    load(kind)  # skips without its file
     corpus = write_documents(tmp_path / "corpus", [*TEXTS, " ".join(TEXTS)])
     seen = []
     for workers in (1, 2, 3):

@@ -39,7 +39,7 @@ def test_documents_are_encoded_as_by_the_tokenizers_library(
     load, tmp_path, kind, make, write_documents, read_back
 ):
     if kind != "bpe":
-        load(kind)  # or skip
+        load(kind)  # skips without its file
     corpus = write_documents(tmp_path / "corpus", TEXTS)
     size = {"vocab_size": 300} if kind == "bpe" else {}
     result = make(corpus, tmp_path / "made", tokenizer=kind, val_fraction=0.3, **size)
@@ -134,7 +134,7 @@ LONG = [" ".join(f"word{number}, {'äöü' * (number % 5)}" for number in range(
 def test_long_documents_give_the_same_tokens_as_short_ones(
     tmp_path, load, make, read_back, how, kind, request
 ):
-    load(kind)  # or skip
+    load(kind)  # skips without its file
     joined = "\n---\n".join(["short", LONG[0], "also short", *LONG[1:]]).encode()
     path = tmp_path / {"plain": "a.txt", "gz": "a.txt.gz", "stream": "pipe"}[how]
 
@@ -660,6 +660,6 @@ def peak_memory(process):
                 if kilobytes := re.search(r"VmHWM:\s+(\d+)", status):
                     most[int(number)] = int(kilobytes[1]) * 1024
         except (FileNotFoundError, ProcessLookupError):
-            pass  # it has ended
+            pass  # the process has ended
         time.sleep(0.02)
     return most.total()

@@ -30,9 +30,9 @@ def test_sliding_layers_have_their_own_window_and_rope_base(make_config):
 
 
 def test_the_attention_scale_is_one_over_the_root_of_its_scalar():
-    assert preset("gemma3-270m").attention_scale == 1 / 16  # 256
-    assert preset("gemma3-27b").attention_scale == pytest.approx(0.0771517)  # 168, not 128
-    assert preset("qwen3-0.6b").attention_scale == pytest.approx(0.0883883)  # 128
+    assert preset("gemma3-270m").attention_scale == 1 / 16  # 1 / √256
+    assert preset("gemma3-27b").attention_scale == pytest.approx(0.0771517)  # 1 / √168
+    assert preset("qwen3-0.6b").attention_scale == pytest.approx(0.0883883)  # 1 / √128
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ def test_keys_seen_include_the_query_itself(seq_len, window, seen):
 
 
 @pytest.mark.parametrize("window", [1, 6, 7, 8, 19, 20, 21, None])
-def test_keys_seen_equal_the_mean_of_the_mask(window):
+def test_keys_seen_equal_the_masks_mean_of_keys_per_query(window):
     matrix = Mask(20, 20, window).matrix(torch.device("cpu"))
     assert keys_seen(20, window) == pytest.approx(matrix.sum().item() / 20)
 

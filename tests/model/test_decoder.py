@@ -44,8 +44,8 @@ def test_no_two_matrices_have_the_same_initial_values(make_config):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_initial_matrices_have_published_deviation_norms_neutral(make_config, family):
-    """Matrices have 0.02 at any depth and width; Gemma's norms are 0 and Qwen's are 1."""
+def test_initial_matrices_have_the_published_standard_deviation(make_config, family):
+    """The deviation is 0.02 at any depth and width; Gemma's norms are 0 and Qwen's are 1."""
     wide = make_config(family, hidden_size=256, intermediate_size=512, vocab_size=500)
     for name, values in initialized(wide).items():
         if "norm" in name:

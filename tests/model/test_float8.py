@@ -13,7 +13,7 @@ from pretrain_cli.model.parameter_map import Merged
 FAMILIES = ["gemma3", "qwen3", "moe"]
 E4M3 = (448.0, 3, -6)
 E5M2 = (57344.0, 2, -14)
-"""(largest value, mantissa bits, smallest exponent of a normal number), as of E4M3."""
+"""(largest value, mantissa bits, smallest exponent of a normal number); so is E4M3."""
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,8 @@ def test_loss_and_every_gradient_equal_those_of_rounded_products(
 def test_float8_differs_from_bfloat16_by_its_rounding(
     make_config, our_gradients, relative_error, emulated, family
 ):
-    """Weights are initial. Rounding to 3 bits changes a product by 2 to 3 %, to 2 bits by 5 %."""
+    """The model has its initial weights. Rounding to three bits changes a product by 2 to 3 %, to
+    two bits by 5 %."""
     found = []
     for product in (emulated, layers.product):
         model = Decoder(make_config(family), dtype=torch.bfloat16)

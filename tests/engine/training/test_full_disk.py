@@ -1,4 +1,4 @@
-"""Runs on a disk that fills up: training continues, files stay whole, and unsaved steps are errors.
+"""Runs on a disk that fills up: training continues, files stay whole, an unsaved end is an error.
 
 The disk is a small tmpfs, which only root may mount. tests/engine/training/test_async_save.py
 simulates the errors of a full disk without one."""

@@ -215,7 +215,7 @@ def test_a_mixture_is_resumed_only_with_the_same_proportions(
     assert resume(run, tmp_path / "run", data__path=path, train__steps=2)[-1].step == 2
 
 
-def test_resuming_an_earlier_checkpoint_sets_later_ones_aside(settings, run, tmp_path):
+def test_resuming_an_earlier_checkpoint_renames_later_ones(settings, run, tmp_path):
     run(settings("straight", train__steps=4, train__checkpoint_every=1, train__keep_checkpoints=9))
     folder = tmp_path / "straight"
     before = numbers(folder)

@@ -193,7 +193,7 @@ def test_a_rollback_waits_for_the_checkpoint_being_written(settings, poison, mon
     "cut", [8, *(pytest.param(cut, marks=pytest.mark.slow) for cut in (2, 5, 7, 9, 12))]
 )
 def test_a_resumed_run_with_skipped_steps_ends_the_same(settings, run, poison, tmp_path, cut):
-    """The run is killed in its cut-th attempted step; steps repeated after a rollback count."""
+    """The run is killed in its cut-th attempted step; repeated steps count as well."""
     poison.update(PER_STEP * n for n in (1, 4, 5, 6))
     common = {"train__steps": 9, "train__checkpoint_every": 2, "train__max_skips": 3,
               "train__eval_every": 4}  # fmt: skip
@@ -289,7 +289,7 @@ def test_skipped_steps_and_rollbacks_are_displayed(capsys):
     assert f"{sentence} Samples 8 to 27 are skipped\n" in shown
 
 
-def test_tensorboard_drops_the_steps_before_a_rollback(settings, run, poison, tmp_path):
+def test_tensorboard_drops_the_steps_that_a_rollback_repeats(settings, run, poison, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     poison.update(PER_STEP * n for n in (4, 5))
     run(settings(train__checkpoint_every=3, train__max_skips=2, train__log="tensorboard"))

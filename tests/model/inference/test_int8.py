@@ -88,7 +88,7 @@ def test_few_rows_and_many_have_the_same_products(dtype, rows, width, height, mo
         assert error < (2e-6 if dtype == torch.float32 else 5e-3)
     monkeypatch.setattr(linear, "sums", None)
     if rows <= FEW[dtype]:
-        with pytest.raises(TypeError):  # few rows do use `sums`
+        with pytest.raises(TypeError):  # few rows call `sums`
             linear(x)
     else:
         linear(x)

@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, assert_never
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
@@ -15,6 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from pretrain_cli.units import amount, duration, size
+
+if TYPE_CHECKING:
+    from pretrain_cli.engine.runs import events
 
 # Without a terminal rich assumes 80 columns, too few for the tables.
 console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 120)
@@ -132,8 +135,8 @@ class TrainDisplay:
 
     def __init__(self) -> None:
         self.live: Live | None = None
-        self.started: Any = None
-        self.evaluation: Any = None
+        self.steps = self.tokens_per_step = 0
+        self.evaluation: events.Evaluation | None = None
         self.printed = -SECONDS_A_LINE
         self.sources: dict[str, int] = {}
 
@@ -143,15 +146,38 @@ class TrainDisplay:
     def __exit__(self, *exception: object) -> None:
         self._end_live()
 
-    def __call__(self, event: Any) -> None:
-        """Show an event of the engine: pass it to the `on_` method of its class."""
-        getattr(self, f"on_{type(event).__name__.lower()}")(event)
+    def __call__(self, event: "events.Event") -> None:
+        """Show an event of the engine."""
+        from pretrain_cli.engine.runs import events
 
-    def on_notice(self, event: Any) -> None:
-        notice(event.text)
+        match event:
+            case events.Notice():
+                notice(event.text)
+            case events.Started():
+                self.on_started(event)
+            case events.StepMetrics():
+                self.on_step(event)
+            case events.Evaluation():
+                self.on_evaluation(event)
+            case events.Skipped():
+                self.on_skipped(event)
+            case events.RolledBack():
+                self.on_rolled_back(event)
+            case events.Profiled():
+                console.print(profile_table(f"Up to step {event.step:,}", event.profile))
+            case events.Saved():
+                self.on_saved(event)
+            case events.Unsaved():
+                self.on_unsaved(event)
+            case events.Sample():
+                self.on_sample(event)
+            case events.Finished():
+                self.on_finished(event)
+            case _:
+                assert_never(event)
 
-    def on_started(self, event: Any) -> None:
-        self.started = event
+    def on_started(self, event: "events.Started") -> None:
+        self.steps, self.tokens_per_step = event.steps, event.tokens_per_step
         console.print(
             f"[bold]{escape(event.model)}[/] {amount(event.parameters)} parameters on "
             f"{escape(event.dataset)}, {escape(event.device)}\n"
@@ -164,17 +190,17 @@ class TrainDisplay:
             self.live = Live(console=console, refresh_per_second=4, transient=True)
             self.live.start()
 
-    def on_stepmetrics(self, event: Any) -> None:
+    def on_step(self, event: "events.StepMetrics") -> None:
         self.sources = event.sources
         if self.live:
             self.live.update(self._panel(event))
             return
         now = time.perf_counter()
-        if now - self.printed < SECONDS_A_LINE and event.step < self.started.steps:
+        if now - self.printed < SECONDS_A_LINE and event.step < self.steps:
             return
         self.printed = now
         parts = [
-            f"step {event.step:,}/{self.started.steps:,}",
+            f"step {event.step:,}/{self.steps:,}",
             f"loss {event.loss:.4f}",
             f"lr {event.learning_rate:.2e}",
             f"norm {event.gradient_norm:.2f}",
@@ -186,7 +212,7 @@ class TrainDisplay:
         ]
         console.print("  ".join(parts), soft_wrap=True)
 
-    def on_evaluation(self, event: Any) -> None:
+    def on_evaluation(self, event: "events.Evaluation") -> None:
         self.evaluation = event
         of = f" of {event.split_tokens:,}" if event.split_tokens > event.tokens else ""
         console.print(
@@ -202,7 +228,7 @@ class TrainDisplay:
                 soft_wrap=True,
             )
 
-    def on_skipped(self, event: Any) -> None:
+    def on_skipped(self, event: "events.Skipped") -> None:
         first, behind = event.samples
         gradient = next(iter(event.worst_gradients), None)
         console.print(
@@ -211,10 +237,7 @@ class TrainDisplay:
             soft_wrap=True,
         )
 
-    def on_profiled(self, event: Any) -> None:
-        console.print(profile_table(f"Up to step {event.step:,}", event.profile))
-
-    def on_rolledback(self, event: Any) -> None:
+    def on_rolled_back(self, event: "events.RolledBack") -> None:
         first, behind = event.samples
         console.print(
             f"[red]Rolled back from step {event.from_step:,} to {event.step:,}:[/] "
@@ -222,25 +245,25 @@ class TrainDisplay:
             soft_wrap=True,
         )
 
-    def on_saved(self, event: Any) -> None:
+    def on_saved(self, event: "events.Saved") -> None:
         console.print(
             f"[dim]saved {escape(str(event.path))}: {size(event.bytes)}, training waited "
             f"{event.stall:.2f} s, written in {event.seconds:.1f} s[/]",
             soft_wrap=True,
         )
 
-    def on_unsaved(self, event: Any) -> None:
+    def on_unsaved(self, event: "events.Unsaved") -> None:
         console.print(
             f"[bold red]step {event.step:,} is NOT saved:[/] {escape(event.reason)}. Training "
             "continues, and the next save tries again",
             soft_wrap=True,
         )
 
-    def on_sample(self, event: Any) -> None:
+    def on_sample(self, event: "events.Sample") -> None:
         self._end_live()
         console.print(f"\n[dim]{escape(event.prompt)}[/]{escape(event.text)}\n", soft_wrap=True)
 
-    def on_finished(self, event: Any) -> None:
+    def on_finished(self, event: "events.Finished") -> None:
         self._end_live()
         if self.sources:
             seen = ", ".join(f"{name} {amount(count)}" for name, count in self.sources.items())
@@ -260,15 +283,15 @@ class TrainDisplay:
             soft_wrap=True,
         )
 
-    def _remaining(self, event: Any) -> float:
-        left = (self.started.steps - event.step) * self.started.tokens_per_step
+    def _remaining(self, event: "events.StepMetrics") -> float:
+        left = (self.steps - event.step) * self.tokens_per_step
         return left / max(event.tokens_per_second, 1e-9)
 
-    def _panel(self, event: Any) -> RenderableType:
+    def _panel(self, event: "events.StepMetrics") -> RenderableType:
         done = Progress(TextColumn("{task.description}"), BarColumn(bar_width=40))
         done.add_task(
-            f"step {event.step:,}/{self.started.steps:,}",
-            total=self.started.steps,
+            f"step {event.step:,}/{self.steps:,}",
+            total=self.steps,
             completed=event.step,
         )
         table = Table.grid(padding=(0, 3))

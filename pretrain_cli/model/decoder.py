@@ -23,7 +23,7 @@ from pretrain_cli.model.attention_backends import BACKENDS, Mask
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.kv_cache import KVCache, LayerCache
 from pretrain_cli.model.layers import GatedMLP, Linear, RMSNorm, lookup
-from pretrain_cli.model.loss import Loss, Softmax, softmax_, with_z_loss
+from pretrain_cli.model.loss import Softmax, softmax_, with_z_loss
 from pretrain_cli.model.moe import MixtureOfExperts, balancing_loss
 from pretrain_cli.model.parameter_map import EMBEDDING, Merged, PublishedTensor, parameter_map
 from pretrain_cli.model.rope import rope_table
@@ -76,15 +76,16 @@ class LossWeights(NamedTuple):
 
 
 class LossParts(NamedTuple):
-    """The loss to minimize, which has gradients, and its parts, which have none."""
+    """The loss to minimize, which has gradients, and its parts, which have none. Float32."""
 
     minimized: Tensor
+    """Sum of the three below."""
     cross_entropy: Tensor
     z_loss: Tensor
     balancing: Tensor
     choices: Tensor | None
     """Number of times each expert of each sparse layer was chosen, (layers, E); None in a dense
-    model."""
+    model, and without loss weights."""
 
 
 class Decoder(nn.Module):
@@ -133,50 +134,56 @@ class Decoder(nn.Module):
         *,
         documents: Tensor | None = None,
         normalizer: float | None = None,
-        coefficients: LossWeights | None = None,
+        loss_weights: LossWeights | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
     ) -> Tensor | LossParts:
-        """Return the loss of `targets` (B, T), a scalar, for tokens (B, T); without targets the
-        logits, (B, T, V) in the compute type, or (B, 1, V) with `last_only`.
+        """Return the logits of tokens (B, T): (B, T, V) in the compute type, or (B, 1, V) with
+        `last_only`. With `targets` (B, T), return the loss as LossParts instead.
 
         `documents` (B, T) are numbers that keep attention inside each document. Positions do not
         restart at a document: in both families only their differences matter (RoPE), so the logits
         of a document equal those it has alone, up to rounding.
 
         With a cache, tokens continue the cached sequence. `normalizer`: see `cross_entropy`. With
-        `coefficients`, returns LossParts, whose loss includes the auxiliary losses.
+        `loss_weights`, the loss includes the auxiliary losses.
         """
-        if targets is not None and coefficients is not None:
-            return self._terms(tokens, targets, documents, normalizer, coefficients)
         if targets is not None:
-            waiting = self._place_for_the_gradient(tokens)
-            hidden, _ = self._hidden_and_use(tokens, cache, documents, waiting=waiting)
-            return self._loss(hidden, targets, normalizer, 0.0, waiting).minimized
+            return self._loss(tokens, targets, documents, normalizer, loss_weights)
         hidden = self.hidden(tokens, cache, documents)
         if last_only:
             hidden = hidden[:, -1:]
         return F.linear(hidden, self.head_weight.to(hidden.dtype))
 
-    def _terms(
+    def _loss(
         self,
         tokens: Tensor,
         targets: Tensor,
         documents: Tensor | None,
         normalizer: float | None,
-        coefficients: LossWeights,
+        weights: LossWeights | None,
     ) -> LossParts:
-        """Return LossParts. The balancing loss is that of these tokens, weighted by their share of
+        """Return the loss. The balancing loss is that of these tokens, weighted by their share of
         `normalizer`."""
-        counted = targets != IGNORE_INDEX
+        counted = None if weights is None else targets != IGNORE_INDEX
         waiting = self._place_for_the_gradient(tokens)
         hidden, uses = self._hidden_and_use(tokens, None, documents, counted, waiting)
-        loss = self._loss(hidden, targets, normalizer, coefficients.z_loss, waiting)
-        if not uses:
+        with span("loss"):
+            loss = with_z_loss(
+                hidden,
+                self.head_weight,
+                targets,
+                normalizer=normalizer,
+                chunked=self.chunked_loss,
+                z_loss=weights.z_loss if weights else 0.0,
+                softmax=self.softmax,
+                waiting=waiting,
+            )
+        if weights is None or counted is None or not uses:
             return LossParts(*loss, balancing=torch.zeros_like(loss.z_loss), choices=None)
         use = torch.stack(uses)
         share = 1.0 if normalizer is None else counted.sum() / normalizer
-        balancing = coefficients.balancing * share * balancing_loss(use, counted)
+        balancing = weights.balancing * share * balancing_loss(use, counted)
         return LossParts(
             loss.minimized + balancing,
             loss.cross_entropy,
@@ -184,26 +191,6 @@ class Decoder(nn.Module):
             balancing.detach(),
             use[:, 0].detach(),
         )
-
-    def _loss(
-        self,
-        hidden: Tensor,
-        targets: Tensor,
-        normalizer: float | None,
-        z_loss: float,
-        waiting: list[Tensor] | None,
-    ) -> Loss:
-        with span("loss"):
-            return with_z_loss(
-                hidden,
-                self.head_weight,
-                targets,
-                normalizer=normalizer,
-                chunked=self.chunked_loss,
-                z_loss=z_loss,
-                softmax=self.softmax,
-                waiting=waiting,
-            )
 
     def _place_for_the_gradient(self, tokens: Tensor) -> list[Tensor] | None:
         """Return a list through which the head's gradient reaches the embedding, if they are tied;

@@ -42,7 +42,7 @@ def test_minimized_loss_and_every_gradient_equal_transformers(
 
     model = Decoder(read_config(folder), activation_checkpointing=checkpointing)
     load_weights(model, folder)
-    ours = model(inputs, targets, coefficients=LossWeights(0.0, COEFFICIENT))
+    ours = model(inputs, targets, loss_weights=LossWeights(0.0, COEFFICIENT))
     ours.minimized.backward()
 
     torch.testing.assert_close(ours.cross_entropy, entropy.detach(), rtol=1e-6, atol=0)
@@ -68,7 +68,7 @@ def test_a_uniform_router_has_a_loss_of_experts_per_token(make_config):
             if hasattr(block.mlp, "router"):
                 block.mlp.router.weight.zero_()
     tokens = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(2))
-    terms = model(tokens, tokens, coefficients=LossWeights(0.0, 1.0))
+    terms = model(tokens, tokens, loss_weights=LossWeights(0.0, 1.0))
     assert terms.balancing.item() == pytest.approx(3.0)
 
 
@@ -76,7 +76,7 @@ def test_a_dense_model_has_a_z_loss_and_no_balancing_loss(make_config, wide):
     model = Decoder(make_config("gemma3"))
     wide(model)
     tokens = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(2))
-    terms = model(tokens, tokens, coefficients=LossWeights(0.1, 0.0))
+    terms = model(tokens, tokens, loss_weights=LossWeights(0.1, 0.0))
     z = model(tokens).logsumexp(-1).square().mean()
     torch.testing.assert_close(terms.z_loss, 0.1 * z.detach(), rtol=1e-5, atol=0)
     assert terms.balancing.item() == 0

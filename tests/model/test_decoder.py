@@ -76,7 +76,7 @@ def test_the_initial_loss_is_that_of_a_uniform_guess(make_config):
         model = Decoder(make_config(family, hidden_size=128, rms_norm_eps=1e-6))
         model.initialize(0)
         tokens = torch.randint(1, 60, (4, 40), generator=torch.Generator().manual_seed(0))
-        loss = model(tokens[:, :-1], tokens[:, 1:]).item()
+        loss = model(tokens[:, :-1], tokens[:, 1:]).minimized.item()
         assert loss == pytest.approx(4.094, abs=0.15)  # ln 60
 
 
@@ -186,11 +186,11 @@ def test_documents_in_a_row_have_the_same_gradients_as_alone(
     wide(model)
     tokens, documents = packed()
     targets = tokens.roll(-1, 1)
-    model(tokens, targets, documents=documents, normalizer=160).backward()
+    model(tokens, targets, documents=documents, normalizer=160).minimized.backward()
     ours = our_gradients(model)
     model.zero_grad()
     for document, wanted in zip(apart(tokens), apart(targets), strict=True):
-        model(document, wanted, normalizer=160).backward()
+        model(document, wanted, normalizer=160).minimized.backward()
     for name, expected in our_gradients(model).items():
         assert relative_error(ours[name], expected) < 1e-4, name
 
@@ -218,8 +218,8 @@ def test_the_loss_is_a_mean_unless_a_normalizer_is_given(make_config, wide):
     wide(model)
     tokens = torch.randint(1, 60, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        logits, loss = model(tokens), model(tokens, tokens.roll(-1, 1))
-        summed = model(tokens, tokens.roll(-1, 1), normalizer=1)
+        logits, loss = model(tokens), model(tokens, tokens.roll(-1, 1)).minimized
+        summed = model(tokens, tokens.roll(-1, 1), normalizer=1).minimized
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.roll(-1, 1).flatten())
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(summed, 24 * expected)
@@ -229,6 +229,6 @@ def test_parameters_stay_float32_when_compute_is_bfloat16(make_config):
     model = Decoder(make_config(), dtype=torch.bfloat16)
     model.initialize(0)
     tokens = torch.ones(1, 9, dtype=torch.long)
-    model(tokens[:, :-1], tokens[:, 1:]).backward()
+    model(tokens[:, :-1], tokens[:, 1:]).minimized.backward()
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}

@@ -165,7 +165,7 @@ def test_without_gradients_products_are_bfloat16(make_config, wide, emulated, fa
     tokens, targets = a_batch()
     with torch.no_grad():
         assert torch.equal(ours(tokens), plain(tokens))
-        assert torch.equal(ours(tokens, targets), plain(tokens, targets))
+        assert torch.equal(ours(tokens, targets).minimized, plain(tokens, targets).minimized)
     assert not torch.equal(ours(tokens), plain(tokens))
 
 

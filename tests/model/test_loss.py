@@ -231,7 +231,7 @@ def test_tied_weights_sum_the_gradients_of_lookup_and_head(family, make_config, 
     for chunked in (True, False):
         model = Decoder(config, chunked_loss=chunked)
         wide(model)
-        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        model(tokens[:, :-1], tokens[:, 1:]).minimized.backward()
         found.append(model.embedding.weight.grad)
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
     unseen = sorted(set(range(60)) - set(tokens.flatten().tolist()))
@@ -287,7 +287,7 @@ def test_a_tied_embeddings_gradient_reuses_the_heads_tensor():
             return out
 
     with Watch():
-        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        model(tokens[:, :-1], tokens[:, 1:]).minimized.backward()
     assert set(places) == {model.embedding.weight.grad.data_ptr()}
 
 
@@ -301,6 +301,6 @@ def test_a_tied_embeddings_gradient_sums_lookup_and_head(padding):
         model = Decoder(config, chunked_loss=chunked)
         model.initialize(0)
         for _ in range(2):  # gradients accumulate
-            model(tokens[:, :-1], tokens[:, 1:]).backward()
+            model(tokens[:, :-1], tokens[:, 1:]).minimized.backward()
         gradients.append(model.embedding.weight.grad)
     torch.testing.assert_close(*gradients)

@@ -6,26 +6,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain_cli.config.run_config import OptimizerSettings, SpeedConfig
+from pretrain_cli.config.run_config import RunConfig, SpeedConfig
 from pretrain_cli.engine.benchmark.peers import PEERS, Step
 from pretrain_cli.engine.benchmark.workload import Arm, Repeats, Workload
-from pretrain_cli.engine.optim.optimizer import build_optimizer, set_learning_rate
+from pretrain_cli.engine.planning.plan import StepPlan
 from pretrain_cli.engine.runs.metrics_file import peak_memory, reset_peak_memory
 from pretrain_cli.engine.runtime.distributed import Ranks, find_device
 from pretrain_cli.engine.runtime.peak_flops import Peak, find_peak
 from pretrain_cli.engine.runtime.profiler import Profile, profile_steps
-from pretrain_cli.engine.runtime.speed import (
-    Speed,
-    apply_process_settings,
-    build_model,
-    compile_blocks,
-    resolve_speed,
-)
+from pretrain_cli.engine.runtime.speed import Speed, apply_process_settings, resolve_speed
+from pretrain_cli.engine.training.job import set_up, set_up_model
+from pretrain_cli.engine.training.prefetch import DeviceBatch
 from pretrain_cli.engine.training.step import train_step
-from pretrain_cli.engine.training.step_guard import StepGuard
 
 LEARNING_RATE = 3e-4
 """Learning rate of every arm: high enough for the loss to fall within a few steps, so that an arm
@@ -103,29 +99,56 @@ def build_step(arm: Arm, speed: Speed, device: torch.device) -> Step:
     inputs, targets = synthetic_batch(arm.workload, device)
     if arm.peer:
         return PEERS[arm.peer].build(arm.workload, speed, inputs, targets, LEARNING_RATE)
-    model = build_model(arm.workload.model, speed, device)
-    model.initialize(0)
-    compile_blocks(model, speed)
+    plan = StepPlan(
+        settings=RunConfig(),
+        name=arm.workload.name,
+        model=arm.workload.model,
+        speed=speed,
+        seq_len=arm.workload.seq_len,
+        micro_batch_size=arm.workload.micro_batch_size,
+        loss_weights=None,
+    )
     if arm.forward_only:
+        model = set_up_model(plan, device)
 
         @torch.no_grad()
         def forward() -> tuple[Tensor, None]:
-            loss = model(inputs, targets)
-            assert isinstance(loss, Tensor)
-            return loss, None
+            return model(inputs, targets).cross_entropy, None
 
         return forward
-    optimizer = build_optimizer(model, OptimizerSettings(), fused=speed.fused_optimizer)
-    set_learning_rate(optimizer, LEARNING_RATE)
-    guard = StepGuard(Ranks(0, 1, device))
-    rows = arm.workload.micro_batch_size
+    batch = DeviceBatch(inputs, targets, documents=None, counted=targets.numel())
+    job = set_up(plan, Ranks(0, 1, device), SameBatch(batch))
 
     def step() -> tuple[Tensor, Tensor]:
-        return train_step(
-            model, optimizer, inputs, targets, micro_batch_size=rows, clip=1.0, guard=guard
-        )
+        result = train_step(job, job.batches.next(), LEARNING_RATE)
+        return result.loss, result.gradient_norm
 
     return step
+
+
+class SameBatch:
+    """Batch source of a benchmark: every step gets the same batch."""
+
+    wait = 0.0
+
+    def __init__(self, batch: DeviceBatch) -> None:
+        self.batch = batch
+
+    def next(self) -> DeviceBatch:
+        return self.batch
+
+    def at(self, sample: int) -> DeviceBatch:
+        return self.batch
+
+    def go_to(self, sample: int) -> None: ...
+
+    def tokens_of(self, sample: int) -> tuple[int, np.ndarray]:
+        return 0, self.batch.inputs[sample % len(self.batch.inputs)].numpy(force=True)
+
+    def counts(self, sample: int) -> list[int]:
+        return [sample]
+
+    def close(self) -> None: ...
 
 
 def synthetic_batch(workload: Workload, device: torch.device) -> tuple[Tensor, Tensor]:

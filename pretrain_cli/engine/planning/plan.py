@@ -17,6 +17,7 @@ from typing import Any
 
 from pretrain_cli.config.run_config import RunConfig
 from pretrain_cli.data.mixture import Mixture
+from pretrain_cli.engine.optim.schedule import learning_rate
 from pretrain_cli.engine.planning.choices import (
     CPU_RUN_FLOPS,
     CPU_STEPS,
@@ -41,19 +42,25 @@ from pretrain_cli.model.decoder import LossWeights
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A run with every choice made: the fields hold the resolved values, `settings` the given ones.
-
-    `resolved` puts the resolved values into a RunConfig.
-    """
+class StepPlan:
+    """Inputs of a training step: fields hold the resolved values, `settings` the given ones."""
 
     settings: RunConfig
     name: str
+    """Name of the model, for display."""
     model: ModelConfig
-    data: Mixture
     speed: Speed
     seq_len: int
     micro_batch_size: int
+    loss_weights: LossWeights | None
+    """Weights of the auxiliary losses; None to leave them and their statistics out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(StepPlan):
+    """A run with every choice made. `resolved` puts the resolved values into a RunConfig."""
+
+    data: Mixture
     micro_batch_reason: str
     """Reason for the micro-batch size; empty if the settings give it."""
     samples_per_step: int
@@ -68,13 +75,16 @@ class Plan:
     def tokens_per_step(self) -> int:
         return self.samples_per_step * self.seq_len
 
-    @property
-    def coefficients(self) -> LossWeights | None:
-        """Weights of the auxiliary losses; None if there are none and the model has no experts."""
-        z_loss = self.settings.optimizer.z_loss
-        if not z_loss and not self.model.num_experts:
-            return None
-        return LossWeights(z_loss, self.model.router_aux_loss_coef)
+    def learning_rate_at(self, step: int, *, steps: int | None = None) -> float:
+        """Return the learning rate of the step after `step` steps. `steps` is another length of the
+        run; None means the plan's own."""
+        return learning_rate(
+            step,
+            peak=self.learning_rate,
+            steps=self.steps if steps is None else steps,
+            warmup_steps=self.warmup_steps,
+            settings=self.settings.optimizer,
+        )
 
 
 def make_plan(
@@ -173,6 +183,7 @@ def make_plan(
         speed=speed,
         seq_len=seq_len,
         micro_batch_size=micro.size,
+        loss_weights=_loss_weights(optimizer.z_loss, config),
         micro_batch_reason=micro.reason,
         samples_per_step=samples,
         steps=steps,
@@ -182,6 +193,13 @@ def make_plan(
         eval_every=eval_every,
         checkpoint_every=choose_checkpoint_interval(train.checkpoint_every, steps, eval_every),
     )
+
+
+def _loss_weights(z_loss: float, model: ModelConfig) -> LossWeights | None:
+    """Return the weights of the auxiliary losses; None without z-loss and experts."""
+    if not z_loss and not model.num_experts:
+        return None
+    return LossWeights(z_loss, model.router_aux_loss_coef)
 
 
 def resolved(plan: Plan) -> RunConfig:

@@ -199,6 +199,11 @@ Logged = StepMetrics | Evaluation | Skipped | RolledBack | Saved | Unsaved
 Event = Notice | Started | Logged | Profiled | Sample | Finished
 Emit = Callable[[Event], None]
 
+
+def ignore(event: Event) -> None:
+    """Do nothing: the `emit` of ranks other than the first, and of work that nobody watches."""
+
+
 KINDS: dict[type, str] = {
     Started: "start",
     StepMetrics: "step",

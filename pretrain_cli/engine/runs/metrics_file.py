@@ -11,11 +11,26 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, assert_never
 
 import torch
 
-from pretrain_cli.engine.runs.events import KINDS, Evaluation, Logged, Started, StepMetrics
+from pretrain_cli.engine.runs.events import (
+    KINDS,
+    Evaluation,
+    Event,
+    Finished,
+    Logged,
+    Notice,
+    Profiled,
+    RolledBack,
+    Sample,
+    Saved,
+    Skipped,
+    Started,
+    StepMetrics,
+    Unsaved,
+)
 from pretrain_cli.files import append_line, write_whole
 
 PROC_STATUS = Path("/proc/self/status")
@@ -33,7 +48,7 @@ class MetricsFile:
     ) -> None:
         """Open for appending and drop lines after step `upto`: those steps will run again. Skipped
         steps that led to one of the `rollbacks` stay."""
-        self.path, self.say = path, notify
+        self.path, self.notify = path, notify
         rows = truncate_after(path, upto, rollbacks)
         self.evaluated = {row["step"] for row in rows if row["kind"] == KINDS[Evaluation]}
         """Steps whose evaluation is in the file."""
@@ -44,6 +59,19 @@ class MetricsFile:
         self.unwritten: deque[bytes] = deque()
         self.lock = threading.Lock()
         """A save brings the file onto the disk from a thread of its own."""
+
+    def take(self, event: Event) -> None:
+        """Write the event's line, if it has one."""
+        match event:
+            case Started():
+                if event.step < event.steps:  # a process with no step to take leaves no trace
+                    self.write(event)
+            case StepMetrics() | Evaluation() | Skipped() | RolledBack() | Saved() | Unsaved():
+                self.write(event)
+            case Notice() | Profiled() | Sample() | Finished():
+                pass
+            case _:
+                assert_never(event)
 
     def write(self, event: Started | Logged) -> None:
         row: dict[str, Any] = {"kind": KINDS[type(event)], **_in_json(asdict(event))}
@@ -58,13 +86,16 @@ class MetricsFile:
             self._write_out()
         except OSError as error:
             if first:
-                self.say(f"{self.path}: {error.strerror}; its lines wait in memory")
+                self.notify(f"{self.path}: {error.strerror}; its lines wait in memory")
 
     def _write_out(self) -> None:
         with self.lock:
             while self.unwritten:
                 append_line(self.file, self.unwritten[0])
                 self.unwritten.popleft()
+
+    def flush(self) -> None:
+        """Do nothing: `sync` flushes, in the thread that writes the checkpoint."""
 
     def sync(self) -> None:
         """Flush to disk, before a checkpoint that counts on these lines. Raises OSError."""
@@ -76,7 +107,7 @@ class MetricsFile:
             self._write_out()
         except OSError as error:
             lines = len(self.unwritten)
-            self.say(f"{self.path}: {error.strerror}; its last lines, {lines} of them, are lost")
+            self.notify(f"{self.path}: {error.strerror}; its last lines, {lines} of them, are lost")
         self.file.close()
 
 

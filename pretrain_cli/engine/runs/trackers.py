@@ -13,19 +13,53 @@ import importlib
 import importlib.util
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, assert_never
 
-from pretrain_cli.engine.runs.events import Emit, Evaluation, Event, Notice, Sample, StepMetrics
+from pretrain_cli.engine.runs.events import (
+    Emit,
+    Evaluation,
+    Event,
+    Finished,
+    Notice,
+    Profiled,
+    RolledBack,
+    Sample,
+    Saved,
+    Skipped,
+    Started,
+    StepMetrics,
+    Unsaved,
+)
+from pretrain_cli.engine.runs.sinks import Sink
 from pretrain_cli.errors import ConfigError
 
 GROUPS: dict[type, str] = {StepMetrics: "train", Evaluation: "validation", Sample: "sample"}
 
 
-class Tracker(Protocol):
-    def write(self, event: StepMetrics | Evaluation | Sample) -> None: ...
+class Tracker:
+    """Sink for a tracker: passes on step metrics, evaluations and samples."""
+
+    def take(self, event: Event) -> None:
+        match event:
+            case StepMetrics() | Evaluation():
+                self.write_numbers(event)
+            case Sample():
+                self.write_sample(event)
+            case Notice() | Started() | Skipped() | RolledBack() | Saved() | Unsaved():
+                pass
+            case Profiled() | Finished():
+                pass
+            case _:
+                assert_never(event)
+
+    def write_numbers(self, event: StepMetrics | Evaluation) -> None:
+        raise NotImplementedError
+
+    def write_sample(self, event: Sample) -> None:
+        raise NotImplementedError
 
     def flush(self) -> None: ...
 
@@ -44,33 +78,15 @@ def check_trackers(names: Sequence[str]) -> None:
 
 def open_trackers(
     names: Sequence[str], run: Path, settings: dict[str, Any], emit: Emit, *, step: int
-) -> list[Tracker]:
+) -> list[Sink]:
     """Open the requested trackers for a run that continues from this step."""
-    opened: list[Tracker] = []
+    opened: list[Sink] = []
     for name in names:
         if name == "tensorboard":
             opened.append(TensorBoard(run, step=step))
         else:
             opened.append(WeightsAndBiases(run, settings, emit))
     return opened
-
-
-def track(trackers: list[Tracker], event: Event, emit: Emit) -> None:
-    """Pass an event to each tracker that takes it."""
-    if isinstance(event, StepMetrics | Evaluation | Sample):
-        have_each(trackers, lambda tracker: tracker.write(event), emit)
-
-
-def have_each(trackers: list[Tracker], do: Callable[[Tracker], None], emit: Emit) -> None:
-    """Call `do` with each tracker. A tracker that fails because the disk is full is dropped from
-    then on; the run does not depend on it."""
-    for tracker in list(trackers):
-        try:
-            do(tracker)
-        except OSError as error:
-            trackers.remove(tracker)
-            said = error.strerror or error
-            emit(Notice(f"{type(tracker).__name__}: {said}; it gets no further events of this run"))
 
 
 def numbers(event: StepMetrics | Evaluation) -> dict[str, float]:
@@ -88,7 +104,7 @@ def numbers(event: StepMetrics | Evaluation) -> dict[str, float]:
     return found
 
 
-class TensorBoard:
+class TensorBoard(Tracker):
     """`tensorboard --logdir RUN`: event files in RUN/tensorboard."""
 
     def __init__(self, run: Path, *, step: int) -> None:
@@ -97,13 +113,13 @@ class TensorBoard:
         # hides an earlier process's events after `step`: these steps run again
         self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
-    def write(self, event: StepMetrics | Evaluation | Sample) -> None:
-        if isinstance(event, Sample):
-            text = f"    {event.prompt}{event.text}".replace("\n", "\n    ")  # a code block
-            self.writer.add_text(f"sample/{event.prompt or 'no prompt'}", text, event.step)
-            return
+    def write_numbers(self, event: StepMetrics | Evaluation) -> None:
         for name, value in numbers(event).items():
             self.writer.add_scalar(name, value, event.step, walltime=event.time)
+
+    def write_sample(self, event: Sample) -> None:
+        text = f"    {event.prompt}{event.text}".replace("\n", "\n    ")  # indented: shown verbatim
+        self.writer.add_text(f"sample/{event.prompt or 'no prompt'}", text, event.step)
 
     def flush(self) -> None:
         self.writer.flush()
@@ -112,7 +128,7 @@ class TensorBoard:
         self.writer.close()
 
 
-class WeightsAndBiases:
+class WeightsAndBiases(Tracker):
     """One W&B run for all processes of a training run; its id is kept in RUN/wandb.json. With
     WANDB_MODE=offline the data stays in RUN/wandb for a later `wandb sync`."""
 
@@ -145,15 +161,18 @@ class WeightsAndBiases:
         self.run.define_metric("*", step_metric="step")
         emit(Notice(f"Weights & Biases: {self.run.url or self.run.dir}"))
 
-    def write(self, event: StepMetrics | Evaluation | Sample) -> None:
+    def write_numbers(self, event: StepMetrics | Evaluation) -> None:
+        self._send(event, numbers(event))
+
+    def write_sample(self, event: Sample) -> None:
+        text = f"<pre>{html.escape(event.prompt + event.text)}</pre>"
+        self._send(event, {f"sample/{event.prompt or 'no prompt'}": self.wandb.Html(text)})
+
+    def _send(self, event: StepMetrics | Evaluation | Sample, values: dict[str, Any]) -> None:
+        """Send values of a step, unless an earlier process has sent them."""
         group = GROUPS[type(event)]
         if event.step <= self.before.get(group, -1):
             return
-        if isinstance(event, Sample):
-            text = f"<pre>{html.escape(event.prompt + event.text)}</pre>"
-            values = {f"sample/{event.prompt or 'no prompt'}": self.wandb.Html(text)}
-        else:
-            values = numbers(event)
         self.run.log({"step": event.step, **values})
         self.sent[group] = event.step
         self._keep()
@@ -163,9 +182,6 @@ class WeightsAndBiases:
         staging = self.path.with_name(".wandb.json.partial")
         staging.write_text(json.dumps({"id": self.id, "sent": self.sent}) + "\n")
         staging.replace(self.path)
-
-    def flush(self) -> None:
-        """Do nothing: W&B's own process writes at once."""
 
     def close(self) -> None:
         self.run.finish()

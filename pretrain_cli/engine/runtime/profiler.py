@@ -63,6 +63,11 @@ class Profiler:
         self.profile: Profile | None = None
         """Result; None until the last profiled step has ended."""
 
+    def result(self) -> Profile | None:
+        """Return the profile once, after the last profiled step has ended; else None."""
+        profile, self.profile = self.profile, None
+        return profile
+
     @contextmanager
     def step(self) -> Iterator[None]:
         """Wrap one step; start and end the profile at the right steps."""

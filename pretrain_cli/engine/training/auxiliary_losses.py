@@ -19,23 +19,23 @@ class AuxiliaryLosses:
     strictly.
     """
 
-    def __init__(self, coefficients: LossWeights) -> None:
-        self.coefficients = coefficients
+    def __init__(self, weights: LossWeights) -> None:
+        self.weights = weights
         self.sums: Tensor | None = None
         self.choices: Tensor | None = None
 
-    def add(self, terms: LossParts) -> None:
-        sums = torch.stack([terms.z_loss, terms.balancing])
+    def add(self, parts: LossParts) -> None:
+        sums = torch.stack([parts.z_loss, parts.balancing])
         self.sums = sums if self.sums is None else self.sums + sums
-        if terms.choices is not None:
+        if parts.choices is not None:
             earlier = self.choices
-            self.choices = terms.choices if earlier is None else earlier + terms.choices
+            self.choices = parts.choices if earlier is None else earlier + parts.choices
 
     def read(self, ranks: Ranks) -> dict[str, Any]:
         """Return the fields of StepMetrics, reduced over all ranks. Every rank must call this."""
         assert self.sums is not None, "no micro-step was added"
         z_loss, balancing = (ranks.sum(self.sums) / ranks.world_size).tolist()
-        numbers: dict[str, Any] = {"z_loss": z_loss} if self.coefficients.z_loss else {}
+        numbers: dict[str, Any] = {"z_loss": z_loss} if self.weights.z_loss else {}
         if self.choices is None:
             return numbers
         choices = ranks.sum(self.choices).cpu()  # (layers, E)

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pretrain_cli.config.run_config import RunConfig
-from pretrain_cli.engine.runs.events import Emit, Event, Notice
+from pretrain_cli.engine.runs.events import Emit, Notice, ignore
 from pretrain_cli.engine.runs.retention import checkpoints
 from pretrain_cli.engine.runs.run_yaml import read_record
 from pretrain_cli.engine.runtime.fresh_process import in_a_fresh_process
@@ -76,11 +76,8 @@ def _of_the_check(settings: RunConfig, run: Path) -> RunConfig:
 def _train(settings: RunConfig, run: Path, upto: int) -> int:
     """Start the run, or resume it if its folder exists. Return the step it reached."""
     resume = (run, read_record(run)) if run.exists() else None
-    return train(settings, _unheard, resume=resume, stop=StopRequest(after_step=upto)).step
-
-
-def _unheard(event: Event) -> None:
-    """Ignore an event: the three processes would show the same notices three times."""
+    # Silent: the three processes would show the same notices three times.
+    return train(settings, ignore, resume=resume, stop=StopRequest(after_step=upto)).step
 
 
 def compare(straight: Path, resumed: Path) -> Comparison:

@@ -4,7 +4,7 @@ number of ranks."""
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,67 @@ from torch import Tensor, nn
 from pretrain_cli.data.batches import document_numbers, validation_batches
 from pretrain_cli.data.dataset import Dataset, Split
 from pretrain_cli.data.mixture import Mixture
+from pretrain_cli.engine.planning.plan import Plan
+from pretrain_cli.engine.runs.checkpoint import State
 from pretrain_cli.engine.runs.events import Evaluation, Validation
 from pretrain_cli.engine.runtime.distributed import Ranks, reshard
+from pretrain_cli.engine.runtime.stop import StopRequest
+from pretrain_cli.engine.training.job import Job
+from pretrain_cli.engine.training.run_log import RunLog
 from pretrain_cli.targets import IGNORE_INDEX
+
+
+class Evaluator:
+    """Evaluates a run in progress when it is due, at most once per step."""
+
+    def __init__(self, job: Job[Plan], log: RunLog, stop: StopRequest) -> None:
+        self.job, self.log, self.stop = job, log, stop
+        self.step = -1
+        """Step of the last evaluation."""
+        self.result: Evaluation | None = None
+        """Its result; None without a validation split."""
+
+    def due(self, step: int) -> bool:
+        """Return whether an evaluation is due at this step. It always is at the last step."""
+        return step == self.job.plan.steps or step % self.job.plan.eval_every == 0
+
+    def was_missed(self, step: int) -> bool:
+        """Return whether the run was stopped at a step whose evaluation was still due. Every rank
+        must call it."""
+        missed = step > 0 and self.due(step) and not self.log.has_evaluated(step)
+        return self.job.ranks.any(self.job.ranks.is_first and missed)
+
+    def take(self, step: int) -> None:
+        """Measure and emit the validation loss. Every rank must call it. Raises Stopped if
+        requested."""
+        if self.step == step:
+            return
+        job, self.step = self.job, step
+        job.model.eval()
+        self.result = evaluate(
+            job.model,
+            job.plan.data,
+            step=step,
+            seq_len=job.plan.seq_len,
+            batch_size=job.plan.micro_batch_size,
+            ranks=job.ranks,
+            document_mask=job.plan.settings.data.document_mask,
+            check=self.stop.check,
+        )
+        if self.result is not None:
+            self.log.emit(self.result)
+
+    def mark_best(self, state: State) -> State:
+        """Return the state, marked as the best one if its validation loss is the lowest."""
+        result = self.result
+        best = math.inf if state.best_loss is None else state.best_loss
+        if result is not None and result.step == state.step and result.loss < best:
+            return replace(state, best_step=result.step, best_loss=result.loss)
+        return state
+
+    def rolled_back(self) -> None:
+        """Forget the last evaluation, which belongs to steps that will run again."""
+        self.step, self.result = -1, None
 
 
 @torch.no_grad()
@@ -88,7 +146,7 @@ def _summed(
             torch.from_numpy(targets).to(ranks.device),
             documents=documents,
             normalizer=1,
-        ).item()
+        ).cross_entropy.item()
         total[1] += int((targets != IGNORE_INDEX).sum())
     return total
 

@@ -13,16 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pretrain_cli.config.run_config import RunConfig
-from pretrain_cli.engine.optim.optimizer import build_optimizer, set_learning_rate
 from pretrain_cli.engine.planning.plan import Plan, make_plan
-from pretrain_cli.engine.runs.events import Emit, Event, Notice
-from pretrain_cli.engine.runtime.distributed import Ranks, open_ranks, parallelize
-from pretrain_cli.engine.runtime.speed import apply_process_settings, build_model, compile_blocks
+from pretrain_cli.engine.runs.events import Emit, Notice, ignore
+from pretrain_cli.engine.runtime.distributed import Ranks, open_ranks
 from pretrain_cli.engine.runtime.stop import StopRequest
-from pretrain_cli.engine.training.auxiliary_losses import AuxiliaryLosses
-from pretrain_cli.engine.training.prefetch import Prefetcher, open_batches
+from pretrain_cli.engine.training.job import set_up
+from pretrain_cli.engine.training.prefetch import open_batches
 from pretrain_cli.engine.training.step import train_step
-from pretrain_cli.engine.training.train import set_weights
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.files import write_whole
 
@@ -70,7 +67,7 @@ def find_learning_rate(
             f"train.steps: {settings.train.steps}; a range test takes {FEWEST_STEPS} or more"
         )
     with open_ranks(settings.train.device) as ranks:
-        emit = emit if ranks.is_first else _silent
+        emit = emit if ranks.is_first else ignore
         stop.ranks = ranks
         plan = make_plan(settings, ranks, emit, stop)
         rates, losses = _train(plan, ranks, emit, progress, stop)
@@ -84,44 +81,19 @@ def find_learning_rate(
     return test
 
 
-def _silent(event: Event) -> None:
-    """Ignore an event; for ranks other than the first."""
-
-
 def _train(
     plan: Plan, ranks: Ranks, emit: Emit, progress: Progress, stop: StopRequest
 ) -> tuple[list[float], list[float]]:
     """Return learning rates and losses up to the step where the loss diverges."""
-    apply_process_settings(plan.speed)
-    batches = open_batches(plan, ranks, emit)
-    decoder = build_model(plan.model, plan.speed, ranks.device)
-    set_weights(decoder, plan, None, emit)
-    compile_blocks(decoder, plan.speed)
-    model = parallelize(decoder, ranks, plan.settings.train.parallel)
-    optimizer = build_optimizer(decoder, plan.settings.optimizer, fused=plan.speed.fused_optimizer)
-    feed = Prefetcher(batches, first_sample=0, device=ranks.device, prefetch=plan.speed.prefetch)
+    job = set_up(plan, ranks, open_batches(plan, ranks, emit), emit=emit)
     emit(Notice(f"The rate rises from {LOWEST:g} to {HIGHEST:g}; that of the run is not used"))
     rates, losses = [], []
     try:
         for step in range(plan.steps):
             rate = LOWEST * (HIGHEST / LOWEST) ** (step / (plan.steps - 1))
-            set_learning_rate(optimizer, rate)
             stop.check()
-            batch = feed.next()
-            loss, _ = train_step(
-                model,
-                optimizer,
-                batch.inputs,
-                batch.targets,
-                micro_batch_size=plan.micro_batch_size,
-                clip=plan.settings.optimizer.clip,
-                world_size=ranks.world_size,
-                counted=batch.counted,
-                documents=batch.documents,
-                terms=AuxiliaryLosses(plan.coefficients) if plan.coefficients else None,
-                stop=stop.poll,
-            )
-            mean = ranks.sum(loss).item()
+            result = train_step(job, job.batches.next(), rate, stop=stop.poll)
+            mean = ranks.sum(result.loss).item()
             if not math.isfinite(mean):
                 break
             rates.append(rate)
@@ -131,7 +103,7 @@ def _train(
             if has_diverged(smooth(losses)):
                 break
     finally:
-        feed.close()
+        job.batches.close()
     return rates, losses
 
 

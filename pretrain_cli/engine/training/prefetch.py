@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,11 +19,11 @@ from pretrain_cli.engine.runtime.distributed import Ranks
 from pretrain_cli.spans import span
 
 
-def open_batches(plan: Plan, ranks: Ranks, emit: Emit) -> Batches:
+def open_batches(plan: Plan, ranks: Ranks, emit: Emit) -> "Prefetcher":
     """Open the training samples of a plan, in training order. Builds the index of packed documents
-    if it does not exist."""
+    if it does not exist. Every rank must call it."""
     samples = [_open_samples(source.dataset, plan, ranks, emit) for source in plan.data.trained_on]
-    return Batches(
+    batches = Batches(
         samples,
         plan.data.weights([len(each) for each in samples]),
         seq_len=plan.seq_len,
@@ -32,6 +33,7 @@ def open_batches(plan: Plan, ranks: Ranks, emit: Emit) -> Batches:
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
+    return Prefetcher(batches, device=ranks.device, prefetch=plan.speed.prefetch)
 
 
 def _open_samples(dataset: Dataset, plan: Plan, ranks: Ranks, emit: Emit) -> Samples:
@@ -79,12 +81,10 @@ class Prefetcher:
     """Yields the steps' batches in order. `wait` is how many seconds the last one kept training
     waiting."""
 
-    def __init__(
-        self, batches: Batches, *, first_sample: int, device: torch.device, prefetch: bool
-    ) -> None:
+    def __init__(self, batches: Batches, *, device: torch.device, prefetch: bool) -> None:
         self.batches = batches
         self.device = device
-        self.sample = first_sample
+        self.sample = 0
         self.wait = 0.0
         self.reader = ThreadPoolExecutor(1, "batches") if prefetch else None
         self.coming: Future[DeviceBatch] | None = None
@@ -108,6 +108,14 @@ class Prefetcher:
     def go_to(self, sample: int) -> None:
         """Continue from this sample."""
         self.sample, self.coming = sample, None
+
+    def tokens_of(self, sample: int) -> tuple[int, np.ndarray]:
+        """Return one sample, of any rank: the number of its source, and its inputs (T,)."""
+        return self.batches.sample(sample)
+
+    def counts(self, sample: int) -> list[int]:
+        """Return how many of the samples before this one come from each source."""
+        return self.batches.interleaving.counts(sample)
 
     def _placed(self, batch: DeviceBatch) -> DeviceBatch:
         return batch.each(lambda tensor: tensor.to(self.device, non_blocking=True))

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from pretrain_cli.engine.planning.plan import Plan
 from pretrain_cli.engine.runs import checkpoint, retention
@@ -25,10 +24,11 @@ from pretrain_cli.engine.runtime.distributed import (
     reshard,
 )
 from pretrain_cli.engine.runtime.speed import build_model
-from pretrain_cli.engine.training.auxiliary_losses import AuxiliaryLosses
-from pretrain_cli.engine.training.prefetch import DeviceBatch, Prefetcher
+from pretrain_cli.engine.training.job import Job
+from pretrain_cli.engine.training.prefetch import DeviceBatch
+from pretrain_cli.engine.training.run_log import RunLog
 from pretrain_cli.engine.training.step import add_gradients
-from pretrain_cli.engine.training.step_guard import StepGuard, StepOutcome, is_finite
+from pretrain_cli.engine.training.step_guard import StepOutcome, is_finite
 from pretrain_cli.errors import PretrainError
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.formats.hf_weights import load_weights
@@ -39,22 +39,10 @@ class Rollback:
     """Collects the outcomes of steps from the guard, and rolls the run back when too many were
     skipped."""
 
-    def __init__(
-        self,
-        guard: StepGuard,
-        plan: Plan,
-        run: Path,
-        ranks: Ranks,
-        emit: Emit,
-        feed: Prefetcher,
-        decoder: Decoder,
-        model: nn.Module,
-        optimizer: Optimizer,
-    ) -> None:
-        self.guard, self.plan, self.run, self.ranks, self.emit = guard, plan, run, ranks, emit
-        self.feed, self.decoder, self.model, self.optimizer = feed, decoder, model, optimizer
-        self.rollback_reason = ""
-        """Why the run must go back before it goes on; empty where it need not."""
+    def __init__(self, job: Job[Plan], log: RunLog) -> None:
+        self.job, self.log, self.guard = job, log, job.guard
+        self.reason = ""
+        """Reason why the run must roll back before its next step; empty if it need not."""
         self.back_at = -1
         self._note_divergence("")
 
@@ -67,20 +55,16 @@ class Rollback:
         for step, verdict in zip(steps, verdicts, strict=True):
             if not 0 < verdict.in_a_row <= self.guard.max_skips:  # beyond, it was not judged
                 continue
-            first = state.samples - (state.step - step + 1) * self.plan.samples_per_step
+            first = state.samples - (state.step - step + 1) * self.job.plan.samples_per_step
             record = diagnose(
                 verdict,
                 step=step,
-                samples=(first, first + self.plan.samples_per_step),
+                samples=(first, first + self.job.plan.samples_per_step),
                 same_weights=not any(later > step for later in taken),
                 rollbacks=state.rollbacks,
-                plan=self.plan,
-                feed=self.feed,
-                decoder=self.decoder,
-                model=self.model,
-                ranks=self.ranks,
+                job=self.job,
             )
-            self.emit(record)
+            self.log.emit(record)
             self._note_divergence(verdict.reason)
         if not verdicts:
             return state
@@ -90,50 +74,66 @@ class Rollback:
     def _note_divergence(self, reason: str) -> None:
         if self.guard.is_exhausted:
             last = f", the last because its {reason}" if reason else ""
-            self.rollback_reason = f"{self.guard.max_skips} steps in a row were skipped{last}"
+            self.reason = f"{self.guard.max_skips} steps in a row were skipped{last}"
 
     def can_be_saved(self, state: State) -> bool:
         """Return whether everything that a checkpoint would hold is finite. If not, sets
-        `rollback_reason`."""
-        if is_finite(self.optimizer, self.ranks):
+        `reason`."""
+        if is_finite(self.job.optimizer, self.job.ranks):
             return True
-        self.rollback_reason = "weights or the optimizer's moments are not finite"
-        self.emit(Notice(f"Step {state.step:,} is not saved: {self.rollback_reason}"))
+        self.reason = "weights or the optimizer's moments are not finite"
+        self.log.notify(f"Step {state.step:,} is not saved: {self.reason}")
         return False
 
-    def roll_back(self, state: State) -> tuple[State, RolledBack]:
+    def roll_back(self, state: State) -> State:
         """Restore the last checkpoint known to be finite and continue behind the samples seen
-        since. Raises PretrainError if there is no such checkpoint, or after too many rollbacks."""
-        limit = self.plan.settings.train.max_rollbacks
+        since. Renames later checkpoints and drops later lines of the run's files.
+
+        Raises PretrainError if there is no such checkpoint, or after too many rollbacks. Call it
+        only while no checkpoint is being written.
+        """
+        run, plan, ranks = self.log.run, self.job.plan, self.job.ranks
+        limit = plan.settings.train.max_rollbacks
         in_a_row = self.guard.last.in_a_row
         first = state.step - in_a_row + 1
         if first - 1 == self.back_at:  # from where the run has gone back to, no step was taken
             first -= 1
-        folder = last_finite_checkpoint(self.run, first, self.ranks, self.emit)
+        folder = last_finite_checkpoint(run, first, ranks, self.log.emit)
         if folder is None or state.rollbacks >= limit:
-            why = f"{self.run} has no earlier checkpoint to go back to"
+            why = f"{run} has no earlier checkpoint to go back to"
             if folder is not None:
                 why = f"it went back {state.rollbacks} times, as train.max_rollbacks allows"
             raise PretrainError(
-                f"step {state.step}: training diverged: {self.rollback_reason}, and {why}. "
+                f"step {state.step}: training diverged: {self.reason}, and {why}. "
                 "Nothing of this is saved; metrics.jsonl describes the batches. Start again with a "
-                f"lower --learning-rate, or with --init-from an earlier checkpoint of {self.run}"
+                f"lower --learning-rate, or with --init-from an earlier checkpoint of {run}"
             )
         # Steps after the guard had given up were not judged: their samples are still to come.
         unseen = max(0, in_a_row - self.guard.max_skips)
-        samples = state.samples - unseen * self.plan.samples_per_step
-        sound = restore(folder, self.decoder, self.optimizer, self.plan, self.ranks)
+        samples = state.samples - unseen * self.job.plan.samples_per_step
+        sound = restore(folder, self.job)
         passed = (sound.samples, samples)
-        told = RolledBack(
-            sound.step, state.step - unseen, self.rollback_reason, passed, state.rollbacks + 1
+        event = RolledBack(
+            sound.step, state.step - unseen, self.reason, passed, state.rollbacks + 1
         )
         self.guard.load_state_dict(sound.guard)
-        self.feed.go_to(samples)
-        self.back_at, self.rollback_reason = sound.step, ""
+        self.job.batches.go_to(samples)
+        self.back_at, self.reason = sound.step, ""
         state = replace(
-            sound, samples=samples, passed=(*sound.passed, passed), rollbacks=told.rollbacks
+            sound, samples=samples, passed=(*sound.passed, passed), rollbacks=event.rollbacks
         )
-        return state, told
+        if ranks.is_first:
+            abandon_later(run, state.step, self.log.emit)
+            self.log.close()
+            self.log.open(state)
+        self.log.emit(event)
+        return state
+
+
+def abandon_later(run: Path, step: int, emit: Emit) -> None:
+    """Rename the checkpoints beyond this step, and emit a notice of each."""
+    for left in retention.abandon_later(run, step):
+        emit(Notice(f"{left}: beyond step {step:,}, renamed to abandoned-…"))
 
 
 def last_finite_checkpoint(run: Path, before: int, ranks: Ranks, emit: Emit) -> Path | None:
@@ -154,20 +154,18 @@ def last_finite_checkpoint(run: Path, before: int, ranks: Ranks, emit: Emit) -> 
     return next(found, None)
 
 
-def restore(
-    folder: Path, decoder: Decoder, optimizer: Optimizer, plan: Plan, ranks: Ranks
-) -> State:
+def restore(folder: Path, job: Job[Plan]) -> State:
     """Load a checkpoint's weights, optimizer state and random state into a model in training."""
-    if is_sharded(decoder):
-        whole_model = build_model(plan.model, plan.speed, torch.device("cpu"))
-        load_weights(whole_model, folder)
-        parts = dict(decoder.named_parameters())
+    if is_sharded(job.decoder):
+        full_model = build_model(job.plan.model, job.plan.speed, torch.device("cpu"))
+        load_weights(full_model, folder)
+        shards = dict(job.decoder.named_parameters())
         with torch.no_grad():
-            for name, value in whole_model.named_parameters():
-                parts[name].copy_(distribute_like(value, parts[name]))
+            for name, value in full_model.named_parameters():
+                shards[name].copy_(distribute_like(value, shards[name]))
     else:
-        load_weights(decoder, folder)
-    return checkpoint.load_training_state(folder, decoder, optimizer)
+        load_weights(job.decoder, folder)
+    return checkpoint.load_training_state(folder, job.decoder, job.optimizer)
 
 
 WORST_SAMPLES = 3
@@ -183,11 +181,7 @@ def diagnose(
     samples: tuple[int, int],
     same_weights: bool,
     rollbacks: int,
-    plan: Plan,
-    feed: Prefetcher,
-    decoder: Decoder,
-    model: nn.Module,
-    ranks: Ranks,
+    job: Job[Plan],
 ) -> Skipped:
     """Run the samples of a skipped step again: forward one by one, then forward and backward
     together.
@@ -195,20 +189,11 @@ def diagnose(
     Every rank must call this. `same_weights` is whether the weights have not changed since that
     step.
     """
-    batch = feed.at(samples[0])
-    losses = _loss_of_each(model, batch, feed, ranks).tolist()
-    add_gradients(
-        model,
-        batch.inputs,
-        batch.targets,
-        micro_batch_size=plan.micro_batch_size,
-        world_size=ranks.world_size,
-        counted=batch.counted,
-        documents=batch.documents,
-        terms=AuxiliaryLosses(plan.coefficients) if plan.coefficients else None,
-    )
-    norms = _norm_of_each(decoder)
-    decoder.zero_grad(set_to_none=True)
+    batch = job.batches.at(samples[0])
+    losses = _sample_losses(job.model, batch, job.ranks).tolist()
+    add_gradients(job, batch)
+    norms = _gradient_norms(job.decoder)
+    job.decoder.zero_grad(set_to_none=True)
     return Skipped(
         step=step,
         reason=verdict.reason,
@@ -216,7 +201,7 @@ def diagnose(
         gradient_norm=verdict.gradient_norm,
         samples=samples,
         worst_samples=[
-            _sample(samples[0] + place, losses[place], plan, feed)
+            _sample(samples[0] + place, losses[place], job)
             for place in _worst(dict(enumerate(losses)), WORST_SAMPLES)
         ],
         worst_gradients={name: norms[name] for name in _worst(norms, WORST_TENSORS)},
@@ -226,21 +211,21 @@ def diagnose(
 
 
 @torch.no_grad()
-def _loss_of_each(model: nn.Module, batch: DeviceBatch, feed: Prefetcher, ranks: Ranks) -> Tensor:
+def _sample_losses(model: nn.Module, batch: DeviceBatch, ranks: Ranks) -> Tensor:
     """Return the loss of each sample of the step, from all ranks. -> (samples,)"""
-    losses = torch.zeros(feed.batches.samples_per_step, device=ranks.device)
+    rows = len(batch.inputs)
+    losses = torch.zeros(rows * ranks.world_size, device=ranks.device)
     model.eval()
     with torch.compiler.set_stance("force_eager"):  # one sample is a shape of its own
-        for row in range(len(batch.inputs)):
-            one = batch.each(lambda part, row=row: part[row : row + 1])
-            losses[feed.batches.first + row] = model(
-                one.inputs, one.targets, documents=one.documents
-            )
+        for row in range(rows):
+            one = batch.each(lambda tensor, row=row: tensor[row : row + 1])
+            parts = model(one.inputs, one.targets, documents=one.documents)
+            losses[ranks.rank * rows + row] = parts.cross_entropy
     reshard(model)
     return ranks.sum(losses)
 
 
-def _norm_of_each(decoder: Decoder) -> dict[str, float]:
+def _gradient_norms(decoder: Decoder) -> dict[str, float]:
     """Return the gradient norm of every tensor, by its published name."""
     parameters, norms = dict(decoder.named_parameters()), {}
     gathered: tuple[str, Tensor | None] = "", None
@@ -263,8 +248,9 @@ def _size(number: float) -> float:
     return number if math.isfinite(number) else math.inf
 
 
-def _sample(number: int, loss: float, plan: Plan, feed: Prefetcher) -> dict[str, Any]:
-    source, tokens = feed.batches.sample(number)
+def _sample(number: int, loss: float, job: Job[Plan]) -> dict[str, Any]:
+    source, tokens = job.batches.tokens_of(number)
+    plan = job.plan
     return {
         "sample": number,
         "source": plan.data.trained_on[source].name,

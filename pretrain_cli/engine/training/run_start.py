@@ -20,12 +20,17 @@ import yaml
 
 from pretrain_cli import __version__
 from pretrain_cli.config.build import check_config
-from pretrain_cli.engine.optim.schedule import learning_rate
 from pretrain_cli.engine.planning.plan import Plan, resolved
+from pretrain_cli.engine.runs import checkpoint, retention
+from pretrain_cli.engine.runs.events import Emit, Notice
 from pretrain_cli.engine.runs.run_yaml import RUN_YAML, RunRecord, differences
 from pretrain_cli.engine.runtime.distributed import device_name
 from pretrain_cli.engine.runtime.peak_flops import Peak
-from pretrain_cli.errors import ConfigError
+from pretrain_cli.engine.runtime.profiler import WARMUP_STEPS
+from pretrain_cli.engine.runtime.speed import DETERMINISM, Speed
+from pretrain_cli.engine.training.job import Job
+from pretrain_cli.engine.training.rollback import abandon_later
+from pretrain_cli.errors import CheckpointError, ConfigError, DataError
 from pretrain_cli.files import write_whole
 from pretrain_cli.model.config import ModelConfig
 
@@ -52,6 +57,63 @@ def choose_folder(plan: Plan) -> Path:
         number += 1
         folder = RUNS / f"{base}-{number}"
     return folder
+
+
+def find_start(
+    plan: Plan,
+    emit: Emit,
+    resume: tuple[Path, RunRecord] | None,
+    resume_from: Path | None,
+) -> tuple[Path, Path | None]:
+    """Return (run folder, checkpoint to start from or None). Writes nothing."""
+    if resume is None:
+        return choose_folder(plan), None
+    run, record = resume
+    if plan.data.fingerprint != record.data_fingerprint:
+        raise DataError(
+            f"{plan.data.name}: not the dataset that {run} was trained on; give "
+            f"{record.data_name} with --data, or start a new run"
+        )
+    if resume_from and (reason := checkpoint.find_damage(resume_from)):
+        raise CheckpointError(f"{reason}; resume from the run, {run}, to take another")
+    start = resume_from or retention.newest_intact(run, lambda text: emit(Notice(text)))
+    if start is None:
+        emit(Notice(f"{run}: no checkpoint yet; starting again from step 0"))
+    return run, start
+
+
+def check_steps_left(plan: Plan, run: Path, done: int, profile: int) -> None:
+    """Raise ConfigError if the run has more steps than the plan, or too few left to profile."""
+    if done > plan.steps:
+        raise ConfigError(
+            f"train.steps: {plan.steps:,} is less than the {done:,} that {run} has; give "
+            "more, or resume from an earlier checkpoint of it"
+        )
+    if profile and plan.steps - done < WARMUP_STEPS + profile:
+        raise ConfigError(
+            f"--profile: {profile} steps after {WARMUP_STEPS} to warm up, and the run has "
+            f"{plan.steps - done:,} left; give fewer, or more --steps"
+        )
+
+
+def tell_departures(speed: Speed, emit: Emit) -> None:
+    """Emit a notice for each speed setting that is not in force as requested."""
+    for line in speed.departures():
+        emit(Notice(line))
+    if speed.deterministic:
+        emit(Notice(f"speed.deterministic: {DETERMINISM}"))
+
+
+def begin_run(job: Job[Plan], run: Path, peak: Peak, emit: Emit, resumed: RunRecord | None) -> None:
+    """Tell what differs from the run's record, and prepare the run folder on the first rank."""
+    plan, step = job.plan, job.state.step
+    if resumed is not None:
+        for line in changed_settings(resumed, plan, step):
+            emit(Notice(line))
+    if job.ranks.is_first:
+        retention.sweep(run)
+        write_record(run, plan, job.ranks.device, peak, resumed.asked if resumed else None)
+        abandon_later(run, step, emit)
 
 
 def write_record(
@@ -103,24 +165,15 @@ def _fields(config: ModelConfig) -> dict[str, Any]:
 def changed_settings(record: RunRecord, plan: Plan, step: int) -> Iterator[str]:
     """Describe each setting that differs from the run's record, and the effect of more steps on the
     schedule, a line each."""
-    before = check_config(record.settings)
-    for name, old, new in differences(before, resolved(plan)):
+    recorded = check_config(record.settings)
+    for name, old, new in differences(recorded, resolved(plan)):
         yield f"{name}: {old} → {new}"
-    steps = before.train.steps
+    steps = recorded.train.steps
     if not isinstance(steps, int) or steps == plan.steps:
         return
-    rates = [
-        learning_rate(
-            step,
-            peak=plan.learning_rate,
-            steps=length,
-            warmup_steps=plan.warmup_steps,
-            settings=plan.settings.optimizer,
-        )
-        for length in (steps, plan.steps)
-    ]
-    if rates[0] != rates[1]:
+    before, now = plan.learning_rate_at(step, steps=steps), plan.learning_rate_at(step)
+    if before != now:
         yield (
             f"The {plan.settings.optimizer.schedule} schedule now ends at step {plan.steps:,}: the "
-            f"learning rate goes on at {rates[1]:.3g} instead of {rates[0]:.3g}"
+            f"learning rate goes on at {now:.3g} instead of {before:.3g}"
         )

@@ -1,102 +1,87 @@
-"""One optimizer step: `train` runs it and `benchmark` times it."""
+"""One optimizer step: `train` takes it, `lr_find` tries rates with it, `benchmark` times it."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
+from pretrain_cli.engine.optim.optimizer import set_learning_rate
+from pretrain_cli.engine.planning.plan import StepPlan
 from pretrain_cli.engine.runtime.distributed import sync_gradients
 from pretrain_cli.engine.runtime.stop import Stopped
 from pretrain_cli.engine.training.auxiliary_losses import AuxiliaryLosses
-from pretrain_cli.engine.training.step_guard import StepGuard
+from pretrain_cli.engine.training.job import Job
+from pretrain_cli.engine.training.prefetch import DeviceBatch
 from pretrain_cli.spans import span
 
 
-def train_step(
-    model: nn.Module,
-    optimizer: Optimizer,
-    inputs: Tensor,
-    targets: Tensor,
-    *,
-    micro_batch_size: int,
-    clip: float,
-    world_size: int = 1,
-    counted: int | None = None,
-    documents: Tensor | None = None,
-    guard: StepGuard | None = None,
-    terms: AuxiliaryLosses | None = None,
-    stop: Callable[[], bool] = lambda: False,
-) -> tuple[Tensor, Tensor]:
-    """Take one optimizer step on this rank's share of the samples. -> (loss, gradient norm).
+class StepResult(NamedTuple):
+    """Result of one step, on the device."""
 
-    The returned loss is this rank's part of the mean over all ranks. `terms` names the auxiliary
-    losses that are minimized too, and collects them. With a guard, the guard decides whether the
-    optimizer steps. Raises Stopped between two micro-steps if `stop` requests it; weights and
-    optimizer are then unchanged.
+    loss: Tensor
+    """This rank's part of the mean cross-entropy over all ranks."""
+    gradient_norm: Tensor
+    """Norm of the full gradient, before clipping."""
+    auxiliary: AuxiliaryLosses | None
+    """Auxiliary losses; None if the plan has no weights for them."""
+
+
+def train_step(
+    job: Job[StepPlan],
+    batch: DeviceBatch,
+    learning_rate: float,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+) -> StepResult:
+    """Take one optimizer step on this rank's share of the samples. Every rank must call it.
+
+    The guard decides whether the optimizer steps. Raises Stopped between two micro-steps if `stop`
+    requests it; weights and optimizer are then unchanged.
     """
-    total = add_gradients(
-        model,
-        inputs,
-        targets,
-        micro_batch_size=micro_batch_size,
-        world_size=world_size,
-        counted=counted,
-        documents=documents,
-        terms=terms,
-        stop=stop,
-    )
+    set_learning_rate(job.optimizer, learning_rate)
+    loss, auxiliary = add_gradients(job, batch, stop=stop)
     with span("optimizer"):
+        clip = job.plan.settings.optimizer.clip
         limit = clip if clip > 0 else float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-        if guard is None:
-            optimizer.step()
-        else:
-            guard.step(optimizer, total, norm)
-        optimizer.zero_grad(set_to_none=True)
-    return total, norm
+        norm = torch.nn.utils.clip_grad_norm_(job.model.parameters(), limit)
+        job.guard.step(job.optimizer, loss, norm)
+        job.optimizer.zero_grad(set_to_none=True)
+    return StepResult(loss, norm, auxiliary)
 
 
 def add_gradients(
-    model: nn.Module,
-    inputs: Tensor,
-    targets: Tensor,
-    *,
-    micro_batch_size: int,
-    world_size: int = 1,
-    counted: int | None = None,
-    documents: Tensor | None = None,
-    terms: AuxiliaryLosses | None = None,
-    stop: Callable[[], bool] = lambda: False,
-) -> Tensor:
-    """Accumulate the gradients of a step; return this rank's part of its loss.
+    job: Job[StepPlan], batch: DeviceBatch, *, stop: Callable[[], bool] = lambda: False
+) -> tuple[Tensor, AuxiliaryLosses | None]:
+    """Accumulate the gradients of a step. -> (this rank's part of the loss, auxiliary losses).
 
-    inputs and targets (B, T) are processed `micro_batch_size` rows at a time, together with
-    `documents` (B, T) if attention stays inside documents. The loss of a micro-step is its sum
-    divided by this rank's share of the counted targets of the whole step (by default all targets),
-    so that the micro-steps add up to the mean of one large batch. Gradients are then averaged over
-    the ranks. Raises Stopped between two micro-steps if `stop` requests it, leaving no gradients.
+    The batch is processed `micro_batch_size` rows at a time. The loss of a micro-step is its sum
+    divided by this rank's share of the counted targets of the whole step, so that the micro-steps
+    add up to the mean of one large batch. Gradients are then averaged over the ranks. Raises
+    Stopped between two micro-steps if `stop` requests it, leaving no gradients.
     """
-    normalizer = targets.numel() if counted is None else counted / world_size
+    model, world_size, weights = job.model, job.ranks.world_size, job.plan.loss_weights
+    auxiliary = AuxiliaryLosses(weights) if weights else None
+    normalizer = batch.counted / world_size
     model.train()
-    total = torch.zeros((), device=inputs.device)
-    for start in range(0, len(inputs), micro_batch_size):
+    total = torch.zeros((), device=batch.inputs.device)
+    for start in range(0, len(batch.inputs), job.plan.micro_batch_size):
         if start and stop():
             model.zero_grad(set_to_none=True)
             raise Stopped
-        rows = slice(start, start + micro_batch_size)
-        with sync_gradients(model, last=rows.stop >= len(inputs)):
+        rows = slice(start, start + job.plan.micro_batch_size)
+        with sync_gradients(model, last=rows.stop >= len(batch.inputs)):
             with span("forward"):
-                found = model(
-                    inputs[rows],
-                    targets[rows],
-                    documents=None if documents is None else documents[rows],
+                parts = model(
+                    batch.inputs[rows],
+                    batch.targets[rows],
+                    documents=None if batch.documents is None else batch.documents[rows],
                     normalizer=normalizer,
-                    coefficients=terms.coefficients if terms else None,
+                    loss_weights=weights,
                 )
             with span("backward"):
-                (found.minimized if terms else found).backward()
-        if terms:
-            terms.add(found)
-        total += (found.cross_entropy if terms else found.detach()) / world_size
-    return total
+                parts.minimized.backward()
+        if auxiliary:
+            auxiliary.add(parts)
+        total += parts.cross_entropy / world_size
+    return total, auxiliary

@@ -1,44 +1,51 @@
 """Training: from datasets to a run folder with checkpoints, metrics and samples.
 
-open the ranks → plan → open the batches → build the model → set its weights → apply speed settings
-→ build the optimizer → resume → train_step until done or stopped, evaluating and saving when due
+open the ranks → plan → choose the run folder → open the batches → set up → take steps until done or
+stopped; log, evaluate, save and sample when due
 """
 
+import time
+from dataclasses import replace
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from pretrain_cli.config.run_config import RunConfig
-from pretrain_cli.engine.optim.optimizer import build_optimizer
 from pretrain_cli.engine.planning.plan import Plan, make_plan
-from pretrain_cli.engine.runs import checkpoint, retention
+from pretrain_cli.engine.runs import checkpoint
 from pretrain_cli.engine.runs.checkpoint import State
-from pretrain_cli.engine.runs.events import Emit, Event, Finished, Notice
-from pretrain_cli.engine.runs.run_yaml import RunRecord
-from pretrain_cli.engine.runtime.distributed import open_ranks, parallelize
-from pretrain_cli.engine.runtime.peak_flops import find_peak
-from pretrain_cli.engine.runtime.process_settings import set_compile_cache
-from pretrain_cli.engine.runtime.profiler import WARMUP_STEPS
-from pretrain_cli.engine.runtime.speed import (
-    DETERMINISM,
-    apply_process_settings,
-    build_model,
-    compile_blocks,
-    only_deterministic,
+from pretrain_cli.engine.runs.events import (
+    Emit,
+    Finished,
+    Profiled,
+    Started,
+    StepMetrics,
+    ignore,
 )
-from pretrain_cli.engine.runtime.stop import StopRequest
+from pretrain_cli.engine.runs.run_yaml import RunRecord
+from pretrain_cli.engine.runtime.distributed import device_name, open_ranks
+from pretrain_cli.engine.runtime.peak_flops import Peak, find_peak
+from pretrain_cli.engine.runtime.profiler import WARMUP_STEPS, Profiler
+from pretrain_cli.engine.runtime.speed import only_deterministic
+from pretrain_cli.engine.runtime.stop import Stopped, StopRequest
 from pretrain_cli.engine.training.async_save import check_space, checkpoint_size
+from pretrain_cli.engine.training.auxiliary_losses import AuxiliaryLosses
+from pretrain_cli.engine.training.checkpointer import Checkpointer
+from pretrain_cli.engine.training.evaluate import Evaluator
+from pretrain_cli.engine.training.job import Job, set_up
 from pretrain_cli.engine.training.prefetch import open_batches
+from pretrain_cli.engine.training.rollback import Rollback
+from pretrain_cli.engine.training.run_log import RunLog, Sampling
 from pretrain_cli.engine.training.run_start import (
     COMPILED,
-    changed_settings,
-    choose_folder,
-    write_record,
+    begin_run,
+    check_steps_left,
+    find_start,
+    tell_departures,
 )
-from pretrain_cli.engine.training.trainer import Trainer
-from pretrain_cli.errors import CheckpointError, ConfigError, DataError
-from pretrain_cli.model.decoder import Decoder
-from pretrain_cli.model.formats.hf_weights import load_weights, say_left_out
+from pretrain_cli.engine.training.step import train_step
+from pretrain_cli.engine.training.throughput import ThroughputMeter
+from pretrain_cli.model import counting
 
 PEAK_SECONDS = 0.2
 """Seconds for measuring the device's peak FLOP/s. The best of a few matrix products is within a few
@@ -60,96 +67,176 @@ def train(
     the number of steps to profile on the first rank. Raises Stopped if `stop` requests it before
     the run exists.
     """
-    if stop is None:
-        stop = StopRequest(limit=settings.train.max_time)
+    stop = stop or StopRequest(limit=settings.train.max_time)
     with open_ranks(settings.train.device) as ranks:
-        if not ranks.is_first:
-            emit = _silent
+        emit = emit if ranks.is_first else ignore
         stop.ranks = ranks
         plan = make_plan(settings, ranks, emit, stop, resumed=resume[1] if resume else None)
-        run, start = _choose_run(plan, emit, resume, resume_from)
+        run, start = find_start(plan, emit, resume, resume_from)
         done = checkpoint.read_state(start).step if start else 0
         check_space(plan, run, ranks, emit, done=done)
+        check_steps_left(plan, run, done, profile)
         if ranks.is_first:  # which writes
             stop.save_seconds = checkpoint.estimated_seconds(checkpoint_size(plan))
         batches = open_batches(plan, ranks, emit)
-        torch.manual_seed(settings.train.seed)  # nothing draws from it yet; a checkpoint keeps it
-        apply_process_settings(plan.speed)
-        for said in plan.speed.departures():
-            emit(Notice(said))
-        if plan.speed.deterministic:
-            emit(Notice(f"speed.deterministic: {DETERMINISM}"))
-
+        tell_departures(plan.speed, emit)
+        job = set_up(plan, ranks, batches, start=start, compile_cache=run / COMPILED, emit=emit)
         peak = find_peak(ranks.device, plan.speed.compute_dtype, seconds=PEAK_SECONDS)
-        decoder = build_model(plan.model, plan.speed, ranks.device)
-        set_weights(decoder, plan, start, emit)
-        if plan.speed.compile:
-            set_compile_cache(run / COMPILED)
-        compile_blocks(decoder, plan.speed)
-        model = parallelize(decoder, ranks, plan.settings.train.parallel)
-        optimizer = build_optimizer(
-            decoder, plan.settings.optimizer, fused=plan.speed.fused_optimizer
-        )
-        state = State()
-        if start is not None:
-            state = checkpoint.load_training_state(start, decoder, optimizer)
-        if state.step > plan.steps:
-            raise ConfigError(
-                f"train.steps: {plan.steps:,} is less than the {state.step:,} that {run} has; give "
-                "more, or resume from an earlier checkpoint of it"
-            )
-        if profile and plan.steps - state.step < WARMUP_STEPS + profile:
-            raise ConfigError(
-                f"--profile: {profile} steps after {WARMUP_STEPS} to warm up, and the run has "
-                f"{plan.steps - state.step:,} left; give fewer, or more --steps"
-            )
-        if resume is not None:
-            for line in changed_settings(resume[1], plan, state.step):
-                emit(Notice(line))
-        if ranks.is_first:
-            retention.sweep(run)
-            write_record(run, plan, ranks.device, peak, resume[1].asked if resume else None)
-            for left in retention.abandon_later(run, state.step):
-                emit(Notice(f"{left}: beyond step {state.step:,}, renamed to abandoned-…"))
-        trainer = Trainer(plan, run, ranks, emit, batches, decoder, model, optimizer, peak)
-        trainer.profile = profile if ranks.is_first else 0
+        begin_run(job, run, peak, emit, resume[1] if resume else None)
+        log = RunLog(plan, run, ranks, emit, job.state)
         with only_deterministic(plan.speed):
-            return trainer.run_until(plan.steps, state, stop)
+            return take_steps(job, log, stop, peak, profile=profile if ranks.is_first else 0)
 
 
-def _choose_run(
-    plan: Plan,
-    emit: Emit,
-    resume: tuple[Path, RunRecord] | None,
-    resume_from: Path | None,
-) -> tuple[Path, Path | None]:
-    """Return (run folder, checkpoint to start from or None). Writes nothing."""
-    if resume is None:
-        return choose_folder(plan), None
-    run, record = resume
-    if plan.data.fingerprint != record.data_fingerprint:
-        raise DataError(
-            f"{plan.data.name}: not the dataset that {run} was trained on; give "
-            f"{record.data_name} with --data, or start a new run"
-        )
-    if resume_from and (reason := checkpoint.find_damage(resume_from)):
-        raise CheckpointError(f"{reason}; resume from the run, {run}, to take another")
-    start = resume_from or retention.newest_intact(run, lambda text: emit(Notice(text)))
-    if start is None:
-        emit(Notice(f"{run}: no checkpoint yet; starting again from step 0"))
-    return run, start
+def take_steps(
+    job: Job[Plan], log: RunLog, stop: StopRequest, peak: Peak, *, profile: int
+) -> Finished:
+    """Train until all steps are done or a stop is requested, then save."""
+    plan, state, steps, reason = job.plan, job.state, job.plan.steps, "done"
+    log.emit(_started(job, log.run, peak))
+    if state.step >= steps:
+        log.notify(f"{log.run} has its {steps:,} steps; give more --steps to continue")
+    meter = _meter(job, log, peak)
+    sampling, evaluator = Sampling(job, log, stop), Evaluator(job, log, stop)
+    rollback = Rollback(job, log)
+    saves = Checkpointer(job, log, stop, rollback=rollback, evaluator=evaluator)
+    profiler = _profiler(job, log.run, profile)
+    try:
+        state = _catch_up(state, meter, evaluator, sampling)
+        while state.step < steps or rollback.reason:
+            stop.check()
+            if rollback.reason:
+                saves.wait()  # it may be the checkpoint to go back to
+                state = rollback.roll_back(state)
+                saves.rolled_back(state)
+                evaluator.rolled_back()
+            rate = plan.learning_rate_at(state.step)
+            with profiler.step():
+                result = train_step(job, job.batches.next(), rate, stop=stop.poll)
+            state = saves.poll(_advance(state, plan))
+            meter.stepped(job.batches.wait)
+            if done := profiler.result():
+                log.emit(Profiled(state.step, done))
+            log_due = state.step == steps or state.step % plan.log_every == 0
+            evaluation_due, sample_due = evaluator.due(state.step), sampling.due(state.step)
+            save_due = saves.due(state.step)
+            if log_due or evaluation_due or save_due or sample_due:
+                state = rollback.collect_outcomes(state)  # waits for the device
+                if rollback.reason:
+                    continue
+            if log_due:
+                log.emit(_metrics(job, meter, state, rate, result.auxiliary))
+            if evaluation_due:
+                with meter.held_up("evaluation"):
+                    evaluator.take(state.step)
+            if save_due:
+                with meter.held_up("save"):
+                    state = saves.save(state, keeps_training=state.step < steps)
+            if sample_due and not rollback.reason:
+                with meter.held_up("evaluation"):
+                    sampling.take(state.step)
+            stop.after(state.step)
+        saves.finish()
+    except Stopped:
+        reason = "stopped"
+        saves.leave(state, made=state.step - job.state.step)
+    finally:
+        for part in (profiler, job.batches, saves, log):
+            part.close()
+    finished = Finished(log.run, state.step, steps, reason)
+    log.emit(finished)
+    return finished
 
 
-def set_weights(decoder: Decoder, plan: Plan, start: Path | None, emit: Emit) -> None:
-    """Load the weights of the checkpoint or of --init-from, or initialize them from the seed."""
-    folder = start or plan.settings.model.init_from
-    if folder is None:
-        decoder.initialize(plan.settings.train.seed)
-        return
-    left_out = load_weights(decoder, folder)
-    if left_out:
-        emit(Notice(say_left_out(folder, left_out)))
+def _catch_up(
+    state: State, meter: ThroughputMeter, evaluator: Evaluator, sampling: Sampling
+) -> State:
+    """Evaluate and sample at the step that the run starts from, if a stop came before."""
+    with meter.held_up("evaluation"):
+        if evaluator.was_missed(state.step):
+            evaluator.take(state.step)
+            state = evaluator.mark_best(state)
+        if sampling.due(state.step):
+            sampling.take(state.step)
+    return state
 
 
-def _silent(event: Event) -> None:
-    """Ignore an event; for ranks other than the first."""
+def _advance(state: State, plan: Plan) -> State:
+    """Return the state after one more step."""
+    return replace(
+        state,
+        step=state.step + 1,
+        samples=state.samples + plan.samples_per_step,
+        tokens=state.tokens + plan.tokens_per_step,
+    )
+
+
+def _started(job: Job[Plan], run: Path, peak: Peak) -> Started:
+    plan = job.plan
+    flops = counting.training_flops(plan.model, plan.seq_len)
+    return Started(
+        step=job.state.step,
+        time=time.time(),
+        run=run,
+        model=plan.name,
+        parameters=counting.count_parameters(plan.model).total,
+        dataset=plan.data.name,
+        device=device_name(job.ranks.device),
+        ranks=job.ranks.world_size,
+        steps=plan.steps,
+        tokens_per_step=plan.tokens_per_step,
+        flops_per_token=flops.exact,
+        flops_per_token_conventional=flops.conventional,
+        peak_flops=peak.flops,
+        peak_source=peak.source,
+        peak_measured=peak.measured,
+    )
+
+
+def _meter(job: Job[Plan], log: RunLog, peak: Peak) -> ThroughputMeter:
+    return ThroughputMeter(
+        job.ranks,
+        flops=counting.training_flops(job.plan.model, job.plan.seq_len),
+        peak=peak.flops,
+        tokens_per_step=job.plan.tokens_per_step,
+        tokens=job.state.tokens,
+        before=log.before,
+    )
+
+
+def _profiler(job: Job[Plan], run: Path, steps: int) -> Profiler:
+    first = job.state.step + WARMUP_STEPS + 1
+    trace = run / f"profile-step-{first:06d}.json"
+    return Profiler(steps, after=WARMUP_STEPS, device=job.ranks.device, trace=trace)
+
+
+def _metrics(
+    job: Job[Plan],
+    meter: ThroughputMeter,
+    state: State,
+    rate: float,
+    auxiliary: AuxiliaryLosses | None,
+) -> StepMetrics:
+    """Return the metrics of the step, whose outcome has been read. Every rank must call it."""
+    return meter.read(
+        state.step,
+        tokens=state.tokens,
+        loss=job.guard.last.loss,
+        gradient_norm=job.guard.last.gradient_norm,
+        learning_rate=rate,
+        sources=_tokens_by_source(job, state),
+        others=auxiliary.read(job.ranks) if auxiliary else {},
+    )
+
+
+def _tokens_by_source(job: Job[Plan], state: State) -> dict[str, int]:
+    """Return the tokens seen of each dataset, if there are several."""
+    data = job.plan.data
+    if len(data.sources) == 1:
+        return {}
+    counts = np.array(job.batches.counts(state.samples))
+    for skipped in state.passed:
+        before, after = map(job.batches.counts, skipped)
+        counts += np.array(before) - np.array(after)
+    tokens = (counts * job.plan.seq_len).tolist()
+    return dict(zip([source.name for source in data.trained_on], tokens, strict=True))

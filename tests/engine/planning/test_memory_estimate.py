@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from pretrain_cli.config.run_config import OptimizerSettings, SpeedConfig
 from pretrain_cli.engine.benchmark.workload import Arm, Repeats, Workload, run_timing
-from pretrain_cli.engine.optim.optimizer import build_optimizer, set_learning_rate
+from pretrain_cli.engine.optim.optimizer import build_optimizer
 from pretrain_cli.engine.planning.memory_estimate import (
     StepShape,
     estimate,
@@ -25,6 +25,7 @@ from pretrain_cli.engine.training.step_guard import StepGuard
 from pretrain_cli.model.attention_backends import BACKENDS, Mask
 from pretrain_cli.model.config import FULL, SLIDING, variant
 from pretrain_cli.model.presets import preset
+from tests.engine.jobs import batch_of, job_of
 
 CPU = torch.device("cpu")
 # all widths differ, so that a formula with a wrong width fails
@@ -81,7 +82,7 @@ def kept_by_blocks(config, speed, rows, seq_len, masked=False):
     compile_blocks(model, speed)
     inputs, targets = tokens(config, rows, seq_len)
     parted = documents(rows, seq_len) if masked else None
-    model(inputs, targets, documents=parted).backward()  # compiles here, if compile is set
+    model(inputs, targets, documents=parted).minimized.backward()  # may compile here
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     shapes = [tuple(p.shape) for p in model.parameters()]
     copies = {shape for each in shapes for shape in (each, (*each[:-2], *each[:-3:-1]))}
@@ -175,16 +176,14 @@ def live_peak(config, speed, rows, seq_len, *, micro_steps=1, optimizer="adamw",
     model.initialize(0)
     settings = OptimizerSettings(name=optimizer)
     adamw = build_optimizer(model, settings, fused=speed.fused_optimizer)
-    set_learning_rate(adamw, 1e-4)
     inputs, targets = tokens(config, rows * micro_steps, seq_len)
     guard = StepGuard(Ranks(0, 1, CPU))
     parted = documents(len(inputs), seq_len) if masked else None
+    job = job_of(model, adamw, micro_batch_size=rows, guard=guard)
+    batch = batch_of(inputs, targets, parted)
 
     def step():
-        train_step(
-            model, adamw, inputs, targets, micro_batch_size=rows, clip=1.0, guard=guard,
-            documents=parted,
-        )  # fmt: skip
+        train_step(job, batch, 1e-4)
 
     step()
     with profile(

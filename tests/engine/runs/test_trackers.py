@@ -132,7 +132,7 @@ def test_a_tracker_on_a_full_disk_is_dropped_and_training_continues(settings, ru
     class Broken:
         given = 0
 
-        def write(self, event):
+        def take(self, event):
             Broken.given += 1
             if Broken.given == 3:
                 raise OSError(errno.ENOSPC, "No space left on device")

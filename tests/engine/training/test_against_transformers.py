@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pretrain_cli.engine.runs.events import StepMetrics
-from pretrain_cli.engine.training import trainer as training
+from pretrain_cli.engine.training import train as training
 
 STEPS = 50
 NUMBERS = {
@@ -40,9 +40,9 @@ def test_fifty_losses_equal_those_of_a_transformers_training_loop(
 
     batches, real = [], training.train_step
 
-    def spied(model, optimizer, inputs, targets, **options):
-        batches.append((inputs.clone(), targets.clone()))
-        return real(model, optimizer, inputs, targets, **options)
+    def spied(job, batch, *rest, **options):
+        batches.append((batch.inputs.clone(), batch.targets.clone()))
+        return real(job, batch, *rest, **options)
 
     monkeypatch.setattr(training, "train_step", spied)
     events = run(

@@ -196,22 +196,22 @@ def test_a_stop_during_a_save_waits_for_it_and_saves_the_last_step(
 TWO_RANKS = """
 import threading
 from pretrain_cli.engine.runs import checkpoint
-from pretrain_cli.engine.training import trainer
 from pretrain_cli.engine.runs.events import StepMetrics
+from pretrain_cli.engine.training.run_log import RunLog
 
-written, write, report = threading.Event(), checkpoint.write_checkpoint, trainer.Trainer.emit
+written, write, emit = threading.Event(), checkpoint.write_checkpoint, RunLog.emit
 
 def held_back(folder, contents, **options):
     if contents.state.step == 2:
         assert written.wait(20), "training did not go on"
     return write(folder, contents, **options)
 
-def told(self, event):
-    report(self, event)
+def emitted(self, event):
+    emit(self, event)
     if isinstance(event, StepMetrics) and event.step == 3:
         written.set()
 
-checkpoint.write_checkpoint, trainer.Trainer.emit = held_back, told
+checkpoint.write_checkpoint, RunLog.emit = held_back, emitted
 from pretrain_cli.cli import app
 app()
 """

@@ -8,13 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pretrain_cli.config.run_config import OptimizerSettings
-from pretrain_cli.engine.optim.optimizer import build_optimizer
 from pretrain_cli.engine.runs.events import Notice, StepMetrics
 from pretrain_cli.engine.runtime.distributed import Ranks
 from pretrain_cli.engine.training.auxiliary_losses import AuxiliaryLosses
 from pretrain_cli.engine.training.step import add_gradients, train_step
 from pretrain_cli.model.decoder import LossWeights
+from tests.engine.jobs import batch_of, job_of
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SPARSE = {
@@ -42,14 +41,14 @@ def test_the_balancing_loss_is_the_mean_over_micro_batches(tiny_model):
     expected = 0.0
     for i in range(0, 6, 2):
         logits.clear()
-        entropy = plain(inputs[i : i + 2], targets[i : i + 2])
+        entropy = plain(inputs[i : i + 2], targets[i : i + 2]).minimized
         part = 0.5 * balancing_loss(tuple(logits), 3, 2) / 3
         (entropy / 3 + part).backward()
         expected += part.item()
 
-    terms = AuxiliaryLosses(LossWeights(0.0, 0.5))
-    add_gradients(model, inputs, targets, micro_batch_size=2, terms=terms)
-    numbers = terms.read(ALONE)
+    job = job_of(model, micro_batch_size=2, loss_weights=LossWeights(0.0, 0.5))
+    _, auxiliary = add_gradients(job, batch_of(inputs, targets))
+    numbers = auxiliary.read(ALONE)
     assert numbers["balancing_loss"] == pytest.approx(expected, rel=1e-5)
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
@@ -68,12 +67,12 @@ def test_a_z_loss_does_not_depend_on_the_micro_batch(tiny_model, micro_batch_siz
     gradients = torch.autograd.grad(entropy + z_loss, list(model.parameters()))
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
 
-    terms = AuxiliaryLosses(LossWeights(0.01, 0.0))
-    optimizer = build_optimizer(model, OptimizerSettings(), fused=True)
-    options = {"micro_batch_size": micro_batch_size, "counted": int(counted.sum()), "clip": 1.0}
-    loss, found = train_step(model, optimizer, inputs, targets, terms=terms, **options)
+    weights = LossWeights(0.01, 0.0)
+    job = job_of(model, micro_batch_size=micro_batch_size, loss_weights=weights)
+    batch = batch_of(inputs, targets, counted=int(counted.sum()))
+    loss, found, auxiliary = train_step(job, batch, 1e-3)
     assert loss.item() == pytest.approx(entropy.item(), rel=1e-5)
-    assert terms.read(ALONE) == {"z_loss": pytest.approx(z_loss.item(), rel=1e-5)}
+    assert auxiliary.read(ALONE) == {"z_loss": pytest.approx(z_loss.item(), rel=1e-5)}
     assert found.item() == pytest.approx(norm.item(), rel=1e-4)
 
 

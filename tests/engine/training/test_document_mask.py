@@ -8,7 +8,7 @@ from pretrain_cli.data.mixture import Source, mix
 from pretrain_cli.engine.runs.events import Evaluation, StepMetrics
 from pretrain_cli.engine.runtime.distributed import Ranks
 from pretrain_cli.engine.sampling.sample import open_for_sampling
-from pretrain_cli.engine.training import trainer as training
+from pretrain_cli.engine.training import train as training
 from pretrain_cli.engine.training.evaluate import evaluate
 
 
@@ -21,9 +21,9 @@ def steps(settings, run, monkeypatch):
         seen = []
         real = training.train_step
 
-        def spied(model, optimizer, inputs, targets, *, documents, **rest):
-            seen.append((inputs, targets, documents))
-            return real(model, optimizer, inputs, targets, documents=documents, **rest)
+        def spied(job, batch, *rest, **options):
+            seen.append((batch.inputs, batch.targets, batch.documents))
+            return real(job, batch, *rest, **options)
 
         with monkeypatch.context() as patch:
             patch.setattr(training, "train_step", spied)

@@ -15,13 +15,13 @@ from pretrain_cli.config.run_config import RunConfig
 from pretrain_cli.engine.runs import checkpoint, metrics_file, retention
 from pretrain_cli.engine.runs.run_yaml import read_record
 from pretrain_cli.engine.runtime.stop import SAME_REQUEST, StopRequest
-from pretrain_cli.engine.training import evaluate, train, trainer
+from pretrain_cli.engine.training import evaluate, train
 from tests.engine.training.test_resume import assert_same_weights, numbers, resume
 
 KILLS = 25
 """Kills for each model."""
 PHASES = {
-    "training": (trainer, "train_step", 12),
+    "training": (train, "train_step", 12),
     "copying": (checkpoint, "take_snapshot", 5),
     "writing": (checkpoint, "write_weights", 5),
     "sealing": (checkpoint, "write_checksums", 5),

@@ -39,9 +39,9 @@ def test_lr_find_stops_at_a_loss_that_is_not_finite(settings, tmp_path, monkeypa
     real, calls = lr_find.train_step, []
 
     def spied(*arguments, **options):
-        loss, norm = real(*arguments, **options)
-        calls.append(loss.item())
-        return (loss / 0 if len(calls) == 5 else loss), norm
+        result = real(*arguments, **options)
+        calls.append(result.loss.item())
+        return result._replace(loss=result.loss / 0) if len(calls) == 5 else result
 
     monkeypatch.setattr(lr_find, "train_step", spied)
     test, _, _ = search(settings(train__steps=20), tmp_path)

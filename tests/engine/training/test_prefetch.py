@@ -26,7 +26,8 @@ class Numbered:
 
 @pytest.mark.parametrize("prefetch", [True, False])
 def test_batches_come_in_order_from_the_first_sample(prefetch):
-    feed = Prefetcher(Numbered(), first_sample=40, device=torch.device("cpu"), prefetch=prefetch)
+    feed = Prefetcher(Numbered(), device=torch.device("cpu"), prefetch=prefetch)
+    feed.go_to(40)
     for first in (40, 44, 48, 52):
         batch = feed.next()
         assert batch.inputs.tolist() == [[first] * 3] * 4
@@ -41,9 +42,7 @@ def test_prefetching_hides_the_reading_time():
     """Reading a batch takes 0.1 s, and a training step 0.3 s."""
     waits = {}
     for prefetch in (True, False):
-        feed = Prefetcher(
-            Numbered(0.1), first_sample=0, device=torch.device("cpu"), prefetch=prefetch
-        )
+        feed = Prefetcher(Numbered(0.1), device=torch.device("cpu"), prefetch=prefetch)
         feed.next()
         time.sleep(0.3)
         feed.next()
@@ -58,7 +57,7 @@ def test_on_a_gpu_a_batch_comes_from_pinned_memory():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     device = torch.device("cuda")
-    feed = Prefetcher(Numbered(), first_sample=0, device=device, prefetch=True)
+    feed = Prefetcher(Numbered(), device=device, prefetch=True)
     read, batch = feed._read(0), feed.next()
     for name in ("inputs", "targets", "documents"):
         assert getattr(read, name).is_pinned()

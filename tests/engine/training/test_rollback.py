@@ -1,6 +1,8 @@
 """Skipped steps and rollbacks: logs, exact weights, resume, and runs that stop with a reason."""
 
 import contextlib
+import dataclasses
+import inspect
 import json
 import math
 import os
@@ -19,40 +21,57 @@ from pretrain_cli.engine.runs import checkpoint, retention
 from pretrain_cli.engine.runs.checkpoint import read_state
 from pretrain_cli.engine.runs.events import RolledBack, Saved, Skipped, StepMetrics
 from pretrain_cli.engine.runs.run_yaml import read_record, resumed_settings
-from pretrain_cli.engine.training import trainer
-from pretrain_cli.engine.training.prefetch import Prefetcher
+from pretrain_cli.engine.training import train as training
 from pretrain_cli.engine.training.train import train
 from pretrain_cli.errors import PretrainError
 
 PER_STEP = 4  # samples per step
 
 
+class Recorded:
+    """Batch source that records the first sample of the last batch."""
+
+    def __init__(self, source):
+        self.source, self.current = source, None
+
+    def __getattr__(self, name):
+        return getattr(self.source, name)
+
+    def next(self):
+        self.current = self.source.sample
+        return self.source.next()
+
+    def at(self, sample):
+        self.current = sample
+        return self.source.at(sample)
+
+
 @pytest.fixture
 def poison(monkeypatch):
     """Return a set of sample numbers. Each step whose first sample is in it gets a NaN gradient,
     every time it runs."""
-    poisoned, current = set(), {}
-    next_batch, batch_at, build = Prefetcher.next, Prefetcher.at, trainer.Trainer.__init__
+    poisoned, set_up = set(), training.set_up
 
-    def following(self):
-        current["sample"] = self.sample
-        return next_batch(self)
+    def poisoned_job(*arguments, **options):
+        job = set_up(*arguments, **options)
+        source = Recorded(job.batches)
+        victim = dict(job.decoder.named_parameters())["blocks.2.mlp.down.weight"]
+        victim.register_hook(lambda grad: grad * math.nan if source.current in poisoned else grad)
+        return dataclasses.replace(job, batches=source)
 
-    def at(self, sample):
-        current["sample"] = sample
-        return batch_at(self, sample)
-
-    def init(self, plan, run, ranks, report, batches, decoder, *rest):
-        build(self, plan, run, ranks, report, batches, decoder, *rest)
-        victim = dict(decoder.named_parameters())["blocks.2.mlp.down.weight"]
-        victim.register_hook(
-            lambda grad: grad * math.nan if current["sample"] in poisoned else grad
-        )
-
-    monkeypatch.setattr(Prefetcher, "next", following)
-    monkeypatch.setattr(Prefetcher, "at", at)
-    monkeypatch.setattr(trainer.Trainer, "__init__", init)
+    monkeypatch.setattr(training, "set_up", poisoned_job)
     return poisoned
+
+
+def with_batches(patch, change):
+    """Change the batch source of every job: `change` takes the source and returns another."""
+    set_up = training.set_up
+
+    def changed(*arguments, **options):
+        job = set_up(*arguments, **options)
+        return dataclasses.replace(job, batches=change(job.batches))
+
+    patch.setattr(training, "set_up", changed)
 
 
 def rows(run, *kinds):
@@ -115,14 +134,14 @@ def test_a_skipped_step_equals_a_run_without_its_batch(settings, run, poison, tm
     run(settings("poisoned", **common))
     poison.clear()
     with pytest.MonkeyPatch.context() as patch:
-        real = Prefetcher.next
 
-        def skipping(self):
-            if self.sample == 2 * PER_STEP:
-                self.go_to(3 * PER_STEP)
-            return real(self)
+        class Skipping(Recorded):
+            def next(self):
+                if self.source.sample == 2 * PER_STEP:
+                    self.source.go_to(3 * PER_STEP)
+                return self.source.next()
 
-        patch.setattr(Prefetcher, "next", skipping)
+        with_batches(patch, Skipping)
         run(settings("by-hand", train__steps=5, **common))
     assert_same_weights(
         tmp_path / "poisoned/checkpoints/step-000006", tmp_path / "by-hand/checkpoints/step-000005"
@@ -153,12 +172,12 @@ def test_a_rollback_passes_over_the_samples_of_the_skipped_steps(
     for step in (8, 9):
         shutil.rmtree(first / f"step-{step:06d}")
     with pytest.MonkeyPatch.context() as patch:
-        real = Prefetcher.__init__
 
-        def further(self, batches, *, first_sample, **rest):
-            real(self, batches, first_sample=28, **rest)
+        def further(source):
+            source.go_to(28)
+            return source
 
-        patch.setattr(Prefetcher, "__init__", further)
+        with_batches(patch, further)
         resume(run, tmp_path / "first")
     assert_same_weights(tmp_path / "run/checkpoints/step-000009", first / "step-000009")
     steps = rows(tmp_path / "run", "step")
@@ -198,7 +217,7 @@ def test_a_resumed_run_with_skipped_steps_ends_the_same(settings, run, poison, t
     common = {"train__steps": 9, "train__checkpoint_every": 2, "train__max_skips": 3,
               "train__eval_every": 4}  # fmt: skip
     run(settings("straight", **common))
-    real, tried = trainer.train_step, []
+    real, tried = training.train_step, []
 
     class Killed(Exception):
         pass
@@ -210,7 +229,7 @@ def test_a_resumed_run_with_skipped_steps_ends_the_same(settings, run, poison, t
         return real(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "train_step", dies)
+        patch.setattr(training, "train_step", dies)
         with contextlib.suppress(Killed):
             run(settings("killed", **common))
     resume(run, tmp_path / "killed")
@@ -247,17 +266,17 @@ def test_a_rollback_without_a_checkpoint_ends_the_run(settings, run, poison):
 
 def test_weights_that_are_not_finite_are_not_saved(settings, run, tmp_path, monkeypatch):
     """A weight becomes infinite in a step of finite loss and gradients: the run rolls back."""
-    real, done = trainer.train_step, []
+    real, done = training.train_step, []
 
-    def breaks(model, *arguments, **options):
-        result = real(model, *arguments, **options)
+    def breaks(job, *arguments, **options):
+        result = real(job, *arguments, **options)
         done.append(1)
         if len(done) == 4:
             with torch.no_grad():
-                next(model.parameters())[0, 0] = math.inf
+                next(job.model.parameters())[0, 0] = math.inf
         return result
 
-    monkeypatch.setattr(trainer, "train_step", breaks)
+    monkeypatch.setattr(training, "train_step", breaks)
     events = run(settings(train__checkpoint_every=2))
     [back] = [event for event in events if isinstance(event, RolledBack)]
     assert (back.step, back.from_step) == (2, 4)
@@ -299,30 +318,25 @@ def test_tensorboard_drops_the_steps_that_a_rollback_repeats(settings, run, pois
 
 
 TWO_RANKS = """
-import math, sys
-from pretrain_cli.engine.training import trainer
-from pretrain_cli.engine.training.prefetch import Prefetcher
+import dataclasses, math
+from pretrain_cli.engine.training import train as training
 
-current, next_batch, batch_at, build = {}, Prefetcher.next, Prefetcher.at, trainer.Trainer.__init__
+set_up = training.set_up
 
-def following(self):
-    current["sample"] = self.sample
-    return next_batch(self)
-
-def at(self, sample):
-    current["sample"] = sample
-    return batch_at(self, sample)
-
-def init(self, plan, run, ranks, report, batches, decoder, *rest):
-    build(self, plan, run, ranks, report, batches, decoder, *rest)
-    real = decoder.forward
+def spoilt_job(plan, ranks, *arguments, **options):
+    job = set_up(plan, ranks, *arguments, **options)
+    source, real = Recorded(job.batches), job.decoder.forward
     def forward(*arguments, **options):
-        loss = real(*arguments, **options)
-        spoilt = current["sample"] in (16, 20) and ranks.rank == 1
-        return loss * math.nan if spoilt else loss
-    decoder.forward = forward
+        parts = real(*arguments, **options)
+        spoilt = source.current in (16, 20) and ranks.rank == 1
+        factor = math.nan if spoilt else 1.0
+        return parts._replace(
+            minimized=parts.minimized * factor, cross_entropy=parts.cross_entropy * factor
+        )
+    job.decoder.forward = forward
+    return dataclasses.replace(job, batches=source)
 
-Prefetcher.next, Prefetcher.at, trainer.Trainer.__init__ = following, at, init
+training.set_up = spoilt_job
 from pretrain_cli.cli import app
 app()
 """
@@ -341,7 +355,7 @@ def test_ranks_skip_and_roll_back_together(settings, tmp_path, parallel):
         if (section, name) != ("train", "parallel")
     ]
     script = tmp_path / "spoilt.py"
-    script.write_text(TWO_RANKS)
+    script.write_text(inspect.getsource(Recorded) + TWO_RANKS)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
                "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), "train",
                *flags, f"--set=train.parallel={parallel}"]  # fmt: skip

@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from pretrain_cli.config.run_config import OptimizerSettings, SpeedConfig
-from pretrain_cli.engine.optim.optimizer import build_optimizer, set_learning_rate
+from pretrain_cli.engine.optim.optimizer import build_optimizer
 from pretrain_cli.engine.runtime.distributed import Ranks
 from pretrain_cli.engine.runtime.speed import build_model, resolve_speed
 from pretrain_cli.engine.training.step import train_step
 from pretrain_cli.engine.training.step_guard import MEMORY, StepGuard
 from pretrain_cli.model.config import variant
 from pretrain_cli.model.presets import preset
+from tests.engine.jobs import batch_of, job_of
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU)
@@ -58,21 +59,13 @@ def trained(make_optimizer, batches, *, broken=(), micro_batch_size=4):
     is NaN in batches whose number is in `broken`."""
     model = small_model()
     optimizer, guard = make_optimizer(model), StepGuard(ALONE)
+    job = job_of(model, optimizer, guard=guard, micro_batch_size=micro_batch_size)
     state = {"poison": False}
     victim = next(p for name, p in model.named_parameters() if name.endswith("mlp.down.weight"))
     victim.register_hook(lambda grad: grad * math.nan if state["poison"] else None)
     for number, tokens in enumerate(batches):
         state["poison"] = number in broken
-        set_learning_rate(optimizer, 1e-2)
-        train_step(
-            model,
-            optimizer,
-            tokens[:, :-1],
-            tokens[:, 1:],
-            micro_batch_size=micro_batch_size,
-            clip=1.0,
-            guard=guard,
-        )
+        train_step(job, batch_of(tokens[:, :-1], tokens[:, 1:]), 1e-2)
     return model, optimizer, guard.read()
 
 
@@ -102,10 +95,9 @@ def test_a_guard_does_not_change_a_run_without_skips():
     batches = torch.randint(1, 64, (3, 4, 17), generator=torch.Generator().manual_seed(0))
     guarded, _, _ = trained(fused, batches)
     plain = small_model()
-    optimizer = fused(plain)
+    job = job_of(plain)
     for tokens in batches:
-        set_learning_rate(optimizer, 1e-2)
-        train_step(plain, optimizer, tokens[:, :-1], tokens[:, 1:], micro_batch_size=4, clip=1.0)
+        train_step(job, batch_of(tokens[:, :-1], tokens[:, 1:]), 1e-2)
     for ours, theirs in zip(guarded.parameters(), plain.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.engine.runs.events import Evaluation, Finished, Notice, Sample, Saved, StepMetrics
 from pretrain_cli.engine.runtime.speed import build_model, resolve_speed
-from pretrain_cli.engine.training import trainer as training
+from pretrain_cli.engine.training import train as training
 from pretrain_cli.model.config import variant
 from pretrain_cli.model.presets import preset
 from pretrain_cli.targets import IGNORE_INDEX
@@ -40,11 +40,11 @@ def losses(events):
 def test_a_run_on_packed_documents_leaves_padding_out_of_its_loss(settings, run, monkeypatch):
     real, steps = training.train_step, []
 
-    def spied(model, optimizer, inputs, targets, **options):
-        logits = model(inputs).flatten(0, 1)
+    def spied(job, batch, *rest, **options):
+        logits, targets = job.model(batch.inputs).flatten(0, 1), batch.targets
         mean = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX).item()
         steps.append((int((targets == IGNORE_INDEX).sum()), mean))
-        return real(model, optimizer, inputs, targets, **options)
+        return real(job, batch, *rest, **options)
 
     monkeypatch.setattr(training, "train_step", spied)
     events = run(settings(train__steps=6, data__packing="best-fit"))

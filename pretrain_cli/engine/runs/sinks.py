@@ -1,0 +1,57 @@
+"""Sinks: everything that takes a run's events.
+
+    training loop ── emit(event) ──> metrics.jsonl
+                                 ──> samples.jsonl
+                                 ──> TensorBoard, Weights & Biases
+                                 ──> the caller: display, notebook
+
+Events go one way. A sink that fails is named in one notice and gets nothing further; training
+continues. An exception of the caller's own `emit` reaches the caller.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from pretrain_cli.engine.runs.events import Emit, Event, Notice
+
+
+class Sink(Protocol):
+    """Takes the events of a run and keeps those that concern it."""
+
+    def take(self, event: Event) -> None: ...
+
+    def flush(self) -> None:
+        """Write out what was taken. Called before a checkpoint that counts on it."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Sinks:
+    """Passes each event to every sink, then to the caller."""
+
+    def __init__(self, caller: Emit) -> None:
+        self.caller = caller
+        self.sinks: list[Sink] = []
+
+    def emit(self, event: Event) -> None:
+        self._for_each(lambda sink: sink.take(event))
+        self.caller(event)
+
+    def flush(self) -> None:
+        self._for_each(lambda sink: sink.flush())
+
+    def close(self) -> None:
+        self._for_each(lambda sink: sink.close())
+        self.sinks = []
+
+    def _for_each(self, do: Callable[[Sink], None]) -> None:
+        """Call `do` with each sink. Drop a sink that fails: a run doesn't depend on any of them."""
+        for sink in list(self.sinks):
+            try:
+                do(sink)
+            except Exception as error:
+                self.sinks.remove(sink)
+                reason = getattr(error, "strerror", None) or error
+                name = type(sink).__name__
+                self.caller(Notice(f"{name}: {reason}; it gets no further events of this run"))

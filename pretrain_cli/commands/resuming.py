@@ -1,6 +1,5 @@
-"""`pretrain train --resume`, and `--check-resume`, which tests that resuming is exact."""
+"""`pretrain train --check-resume`, which tests that resuming is exact."""
 
-from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -32,27 +31,3 @@ def prove_resume(settings: Any, steps: int, display: TrainDisplay, stop: Any) ->
         soft_wrap=True,
     )
     raise typer.Exit(0)
-
-
-def resumed(
-    resume: Path, flags: dict[str, Any], assignments: list[str], allow_change: bool
-) -> tuple[Any, dict[str, Any]]:
-    """Return the run's settings with the requested changes, and train()'s arguments `resume` (the
-    run folder and its record) and `resume_from` (a checkpoint; None: the newest intact one)."""
-    from pretrain_cli.config.build import build_config
-    from pretrain_cli.engine.runs.run_yaml import read_record, resumed_settings
-    from pretrain_cli.errors import CheckpointError
-
-    if not resume.is_dir():
-        raise CheckpointError(f"{resume}: no such run folder")
-    checkpoint = None
-    if resume.parent.name == "checkpoints":
-        checkpoint, resume = resume, resume.parent.parent
-    record = read_record(resume)
-    base = {name: dict(section) for name, section in record.settings.items()}
-    base["train"].pop("max_time", None)  # the limit of the earlier process only
-    if flags["train.tokens"] is not None:
-        base["train"].pop("steps")
-    changed = build_config(base, flags, assignments)
-    settings = resumed_settings(record, changed, allow_change=allow_change)
-    return settings, {"resume": (resume, record), "resume_from": checkpoint}

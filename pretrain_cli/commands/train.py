@@ -7,7 +7,7 @@ import typer
 
 from pretrain_cli.commands.display import TrainDisplay, notice
 from pretrain_cli.commands.lr_find import RANGE_TEST_STEPS, refuse_meaningless, suggest_rate
-from pretrain_cli.commands.resuming import STOPPED, prove_resume, resumed
+from pretrain_cli.commands.resuming import STOPPED, prove_resume
 
 
 def train(
@@ -263,7 +263,9 @@ def train(
         settings = build_config(read_config(config) if config else {}, flags, set_ or [])
         where = {}
     else:
-        settings, where = resumed(resume, flags, set_ or [], allow_change)
+        from pretrain_cli.engine.runs.run_yaml import settings_to_resume
+
+        settings, where = settings_to_resume(resume, flags, set_ or [], allow_change=allow_change)
     from pretrain_cli.engine.runtime.process_settings import set_env_before_torch, silence_kineto
     from pretrain_cli.engine.runtime.stop import Stopped, StopRequest
 

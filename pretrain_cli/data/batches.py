@@ -123,6 +123,10 @@ class Batches:
         share = samples_per_step // world_size
         self.first, self.last = rank * share, (rank + 1) * share
 
+    def step(self, number: int) -> Batch:
+        """Return this rank's share of a step, counted from 0. Rolling back shifts later steps."""
+        return self.starting_at(number * self.samples_per_step)
+
     def starting_at(self, sample: int) -> Batch:
         """Return this rank's share of the step that starts at this sample number."""
         shape = (self.last - self.first, self.seq_len)

@@ -43,6 +43,22 @@ class Split:
     left_out: int = 0
     """Tokens of the whole split after these, if this is a prefix of it."""
 
+    def __len__(self) -> int:
+        """Return the number of tokens."""
+        return len(self.tokens)
+
+    def iter_documents(self) -> Iterator[np.ndarray]:
+        """Yield the tokens of each document, with its marks, in order. A part of a document at the
+        beginning of the split counts as one."""
+        begin = 0
+        for first in range(0, len(self.tokens), DECODED_AT_ONCE):
+            last = min(first + DECODED_AT_ONCE, len(self.tokens))
+            for end in self.documents.between(max(first, 1), last).tolist():
+                yield self.tokens.read(begin, end - begin)
+                begin = end
+        if begin < len(self.tokens):
+            yield self.tokens.read(begin, len(self.tokens) - begin)
+
     def prefix(self, tokens: int, tokenizer: Tokenizer) -> "Split":
         """Return the first `tokens` tokens, if there are more. Their text is decoded to measure its
         bytes."""

@@ -1,14 +1,14 @@
 """Read run.yaml, and check what a resumed run may change. Imports no torch, so that a command knows
 the settings of a run before torch is loaded."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from pretrain_cli.config.build import check_config
+from pretrain_cli.config.build import build_config, check_config
 from pretrain_cli.config.run_config import RunConfig
 from pretrain_cli.errors import CheckpointError, ConfigError
 from pretrain_cli.model.config import FIELDS, ModelConfig, variant
@@ -90,6 +90,29 @@ def read_record(run: Path) -> RunRecord:
         raise CheckpointError(f"{path}: damaged; copy it back from a backup") from None
     # the file has every field, so the choice of preset does not matter
     return RunRecord(settings, asked, variant(preset("gemma3-tiny"), model), name, *data, *machine)
+
+
+def settings_to_resume(
+    run: Path, changes: Mapping[str, Any], assignments: Iterable[str], *, allow_change: bool
+) -> tuple[RunConfig, dict[str, Any]]:
+    """Return the settings of a run, or of one of its checkpoints, with changes by dotted name.
+
+    The second value holds train()'s arguments `resume`, the run folder and its record, and
+    `resume_from`, the checkpoint; None for the newest intact one.
+    """
+    if not run.is_dir():
+        raise CheckpointError(f"{run}: no such run folder")
+    checkpoint = None
+    if run.parent.name == "checkpoints":
+        checkpoint, run = run, run.parent.parent
+    record = read_record(run)
+    base = {name: dict(section) for name, section in record.settings.items()}
+    base["train"].pop("max_time", None)  # the limit of the earlier process only
+    if changes.get("train.tokens") is not None:
+        base["train"].pop("steps")
+    changed = build_config(base, dict(changes), assignments)
+    settings = resumed_settings(record, changed, allow_change=allow_change)
+    return settings, {"resume": (run, record), "resume_from": checkpoint}
 
 
 def resumed_settings(

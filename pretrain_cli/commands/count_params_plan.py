@@ -24,7 +24,7 @@ PARTS = {
     "process": "the program itself",
     "lost": "lost between allocations",
 }
-MOMENTS = {
+PHASES = {
     "loss": "when the loss is computed",
     "backward": "when the backward pass begins",
     "gradients": "when the backward pass ends",
@@ -158,7 +158,7 @@ def _show(plan: Any, *, is_fixed: bool, is_given: bool) -> None:
         what = "as asked" if is_fixed else "the largest that fits"
         console.print(
             f"{label} [bold]{way.micro_batch_size}[/], {what}: {peak} of {room}, "
-            f"{MOMENTS[way.memory.moment]}",
+            f"{PHASES[way.memory.phase]}",
             soft_wrap=True,
         )
     tokens = f"{amount(plan.tokens)} tokens" + ("" if is_given else " (20 a parameter)")

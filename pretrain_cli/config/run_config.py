@@ -27,6 +27,7 @@ from pretrain_cli.config.setting_types import (
     Seed,
     Share,
     Size,
+    SpeedSetting,
     Texts,
     Trackers,
 )  # fmt: skip
@@ -167,51 +168,83 @@ class SpeedConfig(Section):
 
     A setting's plain value is false, or its first choice other than `auto`. `pretrain benchmark
     --ablate` starts from the plain values.
+
+    A field says here what else depends on it; `engine/runtime/speed.py` says what `auto` becomes.
     """
 
-    attention: Literal["auto", "eager", "sdpa", "flex", "blocks"] = "auto"
+    @classmethod
+    def about(cls, name: str) -> SpeedSetting:
+        """Return what depends on a setting."""
+        found = [m for m in cls.model_fields[name].metadata if isinstance(m, SpeedSetting)]
+        return found[0] if found else SpeedSetting()
+
+    @classmethod
+    def names(cls, fact: str) -> tuple[str, ...]:
+        """Return the settings for which this field of SpeedSetting is true."""
+        return tuple(name for name in cls.model_fields if getattr(cls.about(name), fact))
+
+    attention: Annotated[
+        Literal["auto", "eager", "sdpa", "flex", "blocks"],
+        SpeedSetting(decides_micro_batch=True, is_announced=True, on_any_gpu="sdpa"),
+    ] = "auto"
     """Attention backend. `eager`: the readable reference. `sdpa`: PyTorch's fused kernels, with
     sliding windows folded into blocks. `flex`: block-sparse kernels, which train on GPUs only.
     `blocks`: matrix products over blocks of queries, for CPUs. auto: blocks on a CPU, else sdpa."""
-    dtype: Literal["auto", "float32", "bfloat16", "float8"] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float8"],
+        SpeedSetting(decides_micro_batch=True, is_announced=True, on_any_gpu="bfloat16"),
+    ] = "auto"
     """Type of activations and matrix products. Weights, gradients and optimizer state stay
     float32. auto: bfloat16 if the device multiplies in it, else float32."""
-    float32_matmul: Literal["auto", "highest", "high", "medium"] = "auto"
+    float32_matmul: Annotated[
+        Literal["auto", "highest", "high", "medium"], SpeedSetting(is_process_wide=True)
+    ] = "auto"
     """Precision of float32 products on a GPU, as in `torch.set_float32_matmul_precision`. auto:
     high (TF32) on a GPU."""
-    onednn_matmul: bool | Auto = "auto"
+    onednn_matmul: Annotated[
+        bool | Auto, SpeedSetting(is_process_wide=True, decides_micro_batch=True)
+    ] = "auto"
     """Compute float32 products with oneDNN, after a check that they stay float32. auto: on an AMD
     CPU."""
-    compile: bool | Auto = "auto"
+    compile: Annotated[
+        bool | Auto, SpeedSetting(decides_micro_batch=True, is_announced=True, on_any_gpu=True)
+    ] = "auto"
     """Compile each block with `torch.compile`. auto: on a GPU."""
-    recompute_cheap: bool | Auto = "auto"
+    recompute_cheap: Annotated[bool | Auto, SpeedSetting(on_any_gpu=False)] = "auto"
     """Recompute norms, rotations and activations of compiled blocks in the backward pass instead
     of keeping them. auto: on a CPU."""
     merged_qkv: bool = True
     """Compute queries, keys and values in one product. Their weights stay separate on disk."""
     merged_gate_up: bool = True
     """Compute gate and up of the MLP in one product. Their weights stay separate on disk."""
-    fused_optimizer: bool | Auto = "auto"
+    fused_optimizer: Annotated[bool | Auto, SpeedSetting(on_any_gpu=True)] = "auto"
     """Run AdamW in one pass over the parameters. auto: true."""
-    chunked_loss: bool = True
+    chunked_loss: Annotated[bool, SpeedSetting(decides_micro_batch=True)] = True
     """Compute the loss for a part of the tokens at a time, so that the logits of all tokens never
     exist at once."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: Annotated[bool, SpeedSetting(decides_micro_batch=True)] = False
     """Recompute each block's activations in the backward pass: less memory, more time."""
-    prefetch: bool = True
+    prefetch: Annotated[
+        bool,
+        SpeedSetting(
+            not_in_a_step="it reads the next batch during a step, and here no batch is read"
+        ),
+    ] = True
     """Read the next batch while the current one trains."""
-    passive_threads: bool | Auto = "auto"
+    passive_threads: Annotated[bool | Auto, SpeedSetting(is_process_wide=True)] = "auto"
     """Let waiting OpenMP threads spin briefly and then sleep, so that other programs on the same
     cores cost less time. auto: true."""
-    keep_freed_memory: bool | Auto = "auto"
+    keep_freed_memory: Annotated[
+        bool | Auto, SpeedSetting(is_process_wide=True, on_any_gpu=False)
+    ] = "auto"
     """Keep freed memory for the next step instead of returning it to the kernel. auto: on a CPU
     with glibc."""
-    cudnn_benchmark: bool | Auto = "auto"
+    cudnn_benchmark: Annotated[bool | Auto, SpeedSetting(is_process_wide=True)] = "auto"
     """Let cuDNN time its convolution kernels and take the fastest. auto: false, because these
     models have no convolutions."""
-    expandable_segments: bool | Auto = "auto"
+    expandable_segments: Annotated[bool | Auto, SpeedSetting(is_process_wide=True)] = "auto"
     """Let the CUDA allocator grow its segments, which reduces fragmentation. auto: on a GPU."""
-    deterministic: bool = False
+    deterministic: Annotated[bool, SpeedSetting(is_process_wide=True)] = False
     """Use deterministic kernels, on a GPU too: sums run in the same order every time. Slower on a
     GPU; operations without a deterministic kernel are refused."""
 

@@ -5,6 +5,7 @@ show the JSON schema of a type; see `reference`.
 """
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +23,26 @@ from pydantic_core import PydanticCustomError
 from pretrain_cli.units import in_number
 
 Auto = Literal["auto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedSetting:
+    """What depends on a speed setting besides the speed of a step: metadata of its field in
+    SpeedConfig."""
+
+    is_process_wide: bool = False
+    """True if it applies to the whole process rather than to the model."""
+    decides_micro_batch: bool = False
+    """True if it can change which micro-batch size is the fastest."""
+    is_announced: bool = False
+    """True if the value that `auto` took is printed when a run starts."""
+    not_in_a_step: str = ""
+    """Reason why it has no effect on a timed step; empty if it has one."""
+    on_any_gpu: Any = None
+    """Value of `auto` on every GPU that memory can be planned for without having it; False also for
+    a setting without effect there; None if the memory estimate doesn't read it."""
+
+
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]

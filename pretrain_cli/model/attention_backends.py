@@ -29,8 +29,8 @@ With document numbers, attention stays inside each document of a row:
 
 import functools
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -81,6 +81,8 @@ class Backend:
     attend: Callable[[Tensor, Tensor, Tensor, Any, float], Tensor]
     unavailable: Callable[[torch.device, bool], str | None]
     """(device, training) -> the reason this backend cannot run there, or None."""
+    best_on: Mapping[str, str] = field(default_factory=dict)
+    """Device types on which `auto` takes this backend, with the reason; `*` is every other type."""
 
 
 def _always_available(device: torch.device, training: bool) -> None:
@@ -283,7 +285,23 @@ def _blocks_unavailable(device: torch.device, training: bool) -> str | None:
 
 BACKENDS: dict[str, Backend] = {
     "eager": Backend(_eager_lower, _eager_attend, _always_available),
-    "sdpa": Backend(_sdpa_lower, _sdpa_attend, _always_available),
+    "sdpa": Backend(
+        _sdpa_lower,
+        _sdpa_attend,
+        _always_available,
+        best_on={"*": "PyTorch's fused kernels, sliding windows folded into blocks"},
+    ),
     "flex": Backend(_flex_lower, _flex_attend, _flex_unavailable),
-    "blocks": Backend(_blocks_lower, _blocks_attend, _blocks_unavailable),
+    "blocks": Backend(
+        _blocks_lower, _blocks_attend, _blocks_unavailable, best_on={"cpu": "on a CPU the fastest"}
+    ),
 }
+
+
+def best_backend(device: torch.device) -> tuple[str, str]:
+    """Return the backend that `auto` takes on this device, and the reason."""
+    for kind in (device.type, "*"):
+        for name, backend in BACKENDS.items():
+            if kind in backend.best_on:
+                return name, backend.best_on[kind]
+    raise AssertionError("no backend is the best on every other device")

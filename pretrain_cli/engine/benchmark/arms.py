@@ -14,15 +14,13 @@ import torch
 from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.engine.benchmark import peers
 from pretrain_cli.engine.benchmark.workload import Arm, Workload
-from pretrain_cli.engine.runtime.process_settings import LATE, PROCESS_SETTINGS
+from pretrain_cli.engine.runtime.process_settings import LATE
 from pretrain_cli.engine.runtime.speed import check_float8, resolve_speed
 from pretrain_cli.errors import ConfigError, did_you_mean
 from pretrain_cli.model.attention_backends import BACKENDS
 from pretrain_cli.model.config import FULL, SLIDING, ModelConfig, variant
 
 BASELINE, ALL_ON = "baseline", "all on"
-NOT_IN_A_STEP = {"prefetch": "it reads the next batch during a step, and here no batch is read"}
-"""Settings without effect on the timed steps, with the reason."""
 OTHER_DTYPE = {"bfloat16": "float8", "float8": "bfloat16"}
 """Second dtype, compared in the arm with everything on. float8 is compared with bfloat16, and pays
 off only when compiled."""
@@ -132,8 +130,8 @@ def ablation(
 
 def _without_effect(speed: SpeedConfig, setting: str, value: Any, workload: Workload) -> str:
     """Return the reason that a setting changes nothing here, or an empty string."""
-    if setting in NOT_IN_A_STEP:
-        return NOT_IN_A_STEP[setting]
+    if reason := type(speed).about(setting).not_in_a_step:
+        return reason
     try:
         if value == "float8":
             check_float8(workload.model)
@@ -247,7 +245,7 @@ def versus(workload: Workload, asked: SpeedConfig, peer: str) -> list[Arm]:
     if asked.dtype == "float8":
         raise ConfigError(f"--vs: {peer} does not train in float8; give --dtype bfloat16 to both")
     settings = type(asked)
-    shipped = {name: choices(settings, name)[0] for name in PROCESS_SETTINGS}
+    shipped = {name: choices(settings, name)[0] for name in settings.names("is_process_wide")}
     arms: list[Arm] = []
 
     def add(program: str, group: str, speed: SpeedConfig) -> None:

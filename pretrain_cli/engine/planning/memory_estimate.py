@@ -27,7 +27,7 @@ from pretrain_cli.model.counting import (
     folds,
 )
 
-MOMENTS = ("loss", "backward", "gradients", "step")
+PHASES = ("loss", "backward", "gradients", "step")
 PARTS = (
     "weights", "optimizer", "gradients", "copies", "activations", "masks", "logits", "gathered",
     "process", "lost",
@@ -97,14 +97,14 @@ class Estimate:
     phases: dict[str, dict[str, int]]
 
     @property
-    def moment(self) -> str:
+    def phase(self) -> str:
         """Phase with the largest total."""
-        return max(self.phases, key=lambda moment: sum(self.phases[moment].values()))
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
 
     @property
     def parts(self) -> dict[str, int]:
         """Bytes of the largest phase by part."""
-        return self.phases[self.moment]
+        return self.phases[self.phase]
 
     @property
     def peak(self) -> int:
@@ -204,14 +204,15 @@ def logits_bytes(t: StepShape) -> int:
 
 def masks_bytes(t: StepShape) -> int:
     """Return the bytes of attention masks. All layers of a kind share one, rebuilt for each
-    micro-batch.
+    micro-batch."""
+    mask = ATTENTION[t.attention].mask
+    return sum(mask(t, t.model.window(kind)) for kind in set(t.model.layer_types))
 
-    `blocks` has none. `flex` has one entry for a whole block, which is not counted.
-    """
-    if t.attention not in ("eager", "sdpa"):
-        return 0
-    each = _sdpa_mask if t.attention == "sdpa" else _eager_mask
-    return sum(each(t, t.model.window(kind)) for kind in set(t.model.layer_types))
+
+def _no_mask(t: StepShape, window: int | None) -> int:
+    """Return 0: `blocks` has no mask; `flex` has an entry for a whole block, which isn't
+    counted."""
+    return 0
 
 
 def _sdpa_mask(t: StepShape, window: int | None) -> int:
@@ -227,7 +228,7 @@ def _sdpa_mask(t: StepShape, window: int | None) -> int:
 def _eager_mask(t: StepShape, window: int | None) -> int:
     """Return the bytes of the shared mask with activation checkpointing.
 
-    Without it each layer keeps its own mask, which `_kept_by_attention` counts.
+    Without it each layer keeps its own mask, which `_kept_by_eager` counts.
     """
     rows = t.micro_batch_size if t.document_mask else 1
     return rows * t.seq_len**2 if t.activation_checkpointing else 0
@@ -248,40 +249,77 @@ def kept_by_block(t: StepShape, layer: int) -> int:
     if t.compile:
         # Outputs of matrix products and, unless recomputed, their inputs.
         hidden = (1 if m.has_post_norms else 0) + (2 if t.recompute_cheap else 4)
-        values = 2 if t.attention == "blocks" else 1  # `blocks` copies them to another layout
+        values = 2 if ATTENTION[t.attention].copies_values else 1
         return t.tokens * (c * (hidden * D + 3 * q + (2 + values) * kv) + mlp + scales)
     normed = 4 if m.norm_is_zero_centered else c  # before the norm's weight scales it
     a_token = 2 * (4 + normed + c) * D  # float32 input, normed, and the next product's input
     a_token += (norms - 2) * (4 + normed) * D
     # Query and key norms: in float32 their input is a view of the product's output.
     a_token += (normed + (4 if c < 4 else 0)) * (q + kv)
-    return round(t.tokens * (a_token + _kept_by_attention(t, layer) + mlp + scales))
+    attention = ATTENTION[t.attention].kept(t, m.window(m.layer_types[layer]))
+    return round(t.tokens * (a_token + attention + mlp + scales))
 
 
-def _kept_by_attention(t: StepShape, layer: int) -> float:
-    """Return the bytes a token that attention saves, from rotated queries and keys to output."""
-    m, c, T = t.model, t.compute_bytes, t.seq_len
+def _attention_widths(t: StepShape) -> tuple[int, int, int]:
+    """Return the elements a token of queries, of keys, and of the products' outputs, of which the
+    query and key norms save views in float32."""
+    m = t.model
     q, kv = m.num_attention_heads * m.head_dim, m.num_key_value_heads * m.head_dim
-    kept = 2 * c * q  # queries, and attention's output
-    of_product = q + kv if c == 4 else 0  # outputs of products, of which norms save views
-    if t.attention == "eager":
-        # keys and values repeated for every head, weights also in float32, the mask
-        kept += 2 * c * q + m.num_attention_heads * T * (4 if c == 4 else 6)
-        kept += T if t.document_mask else T / t.micro_batch_size
-        values = kv if t.merged_qkv and of_product else 0
-        return kept + c * (of_product + values)
-    kept += c * kv
-    if t.attention == "blocks":  # copies the values to another layout
-        return kept + c * (kv + of_product + (kv if of_product and t.merged_qkv else 0))
-    if t.attention in ("sdpa", "flex"):
-        kept += 4 * m.num_attention_heads  # log Σ exp
-    window = m.window(m.layer_types[layer])
-    if t.attention == "sdpa" and window is not None and window < T:
+    return q, kv, q + kv if t.compute_bytes == 4 else 0
+
+
+def _kept_by_eager(t: StepShape, window: int | None) -> float:
+    c, (q, kv, outputs) = t.compute_bytes, _attention_widths(t)
+    # keys and values repeated for every head, weights also in float32, the mask
+    kept = 4 * c * q + t.model.num_attention_heads * t.seq_len * (4 if c == 4 else 6)
+    kept += t.seq_len if t.document_mask else t.seq_len / t.micro_batch_size
+    return kept + c * (outputs + (kv if t.merged_qkv and outputs else 0))
+
+
+def _kept_by_blocks(t: StepShape, window: int | None) -> float:
+    c, (q, kv, outputs) = t.compute_bytes, _attention_widths(t)
+    # copies the values to another layout
+    return c * (2 * q + 2 * kv + outputs + (kv if outputs and t.merged_qkv else 0))
+
+
+def _kept_by_flex(t: StepShape, window: int | None) -> float:
+    c, (q, kv, outputs) = t.compute_bytes, _attention_widths(t)
+    kept = c * (2 * q + kv) + 4 * t.model.num_attention_heads  # log Σ exp
+    return kept + c * (q + 2 * kv if t.merged_qkv else outputs + kv)  # values are a view
+
+
+def _kept_by_sdpa(t: StepShape, window: int | None) -> float:
+    c, (q, kv, _), T = t.compute_bytes, _attention_widths(t), t.seq_len
+    kept = _kept_by_flex(t, window)
+    if window is not None and window < T:
         # Folded window, computed in two parts: queries, keys and values after the first window are
         # copied into blocks.
         block, blocks = folds(T, window)
         kept += c * (q + blocks / T * (block * q + (window + block) * 2 * kv))
-    return kept + c * (q + 2 * kv if t.merged_qkv else of_product + kv)  # values are a view
+    return kept
+
+
+@dataclass(frozen=True)
+class AttentionMemory:
+    """Memory of one attention backend. `window` is the layer's; None for full attention."""
+
+    kept: Callable[[StepShape, int | None], float]
+    """(step, window) -> bytes a token that attention saves, from rotated queries and keys to
+    output, in a block that is not compiled."""
+    mask: Callable[[StepShape, int | None], int] = _no_mask
+    """(step, window) -> bytes of the mask that the layers of a kind share."""
+    copies_values: bool = False
+    """True if it saves the values in two layouts."""
+
+
+ATTENTION = {
+    "eager": AttentionMemory(_kept_by_eager, _eager_mask),
+    "sdpa": AttentionMemory(_kept_by_sdpa, _sdpa_mask),
+    "flex": AttentionMemory(_kept_by_flex),
+    "blocks": AttentionMemory(_kept_by_blocks, copies_values=True),
+}
+"""Memory of each backend of model/attention_backends.py, which this module can't import: it would
+load torch."""
 
 
 def _kept_by_mlp(t: StepShape, layer: int) -> int:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.engine.planning.memory_estimate import USABLE_FRACTION
 from pretrain_cli.engine.runtime.host_memory import available_memory
 from pretrain_cli.errors import ConfigError
@@ -29,10 +30,7 @@ from pretrain_cli.files import write_whole
 from pretrain_cli.model.config import ModelConfig
 
 MEASURED = Path("runs/micro-batches.json")
-MICRO_BATCH_KEYS = (
-    "attention", "dtype", "onednn_matmul", "compile", "chunked_loss", "activation_checkpointing",
-)  # fmt: skip
-"""Speed settings that can change which size is the fastest."""
+MICRO_BATCH_KEYS = SpeedConfig.names("decides_micro_batch")
 TIE_TOLERANCE = 0.02
 """Relative difference below which two rates count as equal; the smaller micro-batch then wins."""
 ASSUMED_FREE_BYTES = 8 * 10**9

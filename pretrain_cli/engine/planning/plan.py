@@ -169,7 +169,7 @@ def make_plan(
         **{
             name.replace("_", " "): (d.asked, f"{d.in_force} ({d.reason})")
             for name, d in speed.decisions.items()
-            if name in ("dtype", "attention", "compile")
+            if type(settings.speed).about(name).is_announced
         },
     }
     chosen = [f"{name} {value}" for name, (asked, value) in choices.items() if asked == "auto"]

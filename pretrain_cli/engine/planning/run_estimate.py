@@ -30,12 +30,9 @@ from pretrain_cli.model.counting import (
 MFU = 0.4
 """Model FLOPs utilization assumed if no rate is measured."""
 GPU_SETTINGS = {
-    "dtype": "bfloat16",
-    "attention": "sdpa",
-    "compile": True,
-    "recompute_cheap": False,
-    "fused_optimizer": True,
-    "keep_freed_memory": False,
+    name: SpeedConfig.about(name).on_any_gpu
+    for name in SpeedConfig.model_fields
+    if SpeedConfig.about(name).on_any_gpu is not None
 }
 """Values of `auto` on every GPU in the table. Settings that are False here have no effect on a GPU,
 even if they are set to true. (For a present GPU, engine/runtime/speed.py decides.)"""
@@ -109,7 +106,7 @@ class RunEstimate:
         for name, way in self.ways.items():
             memory = record["ways"][name]["memory"]
             memory["moments"] = memory.pop("phases")
-            memory |= {"peak_moment": way.memory.moment, "peak": way.memory.peak}
+            memory |= {"peak_moment": way.memory.phase, "peak": way.memory.peak}
         return record
 
 

@@ -28,16 +28,7 @@ from pathlib import Path
 from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.errors import ConfigError, did_you_mean
 
-PROCESS_SETTINGS = (
-    "float32_matmul",
-    "onednn_matmul",
-    "passive_threads",
-    "keep_freed_memory",
-    "cudnn_benchmark",
-    "expandable_segments",
-    "deterministic",
-)
-"""Names of the speed settings that apply to the whole process."""
+PROCESS_SETTINGS = SpeedConfig.names("is_process_wide")
 LATE = "torch was loaded before it could be set"
 SPINS, BRIEF = "GOMP_SPINCOUNT", "1000"
 POLICY = "OMP_WAIT_POLICY"

@@ -1,17 +1,21 @@
 """Resolve the speed settings: the requested value, the value in force, and the reason if they
 differ.
 
-Each setting is a field of SpeedConfig. `auto` takes the value that suits the device. A value that
-the device can't provide raises ConfigError if another implementation would have to replace it
-(attention, float8). If it merely has no effect, `Speed.departures` reports it.
+    SpeedConfig ── RULES[name].decide ──> Speed ── RULES[name].apply ──> process
+      asked, auto                        in force                └─────> build_model, compile_blocks
+
+Each setting is a field of SpeedConfig, and a row of RULES if its value depends on the device or it
+changes the process. `auto` takes the value that suits the device. A value that the device can't
+provide raises ConfigError if another implementation would have to replace it (attention, float8).
+If it merely has no effect, `Speed.departures` reports it.
 """
 
 import contextlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -21,7 +25,7 @@ from pretrain_cli.engine.runtime import host_memory, onednn, process_settings
 from pretrain_cli.engine.runtime.gpu_specs import FLOAT8
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.model import float8
-from pretrain_cli.model.attention_backends import BACKENDS
+from pretrain_cli.model.attention_backends import BACKENDS, best_backend
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.parameter_map import Merged
@@ -43,17 +47,25 @@ class Decision:
     """Reason for the value in force; empty if it is the requested one."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Resolved speed settings. `speed.NAME` is the value in force."""
+    """Resolved speed settings: the values in force, by the names of SpeedConfig's fields."""
 
-    decisions: dict[str, Decision]
-
-    def __getattr__(self, setting: str) -> Any:
-        try:
-            return self.decisions[setting].in_force
-        except KeyError:
-            raise AttributeError(setting) from None
+    attention: str
+    dtype: str
+    """Dtype of activations and products: float32, bfloat16 or float8."""
+    compile: bool
+    recompute_cheap: bool
+    merged_qkv: bool
+    merged_gate_up: bool
+    fused_optimizer: bool
+    chunked_loss: bool
+    activation_checkpointing: bool
+    prefetch: bool
+    keep_freed_memory: bool
+    deterministic: bool
+    decisions: Mapping[str, Decision]
+    """Every setting, with the reason for its value."""
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -77,55 +89,52 @@ class Speed:
         ]
 
 
+@dataclass(frozen=True)
+class Here:
+    """What a decision may depend on."""
+
+    device: torch.device
+    asked: SpeedConfig
+    training: bool
+    """False to evaluate or sample only."""
+    in_force: Mapping[str, Any]
+    """Values of the settings that SpeedConfig declares before this one."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one setting is resolved and applied."""
+
+    decide: Callable[[Any, Here], tuple[Any, str]] | None = None
+    """(requested value, here) -> (value in force, reason; empty if it is the requested one). None
+    if the requested value is always in force."""
+    apply: Callable[[Any], None] | None = None
+    """Apply the value in force to the whole process. None for a setting of the model or the
+    loop."""
+
+
 def resolve_speed(asked: SpeedConfig, device: torch.device, *, training: bool = True) -> Speed:
     """Resolve every setting for this device. `training` is False to evaluate or sample only.
 
     Raises ConfigError for an attention backend that can't run (or train) here, and for float8 if
     the device can't use it or `training` is False.
     """
-    decide = {
-        "attention": lambda asked, device: _attention(asked, device, training),
-        "dtype": lambda value, device: _dtype(value, device, training, asked.compile),
-        "float32_matmul": _float32_matmul,
-        "onednn_matmul": onednn.onednn_matmul,
-        "compile": _compile,
-        "fused_optimizer": _fused_optimizer,
-        "passive_threads": lambda asked, _: process_settings.passive_threads(asked),
-        "keep_freed_memory": lambda asked, device: process_settings.keep_freed_memory(
-            asked, device.type
-        ),
-        "cudnn_benchmark": _cudnn_benchmark,
-        "expandable_segments": _expandable_segments,
-    }
-    if asked.deterministic:
-        decide["cudnn_benchmark"] = _no_benchmark
-    decisions = {}
+    in_force: dict[str, Any] = {}
+    here = Here(device, asked, training, in_force)
+    decisions: dict[str, Decision] = {}
     for setting, value in asked.model_dump().items():
-        if setting == "recompute_cheap":
-            in_force, reason = _recompute_cheap(value, device, decisions["compile"].in_force)
-        elif setting in decide:
-            in_force, reason = decide[setting](value, device)
-        else:
-            in_force, reason = value, ""
-        decisions[setting] = Decision(setting, value, in_force, reason)
-    return Speed(decisions)
+        decide = RULES.get(setting, Rule()).decide
+        in_force[setting], reason = decide(value, here) if decide else (value, "")
+        decisions[setting] = Decision(setting, value, in_force[setting], reason)
+    values = {f.name: in_force[f.name] for f in fields(Speed) if f.name != "decisions"}
+    return Speed(**values, decisions=decisions)
 
 
 def apply_process_settings(speed: Speed) -> None:
     """Apply the process-wide settings. Call it before any tensor is made."""
-    host_memory.apply_memory(speed.keep_freed_memory)
-    torch.set_float32_matmul_precision(speed.float32_matmul)
-    onednn.apply(speed.onednn_matmul)
-    torch.backends.cudnn.benchmark = speed.cudnn_benchmark
-    torch.backends.cudnn.deterministic = speed.deterministic
-    torch.use_deterministic_algorithms(speed.deterministic)
-    if speed.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-    if torch.cuda.is_available():
-        # Too late for the environment variable: CUDA read it when the device was looked up.
-        torch.cuda.memory._set_allocator_settings(
-            f"expandable_segments:{speed.expandable_segments}"
-        )
+    for name, rule in RULES.items():
+        if rule.apply:
+            rule.apply(speed.decisions[name].in_force)
 
 
 @contextlib.contextmanager
@@ -172,22 +181,21 @@ def compile_blocks(model: Decoder, speed: Speed) -> None:
         model.compile_parts(recompute_cheap=speed.recompute_cheap)
 
 
-def _attention(asked: str, device: torch.device, training: bool) -> tuple[str, str]:
+def _attention(asked: str, here: Here) -> tuple[str, str]:
     if asked == "auto":
-        if device.type == "cpu":
-            return "blocks", "on a CPU the fastest"
-        return "sdpa", "PyTorch's fused kernels, sliding windows folded into blocks"
-    reason = BACKENDS[asked].unavailable(device, training)
+        return best_backend(here.device)
+    reason = BACKENDS[asked].unavailable(here.device, here.training)
     if reason:
         raise ConfigError(f"speed.attention: '{asked}' can't be used: {reason}; use auto")
     return asked, ""
 
 
-def _dtype(
-    asked: str, device: torch.device, training: bool, compile_asked: bool | str
-) -> tuple[str, str]:
+def _dtype(asked: str, here: Here) -> tuple[str, str]:
+    device = here.device
     if asked == "float8":
-        reason = float8_unavailable(device, compile_asked) if training else "it is a way to train"
+        reason = "it is a way to train"
+        if here.training:
+            reason = float8_unavailable(device, here.asked.compile)
         if reason:
             raise ConfigError(f"speed.dtype: 'float8' can't be used: {reason}; use bfloat16")
     if asked != "auto":
@@ -210,21 +218,25 @@ def float8_unavailable(device: torch.device, compile_asked: bool | str) -> str:
         return f"it takes {least}, and {torch.cuda.get_device_name(device)} has {has}"
     if importlib.util.find_spec("torchao") is None:
         return "torchao is not installed (pip install 'pretrain[float8]')"
-    compiled, why = _compile(compile_asked, device)
+    compiled, why = _can_compile(compile_asked, device)
     if not compiled:
         return f"it is made to be compiled, and {why or 'compile is false'}"
     return ""
 
 
-def _float32_matmul(asked: str, device: torch.device) -> tuple[str, str]:
-    if device.type != "cuda":
+def _float32_matmul(asked: str, here: Here) -> tuple[str, str]:
+    if here.device.type != "cuda":
         if asked in ("auto", "highest"):
             return "highest", "" if asked == "highest" else "TF32 is a GPU's"
         return "highest", f"'{asked}' is TF32 or bfloat16 on a GPU; it has no effect here"
     return ("high", "TF32 for what stays in float32") if asked == "auto" else (asked, "")
 
 
-def _compile(asked: bool | str, device: torch.device) -> tuple[bool, str]:
+def _compile(asked: bool | str, here: Here) -> tuple[bool, str]:
+    return _can_compile(asked, here.device)
+
+
+def _can_compile(asked: bool | str, device: torch.device) -> tuple[bool, str]:
     if asked is False:
         return False, ""
     if device.type == "cpu":
@@ -243,41 +255,78 @@ def _compile(asked: bool | str, device: torch.device) -> tuple[bool, str]:
     return True, "" if asked is True else "kernels fused across each block"
 
 
-def _recompute_cheap(asked: bool | str, device: torch.device, compiled: bool) -> tuple[bool, str]:
+def _recompute_cheap(asked: bool | str, here: Here) -> tuple[bool, str]:
     if asked is False:
         return False, ""
-    if not compiled:
+    if not here.in_force["compile"]:
         return False, "a setting of compiled blocks"
-    if device.type != "cpu":
+    if here.device.type != "cpu":
         return False, "what torch.compile keeps by itself is kept; not tried on a GPU"
     return True, "" if asked is True else "as fast as reading them; a third fewer activations"
 
 
-def _fused_optimizer(asked: bool | str, device: torch.device) -> tuple[bool, str]:
+def _fused_optimizer(asked: bool | str, here: Here) -> tuple[bool, str]:
     if asked is False:
         return False, ""
-    if device.type in ("cpu", "cuda", "mps"):
+    if here.device.type in ("cpu", "cuda", "mps"):
         return True, "" if asked is True else "one pass over the parameters"
-    return False, f"PyTorch has no fused AdamW for {device.type}"
+    return False, f"PyTorch has no fused AdamW for {here.device.type}"
 
 
-def _no_benchmark(asked: bool | str, device: torch.device) -> tuple[bool, str]:
+def _cudnn_benchmark(asked: bool | str, here: Here) -> tuple[bool, str]:
     if asked is False:
         return False, ""
-    return False, "it chooses kernels by their times, which differ from run to run"
-
-
-def _cudnn_benchmark(asked: bool | str, device: torch.device) -> tuple[bool, str]:
-    if asked is True and device.type == "cuda":
+    if here.asked.deterministic:
+        return False, "it chooses kernels by their times, which differ from run to run"
+    if asked is True and here.device.type == "cuda":
         return True, ""
-    if asked is False:
-        return False, ""
     return False, "it tunes convolutions, and these models have none"
 
 
-def _expandable_segments(asked: bool | str, device: torch.device) -> tuple[bool, str]:
+def _expandable_segments(asked: bool | str, here: Here) -> tuple[bool, str]:
     if asked is False:
         return False, ""
-    if device.type != "cuda":
+    if here.device.type != "cuda":
         return False, "a setting of the CUDA allocator"
     return True, "" if asked is True else "less GPU memory lost to fragments"
+
+
+def _apply_cudnn_benchmark(in_force: bool) -> None:
+    torch.backends.cudnn.benchmark = in_force
+
+
+def _apply_deterministic(in_force: bool) -> None:
+    torch.backends.cudnn.deterministic = in_force
+    torch.use_deterministic_algorithms(in_force)
+    if in_force:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+
+
+def _apply_expandable_segments(in_force: bool) -> None:
+    # Too late for the environment variable: CUDA read it when the device was looked up.
+    if torch.cuda.is_available():
+        torch.cuda.memory._set_allocator_settings(f"expandable_segments:{in_force}")
+
+
+RULES: dict[str, Rule] = {
+    # Memory first: no tensor may be made before it is set.
+    "keep_freed_memory": Rule(
+        lambda asked, here: process_settings.keep_freed_memory(asked, here.device.type),
+        host_memory.apply_memory,
+    ),
+    "float32_matmul": Rule(_float32_matmul, torch.set_float32_matmul_precision),
+    # After float32_matmul, which resets it.
+    "onednn_matmul": Rule(
+        lambda asked, here: onednn.onednn_matmul(asked, here.device), onednn.apply
+    ),
+    "passive_threads": Rule(lambda asked, _: process_settings.passive_threads(asked)),
+    "cudnn_benchmark": Rule(_cudnn_benchmark, _apply_cudnn_benchmark),
+    "deterministic": Rule(apply=_apply_deterministic),
+    "expandable_segments": Rule(_expandable_segments, _apply_expandable_segments),
+    "attention": Rule(_attention),
+    "dtype": Rule(_dtype),
+    "compile": Rule(_compile),
+    "recompute_cheap": Rule(_recompute_cheap),
+    "fused_optimizer": Rule(_fused_optimizer),
+}
+"""Settings whose value depends on the device or changes the process, applied in this order."""

@@ -152,11 +152,12 @@ def _catch_up(
     state: State, meter: ThroughputMeter, evaluator: Evaluator, sampling: Sampling
 ) -> State:
     """Evaluate and sample at the step that the run starts from, if a stop came before."""
-    with meter.held_up("evaluation"):
-        if evaluator.was_missed(state.step):
+    if evaluator.was_missed(state.step):
+        with meter.held_up("evaluation"):
             evaluator.take(state.step)
-            state = evaluator.mark_best(state)
-        if sampling.due(state.step):
+        state = evaluator.mark_best(state)
+    if sampling.due(state.step):
+        with meter.held_up("evaluation"):
             sampling.take(state.step)
     return state
 

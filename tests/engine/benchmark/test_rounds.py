@@ -11,6 +11,7 @@ from pretrain_cli.engine.benchmark.rounds import Rounds
 from pretrain_cli.engine.benchmark.timing import Round
 from pretrain_cli.engine.benchmark.workload import Arm, Repeats, Workload
 from pretrain_cli.engine.runtime.peak_flops import Peak
+from pretrain_cli.engine.training import job
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.model.attention_backends import BACKENDS
 from pretrain_cli.model.config import variant
@@ -154,7 +155,7 @@ def test_a_planted_attention_fault_is_caught_in_both_dtypes(monkeypatch, fault):
 
 
 def test_a_planted_optimizer_fault_is_caught(monkeypatch):
-    build = timing.build_optimizer
+    build = job.build_optimizer
 
     def wrong(model, settings, *, fused):
         optimizer = build(model, settings, fused=fused)
@@ -163,5 +164,5 @@ def test_a_planted_optimizer_fault_is_caught(monkeypatch):
                 group["betas"] = (0.5, 0.95)
         return optimizer
 
-    monkeypatch.setattr(timing, "build_optimizer", wrong)
+    monkeypatch.setattr(job, "build_optimizer", wrong)
     assert differing() == {"sdpa", "sdpa bf16"}

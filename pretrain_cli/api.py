@@ -76,7 +76,7 @@ def tokenize(
         val_fraction=val_fraction,
         **options,
     )
-    return open_dataset(run_tokenize(request, lambda *_: None).folder)
+    return open_dataset(run_tokenize(request).folder)
 
 
 def open_dataset(path: str | Path, *, tokenizer: str | None = None) -> Dataset:

@@ -1,6 +1,6 @@
 """Named parts of a training step, for the profiler."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -11,12 +11,12 @@ PREFIX = "pretrain: "
 
 def span(name: str) -> AbstractContextManager[object]:
     """Record this block as a named part of the step. Costs nothing without a profiler."""
-    profiled = torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
+    profiled = torch.autograd._profiler_enabled()  # pyright: ignore
     return _recorded(name) if profiled else nullcontext()
 
 
 @contextmanager
-def _recorded(name: str) -> Iterator[None]:
+def _recorded(name: str) -> Generator[None]:
     """Record a span. A GPU runs asynchronously, so synchronize before and after: then the span
     covers exactly its own GPU work."""
     _wait()

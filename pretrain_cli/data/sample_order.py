@@ -69,7 +69,11 @@ class Order:
 
     def __init__(self, size: int, key: str) -> None:
         self.size = size
-        self.epoch = lru_cache(4)(lambda epoch: Permutation(size, f"{key} {epoch}"))
+
+        def permutation(epoch: int) -> Permutation:
+            return Permutation(size, f"{key} {epoch}")
+
+        self.epoch = lru_cache(4)(permutation)
 
     def __call__(self, numbers: np.ndarray) -> np.ndarray:
         """Return the samples at these ascending numbers. (n,) -> (n,) int64."""

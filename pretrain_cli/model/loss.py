@@ -19,7 +19,7 @@ multiplied by 1 + 2 z · log Σ exp logits.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -144,7 +144,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
@@ -181,7 +181,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return entropy + z_term, entropy, z_term
 
     @staticmethod
-    def backward(ctx, *grad_outputs: Tensor):
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("a loss is taken backward once: its gradients are given away")
         outer, (d_hidden, d_weight) = grad_outputs[0], ctx.gradients

@@ -5,6 +5,7 @@ import gzip
 import lzma
 import sys
 import zlib
+from collections.abc import Callable
 from typing import IO, Any
 
 from pretrain_cli.errors import DataError
@@ -36,8 +37,12 @@ def _zstandard(raw: IO[bytes]) -> Any:
     return zstd.ZstdFile(raw)
 
 
-DECOMPRESS = {
-    ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
+def _gzip(raw: IO[bytes]) -> Any:
+    return gzip.GzipFile(fileobj=raw)
+
+
+DECOMPRESS: dict[str, Callable[[IO[bytes]], Any]] = {
+    ".gz": _gzip,
     ".bz2": bz2.BZ2File,
     ".xz": lzma.LZMAFile,
     ".zst": _zstandard,

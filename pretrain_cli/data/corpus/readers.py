@@ -95,7 +95,7 @@ class FileReader:
             with self._open_raw() as raw:
                 stream = DECOMPRESS[compression](raw) if compression else raw
                 if kind == "jsonl":
-                    texts = json_lines(stream, path, key, self._replaces)
+                    texts = json_lines(stream, path, key, self.note_replaced)
                     yield from self._short_documents(texts)
                 elif kind == "parquet":
                     texts = parquet_rows(stream, path, key, can_seek=can_seek, spool=self.spool)
@@ -169,12 +169,12 @@ class FileReader:
         try:
             data.decode()
         except UnicodeDecodeError:
-            if not self._replaces(where):
+            if not self.note_replaced(where):
                 return None
             data = data.decode(errors="replace").encode()
         return Document(len(data), _digest(data), (data,)) if data else None
 
-    def _replaces(self, where: str) -> bool:
+    def note_replaced(self, where: str) -> bool:
         """Return whether to replace bytes that are not UTF-8. Counts or refuses the document."""
         errors = self.reading.errors
         if errors == "fail":
@@ -207,7 +207,7 @@ class _LongDocument:
                 self.decoder.decode(data, last)
             except UnicodeDecodeError:
                 self.broken = True
-                self.reader._replaces(f" from byte {self.start:,} on")
+                self.reader.note_replaced(f" from byte {self.start:,} on")
         clean = self.cleaner.decode(data, last).encode()
         self.length += len(data)
         self.size += len(clean)

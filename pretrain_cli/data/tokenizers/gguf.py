@@ -174,7 +174,8 @@ def _words(pre_tokenizer: dict[str, Any]) -> str | None:
             ],
         }:  # fmt: skip
             return words
-    return None
+        case _:
+            return None
 
 
 def _notices(tokenizer: Tokenizer, spec: dict[str, Any], rows: int) -> list[str]:

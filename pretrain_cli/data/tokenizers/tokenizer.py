@@ -170,7 +170,8 @@ def read_tokenizer(path: Path, *, name: str) -> Tokenizer:
     match config.get("document_marks"):  # written by `save`: the choice of --bos and --eos
         case [bos, str(eos)]:
             return tokenizer.marked(bos=bos or "none", eos=eos, allow_special=False)
-    return tokenizer
+        case _:
+            return tokenizer
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -18,10 +18,11 @@ import sys
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,7 +99,7 @@ def cores() -> int:
 
 
 @contextmanager
-def encoders(tokenizer: Tokenizer, dtype: np.dtype, workers: int) -> Iterator[Any]:
+def encoders(tokenizer: Tokenizer, dtype: np.dtype, workers: int) -> Generator[Any]:
     """Yield a function that encodes batches, keeping their order."""
     encode = Encoder(tokenizer, dtype)
     _ = encode.cutter.lead  # cached here, so that the forked workers share it
@@ -115,7 +116,7 @@ def encoders(tokenizer: Tokenizer, dtype: np.dtype, workers: int) -> Iterator[An
             pool = ProcessPoolExecutor(workers, context, _begin, (encode, are_text))
             work = _encode
         try:
-            yield lambda batches: _in_order(pool, work, batches, IN_FLIGHT_PER_WORKER * workers)
+            yield partial(_in_order, pool, work, IN_FLIGHT_PER_WORKER * workers)
         finally:
             pool.shutdown(cancel_futures=True)
     finally:
@@ -129,8 +130,8 @@ def encoders(tokenizer: Tokenizer, dtype: np.dtype, workers: int) -> Iterator[An
 def _in_order(
     pool: Executor,
     work: Callable[[list[Block]], Encoded],
-    batches: Iterable[list[Block]],
     ahead: int,
+    batches: Iterable[list[Block]],
 ) -> Iterator[Encoded]:
     under_way: deque[Future[Encoded]] = deque()
     try:

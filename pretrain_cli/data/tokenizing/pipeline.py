@@ -38,6 +38,10 @@ Progress = Callable[[str, int, int, int], None]
 """Called with (activity, bytes of the files done, bytes of all files, tokens made)."""
 
 
+def no_progress(activity: str, done: int, total: int, tokens: int) -> None:
+    """Show nothing."""
+
+
 class Cursor(NamedTuple):
     """Position in the corpus, with counts of everything before it."""
 

@@ -25,7 +25,7 @@ from pretrain_cli.data.tokenizers.tokenizer import (
     read_tokenizer,
     train_bpe,
 )
-from pretrain_cli.data.tokenizing.pipeline import Pipeline, Progress
+from pretrain_cli.data.tokenizing.pipeline import Pipeline, Progress, no_progress
 from pretrain_cli.data.tokenizing.request import TokenizeRequest, check
 from pretrain_cli.data.tokenizing.resume import existing, new_files, noted, rows_of, was_begun_with
 from pretrain_cli.data.tokenizing.staging import move_into_place, staging_dir
@@ -61,7 +61,7 @@ class Tokenized:
     tokenizer."""
 
 
-def tokenize(request: TokenizeRequest, progress: Progress) -> Tokenized:
+def tokenize(request: TokenizeRequest, progress: Progress = no_progress) -> Tokenized:
     """Tokenize a corpus into a dataset, or return the dataset if it already exists."""
     check(request)
     corpus = find_corpus(request.paths, include=request.include, exclude=request.exclude)

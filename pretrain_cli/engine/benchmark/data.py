@@ -8,7 +8,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +116,7 @@ def _at_random(batches: Batches) -> float:
 
 
 @contextmanager
-def made_split(size: int) -> Iterator[Split]:
+def made_split(size: int) -> Generator[Split]:
     """Yield a temporary split of this many bytes: random 16-bit tokens in documents of random
     lengths."""
     free = shutil.disk_usage(tempfile.gettempdir()).free

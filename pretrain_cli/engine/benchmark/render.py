@@ -1,6 +1,8 @@
 """Render a record: rows for the terminal, Markdown, and a picture."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -152,7 +154,7 @@ def need_matplotlib(path: Path) -> None:
     if path.suffix not in FORMATS:
         raise ConfigError(f"--plot: {path.name} is neither .png nor .svg; name one of them")
     try:
-        import matplotlib  # noqa: F401  # asked for before anything is measured
+        import_module("matplotlib")
     except ImportError:
         raise ConfigError(
             "--plot: matplotlib is not installed; pip install 'pretrain[plot]', or leave --plot out"
@@ -172,7 +174,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     rates, memory = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     for axes, title, shown in ((rates, "tokens/s", amount), (memory, "peak memory", size)):
         axes.set_title(title, size=10, loc="left")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _, shown=shown: shown(value)))
+        axes.xaxis.set_major_formatter(FuncFormatter(_ticks(shown)))
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.tick_params(labelsize=8, length=0)
         axes.grid(axis="x", alpha=0.25)
@@ -236,3 +238,12 @@ def _footnote(record: dict[str, Any]) -> str:
         "Bars: median step; lines: slowest to fastest. "
         f"torch {record['torch']}, pretrain {record['pretrain']}{commit}"
     )
+
+
+def _ticks(shown: Callable[[float], str]) -> Callable[[float, int], str]:
+    """Return a function that labels the ticks of an axis as `shown` does."""
+
+    def label(value: float, position: int) -> str:
+        return shown(value)
+
+    return label

@@ -14,7 +14,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -178,7 +178,7 @@ def _result(
 @contextmanager
 def _processes(
     workload: Workload, arms: list[str], folder: Path
-) -> Iterator[dict[str, Connection]]:
+) -> Generator[dict[str, Connection]]:
     """Start a fresh process for each arm, with a pipe for requests."""
     fresh = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
@@ -214,7 +214,7 @@ def _receive(pipe: Connection, arm: str) -> Any:
 
 
 @contextmanager
-def _drawn_folder(workload: Workload) -> Iterator[Path]:
+def _drawn_folder(workload: Workload) -> Generator[Path]:
     """Yield a temporary model folder with random weights in the compute type."""
     speed = speed_of(workload)
     model = build_model(workload.model, speed, torch.device("cpu"))

@@ -90,7 +90,7 @@ class Turn(NamedTuple):
 def our_turn(request: TokenizeRequest) -> Turn:
     give_back_memory()
     with tempfile.TemporaryDirectory() as folder:
-        made = tokenize(replace(request, out=Path(folder) / "made"), lambda *_: None)
+        made = tokenize(replace(request, out=Path(folder) / "made"))
     return Turn(made.seconds, made.manifest.total.bytes, made.manifest.total.tokens)
 
 

@@ -78,8 +78,12 @@ def open_mixture(
 
 def _make_demo(stop: StopRequest) -> None:
     """Tokenize the demo dataset. A stop request leaves it partial; the next run continues it."""
+
+    def check(activity: str, done: int, total: int, tokens: int) -> None:
+        stop.check_here()
+
     try:
-        tokenize(demo_request(), lambda *_: stop.check_here())
+        tokenize(demo_request(), check)
     except Stopped:
         return
     except DataError:

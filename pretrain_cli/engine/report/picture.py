@@ -1,6 +1,7 @@
 """The curves as one PNG, by matplotlib: loss over tokens and over time, and related curves."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,8 @@ def draw(histories: list[History], path: Path) -> None:
 def _draw_chart(axes: Axes, histories: list[History], chart: Chart, axis: str) -> None:
     is_time = axis == "time"
     axes.set_title(f"{chart.title} over {'training time' if is_time else 'tokens seen'}", size=10)
-    axes.xaxis.set_major_formatter(_says(duration if is_time else amount))
-    axes.yaxis.set_major_formatter(_says(_SHOWN[chart.unit]))
+    axes.xaxis.set_major_formatter(axis_format(duration if is_time else amount))
+    axes.yaxis.set_major_formatter(axis_format(_SHOWN[chart.unit]))
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -110,8 +111,13 @@ def _draw_marks(axes: Axes, histories: list[History], axis: str) -> None:
                 )  # fmt: skip
 
 
-def _says(shown: Any) -> FuncFormatter:
-    return FuncFormatter(lambda value, _: shown(value))
+def axis_format(shown: Callable[[float], str]) -> FuncFormatter:
+    """Return a formatter of an axis that shows its values as `shown` does."""
+
+    def text(value: float, position: int) -> str:
+        return shown(value)
+
+    return FuncFormatter(text)
 
 
 _SHOWN: dict[Unit, Any] = {

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 from pretrain_cli.engine.report.history import METRICS, History, check_run, read_history
@@ -90,7 +91,7 @@ def _check_place(option: str, path: Path, endings: tuple[str, ...]) -> None:
 
 def _need_matplotlib() -> None:
     try:
-        import matplotlib  # noqa: F401  # asked for before anything is read
+        import_module("matplotlib")
     except ImportError:
         raise ConfigError(
             "--png: matplotlib is not installed; pip install 'pretrain[plot]', or leave --png out"

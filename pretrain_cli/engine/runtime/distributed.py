@@ -9,9 +9,10 @@ single-device code, to which the trainer applies, in this order:
 import contextlib
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -72,7 +73,7 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def open_ranks(device: str) -> Iterator[Ranks]:
+def open_ranks(device: str) -> Generator[Ranks]:
     """Open the process group that torchrun started, or a single rank, on this device.
 
     Uses NCCL on GPUs and Gloo elsewhere. Raises ConfigError for `cuda:N` with several ranks.
@@ -112,7 +113,8 @@ def find_device(name: str, local_rank: int | None = None) -> torch.device:
         raise ConfigError("train.device: 'mps' is not there on this machine; give cpu")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        index = device.index if device.index is not None else local_rank or 0
+        named = cast("int | None", device.index)  # None for "cuda" alone, though torch says int
+        index = local_rank or 0 if named is None else named
         if index >= count:
             found = f"has {count} CUDA devices" if count else "has no CUDA device"
             raise ConfigError(
@@ -163,7 +165,7 @@ def parallelize(model: Decoder, ranks: Ranks, how: str) -> nn.Module:
 
 
 @contextlib.contextmanager
-def sync_gradients(model: nn.Module, *, last: bool) -> Iterator[None]:
+def sync_gradients(model: nn.Module, *, last: bool) -> Generator[None]:
     """Synchronize gradients between the ranks only if `last`, in the last micro-step of a step."""
     if isinstance(model, DistributedDataParallel) and not last:
         with model.no_sync():

@@ -8,7 +8,7 @@ because a fresh process sets its environment before torch is loaded.
 import contextlib
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor, wait
 from typing import TypeVar
 
@@ -43,7 +43,7 @@ def in_a_fresh_process(
 
 
 @contextlib.contextmanager
-def _unheard_by_children() -> Iterator[None]:
+def _unheard_by_children() -> Generator[None]:
     """Block SIGINT in processes started here, so that only the parent handles Ctrl-C."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

@@ -45,7 +45,7 @@ def _unfit() -> str | None:
     """Return the reason why oneDNN can't compute float32 products here; None if it can."""
     if not torch.backends.mkldnn.is_available():
         return "this PyTorch is built without oneDNN"
-    if torch.cpu._is_amx_tile_supported():
+    if torch.cpu._is_amx_tile_supported():  # pyright: ignore[reportPrivateUsage]
         return "this processor would compute in bfloat16"
     error = _error()
     if error > LARGEST_ERROR:

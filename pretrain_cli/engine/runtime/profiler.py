@@ -11,7 +11,7 @@ Profiling slows steps down, more so with small operators, so read the shares rat
 On a GPU each part waits for its own kernels, which it doesn't in training.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +69,7 @@ class Profiler:
         return profile
 
     @contextmanager
-    def step(self) -> Iterator[None]:
+    def step(self) -> Generator[None]:
         """Wrap one step; start and end the profile at the right steps."""
         if self.seen == self.first < self.end:
             self._start()

@@ -14,7 +14,7 @@ import contextlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -138,7 +138,7 @@ def apply_process_settings(speed: Speed) -> None:
 
 
 @contextlib.contextmanager
-def only_deterministic(speed: Speed) -> Iterator[None]:
+def only_deterministic(speed: Speed) -> Generator[None]:
     """Turn the error for an operation without a deterministic kernel into a ConfigError."""
     try:
         yield
@@ -202,7 +202,7 @@ def _dtype(asked: str, here: Here) -> tuple[str, str]:
         return asked, ""
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bfloat16", "this GPU multiplies in bfloat16; weights and optimizer stay float32"
-    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():  # pyright: ignore[reportPrivateUsage]
         return "bfloat16", "this CPU multiplies in bfloat16; weights and optimizer stay float32"
     return "float32", f"this {device.type} device has no fast bfloat16"
 
@@ -247,7 +247,7 @@ def _can_compile(asked: bool | str, device: torch.device) -> tuple[bool, str]:
             return False, "no C++ compiler is installed (g++ or clang++)"
     elif device.type == "cuda":
         try:
-            import triton  # noqa: F401  # pyright: ignore[reportMissingImports]
+            importlib.import_module("triton")
         except ImportError:
             return False, "Triton is not installed"
     elif asked == "auto":
@@ -305,7 +305,8 @@ def _apply_deterministic(in_force: bool) -> None:
 def _apply_expandable_segments(in_force: bool) -> None:
     # Too late for the environment variable: CUDA read it when the device was looked up.
     if torch.cuda.is_available():
-        torch.cuda.memory._set_allocator_settings(f"expandable_segments:{in_force}")
+        settings = f"expandable_segments:{in_force}"
+        torch.cuda.memory._set_allocator_settings(settings)  # pyright: ignore
 
 
 RULES: dict[str, Rule] = {

@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from types import FrameType
 from typing import Protocol, Self, TypeVar
 
@@ -216,7 +216,7 @@ class Interruption(StopRequest):
                 raise CutShort
 
     @contextlib.contextmanager
-    def can_be_given_up(self) -> Iterator[None]:
+    def can_be_given_up(self) -> Generator[None]:
         """Raise CutShort in this block on a signal. Code outside such blocks is never interrupted,
         so that files stay complete."""
         self.gives_up = True

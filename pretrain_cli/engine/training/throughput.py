@@ -6,7 +6,7 @@ began ── step step step ── line ── evaluating ── step step ─�
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, Literal
 
 from pretrain_cli.engine.runs.events import StepMetrics
@@ -48,7 +48,7 @@ class ThroughputMeter:
         self.waited += wait
 
     @contextlib.contextmanager
-    def held_up(self, by: Literal["save", "evaluation"]) -> Iterator[None]:
+    def held_up(self, by: Literal["save", "evaluation"]) -> Generator[None]:
         """Exclude the time inside this context from training time."""
         began = time.perf_counter()
         try:

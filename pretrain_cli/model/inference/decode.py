@@ -91,7 +91,7 @@ class DecodeSession:
         if self.on_gpu_graph:
             for layer in cache.layers:
                 for buffer in (layer.keys, layer.values):
-                    torch._dynamo.mark_static_address(buffer, guard=False)
+                    torch._dynamo.mark_static_address(buffer, guard=False)  # pyright: ignore
         return cache
 
     @torch.no_grad()
@@ -117,7 +117,7 @@ class DecodeSession:
         for layer in cache.layers:
             if layer.window is None and not self.on_gpu_graph:
                 for buffer in (layer.keys, layer.values):  # growing must not recompile
-                    torch._dynamo.mark_dynamic(buffer, 2)
+                    torch._dynamo.mark_dynamic(buffer, 2)  # pyright: ignore
         tokens, positions = torch.zeros(2, rows, dtype=torch.long, device=self.device).unbind()
         for _ in range(3 if self.on_gpu_graph else 1):  # the second run records the graph
             self.step(cache, tokens.clone(), positions.clone())
@@ -153,7 +153,8 @@ def step(
         hidden = torch.zeros_like(seen, dtype=model.dtype).masked_fill(~seen, float("-inf"))
         mask = hidden[:, None, None]
         if parts.apart and config.window(kind) is None:
-            torch._dynamo.maybe_mark_dynamic(mask, 3)  # grows as keys and values do: see warm_up
+            # grows as keys and values do: see warm_up
+            torch._dynamo.maybe_mark_dynamic(mask, 3)  # pyright: ignore
         kinds[kind] = rope, mask, positions % places
     x = model.embed(tokens)
     for layer, block in enumerate(model.blocks):

@@ -8,15 +8,67 @@ from typing import Any, Literal, get_args
 from pretrain_cli.errors import ConfigError, did_you_mean
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-ModelType = Literal["gemma3_text", "qwen3", "qwen3_moe"]
 Activation = Literal["gelu_pytorch_tanh", "silu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Facts of a model_type that its config.json has no field for.
+
+    A model that differs in one of them is refused: transformers would open its checkpoint as a
+    different model.
+    """
+
+    name: str
+    """Name for people, such as Gemma 3."""
+    norm_is_zero_centered: bool
+    has_post_norms: bool
+    embedding_is_scaled: bool
+    has_windows: bool
+    """True if layers may slide, with a RoPE base of their own."""
+    has_experts: bool
+    scales_by_head_dim: bool
+    """True if attention scores are always scaled by head_dim; False if the config says by what."""
+    heads_divide_width: bool
+    """True if transformers refuses a hidden_size that is no multiple of the number of heads."""
+
+
+def _qwen3(name: str, *, has_experts: bool) -> Family:
+    return Family(
+        name=name,
+        norm_is_zero_centered=False,
+        has_post_norms=False,
+        embedding_is_scaled=False,
+        has_windows=False,
+        has_experts=has_experts,
+        scales_by_head_dim=True,
+        heads_divide_width=False,
+    )
+
+
+FAMILIES = {
+    "gemma3_text": Family(
+        name="Gemma 3",
+        norm_is_zero_centered=True,
+        has_post_norms=True,
+        embedding_is_scaled=True,
+        has_windows=True,
+        has_experts=False,
+        scales_by_head_dim=False,
+        heads_divide_width=True,
+    ),
+    "qwen3": _qwen3("Qwen 3", has_experts=False),
+    "qwen3_moe": _qwen3("Qwen 3", has_experts=True),
+}
+"""Families by model_type. Their presets are in a file each; config.json and GGUF have rows of the
+same names in `formats/hf_config.py` and `formats/gguf.py`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """One architecture. No field has a default, so that no size can inherit another's number."""
 
-    model_type: ModelType
+    model_type: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -61,6 +113,10 @@ class ModelConfig:
     mlp_only_layers: tuple[int, ...]
 
     @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
+    @property
     def num_hidden_layers(self) -> int:
         return len(self.layer_types)
 
@@ -94,10 +150,13 @@ class ModelConfig:
                      "rope_scaling_factor", "rms_norm_eps"):  # fmt: skip
             if getattr(self, name) <= 0:
                 raise ConfigError(f"model.{name}: {getattr(self, name)} is not above zero")
-        for name, known in (("model_type", ModelType), ("hidden_activation", Activation)):
-            if getattr(self, name) not in get_args(known):
-                value, choices = getattr(self, name), ", ".join(get_args(known))
-                raise ConfigError(f"model.{name}: '{value}' is not one of {choices}")
+        for name, known in (
+            ("model_type", tuple(FAMILIES)),
+            ("hidden_activation", get_args(Activation)),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise ConfigError(f"model.{name}: '{value}' is not one of {', '.join(known)}")
         if not self.layer_types:
             raise ConfigError("model.layer_types: empty; a model needs at least one layer")
         for kind in set(self.layer_types) - {FULL, SLIDING}:
@@ -119,13 +178,14 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"model.head_dim: {self.head_dim} is odd; RoPE turns pairs")
-        if self.model_type == "gemma3_text" and self.hidden_size % self.num_attention_heads:
+        family = self.family
+        if family.heads_divide_width and self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"model.hidden_size: {self.hidden_size} is not a multiple of num_attention_heads "
-                f"{self.num_attention_heads}; transformers refuses to open such a Gemma 3"
+                f"{self.num_attention_heads}; transformers refuses to open such a {family.name}"
             )
-        self._check_family()
-        if (self.num_experts > 0) != (self.model_type == "qwen3_moe"):
+        self._check_family(family)
+        if (self.num_experts > 0) != family.has_experts:
             raise ConfigError(
                 f"model.num_experts: {self.num_experts} does not go with {self.model_type}"
             )
@@ -149,25 +209,19 @@ class ModelConfig:
                     "need: grouped_mm takes rows of 16 bytes"
                 )
 
-    def _check_family(self) -> None:
-        """Check the fields that the family's config.json cannot express. Otherwise transformers
-        would open the checkpoint as a different model."""
-        is_gemma = self.model_type == "gemma3_text"
+    def _check_family(self, family: Family) -> None:
         for name in ("norm_is_zero_centered", "has_post_norms", "embedding_is_scaled"):
-            if getattr(self, name) != is_gemma:
-                raise ConfigError(
-                    f"model.{name}: {not is_gemma} does not go with {self.model_type}"
-                )
-        if (self.rope_local_base_freq is not None) != is_gemma:
+            value = getattr(self, name)
+            if value != getattr(family, name):
+                raise ConfigError(f"model.{name}: {value} does not go with {self.model_type}")
+        if (self.rope_local_base_freq is not None) != family.has_windows:
             raise ConfigError(
                 f"model.rope_local_base_freq: {self.rope_local_base_freq} does not go with "
                 f"{self.model_type}"
             )
-        if is_gemma:
-            return
-        if SLIDING in self.layer_types:
+        if SLIDING in self.layer_types and not family.has_windows:
             raise ConfigError(f"model.layer_types: {SLIDING} does not go with {self.model_type}")
-        if self.query_pre_attn_scalar != self.head_dim:
+        if family.scales_by_head_dim and self.query_pre_attn_scalar != self.head_dim:
             raise ConfigError(
                 f"model.query_pre_attn_scalar: {self.query_pre_attn_scalar}, but {self.model_type} "
                 f"scales by its head_dim, {self.head_dim}"
@@ -181,8 +235,8 @@ FLOATS = frozenset(name for name, field in FIELDS.items() if "float" in str(fiel
 def variant(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
     """Return the config with some fields changed by name, after checks.
 
-    `num_hidden_layers` is accepted too: it repeats the config's layer pattern to that depth. Qwen
-    3's attention scale follows its head_dim.
+    `num_hidden_layers` is accepted too: it repeats the config's layer pattern to that depth. In a
+    family that scales by head_dim, the attention scale follows it.
     """
     changes = dict(changes)
     known = [*FIELDS, "num_hidden_layers"]
@@ -198,7 +252,7 @@ def variant(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
         raise ConfigError(
             f"model.num_hidden_layers: {depth}, but layer_types has {len(changes['layer_types'])}"
         )
-    if config.model_type != "gemma3_text" and "head_dim" in changes:
+    if config.family.scales_by_head_dim and "head_dim" in changes:
         changes.setdefault("query_pre_attn_scalar", changes["head_dim"])
     return dataclasses.replace(config, **changes)
 

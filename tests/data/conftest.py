@@ -167,6 +167,23 @@ def make() -> Callable[..., Tokenized]:
     return run
 
 
+@pytest.fixture
+def fill_pipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path, bytes], None]]:
+    """Function that makes a named pipe and writes data to it from a process of its own. With a
+    thread instead, forked encoders would hold the pipe open, and its reader would wait forever."""
+    writers = []
+
+    def fill(path: Path, data: bytes) -> None:
+        source = tmp_path_factory.mktemp("pipe") / "source"
+        source.write_bytes(data)
+        os.mkfifo(path)
+        writers.append(subprocess.Popen(["cp", source, path]))
+
+    yield fill
+    for writer in writers:
+        writer.wait(timeout=60)
+
+
 DOCUMENTS = [b"first", b"the second one", "drittes – ü".encode(), b"4", b"and the fifth, long"]
 HELD_OUT = [b"for validation", b"and this"]
 

@@ -22,7 +22,7 @@ from pretrain_cli.errors import ConfigError
 from pretrain_cli.files import flush
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.formats.gguf import (
-    ARCHITECTURES,
+    FAMILIES,
     FileTensor,
     gguf_metadata,
     gguf_tensors,
@@ -94,7 +94,7 @@ def _write(
     values = gguf.GGUFValueType
     value_types = {bool: values.BOOL, int: values.UINT32, float: values.FLOAT32,
                    str: values.STRING, list: values.ARRAY}  # fmt: skip
-    writer = gguf.GGUFWriter(path, ARCHITECTURES[model.config.model_type])
+    writer = gguf.GGUFWriter(path, FAMILIES[model.config.model_type].architecture)
     for key, value in metadata.items():
         writer.add_key_value(key, value, value_types[type(value)])
     tensors = gguf_tensors(model.config, model.merged)

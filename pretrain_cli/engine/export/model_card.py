@@ -33,8 +33,7 @@ def model_card(
     `run`: model, data, step and settings of the run; None if the model belongs to no run.
     `evaluations`: evaluation rows of metrics.jsonl.
     """
-    family = "Gemma 3" if config.model_type == "gemma3_text" else "Qwen 3"
-    count = count_parameters(config)
+    family, count = config.family.name, count_parameters(config)
     active = f", {count.active:,} active a token" if config.num_experts else ""
     metadata = ModelCardData(
         library_name="transformers", pipeline_tag="text-generation", tags=["pretrain"]

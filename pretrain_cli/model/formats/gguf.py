@@ -8,16 +8,42 @@ Source: src/models/{gemma3,qwen3,qwen3moe}.cpp of llama.cpp. A test opens the fi
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.model.config import FULL, SLIDING, ModelConfig
 from pretrain_cli.model.parameter_map import Merged, PublishedTensor, parameter_map
 
-ARCHITECTURES = {"gemma3_text": "gemma3", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
 DEPTH_OF_27B = 62
 """Depth of the 27B: llama.cpp recognizes that size, and its attention scale, by depth alone."""
+
+
+def _gemma3_scale(config: ModelConfig) -> float:
+    if config.num_hidden_layers == DEPTH_OF_27B:
+        return config.hidden_size // config.num_attention_heads
+    return config.head_dim
+
+
+def _qwen3_scale(config: ModelConfig) -> float:
+    return config.head_dim
+
+
+class LlamaCpp(NamedTuple):
+    """A family as llama.cpp computes it."""
+
+    architecture: str
+    activation: str
+    scale: Callable[[ModelConfig], float]
+    """config -> the query_pre_attn_scalar that llama.cpp takes."""
+
+
+FAMILIES = {
+    "gemma3_text": LlamaCpp("gemma3", "gelu_pytorch_tanh", _gemma3_scale),
+    "qwen3": LlamaCpp("qwen3", "silu", _qwen3_scale),
+    "qwen3_moe": LlamaCpp("qwen3moe", "silu", _qwen3_scale),
+}
 
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -57,7 +83,7 @@ EXPERT = re.compile(r"experts\.\d+\.")
 def gguf_metadata(config: ModelConfig) -> dict[str, Any]:
     """Return the architecture's keys and values. Raises ConfigError for a model that llama.cpp
     cannot compute."""
-    _refuse_what_differs(config)
+    family = _family(config)
     facts: dict[str, Any] = {
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
@@ -81,8 +107,7 @@ def gguf_metadata(config: ModelConfig) -> dict[str, Any]:
         facts["expert_count"] = config.num_experts
         facts["expert_used_count"] = config.num_experts_per_tok
         facts["expert_feed_forward_length"] = config.moe_intermediate_size
-    architecture = ARCHITECTURES[config.model_type]
-    return {f"{architecture}.{key}": value for key, value in facts.items()}
+    return {f"{family.architecture}.{key}": value for key, value in facts.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,27 +164,30 @@ def _pattern(kinds: tuple[str, ...]) -> int | list[bool]:
     return [kind == SLIDING for kind in kinds]
 
 
-def _refuse_what_differs(config: ModelConfig) -> None:
-    is_gemma = config.model_type == "gemma3_text"
-    head = config.head_dim
-    if is_gemma and config.num_hidden_layers == DEPTH_OF_27B:
-        head = config.hidden_size // config.num_attention_heads
-    family = ARCHITECTURES[config.model_type]
+def _family(config: ModelConfig) -> LlamaCpp:
+    """Return llama.cpp's row of the model. Raises ConfigError if it computes something else."""
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise ConfigError(
+            f"--gguf: llama.cpp's form of {config.model_type} is not known here; without --gguf "
+            "this model can be exported"
+        )
+    name_there = family.architecture
     dense = sum(not config.is_sparse(layer) for layer in range(config.num_hidden_layers))
     for name, value, wanted in (
-        ("query_pre_attn_scalar", config.query_pre_attn_scalar, head),
-        ("hidden_activation", config.hidden_activation,
-         "gelu_pytorch_tanh" if is_gemma else "silu"),
+        ("query_pre_attn_scalar", config.query_pre_attn_scalar, family.scale(config)),
+        ("hidden_activation", config.hidden_activation, family.activation),
         ("norm_topk_prob", config.norm_topk_prob or not config.num_experts, True),
     ):  # fmt: skip
         if value != wanted:
             raise ConfigError(
-                f"--gguf: {name} is {value}, and llama.cpp computes {family} with {wanted}; "
+                f"--gguf: {name} is {value}, and llama.cpp computes {name_there} with {wanted}; "
                 "without --gguf this model can be exported"
             )
     if config.num_experts and dense:
         raise ConfigError(
             f"--gguf: {dense} of {config.num_hidden_layers} layers have no experts "
-            f"(mlp_only_layers, decoder_sparse_step), and llama.cpp gives every layer of {family} "
-            "experts; without --gguf this model can be exported"
+            f"(mlp_only_layers, decoder_sparse_step), and llama.cpp gives every layer of "
+            f"{name_there} experts; without --gguf this model can be exported"
         )
+    return family

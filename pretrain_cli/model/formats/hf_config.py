@@ -9,19 +9,13 @@ that either opens the folder with the same numbers.
 """
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pretrain_cli.errors import CheckpointError, ConfigError
 from pretrain_cli.model.config import FULL, SLIDING, ModelConfig, checked
 from pretrain_cli.model.formats.hf_fields import check_fields, read_rope
-
-ARCHITECTURES = {
-    "gemma3_text": "Gemma3ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-}
-
 
 NUMBERS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -32,7 +26,7 @@ NUMBERS = (
 def to_config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """Return config.json of a model with weights in `dtype`, for transformers 4 and 5."""
     out: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[config.model_type]],
+        "architectures": [FAMILIES[config.model_type].architecture],
         "model_type": config.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -54,20 +48,7 @@ def to_config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "dtype": dtype,
         "torch_dtype": dtype,
     }
-    if config.model_type == "gemma3_text":
-        out |= _gemma3_json(config)
-    else:
-        out |= {
-            "hidden_act": config.hidden_activation,
-            "rope_scaling": _linear(config),
-            "rope_parameters": {
-                **(_linear(config) or {"rope_type": "default"}),
-                "rope_theta": config.rope_theta,
-            },
-            "use_sliding_window": False,
-            "sliding_window": None,
-            "max_window_layers": config.num_hidden_layers,
-        }
+    out |= FAMILIES[config.model_type].own_fields(config)
     if config.num_experts:
         out |= {
             "num_experts": config.num_experts,
@@ -111,19 +92,34 @@ def _gemma3_json(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _qwen3_json(config: ModelConfig) -> dict[str, Any]:
+    linear = _linear(config)
+    return {
+        "hidden_act": config.hidden_activation,
+        "rope_scaling": linear,
+        "rope_parameters": {
+            **(linear or {"rope_type": "default"}),
+            "rope_theta": config.rope_theta,
+        },
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "max_window_layers": config.num_hidden_layers,
+    }
+
+
 def from_config_json(raw: dict[str, Any]) -> ModelConfig:
     """Return the ModelConfig of a config.json. Raises ConfigError if this decoder cannot compute
     it."""
     if raw.get("model_type") == "gemma3":
         raw = _text_config(raw)
     model_type = raw.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(
-            f"config.json: model_type '{model_type}' is not one of {', '.join(ARCHITECTURES)}"
+            f"config.json: model_type '{model_type}' is not one of {', '.join(FAMILIES)}"
         )
     check_fields(raw, model_type)
     raw = _without_nulls(raw, model_type)
-    numbers = _gemma3_numbers(raw) if model_type == "gemma3_text" else _qwen3_numbers(raw)
+    numbers = FAMILIES[model_type].numbers(raw)
     return ModelConfig(**{name: checked(name, value) for name, value in numbers.items()})
 
 
@@ -149,9 +145,10 @@ def _without_nulls(raw: dict[str, Any], model_type: str) -> dict[str, Any]:
     for name in NUMBERS:
         if name not in raw or raw[name] is not None:
             continue
-        if name == "num_key_value_heads" and model_type != "gemma3_text":
-            given[name] = raw.get("num_attention_heads")  # transformers' default
-        elif name != "head_dim" or model_type != "qwen3_moe":
+        meaning = FAMILIES[model_type].null_means.get(name)
+        if meaning is not None:
+            given |= meaning(raw)
+        else:
             raise ConfigError(f"config.json: {name} is null; give the model's")
     return given
 
@@ -264,6 +261,46 @@ def _qwen3_numbers(raw: dict[str, Any]) -> dict[str, Any]:
         decoder_sparse_step=raw.get("decoder_sparse_step", 1),
         mlp_only_layers=tuple(raw.get("mlp_only_layers", ())),
     )
+
+
+def _as_many_as_heads(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return the number of key and value heads that transformers takes for null."""
+    return {"num_key_value_heads": raw.get("num_attention_heads")}
+
+
+def _head_dim_by_width(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return nothing: an absent head_dim follows from the width."""
+    return {}
+
+
+class HuggingFace(NamedTuple):
+    """A family as config.json has it."""
+
+    architecture: str
+    """Class in transformers."""
+    own_fields: Callable[[ModelConfig], dict[str, Any]]
+    """config -> the fields that only this family has."""
+    numbers: Callable[[dict[str, Any]], dict[str, Any]]
+    """config.json -> the fields of ModelConfig."""
+    null_means: Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]
+    """Numbers that may be null, and what transformers then takes."""
+
+
+FAMILIES = {
+    "gemma3_text": HuggingFace("Gemma3ForCausalLM", _gemma3_json, _gemma3_numbers, {}),
+    "qwen3": HuggingFace(
+        "Qwen3ForCausalLM",
+        _qwen3_json,
+        _qwen3_numbers,
+        {"num_key_value_heads": _as_many_as_heads},
+    ),
+    "qwen3_moe": HuggingFace(
+        "Qwen3MoeForCausalLM",
+        _qwen3_json,
+        _qwen3_numbers,
+        {"num_key_value_heads": _as_many_as_heads, "head_dim": _head_dim_by_width},
+    ),
+}
 
 
 def _refuse_other_depth(kinds: list[str] | None, depth: int) -> None:

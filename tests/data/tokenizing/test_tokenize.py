@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import sysconfig
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -89,10 +88,9 @@ def test_files_of_different_formats_make_one_dataset(tmp_path, make, read_back):
     assert result.remarked == {"not UTF-8, left out": ["corpus/d.bin"]}
 
 
-def test_streams_are_read_like_files(tmp_path, make, read_back):
+def test_streams_are_read_like_files(tmp_path, make, read_back, fill_pipe):
     for name, data in (("one.jsonl", b'{"text": "one"}\n'), ("two.gz", gzip.compress(b"two"))):
-        os.mkfifo(tmp_path / name)
-        threading.Thread(target=(tmp_path / name).write_bytes, args=(data,), daemon=True).start()
+        fill_pipe(tmp_path / name, data)
     (tmp_path / "three.txt").write_text("three")
     names = [tmp_path / name for name in ("one.jsonl", "two.gz", "three.txt")]
     result = make(names, tmp_path / "made", val_fraction=0, workers=2)
@@ -132,7 +130,7 @@ LONG = [" ".join(f"word{number}, {'äöü' * (number % 5)}" for number in range(
 @pytest.mark.parametrize("kind", ["bytes", "gpt2", "llama2"])
 @pytest.mark.parametrize("how", ["plain", "gz", "stream"])
 def test_long_documents_give_the_same_tokens_as_short_ones(
-    tmp_path, load, make, read_back, how, kind, request
+    tmp_path, load, make, read_back, how, kind, request, fill_pipe
 ):
     load(kind)  # skips without its file
     joined = "\n---\n".join(["short", LONG[0], "also short", *LONG[1:]]).encode()
@@ -141,8 +139,7 @@ def test_long_documents_give_the_same_tokens_as_short_ones(
     def tokenized(name):
         if how == "stream":
             path.unlink(missing_ok=True)
-            os.mkfifo(path)
-            threading.Thread(target=path.write_bytes, args=(joined,), daemon=True).start()
+            fill_pipe(path, joined)
         else:
             path.write_bytes(gzip.compress(joined) if how == "gz" else joined)
         result = make(path, tmp_path / name, tokenizer=kind, val_fraction=0.5,

@@ -13,15 +13,20 @@ import torch
 import yaml
 
 from pretrain_cli.config import build, reference
-from pretrain_cli.config.run_config import RunConfig, SpeedConfig
+from pretrain_cli.config.run_config import OptimizerSettings, RunConfig, SpeedConfig
 from pretrain_cli.config.setting_types import Auto, SpeedSetting
 from pretrain_cli.engine.benchmark.arms import ablation, parse_backends
 from pretrain_cli.engine.benchmark.workload import Workload
+from pretrain_cli.engine.optim.schedule import SCHEDULES, learning_rate
 from pretrain_cli.engine.planning import memory_estimate, plan
 from pretrain_cli.engine.planning.memory_estimate import ATTENTION, AttentionMemory
+from pretrain_cli.engine.runs import trackers
+from pretrain_cli.engine.runs.events import Evaluation, Notice
 from pretrain_cli.engine.runtime.speed import RULES, Rule, resolve_speed
 from pretrain_cli.errors import ConfigError
+from pretrain_cli.model import config, presets
 from pretrain_cli.model.attention_backends import BACKENDS, best_backend
+from pretrain_cli.model.formats import gguf, hf_config, hf_fields
 from pretrain_cli.model.presets import preset
 
 CPU = torch.device("cpu")
@@ -142,3 +147,88 @@ def test_auto_of_every_speed_setting_is_resolved():
     assert set(speed.decisions) == set(SpeedConfig.model_fields)
     assert not [d.setting for d in speed.decisions.values() if d.in_force == "auto"]
     assert set(RULES) <= set(SpeedConfig.model_fields)
+
+
+# --- families, schedules and trackers ------------------------------------------------------------
+
+
+@pytest.fixture
+def loud_family(monkeypatch):
+    """Add a family: Qwen 3 with scaled embeddings, of tiny sizes."""
+    family = dataclasses.replace(
+        config.FAMILIES["qwen3"], name="Loud 1", embedding_is_scaled=True, scales_by_head_dim=True
+    )
+    monkeypatch.setitem(config.FAMILIES, "loud", family)
+
+    def numbers(raw):
+        return {**hf_config.FAMILIES["qwen3"].numbers(raw), "embedding_is_scaled": True}
+
+    row = hf_config.FAMILIES["qwen3"]._replace(architecture="LoudForCausalLM", numbers=numbers)
+    monkeypatch.setitem(hf_config.FAMILIES, "loud", row)
+    monkeypatch.setitem(hf_fields.READ, "loud", hf_fields.READ["qwen3"])
+    small = dataclasses.replace(
+        preset("qwen3-tiny"), model_type="loud", embedding_is_scaled=True, hidden_size=64
+    )
+    monkeypatch.setitem(presets.PRESETS, "loud-tiny", small)
+    return small
+
+
+def test_a_new_family_trains_resumes_and_is_opened_again(loud_family, pretrain, corpus):
+    assert pretrain(f"tokenize --tokenizer bytes {corpus}").code == 0
+    sizes = "--set model.num_hidden_layers=2 --seq-len 32 --tokens-per-step 64"
+    assert pretrain(f"train --model loud-tiny {sizes} --steps 2 --out run").code == 0
+    assert pretrain("train --resume run --steps 3").code == 0
+    folder = Path("run/checkpoints/step-000003")
+    raw = json.loads((folder / "config.json").read_text())
+    assert (raw["model_type"], raw["architectures"]) == ("loud", ["LoudForCausalLM"])
+    opened = hf_config.read_config(folder)
+    assert opened.embedding_is_scaled
+    assert opened.family.name == "Loud 1"
+    assert pretrain("sample run --max-tokens 5 --no-compile").code == 0
+    assert pretrain("count-params --model loud-tiny").code == 0
+
+
+def test_a_new_family_is_in_the_card_and_refused_where_it_is_unknown(loud_family, pretrain, corpus):
+    assert pretrain(f"tokenize --tokenizer bytes {corpus}").code == 0
+    sizes = "--set model.num_hidden_layers=1 --seq-len 32 --tokens-per-step 64"
+    assert pretrain(f"train --model loud-tiny {sizes} --steps 1 --out run").code == 0
+    assert pretrain("export run published").code == 0
+    assert "of the Loud 1 architecture" in Path("published/README.md").read_text()
+    with pytest.raises(ConfigError, match=r"llama\.cpp's form of loud is not known here"):
+        gguf.gguf_metadata(loud_family)
+    with pytest.raises(ConfigError, match="embedding_is_scaled: False does not go with loud"):
+        dataclasses.replace(loud_family, embedding_is_scaled=False)
+
+
+def test_every_list_of_families_has_the_same_names():
+    assert set(config.FAMILIES) == set(hf_config.FAMILIES) == set(gguf.FAMILIES)
+    assert set(config.FAMILIES) == set(hf_fields.READ) - {"gemma3"}  # the multimodal outer config
+
+
+def test_a_new_schedule_is_followed_and_every_list_has_the_same_names(monkeypatch):
+    monkeypatch.setitem(SCHEDULES, "stairs", lambda progress, decayed: 1.0 - (progress >= 0.5))
+    settings = OptimizerSettings(final_fraction=0.1).model_copy(update={"schedule": "stairs"})
+    rates = [
+        learning_rate(step, peak=2.0, steps=10, warmup_steps=2, settings=settings)
+        for step in (0, 2, 5, 6, 9)
+    ]
+    assert rates == pytest.approx([1.0, 2.0, 2.0, 0.2, 0.2])
+    monkeypatch.undo()
+    assert set(get_args(OptimizerSettings.model_fields["schedule"].annotation)) == set(SCHEDULES)
+
+
+def test_a_new_tracker_gets_the_events_of_its_run(monkeypatch, tmp_path):
+    class Paper(trackers.Tracker):
+        def __init__(self, start):
+            self.lines = [f"from step {start.step}"]
+
+        def write_numbers(self, event):
+            self.lines.append(event.loss)
+
+    monkeypatch.setitem(trackers.TRACKERS, "paper", Paper)
+    [paper] = trackers.open_trackers(("paper",), tmp_path, {}, lambda _: None, step=7)
+    validation = {"perplexity": 7.4, "bits_per_byte": 2.9, "tokens": 1, "split_tokens": 1}
+    times = {"step": 8, "time": 0.0, "evaluation_time": 0.0, "sources": {}}
+    paper.take(Evaluation(loss=2.0, **validation, **times))
+    paper.take(Notice("not for a tracker"))
+    assert paper.lines == ["from step 7", 2.0]

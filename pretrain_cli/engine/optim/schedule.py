@@ -10,6 +10,7 @@ checkpoint before the decay and train for any length.
 """
 
 import math
+from collections.abc import Callable
 
 from pretrain_cli.config.run_config import OptimizerSettings
 
@@ -21,24 +22,37 @@ def learning_rate(
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
-    last = settings.final_fraction
-    return peak * (last + (1.0 - last) * _height(progress, settings))
-
-
-def _height(progress: float, settings: OptimizerSettings) -> float:
-    """Return the schedule's height, which falls from 1 to 0 as progress goes from 0 to 1.
-
-    A constant schedule stays at 1.
-    """
     decayed = max(0.0, 1.0 - (1.0 - progress) / settings.decay_fraction)
-    match settings.schedule:
-        case "cosine":
-            return 0.5 * (1.0 + math.cos(math.pi * progress))
-        case "linear":
-            return 1.0 - progress
-        case "wsd":
-            return 1.0 - decayed
-        case "wsd-sqrt":
-            return 1.0 - math.sqrt(decayed)
-        case "constant":
-            return 1.0
+    last = settings.final_fraction
+    return peak * (last + (1.0 - last) * SCHEDULES[settings.schedule](progress, decayed))
+
+
+def _cosine(progress: float, decayed: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def _linear(progress: float, decayed: float) -> float:
+    return 1.0 - progress
+
+
+def _wsd(progress: float, decayed: float) -> float:
+    return 1.0 - decayed
+
+
+def _wsd_sqrt(progress: float, decayed: float) -> float:
+    return 1.0 - math.sqrt(decayed)
+
+
+def _constant(progress: float, decayed: float) -> float:
+    return 1.0
+
+
+SCHEDULES: dict[str, Callable[[float, float], float]] = {
+    "cosine": _cosine,
+    "linear": _linear,
+    "wsd": _wsd,
+    "wsd-sqrt": _wsd_sqrt,
+    "constant": _constant,
+}
+"""Shapes after warm-up: (progress, decayed) -> height. Progress goes from 0 to 1 over the run,
+`decayed` from 0 to 1 over its last `decay_fraction`; the height goes from 1 to 0, or stays."""

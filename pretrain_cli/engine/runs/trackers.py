@@ -13,10 +13,10 @@ import importlib
 import importlib.util
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any, NamedTuple, assert_never
 
 from pretrain_cli.engine.runs.events import (
     Emit,
@@ -76,17 +76,23 @@ def check_trackers(names: Sequence[str]) -> None:
             )
 
 
+class TrackerStart(NamedTuple):
+    """What a tracker gets at the start of a process of a run."""
+
+    run: Path
+    settings: dict[str, Any]
+    """Settings of the run, resolved."""
+    emit: Emit
+    step: int
+    """Steps that earlier processes have taken."""
+
+
 def open_trackers(
     names: Sequence[str], run: Path, settings: dict[str, Any], emit: Emit, *, step: int
 ) -> list[Sink]:
     """Open the requested trackers for a run that continues from this step."""
-    opened: list[Sink] = []
-    for name in names:
-        if name == "tensorboard":
-            opened.append(TensorBoard(run, step=step))
-        else:
-            opened.append(WeightsAndBiases(run, settings, emit))
-    return opened
+    start = TrackerStart(run, settings, emit, step)
+    return [TRACKERS[name](start) for name in names]
 
 
 def numbers(event: StepMetrics | Evaluation) -> dict[str, float]:
@@ -107,11 +113,11 @@ def numbers(event: StepMetrics | Evaluation) -> dict[str, float]:
 class TensorBoard(Tracker):
     """`tensorboard --logdir RUN`: event files in RUN/tensorboard."""
 
-    def __init__(self, run: Path, *, step: int) -> None:
+    def __init__(self, start: TrackerStart) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         # hides an earlier process's events after `step`: these steps run again
-        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        self.writer = SummaryWriter(str(start.run / "tensorboard"), purge_step=start.step + 1)
 
     def write_numbers(self, event: StepMetrics | Evaluation) -> None:
         for name, value in numbers(event).items():
@@ -132,7 +138,8 @@ class WeightsAndBiases(Tracker):
     """One W&B run for all processes of a training run; its id is kept in RUN/wandb.json. With
     WANDB_MODE=offline the data stays in RUN/wandb for a later `wandb sync`."""
 
-    def __init__(self, run: Path, settings: dict[str, Any], emit: Emit) -> None:
+    def __init__(self, start: TrackerStart) -> None:
+        run = start.run
         wandb: Any = importlib.import_module("wandb")
         self.wandb = wandb
         self.path = run / "wandb.json"
@@ -148,7 +155,7 @@ class WeightsAndBiases(Tracker):
                 id=self.id,
                 resume="allow",
                 dir=str(run),
-                config=settings,
+                config=start.settings,
                 settings=wandb.Settings(console="off", silent=True),
             )
         except wandb.Error as error:
@@ -159,7 +166,7 @@ class WeightsAndBiases(Tracker):
             ) from None
         self._keep()
         self.run.define_metric("*", step_metric="step")
-        emit(Notice(f"Weights & Biases: {self.run.url or self.run.dir}"))
+        start.emit(Notice(f"Weights & Biases: {self.run.url or self.run.dir}"))
 
     def write_numbers(self, event: StepMetrics | Evaluation) -> None:
         self._send(event, numbers(event))
@@ -185,3 +192,10 @@ class WeightsAndBiases(Tracker):
 
     def close(self) -> None:
         self.run.finish()
+
+
+TRACKERS: dict[str, Callable[[TrackerStart], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+}
+"""Trackers by the name of the package that each needs, as in train.log."""

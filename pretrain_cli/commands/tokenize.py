@@ -155,8 +155,9 @@ def tokenize(
     Python standard library's sources.
     """
     from pretrain_cli.data.corpus.readers import ReadOptions
+    from pretrain_cli.data.tokenizing.choose_tokenizer import BPE_VOCAB_SIZE
     from pretrain_cli.data.tokenizing.request import TokenizeRequest
-    from pretrain_cli.data.tokenizing.tokenize import BPE_VOCAB_SIZE, demo_request
+    from pretrain_cli.data.tokenizing.tokenize import demo_request
     from pretrain_cli.data.tokenizing.tokenize import tokenize as run
     from pretrain_cli.engine.runtime.host_memory import give_back_memory
 

@@ -32,7 +32,7 @@ BLOCK_CHARACTERS = 2**19
 """Documents of up to twice this length are encoded whole; longer ones in blocks of this length."""
 SMALL = 2**22
 """Bytes of a corpus too small to be worth worker processes."""
-SECONDS_BETWEEN_NOTES = 3.0
+SECONDS_BETWEEN_SAVES = 3.0
 
 Progress = Callable[[str, int, int, int], None]
 """Called with (activity, bytes of the files done, bytes of all files, tokens made)."""
@@ -106,20 +106,21 @@ class Pipeline:
         writer: DatasetWriter,
         progress: Progress,
         *,
-        earlier: SavedProgress | None,
-        there: Manifest | None,
+        saved: SavedProgress | None,
+        appends_to: Manifest | None,
     ) -> None:
-        """`there` is the dataset that this one is appended to."""
+        """`saved` is the progress to continue from; `appends_to` the dataset that this one
+        extends."""
         self.request, self.corpus, self.writer = request, corpus, writer
         self.progress = progress
-        self.there = there
-        here = earlier.here if earlier else ResumePoint(Cursor(), Tally(), writer.written())
+        self.appends_to = appends_to
+        here = saved.here if saved else ResumePoint(Cursor(), Tally(), writer.written())
         self.place, self.of_file = here.place, replace(here.of_file)
-        self.file_began = earlier.file_began if earlier else here
+        self.file_began = saved.file_began if saved else here
         self.steps: deque[BlockRecord | FileDone] = deque()
         """Records of the blocks in flight, and of the files that end after them."""
         self.seen = DuplicateIndex(writer.staging, self.place.ordinal, request)
-        self.noted = time.perf_counter()
+        self.saved_at = time.perf_counter()
 
     def run(self) -> None:
         workers = self.request.workers or cores()
@@ -134,8 +135,8 @@ class Pipeline:
                 raw = self._take(encoded)
                 has_space = has_space or self._check_space(raw)
                 self.progress("tokenizing", raw, self.corpus.size, self._made())
-                if time.perf_counter() - self.noted > SECONDS_BETWEEN_NOTES:
-                    self._note()
+                if time.perf_counter() - self.saved_at > SECONDS_BETWEEN_SAVES:
+                    self._save_progress()
             self._end_files()
             self.seen.commit()
 
@@ -232,7 +233,7 @@ class Pipeline:
             self.place, self.of_file = done.behind, Tally()
             self.file_began = ResumePoint(self.place, Tally(), self.writer.written())
 
-    def _note(self) -> None:
+    def _save_progress(self) -> None:
         """Save the current progress, and the start of the current file in case that file is
         changed."""
         if self.corpus.has_streams:
@@ -240,20 +241,20 @@ class Pipeline:
         self.seen.commit()
         here = ResumePoint(self.place, self.of_file, self.writer.written())
         file = next(iter(self.corpus.files[here.place.file :]), None)
-        self.writer.note(
+        self.writer.save_progress(
             {
                 "options": self.request.options,
-                "appends_to": self.there.fingerprint if self.there else None,
+                "appends_to": self.appends_to.fingerprint if self.appends_to else None,
                 "file": identity(file) if file else None,
                 "here": asdict(here),
                 "file_began": asdict(self.file_began),
             }
         )
-        self.noted = time.perf_counter()
+        self.saved_at = time.perf_counter()
 
     def _made(self) -> int:
         """Return the tokens made from this corpus."""
-        return self.writer.tokens - (self.there.total.tokens if self.there else 0)
+        return self.writer.tokens - (self.appends_to.total.tokens if self.appends_to else 0)
 
     def _check_space(self, raw: int) -> bool:
         """Raise DataError if the dataset will not fit on the disk, judging by its first part."""

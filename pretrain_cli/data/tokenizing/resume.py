@@ -1,29 +1,63 @@
-"""Find what an earlier run left: a complete dataset, or part of one to continue."""
+"""Find what earlier runs left: a complete dataset, one to append to, or part of one to continue.
+
+out exists, same request ──────────────> nothing to do
+out exists, --append ──────────────────> the files that it lacks
+out.partial with saved progress ───────> continue from there
+"""
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pretrain_cli.data.corpus.source_files import Corpus, TextFile
 from pretrain_cli.data.shards import FILES, MANIFEST, Manifest, read_manifest
-from pretrain_cli.data.tokenizers.tokenizer import BUILT_IN, Tokenizer, find_file, load_tokenizer
+from pretrain_cli.data.tokenizers.tokenizer import BUILT_IN, find_file
+from pretrain_cli.data.tokenizing.choose_tokenizer import TokenizerChoice
 from pretrain_cli.data.tokenizing.pipeline import Cursor, ResumePoint, SavedProgress, identity
 from pretrain_cli.data.tokenizing.request import TokenizeRequest
 from pretrain_cli.data.tokenizing.staging import (
     Tally,
     WriteState,
     as_written,
-    noted_shards,
     read_progress,
+    saved_shards,
     staging_dir,
 )
 from pretrain_cli.errors import DataError
 from pretrain_cli.files import sha256_of
 
 
-def existing(request: TokenizeRequest, corpus: Corpus) -> Manifest | None:
+@dataclass(frozen=True)
+class Start:
+    """What is there when a dataset is to be made."""
+
+    corpus: Corpus
+    """Files to tokenize."""
+    existing: Manifest | None
+    """Dataset that exists already: the result, or what is appended to."""
+    saved: SavedProgress | None
+    """Progress of an interrupted run that can be continued."""
+    is_complete: bool
+    """True if the existing dataset is the result, and nothing is to be done."""
+
+
+def find_start(request: TokenizeRequest, corpus: Corpus, choice: TokenizerChoice) -> Start:
+    """Return what earlier runs left of the requested dataset. Raises DataError if another dataset,
+    or something else, is in its place."""
+    manifest = _existing(request, corpus, choice)
+    if manifest is not None and request.append:
+        corpus = _new_files(request, corpus)
+    if manifest is not None and not (request.append and corpus.files):
+        return Start(corpus, manifest, None, is_complete=True)
+    saved = _saved_progress(request, corpus, manifest)
+    if saved is not None and not _was_begun_with(request, choice):
+        saved = None
+    return Start(corpus, manifest, saved, is_complete=False)
+
+
+def _existing(request: TokenizeRequest, corpus: Corpus, choice: TokenizerChoice) -> Manifest | None:
     """Return the manifest of an existing dataset if it matches the request or can be appended to.
     Raises DataError instead of replacing another dataset."""
     out = request.out
@@ -45,7 +79,7 @@ def existing(request: TokenizeRequest, corpus: Corpus) -> Manifest | None:
     if "tokenizer" in changed and request.tokenizer not in BUILT_IN:
         find_file(request.tokenizer)  # raises if there is no such tokenizer
     if request.tokenizer not in BUILT_IN and Path(request.tokenizer).exists():
-        same = _told_by_tokenizer(request, manifest)
+        same = _same_by_tokenizer(request, manifest, choice)
         changed = [name for name in changed if name not in same]
         changed += [name for name, is_same in same.items() if not is_same]
     if not request.append and not _is_same_corpus(corpus, out):
@@ -60,11 +94,13 @@ def existing(request: TokenizeRequest, corpus: Corpus) -> Manifest | None:
     )
 
 
-def _told_by_tokenizer(request: TokenizeRequest, manifest: Manifest) -> dict[str, bool]:
+def _same_by_tokenizer(
+    request: TokenizeRequest, manifest: Manifest, choice: TokenizerChoice
+) -> dict[str, bool]:
     """Return the options that a tokenizer file decides, and whether each matches the dataset. The
     tokenizer itself is compared, not its path: its file may have moved, be the dataset's copy, or
     carry its document marks."""
-    tokenizer = load_tokenizer(request.tokenizer)
+    tokenizer = choice.named
     if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
         return {"tokenizer": False}
     marked = tokenizer.marked(bos=request.bos, eos=request.eos, allow_special=False)
@@ -85,7 +121,7 @@ def _is_same_corpus(corpus: Corpus, out: Path) -> bool:
     return next(rows, None) is None
 
 
-def new_files(request: TokenizeRequest, corpus: Corpus) -> Corpus:
+def _new_files(request: TokenizeRequest, corpus: Corpus) -> Corpus:
     """Return the files that the dataset does not contain yet. Raises DataError for one that it
     contains in another version."""
     names = {file.name for file in corpus.files}
@@ -122,45 +158,47 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def noted(request: TokenizeRequest, corpus: Corpus, there: Manifest | None) -> SavedProgress | None:
+def _saved_progress(
+    request: TokenizeRequest, corpus: Corpus, existing: Manifest | None
+) -> SavedProgress | None:
     """Return an earlier run's progress if it can be continued. If the current file changed since,
     progress goes back to that file's beginning."""
     progress = read_progress(request.out)
     if progress is None or corpus.has_streams:
         return None
     try:
-        return _fitting(request, corpus, there, progress)
+        return _fitting(request, corpus, existing, progress)
     except (KeyError, TypeError, ValueError):  # saved by another version of the program
         return None
 
 
-def was_begun_with(request: TokenizeRequest, tokenizer: Tokenizer) -> bool:
+def _was_begun_with(request: TokenizeRequest, choice: TokenizerChoice) -> bool:
     """Return whether the saved progress used this tokenizer, which may be a file."""
     path = staging_dir(request.out) / "tokenizer.json"
-    return path.is_file() and sha256_of(path) == tokenizer.fingerprint
+    return path.is_file() and sha256_of(path) == choice.resumed.fingerprint
 
 
 def _fitting(
-    request: TokenizeRequest, corpus: Corpus, there: Manifest | None, progress: dict[str, Any]
+    request: TokenizeRequest, corpus: Corpus, existing: Manifest | None, progress: dict[str, Any]
 ) -> SavedProgress | None:
-    appends_to = there.fingerprint if there else None
+    appends_to = existing.fingerprint if existing else None
     if progress["options"] != request.options or progress["appends_to"] != appends_to:
         return None
-    shards = noted_shards(progress)
+    shards = saved_shards(progress)
 
-    def moment(name: str) -> ResumePoint | None:
-        parts = progress[name]
-        written = as_written(request.out, parts["written"], shards)
-        place = Cursor(*parts["place"])
+    def resume_point(name: str) -> ResumePoint | None:
+        saved = progress[name]
+        written = as_written(request.out, saved["written"], shards)
+        place = Cursor(*saved["place"])
         if written is None or not _begins_with_the_same(request, corpus, place.file, written):
             return None
-        return ResumePoint(place, Tally(**parts["of_file"]), written)
+        return ResumePoint(place, Tally(**saved["of_file"]), written)
 
-    began = moment("file_began")
-    at = progress["here"]["place"][0]
-    is_unchanged = at >= len(corpus.files) or identity(corpus.files[at]) == progress["file"]
-    here = moment("here") if is_unchanged else began
-    return SavedProgress(here, began, shards) if here and began else None
+    file_began = resume_point("file_began")
+    number = progress["here"]["place"][0]
+    is_unchanged = number >= len(corpus.files) or identity(corpus.files[number]) == progress["file"]
+    here = resume_point("here") if is_unchanged else file_began
+    return SavedProgress(here, file_began, shards) if here and file_began else None
 
 
 def _begins_with_the_same(

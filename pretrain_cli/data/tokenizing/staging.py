@@ -65,23 +65,23 @@ def read_progress(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def noted_shards(progress: dict[str, Any]) -> list[Shard]:
+def saved_shards(progress: dict[str, Any]) -> list[Shard]:
     """Return the shards that were finished when the progress was saved."""
     return [Shard.model_validate(shard) for shard in progress["shards"]]
 
 
-def as_written(folder: Path, noted: dict[str, Any], shards: Sequence[Shard]) -> WriteState | None:
+def as_written(folder: Path, saved: dict[str, Any], shards: Sequence[Shard]) -> WriteState | None:
     """Return the saved state of the writer; None if its files are missing."""
-    extents = {split: Extent(**extent) for split, extent in noted["open"].items()}
-    there = staging_dir(folder)
-    sizes = {file: 0 for s in shards[: noted["closed"]] for file in files_of(there, s.file)}
+    extents = {split: Extent(**extent) for split, extent in saved["open"].items()}
+    staging = staging_dir(folder)
+    sizes = {file: 0 for s in shards[: saved["closed"]] for file in files_of(staging, s.file)}
     for extent in extents.values():
-        sizes[there / extent.file] = extent.tokens * np.dtype(noted["dtype"]).itemsize
-        sizes[index_path(there / extent.file)] = extent.documents * 8
+        sizes[staging / extent.file] = extent.tokens * np.dtype(saved["dtype"]).itemsize
+        sizes[index_path(staging / extent.file)] = extent.documents * 8
     if not all(path.exists() and path.stat().st_size >= size for path, size in sizes.items()):
         return None
-    splits = {name: Tally(**tally) for name, tally in noted["splits"].items()}
-    return WriteState(noted["dtype"], noted["closed"], extents, splits, noted["files_bytes"])
+    splits = {name: Tally(**tally) for name, tally in saved["splits"].items()}
+    return WriteState(saved["dtype"], saved["closed"], extents, splits, saved["files_bytes"])
 
 
 def move_into_place(folder: Path) -> None:

@@ -113,7 +113,7 @@ class DatasetWriter:
         self.tokenizer.save(self.staging)
         self.files = (self.staging / FILES).open("ab")
 
-    def begin_behind(self, manifest: Manifest) -> None:
+    def begin_after(self, manifest: Manifest) -> None:
         """Start after the contents of an existing dataset; its shards are hard-linked, not
         copied."""
         self.begin()
@@ -127,7 +127,7 @@ class DatasetWriter:
             for name, part in manifest.splits.items()
         }
 
-    def go_on(self, written: WriteState, shards: Sequence[Shard]) -> None:
+    def resume(self, written: WriteState, shards: Sequence[Shard]) -> None:
         """Continue from the saved state and finished shards of an earlier writer."""
         closed = list(shards[: written.closed])
         kept = {file.name for shard in closed for file in files_of(self.staging, shard.file)}
@@ -180,7 +180,7 @@ class DatasetWriter:
             files_bytes=self.files.tell(),
         )
 
-    def note(self, progress: dict[str, Any]) -> None:
+    def save_progress(self, progress: dict[str, Any]) -> None:
         """Flush the files to disk, then save the progress."""
         shards = [shard.model_dump() for shard in self.closed]
         for shard in self.open.values():

@@ -6,7 +6,6 @@ by that rounding.
 """
 
 import importlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +108,7 @@ def verify(
     speed = resolve_speed(exact, torch_device, training=False)
     model = open_model(folder, speed, torch_device, notify)
     reference = open_with_transformers(reference_folder, torch_device)
+    _check_vocabulary(folder, config.vocab_size, reference_folder, reference)
     tolerance = _tolerance(folder, reference_folder)
     batch = batch.to(torch_device)
 
@@ -119,11 +119,11 @@ def verify(
     with torch.no_grad():
         for window in batch:
             ours, their = (side(window[None, :-1])[0].float() for side in (model, theirs))
-            if ours.shape != their.shape:
-                raise CheckpointError(
-                    f"{reference_folder}: logits for {their.shape[-1]:,} tokens, and {folder} has "
-                    f"{ours.shape[-1]:,}; they are different models"
-                )
+            for place, logits in ((folder, ours), (reference_folder, their)):
+                if not logits.isfinite().all():
+                    raise CheckpointError(
+                        f"{place}: its logits are not finite; take an earlier checkpoint"
+                    )
             difference = ours - their
             worst = max(worst, (difference.norm() / their.norm()).item())
             largest = max(largest, difference.abs().max().item())
@@ -141,8 +141,6 @@ def verify(
             tolerance,
             torch_device,
         )
-    if not math.isfinite(worst):
-        raise CheckpointError(f"{folder}: its logits are not finite; take an earlier checkpoint")
     tokenizer = folder_tokenizer(folder)
     return Comparison(
         folder=folder,
@@ -160,6 +158,16 @@ def verify(
         their_text=tokenizer.decode(their_tokens),
         tolerance=tolerance,
     )
+
+
+def _check_vocabulary(folder: Path, ours: int, reference_folder: Path, reference: Any) -> None:
+    """Raise CheckpointError if the models have different vocabularies."""
+    theirs = reference.get_output_embeddings().weight.shape[0]
+    if theirs != ours:
+        raise CheckpointError(
+            f"{reference_folder}: logits for {theirs:,} tokens, and {folder} has {ours:,}; they "
+            "are different models"
+        )
 
 
 def open_with_transformers(folder: Path, device: torch.device) -> Any:

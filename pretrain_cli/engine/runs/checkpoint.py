@@ -195,6 +195,8 @@ def read_state(folder: Path) -> State:
     path = folder / STATE
     try:
         read = json.loads(path.read_text())
+        if not isinstance(read, dict):
+            raise ValueError("not an object")
         passed = tuple((first, end) for first, end in read.pop("passed", ()))
         return State(**read, passed=passed)
     except (OSError, ValueError, TypeError) as error:

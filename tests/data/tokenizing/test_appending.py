@@ -127,12 +127,12 @@ def test_a_killed_append_resumes_where_it_stopped(
     assert not result.resumed
     arguments = ["tokenize", "corpus", "--tokenizer", "bytes", "--val-fraction", "0.3",
                  "--append", "--out", "made"]  # fmt: skip
-    changes = {"pretrain_cli.data.tokenizing.pipeline.SECONDS_BETWEEN_NOTES": 0,
+    changes = {"pretrain_cli.data.tokenizing.pipeline.SECONDS_BETWEEN_SAVES": 0,
                "pretrain_cli.data.tokenizing.pipeline.BATCH_BYTES": 30}  # fmt: skip
     for function, call in (
         ("os.link", 3),
-        ("pretrain_cli.data.tokenizing.writer.DatasetWriter.note", 1),
-        ("pretrain_cli.data.tokenizing.writer.DatasetWriter.note", 5),
+        ("pretrain_cli.data.tokenizing.writer.DatasetWriter.save_progress", 1),
+        ("pretrain_cli.data.tokenizing.writer.DatasetWriter.save_progress", 5),
         ("pretrain_cli.data.tokenizing.writer.DatasetWriter.finish", 1),
     ):
         before = contents(tmp_path / "made")

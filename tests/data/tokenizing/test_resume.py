@@ -19,7 +19,7 @@ from pretrain_cli.data.tokenizing import encoding, writer
 
 # Small sizes, so that a corpus of about 100 kB has many batches, blocks and saves.
 SMALL = {
-    "pretrain_cli.data.tokenizing.pipeline.SECONDS_BETWEEN_NOTES": 0,
+    "pretrain_cli.data.tokenizing.pipeline.SECONDS_BETWEEN_SAVES": 0,
     "pretrain_cli.data.tokenizing.pipeline.BATCH_BYTES": 1000,
     "pretrain_cli.data.tokenizing.pipeline.BLOCK_CHARACTERS": 2000,
     "pretrain_cli.data.tokenizing.encoding.PIECE": 500,
@@ -37,7 +37,7 @@ FULL = (
 WENT_ON = "Continued what an earlier run had finished"
 
 ADD = "pretrain_cli.data.tokenizing.writer.DatasetWriter.add"
-NOTE = "pretrain_cli.data.tokenizing.writer.DatasetWriter.note"
+NOTE = "pretrain_cli.data.tokenizing.writer.DatasetWriter.save_progress"
 FINISH = "pretrain_cli.data.tokenizing.writer.DatasetWriter.finish"
 
 
@@ -240,7 +240,7 @@ def test_a_run_killed_while_it_moves_the_dataset_is_complete(
 def test_an_interrupted_run_resumes(straight, again, pretrain, small, monkeypatch):
     """Ctrl-C discards work that is not saved."""
     calls = []
-    real = writer.DatasetWriter.note
+    real = writer.DatasetWriter.save_progress
 
     def interrupt(self, progress):
         real(self, progress)
@@ -249,12 +249,12 @@ def test_an_interrupted_run_resumes(straight, again, pretrain, small, monkeypatc
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer.DatasetWriter, "note", interrupt)
+        patch.setattr(writer.DatasetWriter, "save_progress", interrupt)
         assert pretrain(" ".join(["tokenize corpus --out killed/made", *OPTIONS])).code == 130
     assert again() == (straight(), True)
 
 
-@pytest.mark.parametrize("where", ["add", "note", "hold_out_tail", "finish"])
+@pytest.mark.parametrize("where", ["add", "save_progress", "hold_out_tail", "finish"])
 def test_a_full_disk_prints_one_line_and_the_next_run_resumes(
     straight, again, pretrain, small, monkeypatch, where
 ):
@@ -382,7 +382,7 @@ def test_a_resumed_run_does_not_train_its_bpe_again(straight, killed, again, mon
     options = ["--tokenizer", "bpe", *size]
     assert killed(NOTE, 20, *options)
     expected = straight(*options)
-    monkeypatch.setattr("pretrain_cli.data.tokenizing.tokenize.train_bpe", None)
+    monkeypatch.setattr("pretrain_cli.data.tokenizing.choose_tokenizer.train_bpe", None)
     assert again(*options) == (expected, True)
 
 
@@ -443,7 +443,7 @@ def test_twenty_kills_at_random_times_do_not_change_the_dataset(
         (folder / f"{number:02d}-b.txt").write_text("\n".join(texts))
         (folder / f"{number:02d}-c.txt").write_text("\n---\n".join(texts[:30]))
     changes = SMALL | {
-        "pretrain_cli.data.tokenizing.pipeline.SECONDS_BETWEEN_NOTES": 0.02,
+        "pretrain_cli.data.tokenizing.pipeline.SECONDS_BETWEEN_SAVES": 0.02,
         "pretrain_cli.data.tokenizing.pipeline.BATCH_BYTES": 20_000,
         "pretrain_cli.data.tokenizing.pipeline.BLOCK_CHARACTERS": 20_000,
         "pretrain_cli.data.tokenizing.pipeline.SMALL": 0,

@@ -209,7 +209,7 @@ def interrupted(folder, split="train", noted=3, lost=2):
     add(made, split, DOCUMENTS[:noted])
     made.file_done({"name": "kept"})
     written = made.written()
-    made.note({"written": asdict(written)})
+    made.save_progress({"written": asdict(written)})
     add(made, split, DOCUMENTS[noted : noted + lost])
     made.file_done({"name": "lost"})
     return made, written
@@ -230,7 +230,7 @@ def test_tokens_written_after_the_last_save_are_discarded(tmp_path, contents, no
     made, _ = interrupted(tmp_path / "made", noted=noted, lost=1)
     made.__exit__(KeyboardInterrupt, None, None)
     with writer(tmp_path / "made") as again:
-        again.go_on(*found(tmp_path / "made"))
+        again.resume(*found(tmp_path / "made"))
         add(again, "train", DOCUMENTS[noted:])
         add(again, "val", HELD_OUT)
         again.finish(**FACTS)
@@ -256,7 +256,7 @@ def test_holding_out_the_tail_does_not_change_saved_files(tmp_path, split):
     for name, data in before.items():
         assert (folder.with_name("made.partial") / name).read_bytes()[: len(data)] == data, name
     with writer(folder) as again:
-        again.go_on(*found(folder))
+        again.resume(*found(folder))
         again.hold_out_tail(0.6)
         again.finish(**FACTS)
     opened = open_dataset(folder)
@@ -306,7 +306,7 @@ def test_a_full_disk_raises_the_original_error(tmp_path, monkeypatch):
         with writer(tmp_path / "made", shard_tokens=1000) as made:
             made.begin()
             made.add("train", np.arange(256), [0])
-            made.note({})
+            made.save_progress({})
 
     monkeypatch.setattr(Path, "open", full)
     with pytest.raises(OSError, match="No space left") as error:

@@ -68,12 +68,21 @@ def test_missing_weights_are_refused_not_initialized_at_random():
         compare(CHECKPOINT, other)
 
 
-def test_a_model_with_a_larger_vocabulary_is_refused():
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.mlp.down_proj.weight"])
+def test_logits_that_are_not_finite_are_refused(name):
+    broken = copy_with_weights(lambda n, value: value * float("nan") if n == name else value)
+    for folder, against in ((broken, None), (CHECKPOINT, broken)):
+        with pytest.raises(CheckpointError, match=f"{broken}: its logits are not finite"):
+            compare(folder, against)
+
+
+@pytest.mark.parametrize("factor", [2, 0.5])
+def test_a_model_with_another_vocabulary_is_refused(factor):
+    config = json.loads((CHECKPOINT / "config.json").read_text())
+    vocabulary = int(factor * config["vocab_size"])
     other = copy_with_weights(
-        lambda name, value: torch.cat([value, value]) if "embed" in name else value
+        lambda name, value: torch.cat([value, value])[:vocabulary] if "embed" in name else value
     )
-    config = json.loads((other / "config.json").read_text())
-    vocabulary = 2 * config["vocab_size"]
     (other / "config.json").write_text(json.dumps(config | {"vocab_size": vocabulary}))
     with pytest.raises(CheckpointError, match=f"{vocabulary} tokens, .* different models"):
         compare(CHECKPOINT, other)

@@ -22,8 +22,8 @@ from pretrain_cli.data.tokenizing import writer as module
 from pretrain_cli.data.tokenizing.staging import (
     as_written,
     move_into_place,
-    noted_shards,
     read_progress,
+    saved_shards,
 )
 from pretrain_cli.data.tokenizing.writer import DatasetWriter
 from pretrain_cli.errors import DataError
@@ -219,7 +219,7 @@ def found(folder):
     """Return the saved progress as the next writer reads it: state and finished shards."""
     progress = read_progress(folder)
     assert progress is not None
-    shards = noted_shards(progress)
+    shards = saved_shards(progress)
     written = as_written(folder, progress["written"], shards)
     assert written is not None
     return written, shards

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from pretrain_cli.engine.benchmark import arms
+from pretrain_cli.engine.benchmark import results
 from pretrain_cli.engine.benchmark.results import ratios, summarize
 from pretrain_cli.engine.runtime.peak_flops import Peak
 from tests.engine.benchmark.test_rounds import IN_FORCE, a_round, an_arm, in_dtype
@@ -64,7 +64,7 @@ def test_a_different_first_gradient_norm_is_a_difference():
 
 def test_ratios_pair_the_rounds_of_arms_with_equal_compilation():
     compiled = IN_FORCE | {"compile": {"asked": True, "in_force": True}}
-    process = {name: {"asked": False, "in_force": False} for name in arms.PROCESS_SETTINGS}
+    process = {name: {"asked": False, "in_force": False} for name in results.PROCESS_SETTINGS}
     rounds = {
         "ours": [a_round(times=[0.1], peak_memory=5, speed=IN_FORCE | compiled)] * 2,
         "plain": [a_round(times=[0.3])],

@@ -6,23 +6,32 @@ out.partial with saved progress ───────> continue from there
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pretrain_cli.data.corpus.source_files import Corpus, TextFile
-from pretrain_cli.data.shards import FILES, MANIFEST, Manifest, read_manifest
+from pretrain_cli.data.shards import (
+    FILES,
+    MANIFEST,
+    Manifest,
+    Shard,
+    index_path,
+    read_manifest,
+)
 from pretrain_cli.data.tokenizers.tokenizer import BUILT_IN, find_file
 from pretrain_cli.data.tokenizing.choose_tokenizer import TokenizerChoice
+from pretrain_cli.data.tokenizing.open_shard import Extent
 from pretrain_cli.data.tokenizing.pipeline import Cursor, ResumePoint, SavedProgress, identity
 from pretrain_cli.data.tokenizing.request import TokenizeRequest
 from pretrain_cli.data.tokenizing.staging import (
+    PROGRESS,
     Tally,
     WriteState,
-    as_written,
-    read_progress,
-    saved_shards,
+    files_of,
     staging_dir,
 )
 from pretrain_cli.errors import DataError
@@ -170,6 +179,33 @@ def _saved_progress(
         return _fitting(request, corpus, existing, progress)
     except (KeyError, TypeError, ValueError):  # saved by another version of the program
         return None
+
+
+def read_progress(folder: Path) -> dict[str, Any] | None:
+    """Return the progress that an interrupted writer saved; None if there is none."""
+    try:
+        return json.loads((staging_dir(folder) / PROGRESS).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def saved_shards(progress: dict[str, Any]) -> list[Shard]:
+    """Return the shards that were finished when the progress was saved."""
+    return [Shard.model_validate(shard) for shard in progress["shards"]]
+
+
+def as_written(folder: Path, saved: dict[str, Any], shards: Sequence[Shard]) -> WriteState | None:
+    """Return the saved state of the writer; None if its files are missing."""
+    extents = {split: Extent(**extent) for split, extent in saved["open"].items()}
+    staging = staging_dir(folder)
+    sizes = {file: 0 for s in shards[: saved["closed"]] for file in files_of(staging, s.file)}
+    for extent in extents.values():
+        sizes[staging / extent.file] = extent.tokens * np.dtype(saved["dtype"]).itemsize
+        sizes[index_path(staging / extent.file)] = extent.documents * 8
+    if not all(path.exists() and path.stat().st_size >= size for path, size in sizes.items()):
+        return None
+    splits = {name: Tally(**tally) for name, tally in saved["splits"].items()}
+    return WriteState(saved["dtype"], saved["closed"], extents, splits, saved["files_bytes"])
 
 
 def _was_begun_with(request: TokenizeRequest, choice: TokenizerChoice) -> bool:

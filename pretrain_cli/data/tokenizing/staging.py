@@ -1,17 +1,11 @@
-"""Staging folder of an incomplete dataset, `NAME.partial`, and its progress file."""
+"""Staging folder of a dataset in the making, and its move into place."""
 
-import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from pretrain_cli.data.shards import (
     MANIFEST,
-    Shard,
     SplitName,
     TokenType,
     blocks_path,
@@ -55,33 +49,6 @@ class WriteState:
 def staging_dir(folder: Path) -> Path:
     """Return the folder in which a dataset is written until it is complete."""
     return folder.with_name(folder.name + PARTIAL)
-
-
-def read_progress(folder: Path) -> dict[str, Any] | None:
-    """Return the progress that an interrupted writer saved; None if there is none."""
-    try:
-        return json.loads((staging_dir(folder) / PROGRESS).read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def saved_shards(progress: dict[str, Any]) -> list[Shard]:
-    """Return the shards that were finished when the progress was saved."""
-    return [Shard.model_validate(shard) for shard in progress["shards"]]
-
-
-def as_written(folder: Path, saved: dict[str, Any], shards: Sequence[Shard]) -> WriteState | None:
-    """Return the saved state of the writer; None if its files are missing."""
-    extents = {split: Extent(**extent) for split, extent in saved["open"].items()}
-    staging = staging_dir(folder)
-    sizes = {file: 0 for s in shards[: saved["closed"]] for file in files_of(staging, s.file)}
-    for extent in extents.values():
-        sizes[staging / extent.file] = extent.tokens * np.dtype(saved["dtype"]).itemsize
-        sizes[index_path(staging / extent.file)] = extent.documents * 8
-    if not all(path.exists() and path.stat().st_size >= size for path, size in sizes.items()):
-        return None
-    splits = {name: Tally(**tally) for name, tally in saved["splits"].items()}
-    return WriteState(saved["dtype"], saved["closed"], extents, splits, saved["files_bytes"])
 
 
 def move_into_place(folder: Path) -> None:

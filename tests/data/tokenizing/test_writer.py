@@ -19,12 +19,8 @@ from pretrain_cli.data.dataset import open_dataset
 from pretrain_cli.data.shards import read_manifest
 from pretrain_cli.data.tokenizers.tokenizer import load_tokenizer, read_tokenizer
 from pretrain_cli.data.tokenizing import writer as module
-from pretrain_cli.data.tokenizing.staging import (
-    as_written,
-    move_into_place,
-    read_progress,
-    saved_shards,
-)
+from pretrain_cli.data.tokenizing.resume import as_written, read_progress, saved_shards
+from pretrain_cli.data.tokenizing.staging import move_into_place
 from pretrain_cli.data.tokenizing.writer import DatasetWriter
 from pretrain_cli.errors import DataError
 

@@ -11,12 +11,15 @@ from typing import Annotated, Literal, get_args
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from pretrain_cli.config import build, reference
 from pretrain_cli.config.run_config import OptimizerSettings, RunConfig, SpeedConfig
 from pretrain_cli.config.setting_types import Auto, SpeedSetting
 from pretrain_cli.engine.benchmark.arms import ablation, parse_backends
 from pretrain_cli.engine.benchmark.workload import Workload
+from pretrain_cli.engine.optim.kinds import OPTIMIZERS, OptimizerKind
+from pretrain_cli.engine.optim.optimizer import MATRIX_OPTIMIZERS
 from pretrain_cli.engine.optim.schedule import SCHEDULES, learning_rate
 from pretrain_cli.engine.planning import memory_estimate, plan
 from pretrain_cli.engine.planning.memory_estimate import ATTENTION, AttentionMemory
@@ -45,8 +48,28 @@ class MoreSpeed(SpeedConfig):
     """Turn the fans up before the first step. auto: on a CPU."""
 
 
+class MoreOptimizer(OptimizerSettings):
+    name: Literal["adamw", "muon", "signs"] = "adamw"
+    """Optimizer."""
+
+
 class MoreConfig(RunConfig):
+    optimizer: MoreOptimizer = MoreOptimizer()
     speed: MoreSpeed = MoreSpeed()
+
+
+class Signs(torch.optim.Optimizer):
+    """Step by the sign of a mean of gradients."""
+
+    def __init__(self, groups):
+        super().__init__(groups, {"lr": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                memory = self.state[parameter]["memory"].lerp_(parameter.grad, 0.5)
+                parameter.sub_(memory.sign(), alpha=0.1 * group["lr"])
 
 
 def decide_louder(asked, here):
@@ -57,8 +80,8 @@ def decide_louder(asked, here):
 
 @pytest.fixture
 def applied(monkeypatch):
-    """Add the setting `louder` and the backend `plain`; return the values of `louder` that were
-    applied to the process."""
+    """Add the setting `louder`, the backend `plain` and the optimizer `signs`; return the values of
+    `louder` that were applied to the process."""
     for module in (build, reference, plan):
         monkeypatch.setattr(module, "RunConfig", MoreConfig)
     values = []
@@ -66,6 +89,8 @@ def applied(monkeypatch):
     backend = dataclasses.replace(BACKENDS["eager"], best_on={"meta": "nothing is computed"})
     monkeypatch.setitem(BACKENDS, "plain", backend)
     monkeypatch.setitem(ATTENTION, "plain", AttentionMemory(lambda t, window: 1000.0))
+    monkeypatch.setitem(OPTIMIZERS, "signs", OptimizerKind(("memory",), no_shards="is shy"))
+    monkeypatch.setitem(MATRIX_OPTIMIZERS, "signs", lambda groups, settings: Signs(groups))
     return values
 
 
@@ -147,6 +172,53 @@ def test_auto_of_every_speed_setting_is_resolved():
     assert set(speed.decisions) == set(SpeedConfig.model_fields)
     assert not [d.setting for d in speed.decisions.values() if d.in_force == "auto"]
     assert set(RULES) <= set(SpeedConfig.model_fields)
+
+
+# --- optimizers ----------------------------------------------------------------------------------
+
+
+def test_a_new_optimizer_trains_saves_and_resumes_exactly(applied, pretrain, corpus, tiny):
+    assert pretrain(f"tokenize --tokenizer bytes {corpus}").code == 0
+    # fused AdamW would leave skipping steps to the new optimizer as well
+    options = f"{tiny} --optimizer signs --set speed.fused_optimizer=false --schedule constant"
+    assert pretrain(f"train {options} --steps 4 --out straight").code == 0
+    assert pretrain(f"train {options} --steps 2 --out halves").code == 0
+    assert pretrain("train --resume halves --steps 4").code == 0
+    for name in ("model", "training/optimizer"):
+        ours, theirs = (
+            load_file(f"{run}/checkpoints/step-000004/{name}.safetensors")
+            for run in ("straight", "halves")
+        )
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    kept = {name.split(".")[0] for name in ours if "down_proj" in name}
+    assert kept == {"memory"}
+
+
+def test_a_new_optimizer_is_estimated_and_refused_where_it_cannot_run(
+    applied, pretrain, corpus, tiny
+):
+    step = memory_estimate.StepShape(
+        model=preset("qwen3-tiny"),
+        seq_len=64,
+        micro_batch_size=2,
+        device="cpu",
+        **memory_estimate.speed_settings(resolve_speed(SpeedConfig(compile=False), CPU)),
+    )
+    sizes = [
+        memory_estimate.estimate(dataclasses.replace(step, optimizer=name)).parts["optimizer"]
+        for name in ("signs", "muon", "adamw")
+    ]
+    assert sizes[0] == sizes[1] < sizes[2]
+    assert pretrain(f"tokenize --tokenizer bytes {corpus}").code == 0
+    done = pretrain(f"train {tiny} --optimizer signs --set train.parallel=fsdp")
+    assert done.code == 2
+    assert "optimizer.name: 'signs' is shy; use adamw, or ddp" in done.err
+
+
+def test_every_list_of_optimizers_has_the_same_names():
+    named = set(get_args(OptimizerSettings.model_fields["name"].annotation))
+    assert named == set(OPTIMIZERS) == {"adamw", *MATRIX_OPTIMIZERS}
 
 
 # --- families, schedules and trackers ------------------------------------------------------------

@@ -27,7 +27,7 @@ Auto = Literal["auto"]
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedSetting:
-    """What depends on a speed setting besides the speed of a step: metadata of its field in
+    """Effects of a speed setting besides the speed of a step; metadata of its field in
     SpeedConfig."""
 
     is_process_wide: bool = False

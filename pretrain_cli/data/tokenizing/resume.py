@@ -40,7 +40,7 @@ from pretrain_cli.files import sha256_of
 
 @dataclass(frozen=True)
 class Start:
-    """What is there when a dataset is to be made."""
+    """State in which tokenizing starts."""
 
     corpus: Corpus
     """Files to tokenize."""

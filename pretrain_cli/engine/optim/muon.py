@@ -87,18 +87,18 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return (x.mT if is_tall else x).reshape(shape)
 
 
-class MuonWithAdamW(Optimizer):
-    """Muon and AdamW as one optimizer, each for its own parameters. They share the list of groups
-    and the state.
+class WithAdamW(Optimizer):
+    """An optimizer of matrices, such as Muon, and AdamW as one, each for its own parameters. They
+    share the list of groups and the state.
 
     `_step_supports_amp_scaling` is PyTorch's flag for an optimizer that honours `found_inf`. AdamW
     does so only if it is fused.
     """
 
-    def __init__(self, muon: Muon, adamw: AdamW) -> None:
-        super().__init__([*muon.param_groups, *adamw.param_groups], adamw.defaults)
-        self.parts = muon, adamw
-        muon.state = adamw.state = self.state
+    def __init__(self, matrices: Optimizer, adamw: AdamW) -> None:
+        super().__init__([*matrices.param_groups, *adamw.param_groups], adamw.defaults)
+        self.parts = matrices, adamw
+        matrices.state = adamw.state = self.state
         self.found_inf: Tensor | None = None
         self._step_supports_amp_scaling = bool(adamw.defaults["fused"])
 

@@ -1,6 +1,6 @@
-"""Build the optimizer, AdamW or Muon with AdamW, and its parameter groups."""
+"""Build the optimizer: AdamW, or another for the layers' matrices with AdamW for the rest."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -8,15 +8,27 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from pretrain_cli.config.run_config import OptimizerSettings
-from pretrain_cli.engine.optim.muon import Muon, MuonWithAdamW
+from pretrain_cli.engine.optim.kinds import ADAMW_STATE, OPTIMIZERS
+from pretrain_cli.engine.optim.muon import Muon, WithAdamW
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.parameter_map import EMBEDDING, HEAD, parameter_map, row_blocks
 
 
+def _muon(groups: list[dict[str, Any]], settings: OptimizerSettings) -> torch.optim.Optimizer:
+    return Muon(groups, momentum=settings.momentum)
+
+
+MatrixOptimizer = Callable[[list[dict[str, Any]], OptimizerSettings], torch.optim.Optimizer]
+MATRIX_OPTIMIZERS: dict[str, MatrixOptimizer] = {"muon": _muon}
+"""(groups of the layers' matrices, settings) -> their optimizer, by its name in `OPTIMIZERS`.
+AdamW needs none."""
+
+
 def build_optimizer(
     model: Decoder, settings: OptimizerSettings, *, fused: bool
-) -> AdamW | MuonWithAdamW:
-    """Return AdamW over every parameter, or Muon for the layers' matrices and AdamW for the rest.
+) -> AdamW | WithAdamW:
+    """Return AdamW over every parameter, or the named optimizer for the layers' matrices and AdamW
+    for the rest.
 
     `set_learning_rate` sets the rate at each step. Fused AdamW updates a group in one pass over its
     parameters; otherwise it makes one pass per operation.
@@ -25,12 +37,13 @@ def build_optimizer(
     long-lived tensors that are allocated before temporary ones leave the heap less fragmented.
     """
     groups = list(parameter_groups(model, settings))
-    muons = [group for group in groups if settings.name == "muon" and group["name"] == "matrices"]
-    others = [group for group in groups if group["name"] not in {each["name"] for each in muons}]
+    build = MATRIX_OPTIMIZERS.get(settings.name)
+    matrices = [group for group in groups if build and group["name"] == "matrices"]
+    others = [group for group in groups if not matrices or group["name"] != "matrices"]
     adamw = AdamW(
         others, lr=0.0, betas=settings.betas, eps=settings.eps, fused=fused, foreach=not fused
     )
-    optimizer = MuonWithAdamW(Muon(muons, momentum=settings.momentum), adamw) if muons else adamw
+    optimizer = WithAdamW(build(matrices, settings), adamw) if build and matrices else adamw
     for parameter, names in state_names(optimizer).items():
         state: dict[str, Tensor] = {name: torch.zeros_like(parameter) for name in names}
         if "exp_avg" in state:  # AdamW keeps a step count, Muon does not
@@ -69,6 +82,7 @@ def parameter_groups(model: Decoder, settings: OptimizerSettings) -> Iterator[di
             "blocks": [blocks[name] for name in members],
             "weight_decay": 0.0 if kind == "norms" else settings.weight_decay,
             "rate_scale": scales.get(kind, 1.0),
+            "state": OPTIMIZERS[settings.name].matrix_state if kind == "matrices" else ADAMW_STATE,
         }
 
 
@@ -80,7 +94,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def state_names(optimizer: torch.optim.Optimizer) -> dict[Tensor, tuple[str, ...]]:
     """Return, for each parameter, the names of its state tensors of the parameter's shape."""
     return {
-        parameter: ("momentum_buffer",) if "momentum" in group else ("exp_avg", "exp_avg_sq")
+        parameter: group["state"]
         for group in optimizer.param_groups
         for parameter in group["params"]
     }

@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from pretrain_cli.config.run_config import SpeedConfig
+from pretrain_cli.engine.optim.kinds import OPTIMIZERS
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.counting import (
     CHUNK_ELEMENTS,
@@ -58,7 +59,7 @@ class StepShape:
     document_mask: bool = False
     device: str
     """cpu, cuda or mps."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: str = "adamw"
     parallel: Literal["alone", "ddp", "fsdp"] = "alone"
     ranks: int = 1
     dtype: str
@@ -122,7 +123,7 @@ def estimate(t: StepShape) -> Estimate:
     kept = [kept_by_block(t, layer) for layer in range(depth)]
     weights, head = 4 * count.total, 4 * m.vocab_size * m.hidden_size
     matrices = count.attention + count.mlp
-    moments = 4 if t.optimizer == "muon" else 8
+    moments = 4 * len(OPTIMIZERS[t.optimizer].matrix_state)
     ranks = t.ranks if t.parallel == "fsdp" else 1
     # DDP allocates buckets for all gradients before the first backward pass
     earlier = weights if t.is_accumulated or t.parallel == "ddp" else 0

@@ -17,6 +17,7 @@ from typing import Any
 
 from pretrain_cli.config.run_config import RunConfig
 from pretrain_cli.data.mixture import Mixture
+from pretrain_cli.engine.optim.kinds import OPTIMIZERS
 from pretrain_cli.engine.optim.schedule import learning_rate
 from pretrain_cli.engine.planning.choices import (
     CPU_RUN_FLOPS,
@@ -111,11 +112,10 @@ def make_plan(
         config = fit_to_data(config, settings, mixture, emit)
     if config.num_experts and not config.router_aux_loss_coef:
         emit(Notice("Experts are trained without a balancing loss, and may end up unused"))
-    if settings.optimizer.name == "muon" and settings.train.parallel == "fsdp":
-        raise ConfigError(
-            "optimizer.name: 'muon' makes whole matrices orthogonal, and train.parallel 'fsdp' "
-            "leaves each rank a part of them; use adamw, or ddp"
-        )
+    optimizer_name = settings.optimizer.name
+    reason = OPTIMIZERS[optimizer_name].no_shards
+    if reason and settings.train.parallel == "fsdp":
+        raise ConfigError(f"optimizer.name: '{optimizer_name}' {reason}; use adamw, or ddp")
     if config.tie_word_embeddings and settings.optimizer.head_rate_scale != 1:
         raise ConfigError(
             f"optimizer.head_rate_scale: {settings.optimizer.head_rate_scale:g}, and this model's "

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pretrain_cli.data.tokenizers.tokenizer import Tokenizer
+from pretrain_cli.engine.optim.kinds import ADAMW_STATE, OPTIMIZERS
 from pretrain_cli.engine.optim.optimizer import state_names
 from pretrain_cli.engine.runtime.distributed import Ranks, distribute_like, full_tensor, is_sharded
 from pretrain_cli.errors import CheckpointError
@@ -153,8 +154,8 @@ def size_on_disk(config: ModelConfig, optimizer: str, tokenizer: Tokenizer) -> i
     """Return the bytes of a checkpoint, rounded up. All its tensors are float32."""
     numbers = names = 0
     for piece in parameter_map(config, merged=Merged()):
-        has_muon = optimizer == "muon" and not piece.is_norm and piece.name not in (EMBEDDING, HEAD)
-        kept = 1 if has_muon else 2
+        is_matrix = not piece.is_norm and piece.name not in (EMBEDDING, HEAD)
+        kept = len(OPTIMIZERS[optimizer].matrix_state if is_matrix else ADAMW_STATE)
         numbers += (1 + kept) * math.prod(piece.shape)
         names += 1 + kept
     rest = len(tokenizer.json.encode()) + BYTES_OF_SMALL_FILES

@@ -77,7 +77,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class TrackerStart(NamedTuple):
-    """What a tracker gets at the start of a process of a run."""
+    """Facts that a tracker gets when a process of a run starts."""
 
     run: Path
     settings: dict[str, Any]

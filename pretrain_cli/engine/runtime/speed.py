@@ -91,7 +91,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Here:
-    """What a decision may depend on."""
+    """Facts on which a decision may depend."""
 
     device: torch.device
     asked: SpeedConfig
@@ -103,7 +103,7 @@ class Here:
 
 @dataclass(frozen=True)
 class Rule:
-    """How one setting is resolved and applied."""
+    """Functions that resolve one setting and apply it."""
 
     decide: Callable[[Any, Here], tuple[Any, str]] | None = None
     """(requested value, here) -> (value in force, reason; empty if it is the requested one). None

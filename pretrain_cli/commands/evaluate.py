@@ -108,10 +108,10 @@ def evaluate(
     The result equals training's validation: a checkpoint gets the loss that its run's metrics.jsonl
     records for its step. The dataset must come from the model's tokenizer.
     """
-    of_loss = {"data": data, "tokenizer": tokenizer, "eval-tokens": eval_tokens,
+    loss_options = {"data": data, "tokenizer": tokenizer, "eval-tokens": eval_tokens,
                "document-mask": document_mask, "compile": compile_}  # fmt: skip
     settle_process(set_)
-    _refuse_others(of_loss, {"include-path": include_path, "limit": limit}, tasks)
+    _refuse_others(loss_options, {"include-path": include_path, "limit": limit}, tasks)
     if tasks is not None:
         show_tasks(
             as_json,
@@ -168,14 +168,16 @@ def evaluate(
         console.print(f"Without quantization: {plain:.4f}; {loss - plain:+.5f} by int8")
 
 
-def _refuse_others(of_loss: dict[str, Any], of_tasks: dict[str, Any], tasks: str | None) -> None:
+def _refuse_others(
+    loss_options: dict[str, Any], task_options: dict[str, Any], tasks: str | None
+) -> None:
     """Raise ConfigError for an option that the chosen kind of evaluation would ignore."""
     from pretrain_cli.errors import ConfigError
 
-    others, reason = of_tasks, "is of --tasks, which was not given; leave it out"
+    others, reason = task_options, "is of --tasks, which was not given; leave it out"
     if tasks is not None:
         others, reason = (
-            of_loss,
+            loss_options,
             "is of the validation loss, and --tasks asks for tasks; choose one",
         )
     for name, value in others.items():

@@ -41,8 +41,8 @@ def inspect(
     from pretrain_cli.errors import ConfigError
 
     if sample is None:
-        of_sample = {"--seq-len": seq_len, "--packing": packing, "--seed": seed}
-        for option, value in of_sample.items():
+        sample_options = {"--seq-len": seq_len, "--packing": packing, "--seed": seed}
+        for option, value in sample_options.items():
             if value is not None:
                 raise ConfigError(f"{option}: {value} is of a sample; say which with --sample")
     manifest = read_manifest(dataset)

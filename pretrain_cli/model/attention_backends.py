@@ -67,8 +67,8 @@ class Mask:
         if self.window is not None:
             seen = seen & (key > query - self.window)
         if self.documents is not None:
-            of_query = self.documents[:, self.keys - self.queries :]
-            seen = seen & (of_query.unsqueeze(-1) == self.documents.unsqueeze(-2))
+            query_documents = self.documents[:, self.keys - self.queries :]
+            seen = seen & (query_documents.unsqueeze(-1) == self.documents.unsqueeze(-2))
         return seen
 
 
@@ -144,9 +144,9 @@ def _fold(mask: Mask, window: int, device: torch.device, dtype: torch.dtype) -> 
         return WindowBlocks(window, block, blocks, True, _added(seen, dtype))
     first = Mask(window, window, None, mask.documents[:, :window]).matrix(device).unsqueeze(1)
     documents = F.pad(mask.documents, (0, window + blocks * block - mask.keys))
-    of_query = documents[:, window:].unfold(1, block, block)  # (B, blocks, block)
-    of_key = documents.unfold(1, window + block, block)  # (B, blocks, window + block)
-    rest = seen & (of_query.unsqueeze(-1) == of_key.unsqueeze(-2))
+    query_documents = documents[:, window:].unfold(1, block, block)  # (B, blocks, block)
+    key_documents = documents.unfold(1, window + block, block)  # (B, blocks, window + block)
+    rest = seen & (query_documents.unsqueeze(-1) == key_documents.unsqueeze(-2))
     rest = rest.flatten(0, 1).unsqueeze(1)
     return WindowBlocks(window, block, blocks, _added(first, dtype), _added(rest, dtype))
 

@@ -72,8 +72,8 @@ def _weights(
         by_query[..., : m - window] += _hidden(q, n, m - window).tril(m - window - n).unsqueeze(1)
     if documents is not None:
         past = seen.stop - rows.stop
-        of_query = documents[:, past + rows.start : past + rows.stop].unsqueeze(-1)
-        same = of_query == documents[:, seen].unsqueeze(-2)  # (B, n, m)
+        query_documents = documents[:, past + rows.start : past + rows.stop].unsqueeze(-1)
+        same = query_documents == documents[:, seen].unsqueeze(-2)  # (B, n, m)
         by_query += _hidden(q, *same.shape).masked_fill(same, 0.0)[:, None, :, None]
     return scores.softmax(-1)
 

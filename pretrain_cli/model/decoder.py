@@ -233,8 +233,8 @@ class Decoder(nn.Module):
         x, uses = self.embed(tokens, waiting), []
         for layer, block in enumerate(self.blocks):
             kind = self.config.layer_types[layer]
-            of_layer = cache.layers[layer] if cache else None
-            inputs = (x, ropes[kind], masks[kind], of_layer, counted)
+            layer_cache = cache.layers[layer] if cache else None
+            inputs = (x, ropes[kind], masks[kind], layer_cache, counted)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x, use = checkpoint(block, *inputs, use_reentrant=False)
             else:

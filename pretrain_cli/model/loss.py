@@ -129,8 +129,8 @@ def _by_rows(softmax: Softmax, logits: Tensor, share: Tensor, z_loss: float) -> 
     if logits.device.type != "cpu":
         return softmax(logits, share, z_loss)
     rows = _power_of_two(SOFTMAX_ELEMENTS // logits.shape[1])
-    parts = zip(logits.split(rows), share.split(rows), strict=True)
-    return torch.cat([softmax(part, of_part, z_loss) for part, of_part in parts])
+    spans = zip(logits.split(rows), share.split(rows), strict=True)
+    return torch.cat([softmax(*span, z_loss) for span in spans])
 
 
 def _power_of_two(count: int) -> int:
@@ -166,14 +166,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             share = (t != IGNORE_INDEX).unsqueeze(-1) * scale  # token weight; 0 if ignored
             t = t.clamp(min=0).unsqueeze(-1)
             logits = torch.mm(h, w.t(), out=chunk[: len(h)])  # (rows, V)
-            of_target = logits.gather(-1, t).float()
+            target_logits = logits.gather(-1, t).float()
             log_sum = _by_rows(softmax, logits, share, z_loss)
-            entropy += ((log_sum - of_target) * share).sum()
+            entropy += ((log_sum - target_logits) * share).sum()
             z_term += z_loss * (log_sum.square() * share).sum()
-            probability = (of_target - log_sum).exp()
-            of_target = share * (probability * (1 + 2 * z_loss * log_sum) - 1)
+            probability = (target_logits - log_sum).exp()
+            target_gradients = share * (probability * (1 + 2 * z_loss * log_sum) - 1)
             row = torch.arange(len(h), device=h.device)  # on CPUs scatter_ copies all logits
-            logits[row, t.squeeze(-1)] = of_target.squeeze(-1).to(logits.dtype)
+            logits[row, t.squeeze(-1)] = target_gradients.squeeze(-1).to(logits.dtype)
             torch.mm(logits, w, out=dh)
             _add_product(d_weight, logits.t(), h, first=number == 0)
         ctx.gradients, ctx.waiting = (d_hidden, d_weight.to(weight.dtype)), waiting
@@ -200,10 +200,10 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     """Compute total += a @ b, or with `first` total = a @ b. `total` may have a wider type."""
     on_cpu = total.device.type == "cpu"
     rows = _power_of_two(SLICE_ELEMENTS // total.shape[1]) if on_cpu else len(total)
-    for part, of_a in zip(total.split(rows), a.split(rows), strict=True):
+    for span, a_rows in zip(total.split(rows), a.split(rows), strict=True):
         if total.dtype == a.dtype:
-            torch.addmm(part, of_a, b, beta=0 if first else 1, out=part)
+            torch.addmm(span, a_rows, b, beta=0 if first else 1, out=span)
         elif first:
-            part.copy_(of_a @ b)
+            span.copy_(a_rows @ b)
         else:
-            part.add_(of_a @ b)
+            span.add_(a_rows @ b)

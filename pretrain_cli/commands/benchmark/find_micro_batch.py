@@ -38,13 +38,11 @@ def search(workload: Any, speed: Any, repeats: Any, outputs: OutputFiles) -> Non
     found = measured.found()
     if found is None:
         raise typer.Exit(1)  # the table shows the reason
-    rate, (of_fastest, of_largest) = (
-        found.tokens_per_second[found.fastest],
-        (size(found.peaks[each]) for each in (found.fastest, found.largest)),
-    )
+    rate = found.tokens_per_second[found.fastest]
+    memory, largest_memory = (size(found.peaks[rows]) for rows in (found.fastest, found.largest))
     console.print(
-        f"Fastest: micro-batch [bold]{found.fastest}[/], {rate:,.0f} tokens/s, {of_fastest}\n"
-        f"Largest: micro-batch [bold]{found.largest}[/], {of_largest}; {escape(found.limit)}",
+        f"Fastest: micro-batch [bold]{found.fastest}[/], {rate:,.0f} tokens/s, {memory}\n"
+        f"Largest: micro-batch [bold]{found.largest}[/], {largest_memory}; {escape(found.limit)}",
         soft_wrap=True,
     )
     micro_batch.remember(

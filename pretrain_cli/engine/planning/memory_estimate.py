@@ -221,8 +221,8 @@ def _sdpa_mask(t: StepShape, window: int | None) -> int:
     if window is None or window >= T:
         return t.compute_bytes * rows * T**2 if t.document_mask else 0
     block, blocks = folds(T, window)
-    of_block = block * (window + block)
-    seen = rows * (window**2 + blocks * of_block) if t.document_mask else of_block
+    block_elements = block * (window + block)
+    seen = rows * (window**2 + blocks * block_elements) if t.document_mask else block_elements
     return t.compute_bytes * seen
 
 

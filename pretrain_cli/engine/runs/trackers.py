@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import json
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -39,7 +40,7 @@ from pretrain_cli.errors import ConfigError
 GROUPS: dict[type, str] = {StepMetrics: "train", Evaluation: "validation", Sample: "sample"}
 
 
-class Tracker:
+class Tracker(ABC):
     """Sink for a tracker: passes on step metrics, evaluations and samples."""
 
     def take(self, event: Event) -> None:
@@ -55,11 +56,11 @@ class Tracker:
             case _:
                 assert_never(event)
 
-    def write_numbers(self, event: StepMetrics | Evaluation) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def write_numbers(self, event: StepMetrics | Evaluation) -> None: ...
 
-    def write_sample(self, event: Sample) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def write_sample(self, event: Sample) -> None: ...
 
     def flush(self) -> None: ...
 

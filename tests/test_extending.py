@@ -300,6 +300,12 @@ def test_a_new_tracker_gets_the_events_of_its_run(monkeypatch, tmp_path):
         def write_sample(self, event):
             self.lines.append(event.text)
 
+        def flush(self):
+            pass
+
+        def close(self):
+            pass
+
     monkeypatch.setitem(trackers.TRACKERS, "paper", Paper)
     [paper] = trackers.open_trackers(("paper",), tmp_path, {}, lambda _: None, step=7)
     validation = {"perplexity": 7.4, "bits_per_byte": 2.9, "tokens": 1, "split_tokens": 1}

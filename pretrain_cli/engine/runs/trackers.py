@@ -62,8 +62,10 @@ class Tracker(ABC):
     @abstractmethod
     def write_sample(self, event: Sample) -> None: ...
 
+    @abstractmethod
     def flush(self) -> None: ...
 
+    @abstractmethod
     def close(self) -> None: ...
 
 
@@ -190,6 +192,9 @@ class WeightsAndBiases(Tracker):
         staging = self.path.with_name(".wandb.json.partial")
         staging.write_text(json.dumps({"id": self.id, "sent": self.sent}) + "\n")
         staging.replace(self.path)
+
+    def flush(self) -> None:
+        """Do nothing: W&B's own process writes at once."""
 
     def close(self) -> None:
         self.run.finish()

@@ -179,7 +179,9 @@ class Decoder(nn.Module):
                 softmax=self.softmax,
                 waiting=waiting,
             )
-        if weights is None or counted is None or not uses:
+        if weights is None or counted is None:
+            return LossParts(*loss, balancing=loss.z_loss, choices=None)  # which is zero
+        if not uses:
             return LossParts(*loss, balancing=torch.zeros_like(loss.z_loss), choices=None)
         use = torch.stack(uses)
         share = 1.0 if normalizer is None else counted.sum() / normalizer

@@ -66,6 +66,7 @@ def _measure(device: torch.device, dtype: torch.dtype, seconds: float) -> tuple[
             best, best_size = 2 * size**3 / took, size
         if 8 * took < seconds / PRODUCTS and size < LARGEST:
             size, matrix = 2 * size, None
+    matrix = None  # freed first: the peak of memory starts again from what is left
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

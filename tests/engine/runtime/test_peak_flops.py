@@ -49,3 +49,13 @@ def test_a_gpus_measured_peak_is_below_its_stated_peak():
         assert 0.4 * peak.flops < peak.measured < 1.02 * peak.flops
     else:
         assert peak.flops == peak.measured
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_measuring_the_peak_leaves_no_mark_on_the_peak_of_memory():
+    device = torch.device("cuda", 0)
+    find_peak(device, torch.bfloat16, seconds=0.05)  # cuBLAS takes its workspace
+    before = torch.cuda.memory_allocated(device)
+    find_peak(device, torch.bfloat16, seconds=0.06)
+    assert torch.cuda.max_memory_allocated(device) == before == torch.cuda.memory_allocated(device)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pretrain_cli.api import (
         Model,
         ModelConfig,
+        PretrainError,
         RunConfig,
         batches,
         generate,
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = (
     "Model",
     "ModelConfig",
+    "PretrainError",
     "RunConfig",
     "batches",
     "generate",
@@ -42,6 +44,10 @@ __all__ = (
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'pretrain_cli' has no attribute '{name}'")
+    from pretrain_cli.config.run_config import SpeedConfig
+    from pretrain_cli.engine.runtime.process_settings import set_env_before_torch
+
+    set_env_before_torch(SpeedConfig())  # what torch reads when it is loaded, which is next
     return getattr(import_module("pretrain_cli.api"), name)
 
 

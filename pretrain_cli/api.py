@@ -7,11 +7,11 @@
     model = load_model(result.run)
     [text] = generate(model, ["def "], max_tokens=50)
 
-Mistakes raise `PretrainError`, whose message says what to do. `import pretrain_cli` loads no torch;
-using one of these functions does.
+A wrong value raises `PretrainError`, whose message says what to do. `import pretrain_cli` loads no
+torch; using one of these functions does.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,20 +22,24 @@ from torch import Tensor
 from pretrain_cli.config.build import build_config
 from pretrain_cli.config.run_config import RunConfig
 from pretrain_cli.data.batches import Batches
+from pretrain_cli.data.corpus.readers import ReadOptions
 from pretrain_cli.data.dataset import Dataset
 from pretrain_cli.data.opening import open_data, open_samples
 from pretrain_cli.data.tokenizers.tokenizer import Tokenizer
-from pretrain_cli.data.tokenizing.request import TokenizeRequest
+from pretrain_cli.data.tokenizing.request import TokenizeRequest, default_folder
 from pretrain_cli.data.tokenizing.tokenize import tokenize as run_tokenize
 from pretrain_cli.engine.runs.events import Emit, Finished, ignore
 from pretrain_cli.engine.runs.retention import find_model_folder
 from pretrain_cli.engine.runs.run_yaml import settings_to_resume
 from pretrain_cli.engine.runtime.distributed import find_device
+from pretrain_cli.engine.runtime.process_settings import process_age
 from pretrain_cli.engine.runtime.speed import resolve_speed
+from pretrain_cli.engine.runtime.stop import Stopped, StopRequest
 from pretrain_cli.engine.sampling.open_model import folder_tokenizer, open_model
 from pretrain_cli.engine.sampling.sample import generate_text, plan_completions
 from pretrain_cli.engine.sampling.sampler import SamplingParams
 from pretrain_cli.engine.training.train import train as run_training
+from pretrain_cli.errors import ConfigError, DataError, PretrainError
 from pretrain_cli.model.config import ModelConfig, variant
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.inference.decode import DecodeSession
@@ -44,11 +48,25 @@ from pretrain_cli.model.presets import preset
 Config = RunConfig | Mapping[str, Any]
 """Settings of a run: a RunConfig, or values by dotted name, such as {"train.steps": 100}."""
 
+READING = {"text_key": "text_key", "document_separator": "separator", "errors": "errors",
+           "input": "kind"}  # fmt: skip
+"""Options of `pretrain tokenize` that say how files are read: name here -> field of ReadOptions."""
+
 
 def run_config(values: Mapping[str, Any] | None = None) -> RunConfig:
     """Return the settings of a run from values by dotted name; the others keep their defaults.
     Raises ConfigError for a name or value that doesn't exist."""
-    return build_config({}, dict(values or {}), ())
+    given, nulls = _split_nulls(values or {})
+    return build_config({}, given, nulls)
+
+
+def _split_nulls(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the values that are not None, and an assignment of null for each of the others."""
+    given = {name: value for name, value in values.items() if value is not None}
+    for name in values:
+        if name.count(".") != 1:
+            raise ConfigError(f"{name}: not of the form section.name, such as train.steps")
+    return given, [f"{name}=null" for name in values if name not in given]
 
 
 def model_config(name: str, **changes: Any) -> ModelConfig:
@@ -57,35 +75,44 @@ def model_config(name: str, **changes: Any) -> ModelConfig:
 
 
 def tokenize(
-    *paths: str | Path,
-    tokenizer: str,
-    out: str | Path | None = None,
-    val_fraction: float = 0.01,
-    **options: Any,
+    *paths: str | Path, tokenizer: str, out: str | Path | None = None, **options: Any
 ) -> Dataset:
     """Tokenize files and folders into a dataset and open it, or open it if it exists already.
 
-    `out` is the dataset's folder; None means data/NAME after the first path. `options` are the
-    other fields of `TokenizeRequest`.
+    `out` is the dataset's folder; None means data/NAME after the first path. `options` are those of
+    `pretrain tokenize`, with underscores: val_fraction, dedup, include, exclude, text_key, workers,
+    append, force and the others.
     """
-    folder = Path("data", Path(paths[0]).resolve().stem) if out is None else Path(out)
+    if not paths:
+        raise ConfigError("tokenize: no path; give a file or a folder of text")
+    reading = {READING[name]: options.pop(name) for name in list(options) if name in READING}
+    for name in ("include", "exclude"):
+        if name in options:
+            value = options[name]
+            options[name] = (value,) if isinstance(value, str) else tuple(value)
     request = TokenizeRequest(
         paths=tuple(map(str, paths)),
-        out=folder,
+        out=default_folder(str(paths[0])) if out is None else Path(out),
         tokenizer=tokenizer,
-        val_fraction=val_fraction,
+        reading=ReadOptions(**reading),
         **options,
     )
     return open_dataset(run_tokenize(request).folder)
 
 
-def open_dataset(path: str | Path, *, tokenizer: str | None = None) -> Dataset:
+def open_dataset(
+    path: str | Path, *, tokenizer: str | None = None, notify: Callable[[str], object] = print
+) -> Dataset:
     """Open a dataset folder, or the token files of another program, written with `tokenizer`.
 
     `len(dataset.train)` is the number of training tokens, and `dataset.train.iter_documents()`
-    yields the tokens of each document. Raises DataError if a file is missing or damaged.
+    yields the tokens of each document. `notify` gets choices that were made on the way. Raises
+    DataError if a file is missing or damaged.
     """
-    return open_data(str(path), tokenizer)
+    dataset = open_data(str(path), tokenizer)
+    for notice in dataset.notices:
+        notify(notice)
+    return dataset
 
 
 def batches(
@@ -101,7 +128,9 @@ def batches(
 
     They are those of `train` with the same sequence length, samples per step, seed and packing.
     """
-    samples = open_samples(dataset, seq_len=seq_len, packing=packing, notify=lambda _: None)
+    samples = open_samples(dataset, seq_len=seq_len, packing=packing, notify=lambda text: None)
+    if not len(samples):
+        raise DataError(f"{dataset.path}: shorter than one sample of {seq_len:,} tokens")
     return Batches(
         [samples],
         [len(samples)],
@@ -123,19 +152,26 @@ def train(
 
     `on_event` is called with every event of the run: `StepMetrics`, `Evaluation`, `Saved` and the
     others of `pretrain_cli.engine.runs.events`. An exception that it raises ends the run. `resume`
-    is a run folder or one of its checkpoints; `config` then holds only what changes.
+    is a run folder or one of its checkpoints; `config` then holds only what changes. train.max_time
+    counts from this call. An interrupt ends the run at once: it resumes from its last checkpoint.
     """
-    if resume is None:
-        settings = config if isinstance(config, RunConfig) else run_config(config)
-        return run_training(settings, on_event)
     if isinstance(config, RunConfig):
+        settings, where = config, {}
         config = {
             f"{section}.{name}": value
             for section, values in config.model_dump(exclude_unset=True).items()
             for name, value in values.items()
         }
-    settings, where = settings_to_resume(Path(resume), config, (), allow_change=allow_change)
-    return run_training(settings, on_event, **where)
+    else:
+        settings, where = run_config(config), {}
+    if resume is not None:
+        given, nulls = _split_nulls(config)
+        settings, where = settings_to_resume(Path(resume), given, nulls, allow_change=allow_change)
+    stop = StopRequest(limit=settings.train.max_time, since=process_age())
+    try:
+        return run_training(settings, on_event, stop=stop, **where)
+    except Stopped:
+        raise PretrainError(f"{stop.reason}: stopped before training began") from None
 
 
 @dataclass(frozen=True)
@@ -145,19 +181,22 @@ class Model:
     folder: Path
     decoder: Decoder
     """A `torch.nn.Module`: `decoder(tokens)` returns logits (B, T, V), and `decoder(tokens,
-    targets)` the loss as `LossParts`."""
+    targets)` the loss as `LossParts`. Tokens are on the model's device."""
     tokenizer: Tokenizer
 
     @property
     def config(self) -> ModelConfig:
         return self.decoder.config
 
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.embedding.weight.device
+
     def logits(self, text: str) -> Tensor:
         """Return the logits after each token of the text. (T, V)"""
         ids = self.tokenizer.encode_prompt(text)
-        tokens = torch.tensor([ids], device=self.decoder.embedding.weight.device)
         with torch.no_grad():
-            return self.decoder(tokens)[0]
+            return self.decoder(torch.tensor([ids], device=self.device))[0]
 
 
 def load_model(
@@ -167,32 +206,42 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
     attention: str = "auto",
+    notify: Callable[[str], object] = print,
 ) -> Model:
     """Open a run's newest checkpoint, or its `best`; a checkpoint; or a Hugging Face folder.
 
     None opens the newest run in runs/. Weights are float32; `dtype` is the type of activations and
-    products, as in `speed.dtype`. Raises CheckpointError if there is no intact model.
+    products, as in `speed.dtype`. `notify` gets what was passed over, such as a damaged checkpoint.
+    Changes settings of the whole process, as training does. Raises CheckpointError if there is no
+    intact model.
     """
+
+    def tell(text: str) -> None:
+        notify(text)
+
     where = find_device(device)
     speed = run_config(
         {"speed.dtype": dtype, "speed.attention": attention, "speed.compile": False}
     ).speed
-    folder = find_model_folder(None if path is None else Path(path), lambda _: None, best=best)
+    folder = find_model_folder(None if path is None else Path(path), tell, best=best)
     tokenizer = folder_tokenizer(folder)
     resolved = resolve_speed(speed, where, training=False)
-    return Model(folder, open_model(folder, resolved, where, lambda _: None), tokenizer)
+    return Model(folder, open_model(folder, resolved, where, tell), tokenizer)
 
 
 def generate(
-    model: Model, prompts: Iterable[str], *, batch_size: int = 8, **params: Any
+    model: Model, prompts: str | Iterable[str], *, batch_size: int = 8, **params: Any
 ) -> list[str]:
     """Return a continuation of each prompt, `batch_size` at a time. The model is unchanged.
 
     `params` are the fields of `SamplingParams`: max_tokens, temperature, top_k, top_p, min_p,
     repetition_penalty, stop, seed.
     """
-    sampling = SamplingParams(**params)
-    asked = list(prompts)
+    if batch_size < 1:
+        raise ConfigError(f"batch_size: {batch_size} is not at least 1")
+    stop: str | Iterable[str] = params.pop("stop", ())
+    sampling = SamplingParams(stop=(stop,) if isinstance(stop, str) else tuple(stop), **params)
+    asked = [prompts] if isinstance(prompts, str) else list(prompts)
     if not asked:
         return []
     completions = plan_completions(model.decoder, model.tokenizer, asked, sampling)

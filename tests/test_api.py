@@ -80,7 +80,7 @@ def test_batches_and_documents_are_those_of_the_run(corpus):
     start = api.train({**SMALL, "data.path": str(dataset.path), "train.steps": 1})
     assert (result.step, start.step, len(losses)) == (4, 1, 4)
     second = api.batches(dataset, seq_len=32, samples_per_step=4).step(1)
-    decoder = api.load_model(start.run, dtype="float32").decoder
+    decoder = api.load_model(start.run, dtype="float32", device="cpu").decoder
     loss = decoder(torch.from_numpy(second.inputs), torch.from_numpy(second.targets))
     assert loss.cross_entropy.item() == pytest.approx(losses[1], rel=1e-5)
 
@@ -88,7 +88,7 @@ def test_batches_and_documents_are_those_of_the_run(corpus):
 def test_generated_text_is_that_of_the_command_and_changes_no_weight(corpus, pretrain):
     dataset = api.tokenize(corpus, tokenizer="bytes")
     run = api.train({**SMALL, "data.path": str(dataset.path)}).run
-    model = api.load_model(run, dtype="float32")
+    model = api.load_model(run, dtype="float32", device="cpu")
     before = [parameter.clone() for parameter in model.decoder.parameters()]
     prompts = ["the cat", "a dog sat"]
     texts = api.generate(model, prompts, max_tokens=12, temperature=0.0)
@@ -96,10 +96,15 @@ def test_generated_text_is_that_of_the_command_and_changes_no_weight(corpus, pre
         options = (
             f"--max-tokens 12 --temperature 0 --dtype float32 --no-compile --prompt '{prompt}'"
         )
-        assert pretrain(f"sample {run} {options}").out == f"{prompt}{text}\n"
+        assert (
+            pretrain(f"sample {run} --no-compile --device cpu {options}").out == f"{prompt}{text}\n"
+        )
     for ours, theirs in zip(model.decoder.parameters(), before, strict=True):
         assert torch.equal(ours, theirs)
     assert api.generate(model, []) == []
+    assert api.generate(model, prompts[0], max_tokens=12, temperature=0.0) == texts[:1]
+    with pytest.raises(ConfigError, match="batch_size: 0 is not at least 1"):
+        api.generate(model, prompts, batch_size=0)
 
 
 def test_a_wrong_setting_is_refused_with_the_messages_of_the_command():
@@ -107,3 +112,44 @@ def test_a_wrong_setting_is_refused_with_the_messages_of_the_command():
         api.train({"train.stepz": 3})
     with pytest.raises(ConfigError, match=r"model\.depth"):
         api.model_config("qwen3-tiny", depth=3)
+
+
+def test_values_of_none_and_names_are_checked():
+    assert api.run_config({"train.keep_every": None}).train.keep_every is None
+    with pytest.raises(ConfigError, match=r"train\.keep_best: None"):
+        api.run_config({"train.keep_best": None})
+    with pytest.raises(ConfigError, match=r"train: not of the form section\.name"):
+        api.run_config({"train": {"steps": 5}})
+
+
+def test_options_of_tokenize_are_those_of_the_command(corpus):
+    Path("corpus/code.py").write_text("print('left out')")
+    dataset = api.tokenize("corpus/*.txt", tokenizer="bytes", val_fraction=0.0)
+    assert dataset.path == Path("data/corpus")
+    kept = api.tokenize(corpus, tokenizer="bytes", val_fraction=0.0, include="*.txt", out="kept")
+    assert len(kept.train) == len(dataset.train)
+    Path("rows.jsonl").write_text('{"body": "a text"}\n')
+    rows = api.tokenize("rows.jsonl", tokenizer="bytes", text_key="body", val_fraction=0.0)
+    [document] = rows.train.iter_documents()
+    assert rows.tokenizer.decode(document[:6].tolist()) == "a text"
+    with pytest.raises(ConfigError, match="no path"):
+        api.tokenize(tokenizer="bytes")
+
+
+def test_batches_refuse_what_a_run_would_refuse(corpus):
+    dataset = api.tokenize(corpus, tokenizer="bytes")
+    for options, error in (
+        ({"packing": "bestfit"}, r"data\.packing: 'bestfit' is not one of concat, best-fit"),
+        ({"seq_len": 0}, r"data\.seq_len: 0"),
+        ({"seq_len": 10**6}, "shorter than one sample"),
+    ):
+        with pytest.raises(pretrain_cli.PretrainError, match=error):
+            api.batches(dataset, **{"seq_len": 32, "samples_per_step": 4} | options)
+
+
+def test_a_time_limit_counts_from_the_call(corpus):
+    dataset = api.tokenize(corpus, tokenizer="bytes")
+    result = api.train({**SMALL, "data.path": str(dataset.path), "train.max_time": "10m"})
+    assert result.reason == "done"
+    with pytest.raises(pretrain_cli.PretrainError, match=r"train\.max_time: 1s"):
+        api.train({**SMALL, "data.path": str(dataset.path), "train.max_time": "1s"})

@@ -1,6 +1,5 @@
 """`pretrain tokenize`: turn text into a tokenized dataset."""
 
-import glob
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -156,14 +155,14 @@ def tokenize(
     """
     from pretrain_cli.data.corpus.readers import ReadOptions
     from pretrain_cli.data.tokenizing.choose_tokenizer import BPE_VOCAB_SIZE
-    from pretrain_cli.data.tokenizing.request import TokenizeRequest
+    from pretrain_cli.data.tokenizing.request import TokenizeRequest, default_folder
     from pretrain_cli.data.tokenizing.tokenize import demo_request
     from pretrain_cli.data.tokenizing.tokenize import tokenize as run
     from pretrain_cli.engine.runtime.host_memory import give_back_memory
 
     if paths:
         request = TokenizeRequest(
-            paths=tuple(paths), out=Path("data") / _name(paths[0]), tokenizer="gemma3"
+            paths=tuple(paths), out=default_folder(paths[0]), tokenizer="gemma3"
         )
     else:
         request = demo_request()
@@ -237,19 +236,3 @@ def tokenize(
     )
     if not result.was_there:
         console.print(f"Train on it: pretrain train --data {folder}", soft_wrap=True)
-
-
-def _name(path: str) -> str:
-    """Return a path's dataset name: `input` for input.txt, `wiki.en` for the folder wiki.en."""
-    if path == "-":
-        return "stdin"
-    if glob.has_magic(path):
-        fixed = path[: glob.escape(path).find("[")].rpartition("/")[0]
-        return Path(fixed).resolve().name or "corpus"
-    resolved = Path(path).resolve()
-    if not resolved.is_file():
-        return resolved.name or "corpus"
-    name = resolved.name
-    for suffix in (".gz", ".zst", ".xz", ".bz2"):
-        name = name.removesuffix(suffix)
-    return Path(name).stem

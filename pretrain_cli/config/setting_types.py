@@ -40,7 +40,8 @@ class SpeedSetting:
     """Reason why it has no effect on a timed step; empty if it has one."""
     on_any_gpu: Any = None
     """Value of `auto` on every GPU that memory can be planned for without having it; False also for
-    a setting without effect there; None if the memory estimate doesn't read it."""
+    a setting without effect there; None without `auto`, or if the memory estimate doesn't read
+    it."""
 
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

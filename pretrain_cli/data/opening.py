@@ -30,6 +30,10 @@ def open_samples(
 ) -> Samples:
     """Return the samples of the training split. Builds the index of packed documents if it does not
     exist."""
+    if packing not in ("concat", "best-fit"):
+        raise ConfigError(f"data.packing: '{packing}' is not one of concat, best-fit")
+    if seq_len < 1:
+        raise ConfigError(f"data.seq_len: {seq_len} is not at least 1")
     if packing == "best-fit":
         return open_packed(dataset, seq_len, notify)
     return Windows(

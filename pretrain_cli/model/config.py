@@ -271,9 +271,10 @@ def checked(name: str, value: Any) -> Any:
 
 
 def _said(wanted: Any) -> str:
-    return {int: "a whole number", float: "a number", bool: "true or false"}.get(
-        wanted, str(wanted).replace("typing.", "")
-    )
+    names: dict[Any, str] = {
+        int: "a whole number", float: "a number", bool: "true or false", str: "text",
+    }  # fmt: skip
+    return names.get(wanted, str(wanted).replace("typing.", ""))
 
 
 def _repeated(pattern: tuple[str, ...], depth: int) -> tuple[str, ...]:

@@ -145,10 +145,11 @@ class Decoder(nn.Module):
         restart at a document: in both families only their differences matter (RoPE), so the logits
         of a document equal those it has alone, up to rounding.
 
-        With a cache, tokens continue the cached sequence. `normalizer`: see `cross_entropy`. With
-        `loss_weights`, the loss includes the auxiliary losses.
+        With a cache, tokens continue the cached sequence; there are no targets then. `normalizer`:
+        see `cross_entropy`. With `loss_weights`, the loss includes the auxiliary losses.
         """
         if targets is not None:
+            assert cache is None, "a loss is of whole sequences"
             return self._loss(tokens, targets, documents, normalizer, loss_weights)
         hidden = self.hidden(tokens, cache, documents)
         if last_only:

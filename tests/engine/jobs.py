@@ -13,6 +13,7 @@ from pretrain_cli.engine.optim.optimizer import build_optimizer
 from pretrain_cli.engine.planning.plan import StepPlan
 from pretrain_cli.engine.runs.checkpoint import State
 from pretrain_cli.engine.runtime.distributed import Ranks
+from pretrain_cli.engine.runtime.peak_flops import Peak
 from pretrain_cli.engine.runtime.speed import resolve_speed
 from pretrain_cli.engine.training.job import Job
 from pretrain_cli.engine.training.prefetch import DeviceBatch
@@ -67,4 +68,5 @@ def job_of(
         guard=guard or Unguarded(),
         batches=SameBatch(batch_of(torch.zeros(1, 1), torch.zeros(1, 1))),
         state=State(),
+        peak=Peak(0.0, "not measured", 0.0),
     )

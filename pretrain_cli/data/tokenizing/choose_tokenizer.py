@@ -46,7 +46,8 @@ class TokenizerChoice:
 
     @cached_property
     def new(self) -> Tokenizer:
-        """The tokenizer of a new dataset, with the requested document marks. Trains a BPE."""
+        """The tokenizer of a run that starts afresh, with the requested document marks. Trains a
+        BPE."""
         if self.request.tokenizer != "bpe":
             return self._marked(self.named)
         size = self.request.vocab_size

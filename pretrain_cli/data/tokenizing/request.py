@@ -1,5 +1,6 @@
 """Options of tokenizing."""
 
+import glob
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -90,3 +91,24 @@ def check(request: TokenizeRequest) -> None:
             "--append: a 'bpe' is trained on its corpus, which would be another; give the "
             f"dataset's own with --tokenizer {request.out}"
         )
+
+
+def default_folder(path: str) -> Path:
+    """Return the folder of a dataset made from this path: data/input for input.txt, data/wiki.en
+    for the folder wiki.en."""
+    return Path("data", _name(path))
+
+
+def _name(path: str) -> str:
+    if path == "-":
+        return "stdin"
+    if glob.has_magic(path):
+        fixed = path[: glob.escape(path).find("[")].rpartition("/")[0]
+        return Path(fixed).resolve().name or "corpus"
+    resolved = Path(path).resolve()
+    if not resolved.is_file():
+        return resolved.name or "corpus"
+    name = resolved.name
+    for suffix in (".gz", ".zst", ".xz", ".bz2"):
+        name = name.removesuffix(suffix)
+    return Path(name).stem

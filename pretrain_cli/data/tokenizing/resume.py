@@ -43,7 +43,7 @@ class Start:
     """State in which tokenizing starts."""
 
     corpus: Corpus
-    """Files to tokenize."""
+    """Files to tokenize; all files if nothing is to be done."""
     existing: Manifest | None
     """Dataset that exists already: the result, or what is appended to."""
     saved: SavedProgress | None

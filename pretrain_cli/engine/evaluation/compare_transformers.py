@@ -121,9 +121,8 @@ def verify(
             ours, their = (side(window[None, :-1])[0].float() for side in (model, theirs))
             for place, logits in ((folder, ours), (reference_folder, their)):
                 if not logits.isfinite().all():
-                    raise CheckpointError(
-                        f"{place}: its logits are not finite; take an earlier checkpoint"
-                    )
+                    advice = "take an earlier checkpoint" if place == folder else "take another"
+                    raise CheckpointError(f"{place}: its logits are not finite; {advice}")
             difference = ours - their
             worst = max(worst, (difference.norm() / their.norm()).item())
             largest = max(largest, difference.abs().max().item())

@@ -1,7 +1,7 @@
 """Optimizers by name: what each keeps for a matrix, and where it can run.
 
 Every optimizer here updates the layers' matrices; AdamW updates everything else beside it.
-Imports no torch, so that memory and disk space are known before torch is loaded.
+Imports no torch, so that memory is estimated without it.
 `optimizer.MATRIX_OPTIMIZERS` builds them.
 """
 

@@ -92,7 +92,7 @@ class WithAdamW(Optimizer):
     share the list of groups and the state.
 
     `_step_supports_amp_scaling` is PyTorch's flag for an optimizer that honours `found_inf`. AdamW
-    does so only if it is fused.
+    does so only if it is fused, and the other one if it has the attribute.
     """
 
     def __init__(self, matrices: Optimizer, adamw: AdamW) -> None:
@@ -100,7 +100,8 @@ class WithAdamW(Optimizer):
         self.parts = matrices, adamw
         matrices.state = adamw.state = self.state
         self.found_inf: Tensor | None = None
-        self._step_supports_amp_scaling = bool(adamw.defaults["fused"])
+        honours = bool(adamw.defaults["fused"]) and hasattr(matrices, "found_inf")
+        self._step_supports_amp_scaling = honours
 
     def step(self, closure: Any = None) -> Any:
         for part in self.parts:

@@ -9,7 +9,8 @@ Events go one way. A sink that fails is named in one notice and gets nothing fur
 continues. An exception of the caller's own `emit` reaches the caller.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from pretrain_cli.engine.runs.events import Emit, Event, Notice
@@ -33,6 +34,9 @@ class Sinks:
     def __init__(self, caller: Emit) -> None:
         self.caller = caller
         self.sinks: list[Sink] = []
+        self.remarks: list[str] = []
+        """Notices of the sinks themselves. They reach the caller once every sink has been asked, so
+        that an exception of the caller is not taken for a sink's."""
 
     def emit(self, event: Event) -> None:
         self._for_each(lambda sink: sink.take(event))
@@ -42,16 +46,21 @@ class Sinks:
         self._for_each(lambda sink: sink.flush())
 
     def close(self) -> None:
-        self._for_each(lambda sink: sink.close())
-        self.sinks = []
+        sinks, self.sinks = self.sinks, []
+        self._for_each(lambda sink: sink.close(), sinks)
 
-    def _for_each(self, do: Callable[[Sink], None]) -> None:
-        """Call `do` with each sink. Drop a sink that fails: a run doesn't depend on any of them."""
-        for sink in list(self.sinks):
+    def _for_each(self, do: Callable[[Sink], None], sinks: Sequence[Sink] | None = None) -> None:
+        """Call `do` with each sink. Close and drop a sink that fails: a run doesn't depend on any
+        of them."""
+        for sink in list(self.sinks) if sinks is None else sinks:
             try:
                 do(sink)
             except Exception as error:
-                self.sinks.remove(sink)
-                reason = getattr(error, "strerror", None) or error
+                self.sinks = [other for other in self.sinks if other is not sink]
+                reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
                 name = type(sink).__name__
-                self.caller(Notice(f"{name}: {reason}; it gets no further events of this run"))
+                self.remarks.append(f"{name}: {reason}; it gets no further events of this run")
+                with contextlib.suppress(Exception):
+                    sink.close()
+        while self.remarks:
+            self.caller(Notice(self.remarks.pop(0)))

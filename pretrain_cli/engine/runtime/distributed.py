@@ -1,7 +1,7 @@
 """Ranks: the processes, one or many, that train one model together.
 
 torchrun starts the processes (`torchrun --nproc-per-node 8 -m pretrain_cli train …`). The model is
-single-device code, to which the trainer applies, in this order:
+single-device code, to which training applies, in this order:
 
     set weights  →  compile blocks  →  copy (DDP) or shard (FSDP2) the model among the ranks
 """

@@ -26,8 +26,11 @@ class Peak:
 
 
 def find_peak(device: torch.device, dtype: torch.dtype, *, seconds: float) -> Peak:
-    """Return the device's peak in this dtype, measured for about `seconds`."""
+    """Return the device's peak in this dtype, measured for about `seconds`. Restarts the count of
+    the peak of memory on a GPU."""
     measured, size = _measure(device, dtype, seconds)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     name, stated = _stated(device, dtype)
     if stated is not None:
         return Peak(stated, f"stated for {name}, dense bfloat16", measured)
@@ -69,5 +72,4 @@ def _measure(device: torch.device, dtype: torch.dtype, seconds: float) -> tuple[
     matrix = None  # freed first: the peak of memory starts again from what is left
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
     return best, best_size

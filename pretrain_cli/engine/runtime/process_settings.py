@@ -33,6 +33,9 @@ LATE = "torch was loaded before it could be set"
 SPINS, BRIEF = "GOMP_SPINCOUNT", "1000"
 POLICY = "OMP_WAIT_POLICY"
 KINETO_LEVEL = "KINETO_LOG_LEVEL"
+COMPILE_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+_compile_cache: str | None = None
+"""Folder that `set_compile_cache` has set; None if it has not."""
 
 
 _LOADED = time.monotonic()
@@ -106,6 +109,8 @@ def check_process_settings(option: str, assignments: Iterable[str]) -> None:
 def set_compile_cache(folder: Path) -> None:
     """Make torch.compile cache its kernels in this folder, unless the environment sets another.
 
-    Call it before anything is compiled.
+    Call it before anything is compiled. A later call in the same process replaces the folder.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder.absolute()))
+    global _compile_cache
+    if os.environ.get(COMPILE_CACHE) in (None, _compile_cache):
+        _compile_cache = os.environ[COMPILE_CACHE] = str(folder.absolute())

@@ -61,10 +61,10 @@ class Profiler:
         self.seen = 0
         self.running: Any = None
         self.profile: Profile | None = None
-        """Result; None until the last profiled step has ended."""
+        """Result that `result` has not handed out yet; None without one."""
 
     def result(self) -> Profile | None:
-        """Return the profile once, after the last profiled step has ended; else None."""
+        """Return the profile once, after its last step or `close`; else None."""
         profile, self.profile = self.profile, None
         return profile
 

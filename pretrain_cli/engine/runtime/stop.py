@@ -47,10 +47,13 @@ class Several(Protocol):
 
 class StopRequest:
     """Request to stop: by a signal, before the process age reaches `limit` (a duration as in
-    train.max_time), or after step `after_step`."""
+    train.max_time), or after step `after_step`. `since` is the process age, in seconds, from which
+    the limit counts."""
 
-    def __init__(self, *, limit: str | None = None, after_step: int | None = None) -> None:
-        self.limit, self.after_step = limit, after_step
+    def __init__(
+        self, *, limit: str | None = None, after_step: int | None = None, since: float = 0.0
+    ) -> None:
+        self.limit, self.after_step, self.since = limit, after_step, since
         self.reason = ""
         """Reason why this rank was asked to stop: a signal's name or the limit; empty if it wasn't.
         """
@@ -123,7 +126,9 @@ class StopRequest:
         gap, self.looked = now - self.looked, now
         # A long gap, such as a first step with its compilation, decays over the next ones.
         self.gap = max(gap, self.gap - gap / 10)
-        if self.limit and not self.reason and process_age() + self.room >= seconds_of(self.limit):
+        if not self.limit or self.reason:
+            return
+        if process_age() - self.since + self.room >= seconds_of(self.limit):
             self.reason, self.out_of_time = f"train.max_time: {self.limit}", True
 
     # --- asking ----------------------------------------------------------------------------------

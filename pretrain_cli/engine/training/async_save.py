@@ -48,7 +48,7 @@ class AsyncSaver:
     def __init__(
         self, run: Path, plan: Plan, ranks: Ranks, emit: Emit, sync: Callable[[], None]
     ) -> None:
-        """Create a saver. `sync` flushes the metrics and sample files to disk before a checkpoint
+        """Create a saver. `sync` flushes the metrics file to disk before a checkpoint
         counts on them; it raises OSError."""
         self.run, self.plan, self.ranks, self.emit, self.sync = run, plan, ranks, emit, sync
         self.size = checkpoint_size(plan)

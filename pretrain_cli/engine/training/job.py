@@ -20,6 +20,7 @@ from pretrain_cli.engine.runs import checkpoint
 from pretrain_cli.engine.runs.checkpoint import State
 from pretrain_cli.engine.runs.events import Emit, Notice, ignore
 from pretrain_cli.engine.runtime.distributed import Ranks, parallelize
+from pretrain_cli.engine.runtime.peak_flops import Peak, find_peak
 from pretrain_cli.engine.runtime.process_settings import set_compile_cache
 from pretrain_cli.engine.runtime.speed import apply_process_settings, build_model, compile_blocks
 from pretrain_cli.engine.training.prefetch import DeviceBatch
@@ -73,6 +74,8 @@ class Job(Generic[PlanT]):
     batches: BatchSource
     state: State
     """Position at which the steps start."""
+    peak: Peak
+    """Peak FLOP/s of the device; unknown, 0, unless it was to be measured."""
 
 
 def set_up(
@@ -82,18 +85,24 @@ def set_up(
     *,
     start: Path | None = None,
     compile_cache: Path | None = None,
+    peak_seconds: float = 0.0,
     emit: Emit = ignore,
 ) -> Job[PlanT]:
     """Build a job that starts from the checkpoint `start`, from --init-from, or from the seed.
     Every rank must call it.
 
     Changes settings of the whole process. `compile_cache` is the folder for compiled code; None
-    leaves the process's own.
+    leaves the process's own. `peak_seconds` are spent on measuring the peak FLOP/s.
     """
     settings = plan.settings
+    apply_process_settings(plan.speed)
     torch.manual_seed(settings.train.seed)  # nothing draws from it yet; a checkpoint keeps it
     if plan.speed.compile and compile_cache:
         set_compile_cache(compile_cache)
+    # Before the model, so that its memory counts in the peak of memory, and this does not.
+    peak = Peak(0.0, "not measured", 0.0)
+    if peak_seconds:
+        peak = find_peak(ranks.device, plan.speed.compute_dtype, seconds=peak_seconds)
     decoder = set_up_model(plan, ranks.device, start=start, emit=emit)
     model = parallelize(decoder, ranks, settings.train.parallel)
     optimizer = build_optimizer(decoder, settings.optimizer, fused=plan.speed.fused_optimizer)
@@ -112,6 +121,7 @@ def set_up(
         guard=guard,
         batches=batches,
         state=state,
+        peak=peak,
     )
 
 
@@ -119,8 +129,7 @@ def set_up_model(
     plan: StepPlan, device: torch.device, *, start: Path | None = None, emit: Emit = ignore
 ) -> Decoder:
     """Return the compiled model with its weights: those of the checkpoint `start`, of --init-from,
-    or initialized from the seed. Changes settings of the whole process."""
-    apply_process_settings(plan.speed)
+    or initialized from the seed. Call it after `apply_process_settings`."""
     decoder = build_model(plan.model, plan.speed, device)
     folder = start or plan.settings.model.init_from
     if folder is None:

@@ -9,7 +9,7 @@ wants a lower rate.
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pretrain_cli.config.run_config import RunConfig
@@ -85,6 +85,8 @@ def _train(
     plan: Plan, ranks: Ranks, emit: Emit, progress: Progress, stop: StopRequest
 ) -> tuple[list[float], list[float]]:
     """Return learning rates and losses up to the step where the loss diverges."""
+    unguarded = plan.settings.train.model_copy(update={"skip_spikes": None})  # a spike is a result
+    plan = replace(plan, settings=plan.settings.model_copy(update={"train": unguarded}))
     job = set_up(plan, ranks, open_batches(plan, ranks, emit), emit=emit)
     emit(Notice(f"The rate rises from {LOWEST:g} to {HIGHEST:g}; that of the run is not used"))
     rates, losses = [], []
@@ -100,8 +102,8 @@ def _train(
             losses.append(mean)
             if ranks.is_first:
                 progress(step + 1, plan.steps, rate, mean)
-            if has_diverged(smooth(losses)):
-                break
+            if job.guard.read()[-1].reason or has_diverged(smooth(losses)):
+                break  # the guard skipped the step: its gradient is not finite
     finally:
         job.batches.close()
     return rates, losses

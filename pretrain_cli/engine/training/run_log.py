@@ -40,9 +40,12 @@ class RunLog(Sinks):
         if not self.ranks.is_first:
             return
         self.metrics = MetricsFile(
-            self.run / "metrics.jsonl", self.notify, upto=state.step, rollbacks=state.rollbacks
+            self.run / "metrics.jsonl",
+            self.remarks.append,
+            upto=state.step,
+            rollbacks=state.rollbacks,
         )
-        self.samples = SamplesFile(self.run / "samples.jsonl", self.notify, upto=state.step)
+        self.samples = SamplesFile(self.run / "samples.jsonl", self.remarks.append, upto=state.step)
         self.sinks = [self.metrics, self.samples]
         settings = resolved(self.plan).model_dump(mode="json")
         names = self.plan.settings.train.log if state.step < self.plan.steps else ()

@@ -104,7 +104,7 @@ def tell_departures(speed: Speed, emit: Emit) -> None:
         emit(Notice(f"speed.deterministic: {DETERMINISM}"))
 
 
-def begin_run(job: Job[Plan], run: Path, peak: Peak, emit: Emit, resumed: RunRecord | None) -> None:
+def begin_run(job: Job[Plan], run: Path, emit: Emit, resumed: RunRecord | None) -> None:
     """Tell what differs from the run's record, and prepare the run folder on the first rank."""
     plan, step = job.plan, job.state.step
     if resumed is not None:
@@ -112,7 +112,7 @@ def begin_run(job: Job[Plan], run: Path, peak: Peak, emit: Emit, resumed: RunRec
             emit(Notice(line))
     if job.ranks.is_first:
         retention.sweep(run)
-        write_record(run, plan, job.ranks.device, peak, resumed.asked if resumed else None)
+        write_record(run, plan, job.ranks.device, job.peak, resumed.asked if resumed else None)
         abandon_later(run, step, emit)
 
 

@@ -19,7 +19,7 @@ class ThroughputMeter:
     """Times and rates of the steps since the last log line, and of the run so far.
 
     Times are the host's, and a GPU runs behind the host. Callers therefore synchronize with the
-    device before `read` and `held_up`; the trainer does so by reading the loss.
+    device before `read` and `held_up`; the training loop does so by reading the loss.
     """
 
     def __init__(

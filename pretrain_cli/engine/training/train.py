@@ -5,6 +5,7 @@ stopped; log, evaluate, save and sample when due
 """
 
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from pretrain_cli.engine.runs.events import (
 )
 from pretrain_cli.engine.runs.run_yaml import RunRecord
 from pretrain_cli.engine.runtime.distributed import device_name, open_ranks
-from pretrain_cli.engine.runtime.peak_flops import Peak, find_peak
 from pretrain_cli.engine.runtime.profiler import WARMUP_STEPS, Profiler
 from pretrain_cli.engine.runtime.speed import only_deterministic
 from pretrain_cli.engine.runtime.stop import Stopped, StopRequest
@@ -80,23 +80,28 @@ def train(
             stop.save_seconds = checkpoint.estimated_seconds(checkpoint_size(plan))
         batches = open_batches(plan, ranks, emit)
         tell_departures(plan.speed, emit)
-        job = set_up(plan, ranks, batches, start=start, compile_cache=run / COMPILED, emit=emit)
-        peak = find_peak(ranks.device, plan.speed.compute_dtype, seconds=PEAK_SECONDS)
-        begin_run(job, run, peak, emit, resume[1] if resume else None)
+        job = set_up(
+            plan,
+            ranks,
+            batches,
+            start=start,
+            compile_cache=run / COMPILED,
+            peak_seconds=PEAK_SECONDS,
+            emit=emit,
+        )
+        begin_run(job, run, emit, resume[1] if resume else None)
         log = RunLog(plan, run, ranks, emit, job.state)
-        with only_deterministic(plan.speed):
-            return take_steps(job, log, stop, peak, profile=profile if ranks.is_first else 0)
+        with closing(log), only_deterministic(plan.speed):
+            return take_steps(job, log, stop, profile=profile if ranks.is_first else 0)
 
 
-def take_steps(
-    job: Job[Plan], log: RunLog, stop: StopRequest, peak: Peak, *, profile: int
-) -> Finished:
+def take_steps(job: Job[Plan], log: RunLog, stop: StopRequest, *, profile: int) -> Finished:
     """Train until all steps are done or a stop is requested, then save."""
     plan, state, steps, reason = job.plan, job.state, job.plan.steps, "done"
-    log.emit(_started(job, log.run, peak))
+    log.emit(_started(job, log.run))
     if state.step >= steps:
         log.notify(f"{log.run} has its {steps:,} steps; give more --steps to continue")
-    meter = _meter(job, log, peak)
+    meter = _meter(job, log)
     sampling, evaluator = Sampling(job, log, stop), Evaluator(job, log, stop)
     rollback = Rollback(job, log)
     saves = Checkpointer(job, log, stop, rollback=rollback, evaluator=evaluator)
@@ -172,8 +177,8 @@ def _advance(state: State, plan: Plan) -> State:
     )
 
 
-def _started(job: Job[Plan], run: Path, peak: Peak) -> Started:
-    plan = job.plan
+def _started(job: Job[Plan], run: Path) -> Started:
+    plan, peak = job.plan, job.peak
     flops = counting.training_flops(plan.model, plan.seq_len)
     return Started(
         step=job.state.step,
@@ -194,11 +199,11 @@ def _started(job: Job[Plan], run: Path, peak: Peak) -> Started:
     )
 
 
-def _meter(job: Job[Plan], log: RunLog, peak: Peak) -> ThroughputMeter:
+def _meter(job: Job[Plan], log: RunLog) -> ThroughputMeter:
     return ThroughputMeter(
         job.ranks,
         flops=counting.training_flops(job.plan.model, job.plan.seq_len),
-        peak=peak.flops,
+        peak=job.peak.flops,
         tokens_per_step=job.plan.tokens_per_step,
         tokens=job.state.tokens,
         before=log.before,

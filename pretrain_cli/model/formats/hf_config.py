@@ -279,7 +279,7 @@ class HuggingFace(NamedTuple):
     architecture: str
     """Class in transformers."""
     own_fields: Callable[[ModelConfig], dict[str, Any]]
-    """config -> the fields that only this family has."""
+    """config -> the fields that the families write differently."""
     numbers: Callable[[dict[str, Any]], dict[str, Any]]
     """config.json -> the fields of ModelConfig."""
     null_means: Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]

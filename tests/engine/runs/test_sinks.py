@@ -55,7 +55,7 @@ def test_a_failing_sink_is_named_once_and_dropped(fails_at):
     sinks.flush()
     sinks.emit(SECOND)
     sinks.close()
-    assert broken.calls[-1] == fails_at
+    assert broken.calls[broken.calls.index(fails_at) :] == [fails_at, "close"]
     assert [call for call in other.calls if call != "flush"] == [FIRST, SECOND, "close"]
     told = [event.text for event in shown if event not in (FIRST, SECOND)]
     assert told == ["Recording: the server is away; it gets no further events of this run"]
@@ -76,3 +76,34 @@ def test_an_exception_of_the_caller_is_raised():
 
     with pytest.raises(KeyboardInterrupt):
         Sinks(interrupts).emit(FIRST)
+
+
+def test_an_exception_at_a_sinks_notice_drops_no_sink():
+    """A sink on a full disk says so, and the caller, such as a display on a closed pipe, raises."""
+
+    class OnAFullDisk(Recording):
+        def take(self, event):
+            super().take(event)
+            sinks.remarks.append("the disk is full")
+
+    sink = OnAFullDisk()
+
+    def interrupts(event):
+        if event.text == "the disk is full":
+            raise BrokenPipeError
+
+    sinks = Sinks(interrupts)
+    sinks.sinks = [sink]
+    with pytest.raises(BrokenPipeError):
+        sinks.emit(FIRST)
+    assert sinks.sinks == [sink]
+
+
+def test_an_error_without_a_text_is_named_by_its_type():
+    class Silent(Recording):
+        def take(self, event):
+            raise TimeoutError
+
+    sinks, shown = sinks_of(Silent())
+    sinks.emit(FIRST)
+    assert shown[0].text == "Silent: TimeoutError; it gets no further events of this run"

@@ -49,6 +49,13 @@ def test_lr_find_stops_at_a_loss_that_is_not_finite(settings, tmp_path, monkeypa
     assert test.losses == calls[:4]
 
 
+def test_lr_find_takes_every_step_whatever_counts_as_a_spike(settings, tmp_path):
+    """The test looks for the rate at which the loss spikes."""
+    plain, _, _ = search(settings(train__steps=40), tmp_path / "plain")
+    spikes, _, _ = search(settings(train__steps=40, train__skip_spikes=0.01), tmp_path / "spikes")
+    assert plain.losses == spikes.losses
+
+
 def test_a_stopped_range_test_writes_no_files(settings, tmp_path):
     stop, folder = StopRequest(), tmp_path / "found"
 

@@ -155,23 +155,25 @@ def train(
     is a run folder or one of its checkpoints; `config` then holds only what changes. train.max_time
     counts from this call. An interrupt ends the run at once: it resumes from its last checkpoint.
     """
-    if isinstance(config, RunConfig):
-        settings, where = config, {}
-        config = {
-            f"{section}.{name}": value
-            for section, values in config.model_dump(exclude_unset=True).items()
-            for name, value in values.items()
-        }
+    if resume is None:
+        settings, where = config if isinstance(config, RunConfig) else run_config(config), {}
     else:
-        settings, where = run_config(config), {}
-    if resume is not None:
-        given, nulls = _split_nulls(config)
+        given, nulls = _split_nulls(_by_name(config) if isinstance(config, RunConfig) else config)
         settings, where = settings_to_resume(Path(resume), given, nulls, allow_change=allow_change)
     stop = StopRequest(limit=settings.train.max_time, since=process_age())
     try:
         return run_training(settings, on_event, stop=stop, **where)
     except Stopped:
         raise PretrainError(f"{stop.reason}: stopped before training began") from None
+
+
+def _by_name(config: RunConfig) -> dict[str, Any]:
+    """Return the values that were given, by dotted name."""
+    return {
+        f"{section}.{name}": value
+        for section, values in config.model_dump(exclude_unset=True).items()
+        for name, value in values.items()
+    }
 
 
 @dataclass(frozen=True)

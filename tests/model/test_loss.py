@@ -125,16 +125,14 @@ print(loss())
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux reports a peak")
-@pytest.mark.skipif(
-    not torch.cpu._is_avx512_bf16_supported(),
-    reason="this CPU has no bfloat16 products, and oneDNN makes float32 copies for them",
-)
 def test_peak_memory_holds_the_logits_once_in_bfloat16():
     out = subprocess.run(
         [sys.executable, "-c", PEAK], capture_output=True, text=True, check=True
     ).stdout
     logits, weights = 2048 * 2**16 * 2 / 2**20, 2**16 * 64 * (2 + 4) / 2**20
-    assert logits < float(out) < 1.15 * (logits + weights)
+    # Without bfloat16 products in hardware oneDNN makes float32 copies of parts.
+    in_hardware = torch.cpu._is_avx512_bf16_supported()
+    assert logits < float(out) < (1.15 * (logits + weights) if in_hardware else 2 * logits)
 
 
 @pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "whole"])

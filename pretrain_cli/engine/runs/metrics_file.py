@@ -15,22 +15,8 @@ from typing import IO, Any, assert_never
 
 import torch
 
-from pretrain_cli.engine.runs.events import (
-    KINDS,
-    Evaluation,
-    Event,
-    Finished,
-    Logged,
-    Notice,
-    Profiled,
-    RolledBack,
-    Sample,
-    Saved,
-    Skipped,
-    Started,
-    StepMetrics,
-    Unsaved,
-)
+from pretrain_cli.engine.runs import events
+from pretrain_cli.engine.runs.events import KINDS, Evaluation, Event, Logged, Started, StepMetrics
 from pretrain_cli.files import append_line, write_whole
 
 PROC_STATUS = Path("/proc/self/status")
@@ -66,9 +52,11 @@ class MetricsFile:
             case Started():
                 if event.step < event.steps:  # a process with no step to take leaves no trace
                     self.write(event)
-            case StepMetrics() | Evaluation() | Skipped() | RolledBack() | Saved() | Unsaved():
+            case StepMetrics() | Evaluation() | events.Skipped() | events.RolledBack():
                 self.write(event)
-            case Notice() | Profiled() | Sample() | Finished():
+            case events.Saved() | events.Unsaved():
+                self.write(event)
+            case events.Notice() | events.Profiled() | events.Sample() | events.Finished():
                 pass
             case _:
                 assert_never(event)

@@ -19,21 +19,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, assert_never
 
-from pretrain_cli.engine.runs.events import (
-    Emit,
-    Evaluation,
-    Event,
-    Finished,
-    Notice,
-    Profiled,
-    RolledBack,
-    Sample,
-    Saved,
-    Skipped,
-    Started,
-    StepMetrics,
-    Unsaved,
-)
+from pretrain_cli.engine.runs import events
+from pretrain_cli.engine.runs.events import Emit, Evaluation, Event, Notice, Sample, StepMetrics
 from pretrain_cli.engine.runs.sinks import Sink
 from pretrain_cli.errors import ConfigError
 
@@ -49,9 +36,9 @@ class Tracker(ABC):
                 self.write_numbers(event)
             case Sample():
                 self.write_sample(event)
-            case Notice() | Started() | Skipped() | RolledBack() | Saved() | Unsaved():
+            case events.Notice() | events.Started() | events.Profiled() | events.Finished():
                 pass
-            case Profiled() | Finished():
+            case events.Skipped() | events.RolledBack() | events.Saved() | events.Unsaved():
                 pass
             case _:
                 assert_never(event)

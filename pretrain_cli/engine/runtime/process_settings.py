@@ -32,6 +32,8 @@ PROCESS_SETTINGS = SpeedConfig.names("is_process_wide")
 LATE = "torch was loaded before it could be set"
 SPINS, BRIEF = "GOMP_SPINCOUNT", "1000"
 POLICY = "OMP_WAIT_POLICY"
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Configuration of the CUDA allocator. torch reads the first that is set."""
 KINETO_LEVEL = "KINETO_LOG_LEVEL"
 COMPILE_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 _compile_cache: str | None = None
@@ -92,6 +94,23 @@ def keep_freed_memory(asked: bool | str, device_type: str) -> tuple[bool, str]:
     if platform.libc_ver()[0] != "glibc":
         return False, "this system's malloc is not glibc's"
     return True, "" if asked is True else "no memory is faulted in again at each step"
+
+
+def expandable_segments(asked: bool | str, device_type: str) -> tuple[bool, str]:
+    """Return (True if the CUDA allocator's segments grow, reason; empty if as asked)."""
+    if device_type != "cuda":
+        return False, "a setting of the CUDA allocator" if asked else ""
+    if variable := allocator_variable():
+        in_force = "expandable_segments:True" in os.environ[variable].replace(" ", "")
+        return in_force, "" if asked == in_force else f"{variable} is set in the environment"
+    if asked == "auto":
+        return True, "less GPU memory lost to fragments"
+    return bool(asked), ""
+
+
+def allocator_variable() -> str:
+    """Return the environment variable that configures the CUDA allocator; empty if none is set."""
+    return next((name for name in ALLOCATOR_VARIABLES if os.environ.get(name)), "")
 
 
 def check_process_settings(option: str, assignments: Iterable[str]) -> None:

@@ -283,14 +283,6 @@ def _cudnn_benchmark(asked: bool | str, here: Here) -> tuple[bool, str]:
     return False, "it tunes convolutions, and these models have none"
 
 
-def _expandable_segments(asked: bool | str, here: Here) -> tuple[bool, str]:
-    if asked is False:
-        return False, ""
-    if here.device.type != "cuda":
-        return False, "a setting of the CUDA allocator"
-    return True, "" if asked is True else "less GPU memory lost to fragments"
-
-
 def _apply_cudnn_benchmark(in_force: bool) -> None:
     torch.backends.cudnn.benchmark = in_force
 
@@ -304,9 +296,12 @@ def _apply_deterministic(in_force: bool) -> None:
 
 def _apply_expandable_segments(in_force: bool) -> None:
     # Too late for the environment variable: CUDA read it when the device was looked up.
-    if torch.cuda.is_available():
-        settings = f"expandable_segments:{in_force}"
-        torch.cuda.memory._set_allocator_settings(settings)  # pyright: ignore
+    if torch.cuda.is_available() and not process_settings.allocator_variable():
+        if hasattr(torch._C, "_accelerator_setAllocatorSettings"):  # pyright: ignore
+            configure = torch._C._accelerator_setAllocatorSettings  # pyright: ignore
+        else:  # torch 2.11
+            configure = torch.cuda.memory._set_allocator_settings  # pyright: ignore
+        configure(f"expandable_segments:{in_force}")
 
 
 RULES: dict[str, Rule] = {
@@ -323,7 +318,10 @@ RULES: dict[str, Rule] = {
     "passive_threads": Rule(lambda asked, _: process_settings.passive_threads(asked)),
     "cudnn_benchmark": Rule(_cudnn_benchmark, _apply_cudnn_benchmark),
     "deterministic": Rule(apply=_apply_deterministic),
-    "expandable_segments": Rule(_expandable_segments, _apply_expandable_segments),
+    "expandable_segments": Rule(
+        lambda asked, here: process_settings.expandable_segments(asked, here.device.type),
+        _apply_expandable_segments,
+    ),
     "attention": Rule(_attention),
     "dtype": Rule(_dtype),
     "compile": Rule(_compile),

@@ -5,10 +5,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.engine.runtime import process_settings
+from pretrain_cli.engine.runtime.speed import RULES, resolve_speed
 from pretrain_cli.errors import ConfigError
+
+CUDA = torch.device("cuda", 0)
 
 # --- before torch is loaded ----------------------------------------------------------------------
 
@@ -69,3 +73,53 @@ def test_set_accepts_only_process_settings():
     ):
         with pytest.raises(ConfigError, match=f"^--set {wrong}: not NAME=VALUE of one of speed.fl"):
             process_settings.check_process_settings("--set", [wrong])
+
+
+# --- the CUDA allocator --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def allocator(monkeypatch):
+    """Pretend that there is a GPU; return the configurations that its allocator gets."""
+    for name in process_settings.ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    given = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", given.append, raising=False)
+    return given
+
+
+def expandable_segments(asked):
+    """Apply the setting as a run does, and return its decision."""
+    asked = SpeedConfig(dtype="float32", expandable_segments=asked)
+    decision = resolve_speed(asked, CUDA).decisions["expandable_segments"]
+    RULES["expandable_segments"].apply(decision.in_force)
+    return decision
+
+
+@pytest.mark.parametrize(("asked", "in_force"), [("auto", True), (True, True), (False, False)])
+def test_expandable_segments_configures_the_allocator(allocator, asked, in_force):
+    assert expandable_segments(asked).in_force is in_force
+    assert allocator == [f"expandable_segments:{in_force}"]  # and torch warns of nothing
+
+
+def test_an_older_torch_gets_the_allocator_settings_it_knows(allocator, monkeypatch):
+    monkeypatch.delattr(torch._C, "_accelerator_setAllocatorSettings")
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", allocator.append)
+    expandable_segments("auto")
+    assert allocator == ["expandable_segments:True"]
+
+
+@pytest.mark.parametrize("name", process_settings.ALLOCATOR_VARIABLES)
+@pytest.mark.parametrize(
+    ("value", "in_force"),
+    [("expandable_segments:True", True), ("max_split_size_mb:64, expandable_segments : True", True),
+     ("expandable_segments:False", False), ("max_split_size_mb:64", False)],
+)  # fmt: skip
+def test_an_allocator_variable_of_the_user_is_kept(allocator, monkeypatch, name, value, in_force):
+    monkeypatch.setenv(name, value)
+    for asked in ("auto", True, False):
+        decision = expandable_segments(asked)
+        assert decision.in_force is in_force
+        assert decision.reason == ("" if asked == in_force else f"{name} is set in the environment")
+    assert allocator == []

@@ -33,7 +33,8 @@ from pretrain_cli.engine.runtime.speed import RULES, Rule, resolve_speed
 from pretrain_cli.engine.training.step_guard import step_unless
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.model import config, presets
-from pretrain_cli.model.attention_backends import BACKENDS, best_backend
+from pretrain_cli.model.attention_backends.backend import Conditions
+from pretrain_cli.model.attention_backends.backends import BACKENDS, best_backend
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.formats import gguf, hf_config, hf_fields
 from pretrain_cli.model.presets import preset
@@ -92,7 +93,10 @@ def applied(monkeypatch):
         monkeypatch.setattr(module, "RunConfig", MoreConfig)
     values = []
     monkeypatch.setitem(RULES, "louder", Rule(decide_louder, values.append))
-    backend = dataclasses.replace(BACKENDS["eager"], best_on={"meta": "nothing is computed"})
+    backend = dataclasses.replace(
+        BACKENDS["eager"],
+        preferred=lambda c: "nothing is computed" if c.device.type == "meta" else None,
+    )
     monkeypatch.setitem(BACKENDS, "plain", backend)
     monkeypatch.setitem(ATTENTION, "plain", AttentionMemory(lambda t, window: 1000.0))
     monkeypatch.setitem(OPTIMIZERS, "signs", OptimizerKind(("memory",), no_shards="is shy"))
@@ -154,7 +158,8 @@ def test_a_new_backend_trains_as_the_one_it_copies(applied, pretrain, corpus, ti
 def test_a_new_backend_is_benchmarked_estimated_and_chosen(applied, workload):
     assert "plain" in parse_backends("all")
     assert any(arm.name == "+ attention plain" for arm in ablation(workload, MoreSpeed()))
-    assert best_backend(torch.device("meta")) == ("plain", "nothing is computed")
+    nowhere = Conditions(torch.device("meta"), torch.float32, training=True)
+    assert best_backend(nowhere) == ("plain", "nothing is computed")
     speed = resolve_speed(MoreSpeed(attention="plain", compile=False), CPU)
     step = memory_estimate.StepShape(
         model=workload.model,

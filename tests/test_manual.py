@@ -16,7 +16,7 @@ from pretrain_cli.config.build import build_config
 from pretrain_cli.config.reference import settings_tables
 from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.config.yaml_files import find_model, read_config
-from pretrain_cli.model.attention_backends import BACKENDS
+from pretrain_cli.model.attention_backends.backends import BACKENDS
 from pretrain_cli.model.presets import PUBLISHED, SMALL, full_name
 
 ROOT = Path(__file__).parent.parent

@@ -184,12 +184,14 @@ class SpeedConfig(Section):
         return tuple(name for name in cls.model_fields if getattr(cls.about(name), fact))
 
     attention: Annotated[
-        Literal["auto", "eager", "sdpa", "flex", "blocks"],
-        SpeedSetting(decides_micro_batch=True, is_announced=True, on_any_gpu="sdpa"),
+        Literal["auto", "eager", "sdpa", "blocks", "flex", "varlen"],
+        SpeedSetting(decides_micro_batch=True, is_announced=True, on_any_gpu="varlen"),
     ] = "auto"
     """Attention backend. `eager`: the readable reference. `sdpa`: PyTorch's fused kernels, with
-    sliding windows folded into blocks. `flex`: block-sparse kernels, which train on GPUs only.
-    `blocks`: matrix products over blocks of queries, for CPUs. auto: blocks on a CPU, else sdpa."""
+    sliding windows folded into blocks. `blocks`: matrix products over blocks of queries, for CPUs.
+    `flex`: block-sparse kernels, which train on GPUs only. `varlen`: FlashAttention's kernels for
+    windows and documents, in bfloat16 on NVIDIA GPUs. auto: blocks on a CPU; varlen on a GPU, or
+    flex in float32; sdpa elsewhere."""
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float8"],
         SpeedSetting(decides_micro_batch=True, is_announced=True, on_any_gpu="bfloat16"),

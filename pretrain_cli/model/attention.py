@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pretrain_cli.model.attention_backends import Backend
+from pretrain_cli.model.attention_backends.backend import Backend
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.kv_cache import LayerCache
 from pretrain_cli.model.layers import Linear, Projections, RMSNorm

@@ -19,7 +19,8 @@ from torch._functorch import config as autograd_config
 from torch.utils.checkpoint import checkpoint
 
 from pretrain_cli.model.attention import Attention
-from pretrain_cli.model.attention_backends import BACKENDS, Mask
+from pretrain_cli.model.attention_backends.backends import BACKENDS
+from pretrain_cli.model.attention_backends.mask import Documents, Mask
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.kv_cache import KVCache, LayerCache
 from pretrain_cli.model.layers import GatedMLP, Linear, RMSNorm, lookup
@@ -132,7 +133,7 @@ class Decoder(nn.Module):
         tokens: Tensor,
         targets: Tensor | None = None,
         *,
-        documents: Tensor | None = None,
+        documents: Tensor | Documents | None = None,
         normalizer: float | None = None,
         loss_weights: LossWeights | None = None,
         cache: KVCache | None = None,
@@ -143,15 +144,18 @@ class Decoder(nn.Module):
 
         `documents` (B, T) are numbers that keep attention inside each document. Positions do not
         restart at a document: in both families only their differences matter (RoPE), so the logits
-        of a document equal those it has alone, up to rounding.
+        of a document equal those it has alone, up to rounding. As `Documents` they come with the
+        number in each row; without it, `varlen` attention waits for the GPU to count them.
 
         With a cache, tokens continue the cached sequence; there are no targets then. `normalizer`:
         see `cross_entropy`. With `loss_weights`, the loss includes the auxiliary losses.
         """
+        if isinstance(documents, Tensor):
+            documents = Documents(documents)
         if targets is not None:
             assert cache is None, "a loss is of whole sequences"
             return self._loss(tokens, targets, documents, normalizer, loss_weights)
-        hidden = self.hidden(tokens, cache, documents)
+        hidden = self._hidden_and_use(tokens, cache, documents)[0]
         if last_only:
             hidden = hidden[:, -1:]
         return F.linear(hidden, self.head_weight.to(hidden.dtype))
@@ -160,7 +164,7 @@ class Decoder(nn.Module):
         self,
         tokens: Tensor,
         targets: Tensor,
-        documents: Tensor | None,
+        documents: Documents | None,
         normalizer: float | None,
         weights: LossWeights | None,
     ) -> LossParts:
@@ -202,17 +206,15 @@ class Decoder(nn.Module):
         tied = self.config.tie_word_embeddings and self.chunked_loss
         return [] if tied and tokens.device.type == "cpu" and torch.is_grad_enabled() else None
 
-    def hidden(
-        self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
-    ) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Return the normalized hidden states of the last layer. (B, T) -> (B, T, D)."""
-        return self._hidden_and_use(tokens, cache, documents)[0]
+        return self._hidden_and_use(tokens, cache)[0]
 
     def _hidden_and_use(
         self,
         tokens: Tensor,
         cache: KVCache | None,
-        documents: Tensor | None,
+        documents: Documents | None = None,
         counted: Tensor | None = None,
         waiting: list[Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
@@ -230,7 +232,7 @@ class Decoder(nn.Module):
             )
             window = self.config.window(kind)
             remembered = past if window is None else min(past, window - 1)
-            mask = Mask(T, remembered + T, window, documents)
+            mask = Mask(T, remembered + T, window, documents, rows=len(tokens))
             masks[kind] = self.backend.lower(mask, device, self.dtype)
 
         x, uses = self.embed(tokens, waiting), []
@@ -239,7 +241,7 @@ class Decoder(nn.Module):
             layer_cache = cache.layers[layer] if cache else None
             inputs = (x, ropes[kind], masks[kind], layer_cache, counted)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, use = checkpoint(block, *inputs, use_reentrant=False)
+                x, use = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, use = block(*inputs)
             if use is not None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain_cli.model.attention_backends import Mask
+from pretrain_cli.model.attention_backends.mask import Mask
 from pretrain_cli.model.counting import (
     count_parameters,
     keys_seen,

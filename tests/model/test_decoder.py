@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from pretrain_cli.model.attention_backends import BACKENDS
+from pretrain_cli.model.attention_backends.backends import BACKENDS
 from pretrain_cli.model.config import FULL, SLIDING
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.formats.hf_weights import published_tensors

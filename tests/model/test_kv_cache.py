@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain_cli.model.attention_backends import BACKENDS
+from pretrain_cli.model.attention_backends.backends import BACKENDS
 from pretrain_cli.model.config import FULL, SLIDING, variant
 from pretrain_cli.model.counting import cache_bytes
 from pretrain_cli.model.decoder import Decoder

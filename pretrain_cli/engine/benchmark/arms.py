@@ -15,9 +15,14 @@ from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.engine.benchmark import peers
 from pretrain_cli.engine.benchmark.workload import Arm, Workload
 from pretrain_cli.engine.runtime.process_settings import LATE
-from pretrain_cli.engine.runtime.speed import check_float8, resolve_speed
+from pretrain_cli.engine.runtime.speed import (
+    AttentionShape,
+    check_float8,
+    no_attention,
+    resolve_speed,
+)
 from pretrain_cli.errors import ConfigError, did_you_mean
-from pretrain_cli.model.attention_backends import BACKENDS
+from pretrain_cli.model.attention_backends.backends import BACKENDS
 from pretrain_cli.model.config import FULL, SLIDING, ModelConfig, variant
 
 BASELINE, ALL_ON = "baseline", "all on"
@@ -44,10 +49,15 @@ def parse_backends(text: str) -> list[str]:
 
 
 def backend_arms(workload: Workload, asked: SpeedConfig, names: list[str]) -> list[Arm]:
-    """Return an arm for each backend; it is forward only if the backend cannot train here."""
+    """Return an arm for each backend: forward only if the backend cannot train here, left out if it
+    cannot run."""
     device, arms, first = torch.device(workload.device), list[Arm](), ""
     for name in names:
-        reason = BACKENDS[name].unavailable(device, True) or ""
+        shape = AttentionShape.of(workload.model, workload.seq_len, documents=False)
+        reason, left_out = (
+            no_attention(name, asked, device, training=training, attention=shape)
+            for training in (True, False)
+        )
         speed = asked.model_copy(update={"attention": name})
         same_as = "" if reason else first
         arms.append(
@@ -58,6 +68,7 @@ def backend_arms(workload: Workload, asked: SpeedConfig, names: list[str]) -> li
                 same_as=same_as,
                 beside=same_as,
                 forward_only=reason,
+                left_out=left_out,
             )
         )
         first = first or ("" if reason else name)

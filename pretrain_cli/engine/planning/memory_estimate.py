@@ -316,10 +316,11 @@ class AttentionMemory:
 ATTENTION = {
     "eager": AttentionMemory(_kept_by_eager, _eager_mask),
     "sdpa": AttentionMemory(_kept_by_sdpa, _sdpa_mask),
-    "flex": AttentionMemory(_kept_by_flex),
     "blocks": AttentionMemory(_kept_by_blocks, copies_values=True),
+    "flex": AttentionMemory(_kept_by_flex),
+    "varlen": AttentionMemory(_kept_by_flex),
 }
-"""Memory of each backend of model/attention_backends.py, which this module can't import: it would
+"""Memory of each backend of model/attention_backends/, which this module can't import: it would
 load torch."""
 
 

@@ -25,7 +25,8 @@ from pretrain_cli.engine.runtime import host_memory, onednn, process_settings
 from pretrain_cli.engine.runtime.gpu_specs import FLOAT8
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.model import float8
-from pretrain_cli.model.attention_backends import BACKENDS, best_backend
+from pretrain_cli.model.attention_backends.backend import Conditions
+from pretrain_cli.model.attention_backends.backends import BACKENDS, best_backend
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.parameter_map import Merged
@@ -70,7 +71,7 @@ class Speed:
     @property
     def compute_dtype(self) -> torch.dtype:
         """Dtype of activations, and of all matrix products that are not in float8."""
-        return torch.bfloat16 if self.dtype == "float8" else getattr(torch, self.dtype)
+        return _compute_dtype(self.dtype)
 
     def record(self) -> dict[str, dict[str, Any]]:
         """Return asked, in_force and reason for each setting, for run.yaml and benchmark files."""
@@ -99,6 +100,23 @@ class Here:
     """False to evaluate or sample only."""
     in_force: Mapping[str, Any]
     """Values of the settings that SpeedConfig declares before this one."""
+    attention: "AttentionShape"
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Facts of a model and its batches on which the choice of an attention backend depends."""
+
+    head_dim: int | None = None
+    """None if no model is known yet."""
+    is_masked: bool = False
+    """True if a window shorter than the sequence, or documents, hide keys of whole sequences."""
+
+    @classmethod
+    def of(cls, model: ModelConfig, seq_len: int, *, documents: bool) -> "AttentionShape":
+        windows = [model.window(kind) for kind in set(model.layer_types)]
+        cuts = any(window is not None and window < seq_len for window in windows)
+        return cls(model.head_dim, cuts or documents)
 
 
 @dataclass(frozen=True)
@@ -113,14 +131,20 @@ class Rule:
     loop."""
 
 
-def resolve_speed(asked: SpeedConfig, device: torch.device, *, training: bool = True) -> Speed:
+def resolve_speed(
+    asked: SpeedConfig,
+    device: torch.device,
+    *,
+    training: bool = True,
+    attention: AttentionShape = AttentionShape(),
+) -> Speed:
     """Resolve every setting for this device. `training` is False to evaluate or sample only.
 
     Raises ConfigError for an attention backend that can't run (or train) here, and for float8 if
     the device can't use it or `training` is False.
     """
     in_force: dict[str, Any] = {}
-    here = Here(device, asked, training, in_force)
+    here = Here(device, asked, training, in_force, attention)
     decisions: dict[str, Decision] = {}
     for setting, value in asked.model_dump().items():
         decide = RULES.get(setting, Rule()).decide
@@ -182,12 +206,34 @@ def compile_blocks(model: Decoder, speed: Speed) -> None:
 
 
 def _attention(asked: str, here: Here) -> tuple[str, str]:
+    conditions = _conditions(here)
     if asked == "auto":
-        return best_backend(here.device)
-    reason = BACKENDS[asked].unavailable(here.device, here.training)
-    if reason:
+        return best_backend(conditions)
+    if reason := BACKENDS[asked].unavailable(conditions):
         raise ConfigError(f"speed.attention: '{asked}' can't be used: {reason}; use auto")
     return asked, ""
+
+
+def _conditions(here: Here) -> Conditions:
+    dtype, shape = _compute_dtype(_dtype(here.asked.dtype, here)[0]), here.attention
+    return Conditions(here.device, dtype, here.training, shape.head_dim, shape.is_masked)
+
+
+def no_attention(
+    backend: str,
+    asked: SpeedConfig,
+    device: torch.device,
+    *,
+    training: bool,
+    attention: AttentionShape = AttentionShape(),
+) -> str:
+    """Return the reason why this attention backend can't be used; empty if it can."""
+    conditions = _conditions(Here(device, asked, training, {}, attention))
+    return BACKENDS[backend].unavailable(conditions) or ""
+
+
+def _compute_dtype(name: str) -> torch.dtype:
+    return torch.bfloat16 if name == "float8" else getattr(torch, name)
 
 
 def _dtype(asked: str, here: Here) -> tuple[str, str]:

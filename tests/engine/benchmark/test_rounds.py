@@ -13,7 +13,7 @@ from pretrain_cli.engine.benchmark.workload import Arm, Repeats, Workload
 from pretrain_cli.engine.runtime.peak_flops import Peak
 from pretrain_cli.engine.training import job
 from pretrain_cli.errors import ConfigError
-from pretrain_cli.model.attention_backends import BACKENDS
+from pretrain_cli.model.attention_backends.backends import BACKENDS
 from pretrain_cli.model.config import variant
 from pretrain_cli.model.presets import preset
 

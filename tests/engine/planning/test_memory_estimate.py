@@ -22,7 +22,8 @@ from pretrain_cli.engine.runtime.distributed import Ranks
 from pretrain_cli.engine.runtime.speed import build_model, compile_blocks, resolve_speed
 from pretrain_cli.engine.training.step import train_step
 from pretrain_cli.engine.training.step_guard import StepGuard
-from pretrain_cli.model.attention_backends import BACKENDS, Mask
+from pretrain_cli.model.attention_backends.backends import BACKENDS
+from pretrain_cli.model.attention_backends.mask import Documents, Mask
 from pretrain_cli.model.config import FULL, SLIDING, variant
 from pretrain_cli.model.presets import preset
 from tests.engine.jobs import batch_of, job_of
@@ -132,7 +133,7 @@ def test_saved_activations_with_a_document_mask_are_exact_to_the_byte(attention)
 def test_mask_memory_of_sdpa_is_exact_to_the_byte(seq_len, masked, dtype):
     """Compare the masks of a full layer and of one with a window of 48."""
     config, rows = small("gemma3-tiny"), 3
-    parted = documents(rows, seq_len) if masked else None
+    parted = Documents(documents(rows, seq_len)) if masked else None
     made = [
         BACKENDS["sdpa"].lower(Mask(seq_len, seq_len, window, parted), CPU, dtype)
         for window in (None, 48)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pretrain_cli.model.attention_backends import BACKENDS
+from pretrain_cli.model.attention_backends.backends import BACKENDS
 from pretrain_cli.model.config import FULL, SLIDING
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.inference.cpu_linear import SummedLinear

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from pretrain_cli.model import blocked_attention
-from pretrain_cli.model.attention_backends import BACKENDS
-from tests.model import test_attention_backends
-from tests.model.test_attention_backends import CPU, Sizes, starting_at
+from pretrain_cli.model.attention_backends import blocks
+from pretrain_cli.model.attention_backends.backends import BACKENDS
+from tests.model.attention_backends import test_backends
+from tests.model.attention_backends.cases import Sizes, conditions, starting_at
 
-small_blocks = test_attention_backends.small_blocks  # a fixture
+small_blocks = test_backends.small_blocks  # a fixture
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -18,7 +18,7 @@ def test_blocks_hold_the_scores_of_one_block_at_a_time(window):
     """Forward and backward of 40 queries in blocks of 5 never allocate a 40 × 40 matrix."""
     q = torch.randn(2, 2, 40, 2, 1)  # (B, Hkv, T, G, Dh)
     k = v = torch.randn(2, 2, 40, 1)
-    operators = blocked_attention._attend, blocked_attention._backward
+    operators = blocks._attend, blocks._backward
     with Sizes() as sizes:
         for operator, grad in zip(operators, ((), (q,)), strict=True):
             operator._init_fn(*grad, q, k, v, window, None)
@@ -37,5 +37,6 @@ def test_the_operator_passes_opcheck_for_torch_compile():
 
 
 def test_blocks_are_refused_on_a_gpu_with_the_reason():
-    assert BACKENDS["blocks"].unavailable(CPU, True) is None
-    assert BACKENDS["blocks"].unavailable(torch.device("cuda"), True) == "it is made for CPUs"
+    refusal = BACKENDS["blocks"].unavailable
+    assert refusal(conditions("cpu")) is None
+    assert refusal(conditions("cuda")) == "it is made for CPUs"

@@ -20,24 +20,39 @@ keys for it is traced, and fused with their rotation.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pretrain_cli.model.attention_backends.backend import Backend, Conditions
+from pretrain_cli.model.attention_backends.mask import Mask
+
 QUERIES_PER_BLOCK = 128
 
 
-def blocked_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, documents: Tensor | None
-) -> Tensor:
-    """Attend. q (B, T, H, Dh), k and v (B, S, Hkv, Dh), documents (B, S) or None -> (B, T, H,
-    Dh)."""
+class Hidden(NamedTuple):
+    """What hides keys that a causal mask shows."""
+
+    window: int | None
+    """None if it is no shorter than the keys."""
+    documents: Tensor | None
+    """Document numbers, (B, S)."""
+
+
+def _lower(mask: Mask, device: torch.device, dtype: torch.dtype) -> Hidden:
+    cuts = mask.window is not None and mask.window < mask.keys
+    numbers = None if mask.documents is None else mask.documents.numbers
+    return Hidden(mask.window if cuts else None, numbers)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Hidden, scale: float) -> Tensor:
+    """Attend. q (B, T, H, Dh), k and v (B, S, Hkv, Dh) -> (B, T, H, Dh)."""
     B, T, H, Dh = q.shape
     Hkv = k.shape[2]
     q = (q * scale).view(B, T, Hkv, -1, Dh).transpose(1, 2)
     k, v = (x.transpose(1, 2).contiguous() for x in (k, v))
-    out: Tensor = _attend(q.contiguous(), k, v, window, documents)
+    out: Tensor = _attend(q.contiguous(), k, v, mask.window, mask.documents)
     return out.transpose(1, 2).reshape(B, T, H, Dh)
 
 
@@ -67,18 +82,18 @@ def _weights(
     n, m = rows.stop - rows.start, seen.stop - seen.start
     scores = torch.bmm(_of(q, rows), k.flatten(0, 1)[:, seen].mT)
     by_query = scores.view(B, Hkv, n, G, m)
-    by_query[..., m - n :] += _hidden(q, n, n).triu(1).unsqueeze(1)
+    by_query[..., m - n :] += _infinite(q, n, n).triu(1).unsqueeze(1)
     if window is not None and m > window:  # hide keys before the window
-        by_query[..., : m - window] += _hidden(q, n, m - window).tril(m - window - n).unsqueeze(1)
+        by_query[..., : m - window] += _infinite(q, n, m - window).tril(m - window - n).unsqueeze(1)
     if documents is not None:
         past = seen.stop - rows.stop
         query_documents = documents[:, past + rows.start : past + rows.stop].unsqueeze(-1)
         same = query_documents == documents[:, seen].unsqueeze(-2)  # (B, n, m)
-        by_query += _hidden(q, *same.shape).masked_fill(same, 0.0)[:, None, :, None]
+        by_query += _infinite(q, *same.shape).masked_fill(same, 0.0)[:, None, :, None]
     return scores.softmax(-1)
 
 
-def _hidden(like: Tensor, *shape: int) -> Tensor:
+def _infinite(like: Tensor, *shape: int) -> Tensor:
     """Return a block of −∞ that hides keys when added to scores."""
     return like.new_full(shape, float("-inf"))
 
@@ -138,3 +153,14 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 _attend.register_autograd(_gradients, setup_context=_save)
+
+
+def _unavailable(conditions: Conditions) -> str | None:
+    return None if conditions.device.type == "cpu" else "it is made for CPUs"
+
+
+def _preferred(conditions: Conditions) -> str | None:
+    return "on a CPU the fastest" if conditions.device.type == "cpu" else None
+
+
+BACKEND = Backend(_lower, attend, _unavailable, _preferred)

@@ -1,0 +1,89 @@
+"""PyTorch's flex_attention: a compiled kernel that skips blocks of keys no query of a block sees.
+
+A mask without documents is the same in every step and made once. With documents it is made for each
+micro-batch, by a compiled function, as uncompiled it first makes a boolean matrix of every score.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from pretrain_cli.model.attention_backends.backend import Backend, Conditions
+from pretrain_cli.model.attention_backends.mask import Mask
+
+
+def _lower(mask: Mask, device: torch.device, dtype: torch.dtype) -> Any:
+    if mask.documents is None:
+        return _fixed_mask(mask.queries, mask.keys, mask.window, device)
+    numbers = mask.documents.numbers
+    make = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
+    seen = _seen(mask.keys - mask.queries, mask.window, numbers)
+    return make(seen, len(numbers), None, mask.queries, mask.keys, device=device)
+
+
+@functools.lru_cache(maxsize=8)
+def _fixed_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Any:
+    seen = _seen(keys - queries, window, None)
+    return create_block_mask(seen, None, None, queries, keys, device=device)
+
+
+def _seen(past: int, window: int | None, numbers: Tensor | None) -> Callable[..., Tensor]:
+    """Return flex's mask function, as in a Mask; the first query is at position `past`."""
+
+    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        position = query + past
+        seen = key <= position
+        if window is not None:
+            seen = seen & (key > position - window)
+        if numbers is not None:
+            seen = seen & (numbers[batch, key] == numbers[batch, position])
+        return seen
+
+    return seen
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    attend = flex_attention if torch.compiler.is_compiling() else _kernel(q.device.type)
+    return attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2)
+
+
+@functools.cache
+def _kernel(device_type: str) -> Callable[..., Any]:
+    """Return flex_attention, compiled where it has kernels. Uncompiled it computes every score."""
+    if device_type == "cuda":
+        return _compiled(flex_attention)
+    warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
+    return flex_attention
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
+
+
+def _unavailable(conditions: Conditions) -> str | None:
+    device = conditions.device.type
+    if conditions.training and device == "cpu":
+        return "PyTorch's flex_attention has no backward pass on a CPU"
+    if device not in ("cpu", "cuda"):
+        return f"PyTorch's flex_attention has no kernel for {device}"
+    if device == "cuda" and find_spec("triton") is None:
+        return "PyTorch's flex_attention needs Triton, which is not installed"
+    return None
+
+
+def _preferred(conditions: Conditions) -> str | None:
+    if conditions.device.type == "cuda" and conditions.is_masked:
+        return "skips the blocks of keys that windows and documents hide"
+    return None
+
+
+BACKEND = Backend(_lower, _attend, _unavailable, _preferred)

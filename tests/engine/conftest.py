@@ -146,12 +146,13 @@ def give_gradients() -> Callable[[Decoder, int], None]:
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Simulate an H200, torchao and Triton, as far as settings check for them."""
+    """Simulate an H200, torchao, Triton and a C compiler, as far as settings check for them."""
     find = importlib.util.find_spec
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    monkeypatch.setattr("shutil.which", lambda name: name)
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name: True if name == "torchao" else find(name)
     )

@@ -296,6 +296,10 @@ def _can_compile(asked: bool | str, device: torch.device) -> tuple[bool, str]:
             importlib.import_module("triton")
         except ImportError:
             return False, "Triton is not installed"
+        # As Triton looks for it: CC replaces the others, even if it names nothing.
+        compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+        if not any(shutil.which(name) for name in compilers):
+            return False, f"Triton needs a C compiler, and finds no {' or '.join(compilers)}"
     elif asked == "auto":
         return False, f"not tried on {device.type}"
     return True, "" if asked is True else "kernels fused across each block"

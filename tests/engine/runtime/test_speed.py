@@ -15,7 +15,7 @@ from pretrain_cli.engine.runs.events import StepMetrics
 from pretrain_cli.engine.runtime.speed import resolve_speed
 from pretrain_cli.errors import ConfigError
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def choices(setting: str) -> list:
@@ -97,6 +97,30 @@ def test_compile_is_off_without_a_compiler_and_gives_the_reason(monkeypatch):
     assert "no C++ compiler" in decision.reason
 
 
+@pytest.mark.parametrize(
+    ("environment", "installed", "missing"),
+    [
+        ({}, "gcc", ""),
+        ({}, "clang", ""),
+        ({}, "", "gcc or clang"),
+        ({"CC": "icx"}, "icx", ""),
+        ({"CC": "icx"}, "gcc", "icx"),  # Triton doesn't look further
+    ],
+)
+def test_compile_on_a_gpu_needs_a_c_compiler(monkeypatch, environment, installed, missing):
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    monkeypatch.delenv("CC", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("shutil.which", lambda name: name if name == installed else None)
+    for asked in ("auto", True):
+        speed = resolve_speed(SpeedConfig(compile=asked, dtype="float32"), GPU)
+        decision = speed.decisions["compile"]
+        assert decision.in_force is not bool(missing)
+        said = f"Triton needs a C compiler, and finds no {missing}"
+        assert not missing or decision.reason == said
+
+
 def test_recompute_cheap_is_for_compiled_blocks_on_a_cpu(monkeypatch):
     def decided(asked, device=CPU, **more):
         speed = resolve_speed(SpeedConfig(recompute_cheap=asked, **more), device)
@@ -108,7 +132,7 @@ def test_recompute_cheap_is_for_compiled_blocks_on_a_cpu(monkeypatch):
     for found in (decided(True), decided("auto")):
         assert (found.in_force, found.reason) == (False, "a setting of compiled blocks")
     monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
-    on_a_gpu = decided(True, torch.device("cuda", 0), compile=True)
+    on_a_gpu = decided(True, GPU, compile=True)
     assert (on_a_gpu.in_force, "not tried on a GPU" in on_a_gpu.reason) == (False, True)
 
 

@@ -32,7 +32,7 @@ QUERIES_PER_BLOCK = 128
 
 
 class Hidden(NamedTuple):
-    """What hides keys that a causal mask shows."""
+    """Window and documents, which hide keys that a causal mask shows."""
 
     window: int | None
     """None if it is no shorter than the keys."""

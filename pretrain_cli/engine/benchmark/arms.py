@@ -13,13 +13,13 @@ import torch
 
 from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.engine.benchmark import peers
+from pretrain_cli.engine.benchmark.timing import resolve
 from pretrain_cli.engine.benchmark.workload import Arm, Workload
 from pretrain_cli.engine.runtime.process_settings import LATE
 from pretrain_cli.engine.runtime.speed import (
     AttentionShape,
     check_float8,
     no_attention,
-    resolve_speed,
 )
 from pretrain_cli.errors import ConfigError, did_you_mean
 from pretrain_cli.model.attention_backends.backends import BACKENDS
@@ -99,7 +99,7 @@ def ablation(
 
     The settings in `given` keep the requested value in every arm and get no arm of their own.
     """
-    settings, device = type(asked), torch.device(workload.device)
+    settings = type(asked)
     varied = [name for name in settings.model_fields if name not in given]
     plain = {name: choices(settings, name)[0] for name in varied}
     baseline = asked.model_copy(update=plain)
@@ -125,7 +125,7 @@ def ablation(
             label = name if value is True else f"{name} {value}"
             add(f"+ {label}", "alone on", baseline, name, value)
     arms.append(Arm(name=ALL_ON, workload=workload, speed=asked, same_as=BASELINE, beside=BASELINE))
-    in_force = resolve_speed(asked, device)
+    in_force = resolve(workload, asked)
     for name, value in plain.items():
         decision = in_force.decisions[name]
         # LATE holds for this process only; arms run in fresh processes, where the setting applies
@@ -146,7 +146,7 @@ def _without_effect(speed: SpeedConfig, setting: str, value: Any, workload: Work
     try:
         if value == "float8":
             check_float8(workload.model)
-        decision = resolve_speed(speed, torch.device(workload.device)).decisions[setting]
+        decision = resolve(workload, speed).decisions[setting]
     except ConfigError as error:
         return str(error)
     if decision.in_force != value and decision.reason != LATE:  # LATE: applies in the arm's process

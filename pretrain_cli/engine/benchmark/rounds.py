@@ -12,11 +12,10 @@ import torch
 
 from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.engine.benchmark.results import Figures, Result, summarize
-from pretrain_cli.engine.benchmark.timing import Round
+from pretrain_cli.engine.benchmark.timing import Round, resolve
 from pretrain_cli.engine.benchmark.workload import Arm, Repeats, Workload, run_timing
 from pretrain_cli.engine.runtime.peak_flops import Peak
 from pretrain_cli.engine.runtime.profiler import Profile
-from pretrain_cli.engine.runtime.speed import resolve_speed
 from pretrain_cli.errors import PretrainError
 
 Start = Callable[..., Any]
@@ -118,9 +117,8 @@ class Rounds:
 def _peak_dtype(arm: Arm) -> str:
     """Return the type whose peak an arm's MFU refers to. For float8 it is bfloat16, because much of
     the step still runs in it."""
-    training, device = not arm.forward_only, torch.device(arm.workload.device)
-    dtype = resolve_speed(arm.speed, device, training=training).compute_dtype
-    return str(dtype).removeprefix("torch.")
+    speed = resolve(arm.workload, arm.speed, training=not arm.forward_only)
+    return str(speed.compute_dtype).removeprefix("torch.")
 
 
 REPEATS = Repeats(rounds=1, steps=5, warmup=2)

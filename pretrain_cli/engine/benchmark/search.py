@@ -24,6 +24,7 @@ import torch
 from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.engine.benchmark.results import Result
 from pretrain_cli.engine.benchmark.rounds import Rounds, Start
+from pretrain_cli.engine.benchmark.timing import resolve
 from pretrain_cli.engine.benchmark.workload import Arm, Repeats, Workload
 from pretrain_cli.engine.planning.memory_estimate import (
     StepShape,
@@ -32,7 +33,6 @@ from pretrain_cli.engine.planning.memory_estimate import (
     speed_settings,
 )
 from pretrain_cli.engine.planning.micro_batch import TIE_TOLERANCE, fastest
-from pretrain_cli.engine.runtime.speed import resolve_speed
 from pretrain_cli.units import size as told
 
 SCOUTING = Repeats(rounds=1, steps=2, warmup=1)
@@ -75,7 +75,7 @@ class MicroBatchSearch(Rounds):
         """`room` is the number of bytes a process may use."""
         super().__init__([], repeats, start=start)
         self.workload, self.speed, self.room = workload, speed, room
-        in_force = resolve_speed(speed, torch.device(workload.device))
+        in_force = resolve(workload, speed)
         self.settings = speed_settings(in_force)
         self.in_force = {name: each.in_force for name, each in in_force.decisions.items()}
         self.tried: dict[int, Arm] = {}

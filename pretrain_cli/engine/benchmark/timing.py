@@ -18,7 +18,12 @@ from pretrain_cli.engine.runs.metrics_file import peak_memory, reset_peak_memory
 from pretrain_cli.engine.runtime.distributed import Ranks, find_device
 from pretrain_cli.engine.runtime.peak_flops import Peak, find_peak
 from pretrain_cli.engine.runtime.profiler import Profile, profile_steps
-from pretrain_cli.engine.runtime.speed import Speed, apply_process_settings, resolve_speed
+from pretrain_cli.engine.runtime.speed import (
+    AttentionShape,
+    Speed,
+    apply_process_settings,
+    resolve_speed,
+)
 from pretrain_cli.engine.training.job import set_up, set_up_model
 from pretrain_cli.engine.training.prefetch import DeviceBatch
 from pretrain_cli.engine.training.step import train_step
@@ -52,10 +57,21 @@ class Round:
     """Settings as requested and as in force."""
 
 
+def resolve(workload: Workload, asked: SpeedConfig, *, training: bool = True) -> Speed:
+    """Return the speed settings of a workload as training, or else evaluation, resolves them."""
+    return resolve_speed(
+        asked,
+        torch.device(workload.device),
+        training=training,
+        attention=AttentionShape.of(workload.model, workload.seq_len, documents=False),
+        model=workload.model,
+    )
+
+
 def measure_round(arm: Arm, repeats: Repeats) -> Round:
     """Build the arm's step, warm it up and time it. Changes settings of the whole process."""
     device = find_device(arm.workload.device)
-    speed = resolve_speed(arm.speed, device, training=not arm.forward_only)
+    speed = resolve(arm.workload, arm.speed, training=not arm.forward_only)
     apply_process_settings(speed)
     step = build_step(arm, speed, device)
     taken: list[tuple[Tensor, Tensor | None]] = []
@@ -86,7 +102,7 @@ def measure_peak(device: str, asked: SpeedConfig) -> Peak:
 def profile_arm(arm: Arm, repeats: Repeats, trace: str) -> Profile:
     """Profile the arm's step after the warm-up, and write a Chrome trace."""
     device = find_device(arm.workload.device)
-    speed = resolve_speed(arm.speed, device, training=not arm.forward_only)
+    speed = resolve(arm.workload, arm.speed, training=not arm.forward_only)
     apply_process_settings(speed)
     step = build_step(arm, speed, device)
     for _ in range(repeats.warmup):

@@ -107,7 +107,9 @@ def evaluate_checkpoint(
         check_tokenizer(folder, data, notify)
         seq_len = _seq_len(model_config, data, config.data.seq_len, ranks.device)
         shape = AttentionShape.of(model_config, seq_len, documents=config.data.document_mask)
-        speed = resolve_speed(config.speed, ranks.device, training=False, attention=shape)
+        speed = resolve_speed(
+            config.speed, ranks.device, training=False, attention=shape, model=model_config
+        )
         for message in speed.departures():
             notify(message)
         int8 = wants_int8(request.quantize, model_config)

@@ -102,10 +102,10 @@ def evaluate_tasks(request: TaskRequest, notify: Callable[[str], None]) -> TaskR
     tokenizer = folder_tokenizer(folder)
     flags = {"speed.dtype": request.dtype, "speed.attention": request.attention}
     config = build_config(run_settings(folder), flags, request.settings)
-    speed = resolve_speed(config.speed, device, training=False)
+    model_config = read_config(folder)
+    speed = resolve_speed(config.speed, device, training=False, model=model_config)
     for message in speed.departures():
         notify(message)
-    model_config = read_config(folder)
     int8 = wants_int8(request.quantize, model_config)
     positions = model_config.max_position_embeddings
     if request.seq_len is not None and request.seq_len > positions:

@@ -104,6 +104,7 @@ def make_plan(
     model = resumed.model if resumed else None
     check_trackers(settings.train.log)
     name, config = find_architecture(settings, model)
+    resolve_speed(settings.speed, ranks.device, model=config)  # refuses before any data is read
     mixture = find_data(settings, ranks, emit, stop)
     if settings.train.eval_tokens is not None:
         mixture = mixture.validated_on(settings.train.eval_tokens)
@@ -135,7 +136,7 @@ def make_plan(
     seq_len = choose_seq_len(data.seq_len, config, mixture, on_cpu)
     flops = counting.training_flops(config, seq_len).exact
     shape = AttentionShape.of(config, seq_len, documents=data.document_mask)
-    speed = resolve_speed(settings.speed, ranks.device, attention=shape)
+    speed = resolve_speed(settings.speed, ranks.device, attention=shape, model=config)
     samples = choose_samples_per_step(settings, ranks, seq_len, flops, on_cpu)
     micro = choose_micro_batch_size(settings, ranks, config, seq_len, samples, speed, resumed)
     per_step = samples * seq_len

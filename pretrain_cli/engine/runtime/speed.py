@@ -101,6 +101,8 @@ class Here:
     in_force: Mapping[str, Any]
     """Values of the settings that SpeedConfig declares before this one."""
     attention: "AttentionShape"
+    model: ModelConfig | None = None
+    """None if no model is known yet."""
 
 
 @dataclass(frozen=True)
@@ -137,14 +139,15 @@ def resolve_speed(
     *,
     training: bool = True,
     attention: AttentionShape = AttentionShape(),
+    model: ModelConfig | None = None,
 ) -> Speed:
     """Resolve every setting for this device. `training` is False to evaluate or sample only.
 
-    Raises ConfigError for an attention backend that can't run (or train) here, and for float8 if
-    the device can't use it or `training` is False.
+    Raises ConfigError for an attention backend that can't run (or train) here, for float8 if the
+    device can't use it or `training` is False, and for compile if the model can't be compiled.
     """
     in_force: dict[str, Any] = {}
-    here = Here(device, asked, training, in_force, attention)
+    here = Here(device, asked, training, in_force, attention, model)
     decisions: dict[str, Decision] = {}
     for setting, value in asked.model_dump().items():
         decide = RULES.get(setting, Rule()).decide
@@ -279,7 +282,20 @@ def _float32_matmul(asked: str, here: Here) -> tuple[str, str]:
 
 
 def _compile(asked: bool | str, here: Here) -> tuple[bool, str]:
-    return _can_compile(asked, here.device)
+    compiled, why = _can_compile(asked, here.device)
+    if not compiled or here.model is None:
+        return compiled, why
+    reason = uncompiled_experts(here.model, here.in_force["dtype"])
+    if reason and asked is True:
+        raise ConfigError(f"speed.compile: true can't be used: {reason}; use bfloat16, or false")
+    return not reason, reason or why
+
+
+def uncompiled_experts(model: ModelConfig, dtype: str) -> str:
+    """Return the reason why this model can't be compiled in this dtype; empty if it can."""
+    if model.num_experts and dtype == "float32":
+        return "PyTorch doesn't compile products of experts in float32"
+    return ""
 
 
 def _can_compile(asked: bool | str, device: torch.device) -> tuple[bool, str]:

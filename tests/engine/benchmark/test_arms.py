@@ -1,10 +1,13 @@
 """Arms of an ablation, a sweep and a comparison: names and settings."""
 
+import dataclasses
+
 import pytest
 
 from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.engine.benchmark import arms
-from pretrain_cli.engine.benchmark.workload import Workload
+from pretrain_cli.engine.benchmark.rounds import Rounds
+from pretrain_cli.engine.benchmark.workload import Repeats, Workload
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.model.config import FULL, SLIDING
 from pretrain_cli.model.presets import full_name, preset
@@ -207,3 +210,21 @@ def test_an_unknown_or_missing_peer_is_refused(workload, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"not installed; pip install 'pretrain\[verify\]'"):
         arms.versus(workload, SpeedConfig(), "transformers")
+
+
+# --- experts in float32 --------------------------------------------------------------------------
+
+
+def test_arms_with_compiled_experts_in_float32_are_not_run(workload):
+    experts = dataclasses.replace(workload, model=preset("qwen3-30b-a3b"))
+    asked = SpeedConfig(dtype="float32")
+    why = "doesn't compile products of experts in float32"
+    compiled = by_name(arms.ablation(experts, asked))["+ compile"]
+    assert why in compiled.left_out
+    for arm in arms.versus(experts, asked, "transformers"):
+        assert (why in arm.left_out) is (arm.speed.compile is True)
+    with pytest.raises(ConfigError, match=why):
+        Rounds(
+            arms.backend_arms(experts, SpeedConfig(dtype="float32", compile=True), ["sdpa"]),
+            Repeats(rounds=1, steps=1, warmup=1),
+        )

@@ -12,12 +12,15 @@ import torch.nn.functional as F
 
 from pretrain_cli.data.dataset import open_dataset
 from pretrain_cli.data.tokenizing.tokenize import TokenizeRequest, tokenize
+from pretrain_cli.engine.evaluation import evaluate_checkpoint as evaluate_checkpoint_module
 from pretrain_cli.engine.evaluation.evaluate_checkpoint import (
     EvaluateRequest,
     EvaluateResult,
     evaluate_checkpoint,
     run_settings,
 )
+from pretrain_cli.errors import ConfigError
+from pretrain_cli.model.presets import preset
 from tests.engine.evaluation.conftest import CHECKPOINT
 
 DATASETS = ("data/corpus", "data/birds")
@@ -98,3 +101,10 @@ def test_settings_are_read_from_the_checkpoints_run():
     assert settings["speed"]["dtype"] == "float32"
     assert settings["speed"]["compile"] is False
     assert run_settings(Path("elsewhere")) == {"data": {}, "speed": {"compile": False}}
+
+
+def test_evaluation_refuses_to_compile_experts_in_float32(monkeypatch):
+    experts = preset("qwen3-30b-a3b")
+    monkeypatch.setattr(evaluate_checkpoint_module, "read_config", lambda folder: experts)
+    with pytest.raises(ConfigError, match="doesn't compile products of experts in float32"):
+        evaluate(dtype="float32", compile=True)

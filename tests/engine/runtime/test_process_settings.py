@@ -91,7 +91,7 @@ def allocator(monkeypatch):
 
 def expandable_segments(asked):
     """Apply the setting as a run does, and return its decision."""
-    asked = SpeedConfig(dtype="float32", expandable_segments=asked)
+    asked = SpeedConfig(attention="sdpa", dtype="float32", expandable_segments=asked)
     decision = resolve_speed(asked, CUDA).decisions["expandable_segments"]
     RULES["expandable_segments"].apply(decision.in_force)
     return decision

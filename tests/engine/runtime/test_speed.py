@@ -14,6 +14,7 @@ from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.engine.runs.events import StepMetrics
 from pretrain_cli.engine.runtime.speed import resolve_speed
 from pretrain_cli.errors import ConfigError
+from pretrain_cli.model.presets import preset
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -114,11 +115,44 @@ def test_compile_on_a_gpu_needs_a_c_compiler(monkeypatch, environment, installed
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("shutil.which", lambda name: name if name == installed else None)
     for asked in ("auto", True):
-        speed = resolve_speed(SpeedConfig(compile=asked, dtype="float32"), GPU)
+        speed = resolve_speed(SpeedConfig(attention="sdpa", compile=asked, dtype="float32"), GPU)
         decision = speed.decisions["compile"]
         assert decision.in_force is not bool(missing)
         said = f"Triton needs a C compiler, and finds no {missing}"
         assert not missing or decision.reason == said
+
+
+UNCOMPILED = "PyTorch doesn't compile products of experts in float32"
+
+
+@pytest.mark.parametrize(("device", "automatic"), [(CPU, False), (GPU, True)])
+def test_experts_in_float32_are_not_compiled(monkeypatch, device, automatic):
+    def resolved(compile_, dtype, model="qwen3-30b-a3b"):
+        asked = SpeedConfig(attention="sdpa", compile=compile_, dtype=dtype)
+        return resolve_speed(asked, device, model=preset(model)).decisions["compile"]
+
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    monkeypatch.setattr("shutil.which", lambda name: name)  # a compiler is found
+    off = resolved("auto", "float32")
+    assert off.in_force is False
+    assert (off.reason == UNCOMPILED) is automatic
+    assert resolved(False, "float32").in_force is False
+    with pytest.raises(ConfigError, match=f"speed.compile: true can't be used: {UNCOMPILED}"):
+        resolved(True, "float32")
+    for dtype, model in (("bfloat16", "qwen3-30b-a3b"), ("float32", "qwen3-0.6b")):
+        assert resolved("auto", dtype, model).in_force is automatic
+        assert resolved(True, dtype, model).in_force is True
+
+
+def test_training_refuses_to_compile_experts_in_float32(settings, run, tmp_path):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    asked = settings(
+        model__name="qwen3-30b-a3b", model__num_hidden_layers=2, speed__dtype="float32",
+        speed__compile=True, **{f"model__{name}": value for name, value in experts.items()},
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=UNCOMPILED):
+        run(asked)
+    assert not (tmp_path / "run").exists()
 
 
 def test_recompute_cheap_is_for_compiled_blocks_on_a_cpu(monkeypatch):

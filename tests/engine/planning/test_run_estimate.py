@@ -17,6 +17,7 @@ from pretrain_cli.model.presets import preset
 
 def test_auto_values_for_a_listed_gpu_match_training_on_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
     monkeypatch.setattr("shutil.which", lambda name: name)  # a C compiler is found
     found = resolve_speed(SpeedConfig(), torch.device("cuda", 0))

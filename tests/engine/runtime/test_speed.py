@@ -157,7 +157,8 @@ def test_training_refuses_to_compile_experts_in_float32(settings, run, tmp_path)
 
 def test_recompute_cheap_is_for_compiled_blocks_on_a_cpu(monkeypatch):
     def decided(asked, device=CPU, **more):
-        speed = resolve_speed(SpeedConfig(recompute_cheap=asked, **more), device)
+        asked = SpeedConfig(attention="sdpa", recompute_cheap=asked, **more)
+        speed = resolve_speed(asked, device)
         return speed.decisions["recompute_cheap"]
 
     monkeypatch.setattr("shutil.which", lambda name: name)  # a compiler is found

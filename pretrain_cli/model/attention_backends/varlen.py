@@ -72,7 +72,9 @@ def starts_of(documents: Documents) -> Tensor:
     starts = documents.starts.flatten()
     size = -(-documents.count // CAPACITY) * CAPACITY
     positions = torch.nonzero_static(starts, size=size, fill_value=len(starts)).flatten()
-    return F.pad(positions.to(torch.int32), (0, 1), value=len(starts))
+    padded = F.pad(positions.to(torch.int32), (0, 1), value=len(starts))
+    torch._dynamo.mark_dynamic(padded, 0)
+    return padded
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Tensor:

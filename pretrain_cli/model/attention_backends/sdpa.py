@@ -10,6 +10,11 @@ from pretrain_cli.model.attention_backends.backend import Backend
 from pretrain_cli.model.attention_backends.mask import Documents, Mask
 from pretrain_cli.model.counting import folds
 
+WIDE = torch.float32
+GROUPED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+"""True if the GPU kernel for masks and float32 takes grouped heads. PyTorch 2.11 would compute the
+whole matrix of scores instead (`torch._fused_sdp_choice`), so keys and values are repeated."""
+
 
 class WindowBlocks(NamedTuple):
     """Masks of a sliding window over a whole sequence: for the first queries, and for blocks of the
@@ -74,7 +79,11 @@ def attend(
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | bool, scale: float) -> Tensor:
-    grouped = q.shape[1] != k.shape[1]
+    group = q.shape[1] // k.shape[1]
+    grouped = group > 1
+    if grouped and q.is_cuda and not GROUPED and (isinstance(mask, Tensor) or q.dtype == WIDE):
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+        grouped = False
     seen: dict[str, Any] = {"attn_mask" if isinstance(mask, Tensor) else "is_causal": mask}
     return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped, **seen)
 

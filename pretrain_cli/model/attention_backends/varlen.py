@@ -73,7 +73,7 @@ def starts_of(documents: Documents) -> Tensor:
     size = -(-documents.count // CAPACITY) * CAPACITY
     positions = torch.nonzero_static(starts, size=size, fill_value=len(starts)).flatten()
     padded = F.pad(positions.to(torch.int32), (0, 1), value=len(starts))
-    torch._dynamo.mark_dynamic(padded, 0)
+    torch._dynamo.mark_dynamic(padded, 0)  # pyright: ignore[reportPrivateUsage]
     return padded
 
 

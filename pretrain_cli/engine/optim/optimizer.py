@@ -9,13 +9,15 @@ from torch.optim import AdamW
 
 from pretrain_cli.config.run_config import OptimizerSettings
 from pretrain_cli.engine.optim.kinds import ADAMW_STATE, OPTIMIZERS
-from pretrain_cli.engine.optim.muon import Muon, WithAdamW
+from pretrain_cli.engine.optim.muon import CHUNK_ELEMENTS, Muon, WithAdamW
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.parameter_map import EMBEDDING, HEAD, parameter_map, row_blocks
 
 
 def _muon(groups: list[dict[str, Any]], settings: OptimizerSettings) -> torch.optim.Optimizer:
-    return Muon(groups, momentum=settings.momentum)
+    on_gpu = groups[0]["params"][0].device.type == "cuda"
+    chunk = CHUNK_ELEMENTS if on_gpu else None
+    return Muon(groups, momentum=settings.momentum, chunk_elements=chunk)
 
 
 MatrixOptimizer = Callable[[list[dict[str, Any]], OptimizerSettings], torch.optim.Optimizer]

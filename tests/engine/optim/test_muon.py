@@ -5,7 +5,7 @@ import torch
 
 from pretrain_cli.config.build import build_config
 from pretrain_cli.config.run_config import OptimizerSettings
-from pretrain_cli.engine.optim.muon import orthogonalize
+from pretrain_cli.engine.optim.muon import Block, Muon, in_chunks, orthogonalize
 from pretrain_cli.engine.optim.optimizer import build_optimizer, set_learning_rate
 from pretrain_cli.errors import ConfigError
 
@@ -54,7 +54,7 @@ def test_muon_orthogonalizes_a_matrix_and_keeps_singular_vectors():
     generator = torch.Generator().manual_seed(0)
     for rows, columns in ((24, 40), (40, 24), (16, 16)):
         stack = torch.randn(3, rows, columns, generator=generator)
-        for matrix, found in zip(stack, orthogonalize(stack).float(), strict=True):
+        for matrix, found in zip(stack, orthogonalize(stack.bfloat16()).float(), strict=True):
             u, _, v = torch.linalg.svd(matrix, full_matrices=False)
             inner = u.T @ found @ v.T  # diagonal if the singular vectors are equal
             singular = inner.diagonal()
@@ -99,6 +99,65 @@ def test_a_muon_step_with_found_inf_changes_nothing(tiny_model, give_gradients, 
     third = step(False, 3)
     assert all(map(torch.equal, first, second))
     assert not any(map(torch.equal, second, third))
+
+
+@pytest.mark.parametrize("elements", [1, 2 * 24 * 40, 10**9], ids=["one", "two", "all"])
+@pytest.mark.parametrize("found_inf", [None, 0.0, 1.0], ids=["plain", "taken", "skipped"])
+def test_chunks_of_any_size_take_the_step_of_single_blocks(elements, found_inf):
+    shapes = {
+        (24, 40): [slice(None)],  # wide
+        (40, 24): [slice(None)],  # tall
+        (72, 40): [slice(0, 24), slice(24, 48), slice(48, 72)],  # merged rows
+        (3, 48, 40): [slice(0, 24), slice(24, 48)],  # merged rows of stacked experts
+        (5, 40, 24): [slice(None)],
+    }
+
+    def stepped(chunk_elements):
+        generator = torch.Generator().manual_seed(0)
+        parameters = [
+            torch.nn.Parameter(torch.randn(shape, generator=generator))
+            for shape in shapes
+            for _ in range(2)
+        ]
+        blocks = [rows for rows in shapes.values() for _ in range(2)]
+        muon = Muon(
+            [{"params": parameters, "blocks": blocks, "lr": 0.05}],
+            momentum=0.9, weight_decay=0.3, chunk_elements=chunk_elements,
+        )  # fmt: skip
+        for parameter in parameters:
+            muon.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        for _ in range(2):
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            muon.step()
+            muon.found_inf = None if found_inf is None else torch.tensor(found_inf)
+        return [t.detach() for p in parameters for t in (p, muon.state[p]["momentum_buffer"])]
+
+    for found, expected in zip(stepped(elements), stepped(None), strict=True):
+        # a product of more matrices may round differently in bfloat16
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_chunks_hold_one_shape_and_stay_within_their_elements():
+    def block(matrices, rows, columns):
+        return Block(*(torch.zeros(matrices, rows, columns) for _ in range(3)))
+
+    blocks = [block(1, 2, 3), block(1, 3, 2), block(1, 2, 3), block(5, 2, 3), block(1, 4, 5)]
+    chunks = [[tuple(part.weight.shape) for part in chunk] for chunk in in_chunks(blocks, 13)]
+    assert chunks == [
+        [(1, 2, 3), (1, 2, 3)], [(2, 2, 3)], [(2, 2, 3)], [(1, 2, 3)], [(1, 3, 2)],
+        [(1, 4, 5)],  # larger than a chunk
+    ]  # fmt: skip
+    assert [len(chunk) for chunk in in_chunks(blocks, None)] == [1] * 5
+
+
+def test_chunks_share_memory_with_their_parameters():
+    weight = torch.zeros(6, 2, 3)
+    for chunk in in_chunks([Block(*[weight[:, :1]] * 3)], 9):
+        for part in chunk:
+            part.weight.add_(1)
+    assert weight[:, 0].eq(1).all()
+    assert weight[:, 1].eq(0).all()
 
 
 def test_muon_is_refused_with_fsdp(settings, run):

@@ -2,6 +2,7 @@
 it must equal."""
 
 import dataclasses
+import math
 import statistics
 from dataclasses import dataclass
 from typing import Any
@@ -151,8 +152,14 @@ def _differences(one: Round, other: Round) -> tuple[float, float]:
         (one.losses[-1], other.losses[-1]),
         (one.gradient_norms[0], other.gradient_norms[0]),
     )
-    loss, norm = (abs(mine - theirs) / abs(theirs) for mine, theirs in pairs)
+    loss, norm = (_relative(*pair) for pair in pairs)
     return loss, norm
+
+
+def _relative(mine: float, theirs: float) -> float:
+    if not theirs:
+        return 0.0 if mine == theirs else math.inf
+    return abs(mine - theirs) / abs(theirs)
 
 
 def _said(arm: Arm, loss: float | None, norm: float | None, kind: str) -> str:

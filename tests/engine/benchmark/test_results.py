@@ -56,6 +56,13 @@ def test_the_loss_tolerance_depends_on_the_dtype(dtype, loss, differs):
         assert dtype in result.differs
 
 
+@pytest.mark.parametrize(("loss", "differs"), [(0.0, False), (1e-9, True)])
+def test_a_loss_is_compared_with_one_of_zero(loss, differs):
+    rounds = {"a": [a_round(losses=[6.0, loss])], "b": [a_round(losses=[6.0, 0.0])]}
+    result = summarize(an_arm("a", same_as="b"), rounds, Peak(1e10, "", 1e10))
+    assert bool(result.differs) is differs
+
+
 def test_a_different_first_gradient_norm_is_a_difference():
     rounds = {"a": [a_round(gradient_norms=[2.1, 1.9])], "b": [a_round()]}
     result = summarize(an_arm("a", same_as="b"), rounds, Peak(1e10, "", 1e10))

@@ -1,0 +1,86 @@
+"""A training step on a GPU: nothing keeps the CPU waiting, few launches, no recompilation.
+
+Arms are (arm, most launches of a step). A figure is what `-s` printed when it was recorded; lower
+it when a step needs fewer.
+"""
+
+import pytest
+import torch
+
+from tests.null_gpu.arms import GEMMA, QWEN, Arm, evaluation, graphs, open_job, steps
+from tests.null_gpu.null_gpu import watch
+
+pytestmark = pytest.mark.null_gpu
+
+LAUNCHES = {
+    Arm(QWEN): 1277,
+    Arm(QWEN, documents=True): 1400,
+    Arm(QWEN, optimizer="muon"): 2954,
+    Arm(QWEN, micro_steps=2): 2437,
+    Arm(QWEN, attention="eager"): 1424,
+    Arm(QWEN, attention="sdpa", documents=True): 1291,
+    Arm(GEMMA): 1644,
+    Arm(GEMMA, documents=True): 1800,
+    Arm(GEMMA, optimizer="muon"): 3321,
+    Arm(GEMMA, seq_len=8192, documents=True): 1800,
+    Arm(GEMMA, attention="eager"): 1780,
+    Arm(GEMMA, attention="sdpa"): 1836,
+    Arm(QWEN, compile=True): 9999,
+    Arm(GEMMA, compile=True): 9999,
+    Arm(GEMMA, seq_len=8192, documents=True, compile=True): 9999,
+}
+
+
+def row(arm: Arm):
+    reason = "varlen asks the device how many documents a batch has"
+    waits = arm.documents and arm.attention == "auto"
+    marks = [pytest.mark.xfail(strict=True, reason=reason)] if waits else []
+    return pytest.param(arm, id=str(arm), marks=marks)
+
+
+each_arm = pytest.mark.parametrize("arm", [row(arm) for arm in LAUNCHES])
+each_compiled_arm = pytest.mark.parametrize("arm", [row(arm) for arm in LAUNCHES if arm.compile])
+
+
+@each_arm
+def test_nothing_waits_for_the_device_between_two_logs(arm, measured):
+    seen = measured(arm).seen
+    assert not seen.waits, seen.report()
+
+
+@each_arm
+def test_a_step_launches_no_more_than_recorded(arm, measured):
+    launches = measured(arm).launches
+    print(f"{arm}: {launches} launches a step")
+    assert launches <= LAUNCHES[arm]
+
+
+@each_compiled_arm
+def test_nothing_is_compiled_after_the_second_step(arm, measured):
+    observed = measured(arm)
+    assert observed.graphs_at_first > 0
+    assert observed.graphs_later == 0
+
+
+def test_an_evaluation_compiles_each_kind_of_block_once_at_most(dataset):
+    """The forward pass without gradients is a graph of its own. Training then goes on with the code
+    that it had."""
+    with open_job(Arm(GEMMA, compile=True), dataset) as job:
+        steps(job, 2)
+        trained = graphs()
+        evaluation(job)
+        evaluated = graphs()
+        assert evaluated - trained <= 2, "one graph for full layers, one for sliding ones"
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            steps(job, 2)
+            evaluation(job)
+        assert graphs() == evaluated
+
+
+@pytest.mark.xfail(strict=True, reason="it reads the loss of every batch")
+def test_an_evaluation_waits_for_the_device_once(dataset):
+    with open_job(Arm(GEMMA), dataset) as job:
+        steps(job, 1)
+        with watch() as seen:
+            evaluation(job)
+    assert len(seen.waits) == 1, seen.report()

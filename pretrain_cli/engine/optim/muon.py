@@ -20,8 +20,11 @@ step, 4.3 % of the 2.6e14 of training on 65,536 tokens in sequences of 1,024 (`t
 model/counting); for gemma3-270m 1.3 %. The share falls as 1 / tokens of a step.
 """
 
+# torch.optim and torch.nn.utils call the same `_foreach_*`; there are no public names.
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
+
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -140,10 +143,10 @@ def _step_chunk(chunk: list[Block], group: dict[str, Any], skip: Tensor | None) 
     torch._foreach_add_(weights, list(steps.split(sizes)), alpha=-size)
 
 
-def _store(values: list[Tensor], targets: list[Tensor], skip: Tensor | None) -> None:
+def _store(values: Sequence[Tensor], targets: list[Tensor], skip: Tensor | None) -> None:
     """Copy values into targets unless `skip` is true. There is no `_foreach_where`."""
     if skip is None:
-        torch._foreach_copy_(targets, values)
+        torch._foreach_copy_(targets, list(values))
         return
     for value, target in zip(values, targets, strict=True):
         torch.where(skip, target, value, out=target)

@@ -88,7 +88,7 @@ def losses(check: Check, device: torch.device) -> None:
                 loss(*inputs).backward()
                 inputs[0].grad = inputs[1].grad = None
 
-            said = f"loss, V {V:,}, D {D:,}, {arm}"
+            said = f"loss, {name}, V {V:,}, D {D:,}, {arm}"
             timed_call(check, said, call, count=10, flops=6.0 * tokens * V * D)
             del inputs, call
         reset_compiler()
@@ -100,13 +100,13 @@ def losses(check: Check, device: torch.device) -> None:
 def attention(check: Check, device: torch.device) -> None:
     """Time each backend's attention of gemma3-270m's and qwen3-0.6b's shapes, and PyTorch's dense
     causal one beside the window."""
-    rows, length = (1, 96) if check.rehearse else (2, 8192)
+    rows, length = (1, 160) if check.rehearse else (2, 8192)
     for name, dense in ((GEMMA, False), (GEMMA, True), (QWEN, True)):
         model = model_of(name, check)
         window = None if dense else model.sliding_window
         mask = Mask(length, length, window, rows=rows)
         heads = model.num_attention_heads, model.num_key_value_heads
-        said = f"attention, T {length}, head_dim {model.head_dim}, "
+        said = f"attention, {name}, T {length}, "
         said += f"window {window}" if window else "causal"
         flops = 12.0 * rows * length * heads[0] * model.head_dim * keys_seen(length, window)
         for backend in backends_here(device, model.head_dim):
@@ -178,7 +178,7 @@ def optimizers(check: Check, device: torch.device) -> None:
 
 def steps(check: Check, device: torch.device) -> None:
     compiled = device.type == "cuda"
-    length, rows = (96, 1) if check.rehearse else (8192, 2)
+    length, rows = (160, 1) if check.rehearse else (8192, 2)
     short, size = (32, 2) if check.rehearse else (1024, 8)
     asked = SpeedConfig(compile=compiled)
     for backend in backends_here(device, model_of(GEMMA, check).head_dim):

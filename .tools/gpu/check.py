@@ -77,9 +77,9 @@ class Check:
 
     @property
     def has_values(self) -> bool:
-        """False where GPU_CHECK_NO_VALUES says that kernels compute nothing, as with a stub of the
-        driver. The profiler of kernels is left out, too."""
-        return "GPU_CHECK_NO_VALUES" not in os.environ
+        """False on the GPU of tests/null_gpu, whose kernels compute nothing. It has no profiler of
+        kernels either."""
+        return "NULL_GPU" not in os.environ
 
     def left_s(self) -> float:
         return self.until - time.monotonic()

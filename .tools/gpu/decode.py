@@ -153,6 +153,8 @@ def their_rounds(model: Any, prompts: torch.Tensor) -> Generate:
             pad_token_id=0,
             stopping_criteria=transformers.StoppingCriteriaList([clock]),
         )
+        if len(times) != count:
+            raise RuntimeError(f"transformers made {len(times)} tokens instead of {count}")
         return times[0] - began, times[-1] - times[0]
 
     return generate

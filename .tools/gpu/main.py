@@ -38,7 +38,7 @@ from gpu.table import table, write_summary
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 540.0
-PATIENCE = 4.0
+PATIENCE = 10.0
 """Factor on all limits of a rehearsal, whose processor may be slow and shared."""
 ENDING_S = 5.0
 """Seconds at the end for killing the last slot and for the table."""
@@ -56,7 +56,7 @@ SLOTS = (
     Slot(
         name="env",
         function="gpu.env:run",
-        limit_s=25,
+        limit_s=45,
         least_s=10,
         about="device, driver, versions, peak of a matrix product and of a copy",
     ),

@@ -15,6 +15,7 @@ import torch
 
 from pretrain_cli.engine.runs.metrics_file import peak_memory, reset_peak_memory
 from pretrain_cli.engine.runtime.gpu_specs import stated_for
+from pretrain_cli.spans import PREFIX
 
 GB = 1e9
 
@@ -120,20 +121,23 @@ def profiled(
     return running
 
 
+def is_annotation(event: Any) -> bool:
+    """Return whether a row is a named part of the program, which contains kernels."""
+    named = event.key.startswith((PREFIX, "Optimizer.", "ProfilerStep"))
+    return named or getattr(event, "is_user_annotation", False)
+
+
 def kernels(running: Any, calls: int) -> list[dict[str, Any]]:
     """Return the kernels of a profile, slowest first: name, count and milliseconds per call, and
     the share of all kernels' time. Without a GPU, the host's operators."""
     from torch.autograd import DeviceType
 
     averages = running.key_averages()
-    on_device = [
-        event
-        for event in averages
-        if event.device_type != DeviceType.CPU and not getattr(event, "is_user_annotation", False)
-    ]
+    averages = [event for event in averages if not is_annotation(event)]
+    on_device = [event for event in averages if event.device_type != DeviceType.CPU]
     own = {id(event): event.self_device_time_total for event in on_device}
     if not on_device:
-        on_device = list(averages)
+        on_device = averages
         own = {id(event): event.self_cpu_time_total for event in on_device}
     whole = sum(own.values()) or 1.0
     rows = [

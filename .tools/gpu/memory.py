@@ -61,7 +61,7 @@ def run(check: Check) -> None:
                 figures["reserved_peak_gb"] = timed.reserved / GB
             figures["estimate_gb"] = estimate_gb(workload, ours.speed)
             figures["estimate_ratio"] = figures["estimate_gb"] / peak
-            if device.type == "cuda":
+            if device.type == "cuda" and not check.rehearse:
                 figures["ok"] = figures["estimate_ratio"] >= USABLE_FRACTION
             del ours, timed
         reset_compiler()

@@ -1,8 +1,9 @@
 """Slot `mfu`: training steps of both families, beside transformers' in the same process.
 
     for each model:   T = 1024: ours A, theirs B, then B A, A B, …   a few steps a turn
-                      T = 1024: ours with a larger micro-batch; a profile of it
-                      T = 4096: the same
+                      T = 1024 and 4096: ours with a larger micro-batch
+                      T = 4096: ours and theirs in turns
+                      T = 1024 and 4096: ours with the largest micro-batch
 
 Turns are seconds apart, so a change of the GPU's clock falls on both. MFU counts the FLOPs of the
 exact mask, against the stated dense bfloat16 peak (989 TFLOP/s for H100 and H200). transformers
@@ -74,8 +75,8 @@ class Bench:
         """Time one round of a step."""
         repeats, held = self.repeats, self.held_beside(timed.program)
         timed.take_round(repeats.steps, repeats.warmup, self.device, held=held)
-        if self.device.type == "cuda":
-            self.resident[timed.program] = torch.cuda.memory_allocated(self.device) - held
+        held_by_all = torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
+        self.resident[timed.program] = held_by_all - held
 
     def add(self, timed: Timed, beside: str, *, is_first: bool) -> None:
         """Add a step that has taken a round to the record. If no step came before (`is_first`),
@@ -130,21 +131,27 @@ def one_model(bench: Bench, name: str) -> None:
     (short, (size, larger, largest)), (long, long_sizes) = bench.shapes.items()
     ours = Ours(bench.workload(name, short, size), bench.asked)
     theirs = pair(bench, ours, None, bench.workload(name, short, size))
+    alone(bench, ours, bench.workload(name, short, larger))
+    alone(bench, ours, bench.workload(name, long, long_sizes[1]))
     pair(bench, ours, theirs, bench.workload(name, long, long_sizes[0]))
-    for seq_len, rows in (
-        (short, larger), (long, long_sizes[1]), (short, largest), (long, long_sizes[2])
-    ):  # fmt: skip
-        reset_compiler()
-        workload = bench.workload(name, seq_len, rows)
-        if bench.check.fits(name_of(workload, OURS), OURS_S):
-            first_round(bench, ours, workload)
+    alone(bench, ours, bench.workload(name, short, largest))
+    alone(bench, ours, bench.workload(name, long, long_sizes[2]))
+
+
+def alone(bench: Bench, ours: Ours, workload: Workload) -> None:
+    """Time ours at one shape, if there is time."""
+    reset_compiler()
+    if bench.check.fits(name_of(workload, OURS), OURS_S):
+        first_round(bench, ours, workload)
 
 
 def pair(bench: Bench, ours: Ours, theirs: Theirs | None, workload: Workload) -> Theirs | None:
     """Time ours and theirs in turns, and profile ours at the first shape, where theirs is built.
     Returns theirs, or None if it can't be built."""
     reset_compiler()
-    is_first = theirs is None
+    is_first = not bench.resident
+    if not bench.check.fits(name_of(workload, OURS), OURS_S):
+        return theirs
     mine = first_round(bench, ours, workload)
     if mine is None:
         return theirs

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
 from torch.profiler import ProfilerActivity
 
 from pretrain_cli.spans import PREFIX, span
@@ -114,8 +115,12 @@ def profile_steps(
 
 
 def summarize(averages: Any, steps: int, trace: str, *, on_gpu: bool) -> Profile:
-    """Return parts and slowest operators from `averages`, torch's `key_averages()`."""
-    named = {event.key: event for event in averages}
+    """Return parts and slowest operators from `averages`, torch's `key_averages()`.
+
+    On a GPU a span has a second row of its name, the annotation of its kernels; and an operator's
+    kernels have rows of their own beside the operator's.
+    """
+    named = {event.key: event for event in averages if event.device_type == DeviceType.CPU}
 
     def seconds(name: str) -> float:
         event = named.get(PREFIX + name)
@@ -129,7 +134,14 @@ def summarize(averages: Any, steps: int, trace: str, *, on_gpu: bool) -> Profile
     def own(event: Any) -> float:
         return event.self_device_time_total if on_gpu else event.self_cpu_time_total
 
-    events = [event for event in averages if not event.key.startswith(PREFIX)]
+    device = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    events = [
+        event
+        for event in averages
+        if event.device_type == device
+        and not event.is_user_annotation
+        and not event.key.startswith(PREFIX)
+    ]
     events = sorted(events, key=own, reverse=True)[:TOP]
     operators = [Operator(e.key, e.count / steps, own(e) / 1e6 / steps) for e in events]
     return Profile(steps, whole, parts, operators, trace)

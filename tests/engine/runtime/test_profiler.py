@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import EventList, FunctionEvent
 
 from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.engine.benchmark import timing
 from pretrain_cli.engine.benchmark.workload import Arm, Repeats, Workload
 from pretrain_cli.engine.runs.events import Profiled, StepMetrics
+from pretrain_cli.engine.runtime.profiler import summarize
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.model.presets import preset
 from pretrain_cli.spans import span
@@ -47,6 +50,39 @@ def test_parts_of_a_profiled_step_add_up_to_its_seconds(tmp_path, chunked):
         event.get("name") for event in json.loads(Path(found.trace).read_text())["traceEvents"]
     }
     assert {"pretrain: forward", "pretrain: loss", "pretrain: backward", "aten::mm"} <= named
+
+
+def an_event(name, device_type, **times):
+    """Return an event of one step, as torch's profiler records it."""
+    numbers = {"cpu": (0, 0), "device": 0, "annotates": False} | times
+    event = FunctionEvent(
+        id=0, name=name, thread=0, start_us=numbers["cpu"][0], end_us=numbers["cpu"][1],
+        device_type=device_type, is_user_annotation=numbers["annotates"], stack=[],
+        use_device="cuda",
+    )  # fmt: skip
+    for kernel in [numbers["device"]] if numbers["device"] else []:
+        event.append_kernel(f"kernel of {name}", 0, kernel)
+    return event
+
+
+def test_a_gpus_profile_counts_spans_and_kernels_once():
+    spans = {"step": (0, 1000), "forward": (0, 500), "loss": (300, 400), "backward": (500, 900)}
+    events = []
+    for name, cpu in spans.items():
+        events.append(an_event(f"pretrain: {name}", DeviceType.CPU, cpu=cpu, annotates=True))
+        events.append(an_event(f"pretrain: {name}", DeviceType.CUDA, cpu=cpu, annotates=True))
+    events.append(
+        an_event("Optimizer.step#AdamW.step", DeviceType.CUDA, cpu=(0, 9), annotates=True)
+    )
+    events.append(an_event("aten::mm", DeviceType.CPU, cpu=(0, 10), device=250))
+    events.append(an_event("sm90_gemm", DeviceType.CUDA, cpu=(20, 270)))
+    recorded = EventList(events, use_device="cuda")
+    recorded._build_tree()
+    found = summarize(recorded.key_averages(), 1, "trace.json", on_gpu=True)
+    parts = {"forward": 400e-6, "loss": 100e-6, "backward": 400e-6, "other": 100e-6}
+    assert found.parts == pytest.approx({"data": 0, "optimizer": 0} | parts)
+    (operator,) = found.operators
+    assert (operator.name, operator.calls, operator.seconds) == ("sm90_gemm", 1, 250e-6)
 
 
 def test_a_run_profiles_its_steps_after_three_of_warm_up(settings, run, tmp_path):

@@ -12,9 +12,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SLOTS = """
+import json
 import os
 import subprocess
 import time
+from pathlib import Path
 
 
 def quick(check):
@@ -34,6 +36,15 @@ def endless(check):
     child = subprocess.Popen(["sleep", "60"])
     check.write("child", pid=child.pid)
     time.sleep(60)
+
+
+def beside(check):
+    # does the child of an earlier slot still run?
+    rows = [json.loads(line) for line in (check.out / "results.jsonl").read_text().splitlines()]
+    pid = next(row["pid"] for row in rows if row["arm"] == "child")
+    stat = Path(f"/proc/{pid}/stat")
+    runs = stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    check.write("beside", runs=runs)
 
 
 def with_arms(check):
@@ -141,27 +152,24 @@ def test_what_runs_in_the_background_ends_before_a_timed_slot(check):
     from gpu.runner import Runner, Slot
 
     runner = Runner(check, say=lambda text: None)
-    quick = Slot(name="quick", function="fake_slots:quick", limit_s=10, least_s=0)
-    endless = Slot(name="endless", function="fake_slots:endless", limit_s=10, least_s=0)
-    timed = Slot(name="timed", function="fake_slots:quick", limit_s=10, least_s=0, is_timed=True)
-    alive = []
+    slots = [
+        Slot(name=name, function=f"fake_slots:{name}", limit_s=10, least_s=0, is_timed=is_timed)
+        for name, is_timed in (("quick", False), ("beside", False), ("beside", True))
+    ]
+
+    def rows(arm):
+        return [row for row in read(check.out / RESULTS) if row["arm"] == arm]
 
     def background():
-        runner.start_background(endless)
-        [process] = runner.background
-        alive.append(process)
+        runner.start_background(Slot(name="endless", function="fake_slots:endless", limit_s=10,
+                                     least_s=0))  # fmt: skip
         until = time.monotonic() + 10
-        while time.monotonic() < until and not any(
-            row["arm"] == "child" for row in read(check.out / RESULTS)
-        ):
+        while time.monotonic() < until and not rows("child"):
             time.sleep(0.05)
-        assert process.is_alive()
 
-    runner.run([quick, quick, timed], background)
-    assert not alive[0].is_alive()
-    assert [row["slot"] for row in read(check.out / RESULTS) if row["arm"] == "child"] == [
-        "compile"
-    ]
+    runner.run(slots, background)
+    assert [row["runs"] for row in rows("beside")] == [True, False]
+    assert [row["slot"] for row in rows("child")] == ["compile"]
 
 
 def test_a_cut_line_is_left_out_and_a_later_row_replaces(check):

@@ -167,16 +167,17 @@ def _log_to(path: Path) -> None:
 
 
 def kill(process: BaseProcess) -> None:
-    """End a process and everything in its process group."""
-    for number, patience in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, None)):
-        if process.pid is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, number)
+    """End a process, and everything in its process group, also if it has ended by itself."""
+    _signal(process, signal.SIGTERM)
+    process.join(GRACE_S)
+    _signal(process, signal.SIGKILL)
+    process.join()
+
+
+def _signal(process: BaseProcess, number: signal.Signals) -> None:
+    assert process.pid is not None
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)
+    if process.is_alive():  # it may not lead a group yet
         with contextlib.suppress(ProcessLookupError):
-            process.terminate() if number is signal.SIGTERM else process.kill()
-        process.join(patience)
-        if not process.is_alive():
-            break
-    if process.pid is not None:  # what the group's leader left behind
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
+            os.kill(process.pid, number)

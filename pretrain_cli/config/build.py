@@ -58,6 +58,9 @@ def check_config(tree: dict[str, Any]) -> RunConfig:
             "train.sample_tokens is 0; give it a length, or leave sample_every out"
         )
     _refuse_unused(config.optimizer)
+    loss = config.speed.chunked_loss
+    if isinstance(loss, str) and config.optimizer.z_loss:
+        raise ConfigError(f"speed.chunked_loss: '{loss}' has no optimizer.z_loss; use true")
     return config
 
 

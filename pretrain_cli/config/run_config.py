@@ -221,9 +221,13 @@ class SpeedConfig(Section):
     """Compute gate and up of the MLP in one product. Their weights stay separate on disk."""
     fused_optimizer: Annotated[bool | Auto, SpeedSetting(on_any_gpu=True)] = "auto"
     """Run AdamW in one pass over the parameters. auto: true."""
-    chunked_loss: Annotated[bool, SpeedSetting(decides_micro_batch=True)] = True
+    chunked_loss: Annotated[
+        bool | Literal["torch", "liger", "cce"], SpeedSetting(decides_micro_batch=True)
+    ] = True
     """Compute the loss for a part of the tokens at a time, so that the logits of all tokens never
-    exist at once."""
+    exist at once. A name trains with another library's loss, to compare: `torch`
+    (`F.linear_cross_entropy`, from torch 2.13 on), `liger` (liger-kernel), `cce`
+    (cut-cross-entropy). These have no z-loss."""
     activation_checkpointing: Annotated[bool, SpeedSetting(decides_micro_batch=True)] = False
     """Recompute each block's activations in the backward pass: less memory, more time."""
     prefetch: Annotated[

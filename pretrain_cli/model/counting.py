@@ -13,14 +13,66 @@ sliding one.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pretrain_cli.model.config import ModelConfig
 
 CHUNK_ELEMENTS = {"cpu": 2**27, "cuda": 2**30}
 """Maximum number of logits that the chunked loss holds at a time. Fewer mean more passes over the V
 × D gradient; more take more memory."""
+CHUNK_ROWS, TILE = (2048, 8192), 128
+"""Fewest and most tokens of a chunk on a GPU, and the number that the tokens of a chunk are a
+multiple of. Matrix products run at full rate from the fewest on; more than the most only take
+memory. A tile of a product has up to 128 rows or columns."""
 SOFTMAX_ELEMENTS = 2**21
 """Maximum number of logits in one softmax call on a CPU: 8 MB in float32."""
+
+
+def loss_chunk_rows(tokens: int, vocab_size: int, device: str) -> int:
+    """Return the tokens of a chunk of the loss.
+
+    On a GPU all chunks have the same size, so that nothing recompiles: the largest multiple of
+    `TILE` within the limits that divides the tokens, or else the one that makes the fewest chunks.
+    """
+    most = CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cpu"]) // vocab_size
+    if device != "cuda":
+        return max(1, min(most, tokens))
+    most = max(CHUNK_ROWS[0], min(most, CHUNK_ROWS[1])) // TILE * TILE
+    if tokens <= most:
+        return max(1, tokens)
+    for count in range(-(-tokens // most), tokens // CHUNK_ROWS[0] + 1):
+        if tokens % (count * TILE) == 0:
+            return tokens // count
+    return -(-tokens // -(-tokens // most) // TILE) * TILE
+
+
+class LossChunk(NamedTuple):
+    """Tokens that the loss takes at a time."""
+
+    start: int
+    stop: int
+    repeated: int
+    """The first tokens of the chunk that belong to the chunk before it. They count there."""
+
+
+def loss_chunks(tokens: int, vocab_size: int, device: str) -> list[LossChunk]:
+    """Return the chunks of the loss in the order in which it takes them.
+
+    On a GPU the last one, if there are too few tokens left, begins earlier to have the size of the
+    others. It is taken first, so that they overwrite what it leaves for the repeated tokens:
+
+        tokens  0 1 2 3 4 5 6       rows 3
+                        ▒ ▒ █       first
+                █ █ █ █ █ █         then these two
+    """
+    rows = loss_chunk_rows(tokens, vocab_size, device)
+    left = tokens % rows
+    chunks = [LossChunk(start, start + rows, 0) for start in range(0, tokens - left, rows)]
+    if not left:
+        return chunks
+    if device != "cuda":
+        return [*chunks, LossChunk(tokens - left, tokens, 0)]
+    return [LossChunk(tokens - rows, tokens, rows - left), *chunks]
 
 
 def folds(length: int, window: int) -> tuple[int, int]:

@@ -103,7 +103,7 @@ class Decoder(nn.Module):
         attention: str = "sdpa",
         dtype: torch.dtype = torch.float32,
         merged: Merged = Merged(),
-        chunked_loss: bool = True,
+        chunked_loss: bool | str = True,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -201,9 +201,9 @@ class Decoder(nn.Module):
 
     def _place_for_the_gradient(self, tokens: Tensor) -> list[Tensor] | None:
         """Return a list through which the head's gradient reaches the embedding, if they are tied;
-        see `lookup`. None on a GPU: with its faster memory, autograd's own accumulation costs
-        little and has a deterministic kernel."""
-        tied = self.config.tie_word_embeddings and self.chunked_loss
+        see `lookup`. None on a GPU: the second gradient does not raise the peak, which is in the
+        loss, and autograd's own kernel is deterministic."""
+        tied = self.config.tie_word_embeddings and self.chunked_loss is True
         return [] if tied and tokens.device.type == "cpu" and torch.is_grad_enabled() else None
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:

@@ -7,17 +7,20 @@ computed in the forward pass, so nothing is stored for later and nothing is comp
     for each chunk of tokens:  logits = h Wᵀ        loss += Σ (log Σ exp logits − logits[target])
                                g = softmax − onehot    dh = g W      dW += gᵀ h
 
-g overwrites the logits, in their type. One function computes it, `softmax_`, which torch.compile
-turns into one kernel. On a CPU it gets a few rows at a time: it keeps their exponentials in
-float32, which for a whole chunk would be twice the memory of the logits, while those of a few rows
-stay in the cache. dW is accumulated in float32, a slice of the vocabulary at a time, so that the
-product to add is still in the cache too.
+g overwrites the logits, in their type. dW is accumulated in float32.
+
+On a CPU, `softmax_` gets a few rows at a time: it keeps their exponentials in float32, which for a
+whole chunk would be twice the memory of the logits, while those of a few rows stay in the cache.
+dW is accumulated a slice of the vocabulary at a time, so that the product to add is still in the
+cache too. On a GPU, one kernel makes g (`loss_kernel`), cuBLAS adds its product to the float32 dW,
+and all chunks have one size (`loss_chunks`).
 
 Targets of −100 are ignored. With a z-loss, z · (log Σ exp logits)² of each token is added, which
 keeps the logits from drifting (Chowdhery et al. 2022, section 5). The softmax in g is then
 multiplied by 1 + 2 z · log Σ exp logits.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain_cli.model.counting import CHUNK_ELEMENTS, SOFTMAX_ELEMENTS
+from pretrain_cli.model.counting import SOFTMAX_ELEMENTS, LossChunk, loss_chunks
+from pretrain_cli.model.loss_backends import LOSS_BACKENDS, no_triton
 from pretrain_cli.targets import IGNORE_INDEX
 
 SLICE_ELEMENTS = 2**21
@@ -34,6 +38,8 @@ SLICE_ELEMENTS = 2**21
 
 Softmax = Callable[[Tensor, Tensor, float], Tensor]
 """`softmax_`, plain or compiled."""
+Gradient = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+"""`gradient_`, in PyTorch or in one kernel."""
 
 
 class Loss(NamedTuple):
@@ -50,7 +56,7 @@ def cross_entropy(
     targets: Tensor,
     *,
     normalizer: float | None,
-    chunked: bool,
+    chunked: bool | str,
     softmax: Softmax | None = None,
     waiting: list[Tensor] | None = None,
 ) -> Tensor:
@@ -60,7 +66,8 @@ def cross_entropy(
     hidden (B, T, D) in the compute type, weight (V, D), targets (B, T). A micro-step passes the
     target count of its whole step, so that the micro-steps add up to the step's mean; None counts
     the targets given here. With `waiting`, the backward pass of the chunked loss leaves the
-    gradient of `weight` there for a `lookup`, and gives autograd none.
+    gradient of `weight` there for a `lookup`, and gives autograd none. `chunked` may also name one
+    of LOSS_BACKENDS, which computes the loss if it has gradients.
     """
     return with_z_loss(
         hidden,
@@ -80,7 +87,7 @@ def with_z_loss(
     targets: Tensor,
     *,
     normalizer: float | None,
-    chunked: bool,
+    chunked: bool | str,
     z_loss: float,
     softmax: Softmax | None = None,
     waiting: list[Tensor] | None = None,
@@ -88,28 +95,76 @@ def with_z_loss(
     """Return cross entropy and z-loss; `z_loss` is its coefficient."""
     hidden, targets = hidden.flatten(0, 1), targets.flatten()
     count: Tensor | float = normalizer or (targets != IGNORE_INDEX).sum().clamp(min=1)
-    if chunked and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        scale = 1.0 / count
-        softmax = softmax or softmax_
-        return Loss(
-            *_LinearCrossEntropy.apply(hidden, weight, targets, scale, z_loss, softmax, waiting)
+    has_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    if has_gradients and isinstance(chunked, str):
+        assert not z_loss, f"{chunked} has no z-loss"
+        summed = LOSS_BACKENDS[chunked].summed(hidden, weight.to(hidden.dtype), targets)
+        entropy = summed.float() / count
+        return Loss(entropy, entropy.detach(), torch.zeros_like(entropy))
+    chunks = [LossChunk(0, len(hidden), 0)]
+    if chunked:
+        chunks = loss_chunks(len(hidden), len(weight), hidden.device.type)
+    if has_gradients and chunked:
+        shares = (targets != IGNORE_INDEX) * (1.0 / count)
+        gradient = _kernel(hidden.device.type) or functools.partial(
+            gradient_, softmax=softmax or softmax_
         )
-    rows = _chunk_rows(hidden, weight) if chunked else max(1, len(hidden))
+        return Loss(
+            *_LinearCrossEntropy.apply(
+                hidden, weight, targets, shares, z_loss, chunks, gradient, waiting
+            )
+        )
     weight = weight.to(hidden.dtype)
+    kernel = _kernel(hidden.device.type) if chunked else None
     entropy = torch.zeros((), device=hidden.device)
     z_term = torch.zeros((), device=hidden.device)
-    for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
-        logits = F.linear(h, weight).float()
-        entropy = entropy + F.cross_entropy(logits, t, ignore_index=IGNORE_INDEX, reduction="sum")
+    for start, stop, repeated in chunks:
+        h, t = hidden[start + repeated : stop], targets[start + repeated : stop]
+        logits = F.linear(h, weight)
+        if kernel:
+            log_sum, target_logits = kernel(
+                logits, t, (t != IGNORE_INDEX).float(), 0.0, write=False
+            )
+            entropy = entropy + (log_sum - target_logits).sum()
+        else:
+            logits = logits.float()
+            entropy = entropy + F.cross_entropy(
+                logits, t, ignore_index=IGNORE_INDEX, reduction="sum"
+            )
+            log_sum = logits.logsumexp(-1) if z_loss else logits
         if z_loss:
-            z_term = z_term + z_loss * (logits.logsumexp(-1).square() * (t != IGNORE_INDEX)).sum()
+            z_term = z_term + z_loss * (log_sum.square() * (t != IGNORE_INDEX)).sum()
+        del logits, log_sum  # or the next chunk's would be beside them
     entropy, z_term = entropy / count, z_term / count
     return Loss(entropy + z_term, entropy.detach(), z_term.detach())
 
 
-def _chunk_rows(hidden: Tensor, weight: Tensor) -> int:
-    elements = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cpu"])
-    return max(1, elements // weight.shape[0])
+@functools.cache
+def _kernel(device_type: str) -> Any:
+    """Return the kernel that computes `gradient_` on a GPU; None without one."""
+    if device_type != "cuda" or no_triton():
+        return None
+    from pretrain_cli.model.loss_kernel import gradient_
+
+    return gradient_
+
+
+def gradient_(
+    logits: Tensor, targets: Tensor, share: Tensor, z_loss: float, *, softmax: Softmax
+) -> tuple[Tensor, Tensor]:
+    """Replace logits by their gradient, (softmax · (1 + 2 z · log Σ exp) − onehot) · share.
+
+    (rows, V), (rows,), (rows,) -> log Σ exp and the target's logit, (rows,) in float32. Ignored
+    targets have the share 0, and any values here.
+    """
+    share, t = share.unsqueeze(-1), targets.clamp(min=0).unsqueeze(-1)
+    target_logits = logits.gather(-1, t).float()
+    log_sum = _by_rows(softmax, logits, share, z_loss)
+    probability = (target_logits - log_sum).exp()
+    target_gradients = share * (probability * (1 + 2 * z_loss * log_sum) - 1)
+    row = torch.arange(len(logits), device=logits.device)  # on CPUs scatter_ copies all logits
+    logits[row, t.squeeze(-1)] = target_gradients.squeeze(-1).to(logits.dtype)
+    return log_sum.squeeze(-1), target_logits.squeeze(-1)
 
 
 def softmax_(logits: Tensor, share: Tensor, z_loss: float) -> Tensor:
@@ -140,7 +195,7 @@ def _power_of_two(count: int) -> int:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Σ (cross entropy + z-loss) · scale, with both gradients computed in the forward pass."""
+    """Σ (cross entropy + z-loss) · share, with both gradients computed in the forward pass."""
 
     @staticmethod
     def forward(
@@ -148,9 +203,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
-        scale: Tensor | float,
+        shares: Tensor,
         z_loss: float,
-        softmax: Softmax,
+        chunks: list[LossChunk],
+        gradient: Gradient,
         waiting: list[Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         # Allocate the largest buffer first: it then reuses its memory of the previous step.
@@ -159,22 +215,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         entropy = torch.zeros((), device=hidden.device)
         z_term = torch.zeros((), device=hidden.device)
-        rows = _chunk_rows(hidden, weight)
-        chunk = hidden.new_empty(min(rows, len(hidden)), len(w))
-        parts = zip(*(x.split(rows) for x in (hidden, targets, d_hidden)), strict=True)
-        for number, (h, t, dh) in enumerate(parts):
-            share = (t != IGNORE_INDEX).unsqueeze(-1) * scale  # token weight; 0 if ignored
-            t = t.clamp(min=0).unsqueeze(-1)
-            logits = torch.mm(h, w.t(), out=chunk[: len(h)])  # (rows, V)
-            target_logits = logits.gather(-1, t).float()
-            log_sum = _by_rows(softmax, logits, share, z_loss)
+        buffer = hidden.new_empty(chunks[0].stop - chunks[0].start, len(w))
+        for number, (start, stop, repeated) in enumerate(chunks):
+            h, share = hidden[start:stop], shares[start:stop]
+            if repeated:
+                share = share.clone()
+                share[:repeated] = 0
+            logits = torch.mm(h, w.t(), out=buffer[: len(h)])  # (rows, V)
+            log_sum, target_logits = gradient(logits, targets[start:stop], share, z_loss)
             entropy += ((log_sum - target_logits) * share).sum()
-            z_term += z_loss * (log_sum.square() * share).sum()
-            probability = (target_logits - log_sum).exp()
-            target_gradients = share * (probability * (1 + 2 * z_loss * log_sum) - 1)
-            row = torch.arange(len(h), device=h.device)  # on CPUs scatter_ copies all logits
-            logits[row, t.squeeze(-1)] = target_gradients.squeeze(-1).to(logits.dtype)
-            torch.mm(logits, w, out=dh)
+            if z_loss:
+                z_term += z_loss * (log_sum.square() * share).sum()
+            torch.mm(logits, w, out=d_hidden[start:stop])
             _add_product(d_weight, logits.t(), h, first=number == 0)
         ctx.gradients, ctx.waiting = (d_hidden, d_weight.to(weight.dtype)), waiting
         ctx.mark_non_differentiable(entropy, z_term)
@@ -186,18 +238,39 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("a loss is taken backward once: its gradients are given away")
         outer, (d_hidden, d_weight) = grad_outputs[0], ctx.gradients
         ctx.gradients = None  # autograd copies gradients that are referenced elsewhere
-        # Training passes 1. On a CPU, reading `outer` is free, and scaling by 1 would allocate a
-        # second V × D tensor, which costs more than the product. On a GPU, reading costs more.
-        if outer.device.type != "cpu" or outer != 1:
-            d_hidden, d_weight = (x * outer.to(x.dtype) for x in (d_hidden, d_weight))
+        if not _is_one(outer):
+            d_hidden.mul_(outer)
+            d_weight.mul_(outer)
         if ctx.waiting is not None:
             ctx.waiting.append(d_weight)
-            return d_hidden, *[None] * 6
-        return d_hidden, d_weight, *[None] * 5
+            return d_hidden, *[None] * 7
+        return d_hidden, d_weight, *[None] * 6
+
+
+@functools.cache
+def unit_gradient(device: torch.device) -> Tensor:
+    """Return the gradient 1, for `loss.backward(unit_gradient(device))`.
+
+    It is what `loss.backward()` takes by itself. But this tensor is known to be 1 without a look at
+    its value, for which a GPU would have to be waited for: the V × D gradient isn't multiplied.
+    """
+    return torch.ones((), device=device)
+
+
+def _is_one(outer: Tensor) -> bool:
+    """Return whether a gradient is known to be 1. On a CPU a look at its value is free."""
+    known = outer.data_ptr() == unit_gradient(outer.device).data_ptr()
+    return known or (outer.device.type == "cpu" and bool(outer == 1))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     """Compute total += a @ b, or with `first` total = a @ b. `total` may have a wider type."""
+    if total.dtype != a.dtype and _sums_in_float32(total.device):
+        if first:
+            torch.mm(a, b, out_dtype=total.dtype, out=total)
+        else:
+            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        return
     on_cpu = total.device.type == "cpu"
     rows = _power_of_two(SLICE_ELEMENTS // total.shape[1]) if on_cpu else len(total)
     for span, a_rows in zip(total.split(rows), a.split(rows), strict=True):
@@ -207,3 +280,9 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
             span.copy_(a_rows @ b)
         else:
             span.add_(a_rows @ b)
+
+
+def _sums_in_float32(device: torch.device) -> bool:
+    """Return whether the device's products of bfloat16 can be added to a float32 tensor."""
+    is_nvidia = device.type == "cuda" and not torch.version.hip
+    return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -10,6 +10,7 @@ from pretrain_cli.model.attention_backends.mask import Mask
 from pretrain_cli.model.counting import (
     count_parameters,
     keys_seen,
+    loss_chunks,
     state_bytes,
     training_flops,
 )
@@ -163,3 +164,16 @@ def test_flops_equal_torchs_count_and_scores_count_unmasked_keys(make_config, na
 
 def test_training_state_is_sixteen_bytes_a_parameter():
     assert state_bytes(preset("gemma3-270m")) == 16 * 268098176
+
+
+@pytest.mark.parametrize(
+    ("tokens", "vocab_size", "chunks"),
+    [
+        (17, 262144, [(0, 17, 0)]),
+        (10240, 262144, [(0, 2560, 0), (2560, 5120, 0), (5120, 7680, 0), (7680, 10240, 0)]),
+        (16384, 32000, [(0, 8192, 0), (8192, 16384, 0)]),
+        (8193, 151936, [(3969, 8193, 255), (0, 4224, 0)]),
+    ],
+)
+def test_chunks_of_the_loss_on_a_gpu_have_one_size(tokens, vocab_size, chunks):
+    assert loss_chunks(tokens, vocab_size, "cuda") == chunks

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pretrain_cli.model import loss
+from pretrain_cli.model import counting, loss
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.loss import cross_entropy, softmax_, with_z_loss
+from pretrain_cli.model.loss_backends import LOSS_BACKENDS
 from pretrain_cli.model.presets import preset
 
 B, T, D, V = 3, 9, 12, 40
@@ -22,7 +23,7 @@ B, T, D, V = 3, 9, 12, 40
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Process 4 of 27 rows at a time: six chunks and a shorter seventh."""
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", {"cpu": 4 * V + 3})
+    monkeypatch.setattr(counting, "CHUNK_ELEMENTS", {"cpu": 4 * V + 3})
 
 
 @pytest.fixture
@@ -37,14 +38,27 @@ def case():
     return hidden, weight, targets
 
 
+@pytest.fixture
+def even_chunks(monkeypatch):
+    """Process 4 of 27 rows at a time, as on a GPU: the last chunk begins one row earlier."""
+    monkeypatch.setattr(counting, "CHUNK_ROWS", (4, 4))
+    monkeypatch.setattr(counting, "TILE", 1)
+    as_on_a_gpu = counting.loss_chunks(B * T, V, "cuda")
+    assert as_on_a_gpu[0] == (23, 27, 1)
+    assert len(as_on_a_gpu) == 7
+    monkeypatch.setattr(loss, "loss_chunks", lambda tokens, vocab_size, device: as_on_a_gpu)
+
+
 def by_torch(hidden, weight, targets):
     """Return the mean cross entropy over targets that are not ignored, in float64."""
     logits = hidden.double() @ weight.double().T
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
 
-@pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "whole"])
+@pytest.mark.parametrize("chunked", [True, False, "torch"], ids=["chunked", "whole", "torch"])
 def test_value_and_gradients_equal_those_of_cross_entropy(case, chunked):
+    if chunked == "torch" and LOSS_BACKENDS["torch"].unavailable(torch.device("cpu")):
+        pytest.skip("this torch has no linear_cross_entropy")
     hidden, weight, targets = case
     expected = by_torch(*case)
     ours = cross_entropy(hidden, weight, targets, normalizer=None, chunked=chunked)
@@ -58,12 +72,54 @@ def test_value_and_gradients_equal_those_of_cross_entropy(case, chunked):
 
 @pytest.mark.parametrize("elements", [1, V, 5 * V, 27 * V, 1000 * V])
 def test_the_chunk_size_does_not_change_the_loss(case, elements, monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", {"cpu": elements})
+    monkeypatch.setattr(counting, "CHUNK_ELEMENTS", {"cpu": elements})
     ours = cross_entropy(*case, normalizer=None, chunked=True)
     torch.testing.assert_close(ours.double(), by_torch(*case), rtol=1e-6, atol=0)
     ours.backward()
     expected = torch.autograd.grad(by_torch(*case), case[1])[0]
     torch.testing.assert_close(case[1].grad, expected.float(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+def test_chunks_of_one_size_count_every_token_once(case, even_chunks, z_loss):
+    hidden, weight, targets = case
+    logits = (hidden.double() @ weight.double().T).flatten(0, 1)
+    counted = targets.flatten() != -100
+    expected = by_torch(*case) + z_loss * (logits.logsumexp(-1).square() * counted).sum() / 22
+    ours = with_z_loss(*case, normalizer=None, chunked=True, z_loss=z_loss).minimized
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-6, atol=0)
+    mine = torch.autograd.grad(ours, (hidden, weight))
+    theirs = torch.autograd.grad(expected, (hidden, weight))
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=1e-5, atol=2e-6)
+    with torch.no_grad():
+        same = with_z_loss(*case, normalizer=None, chunked=True, z_loss=z_loss).minimized
+    torch.testing.assert_close(same.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("vocab_size", [4096, 4095])
+@pytest.mark.parametrize("tokens", [3000, 17, 9000])
+def test_the_loss_on_a_gpu_equals_that_in_float64(vocab_size, tokens, relative_error):
+    generator = torch.Generator("cuda").manual_seed(3)
+    hidden, weight = (
+        torch.randn(*shape, device="cuda", generator=generator).bfloat16().requires_grad_()
+        for shape in ((1, tokens, 64), (vocab_size, 64))
+    )
+    targets = torch.randint(vocab_size, (1, tokens), device="cuda", generator=generator)
+    targets[0, ::7] = -100
+    wide = weight.detach().float().requires_grad_()
+    ours = cross_entropy(hidden, wide, targets, normalizer=None, chunked=True)
+    expected = by_torch(hidden, wide, targets)
+    torch.testing.assert_close(ours.double(), expected, rtol=5e-3, atol=0)
+    mine = torch.autograd.grad(ours, (hidden, wide))
+    theirs = torch.autograd.grad(expected, (hidden, wide))
+    for a, b in zip(mine, theirs, strict=True):
+        assert relative_error(a.float(), b.float()) < 0.02
+    with torch.no_grad():
+        same = cross_entropy(hidden, wide, targets, normalizer=None, chunked=True)
+    torch.testing.assert_close(same, ours.detach())
 
 
 class Shapes(TorchDispatchMode):
@@ -147,6 +203,19 @@ def test_an_upstream_factor_scales_the_gradients(case, chunked):
     )
     for a, b in zip(tripled, plain, strict=True):
         torch.testing.assert_close(a, 3 * b)
+
+
+def test_a_multiple_of_the_unit_gradient_multiplies_the_gradients(case, monkeypatch):
+    hidden, weight, targets = case
+    monkeypatch.setattr(loss, "_is_one", lambda outer: outer is loss.unit_gradient(outer.device))
+    unit = loss.unit_gradient(hidden.device)
+    gradients = []
+    for factor, gradient in ((1, unit), (3, unit), (1, torch.tensor(3.0))):
+        ours = cross_entropy(hidden, weight, targets, normalizer=None, chunked=True)
+        gradients.append(torch.autograd.grad(factor * ours, (hidden, weight), gradient))
+    for plain, *tripled in zip(*gradients, strict=True):
+        for x in tripled:
+            torch.testing.assert_close(x, 3 * plain)
 
 
 @pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "whole"])

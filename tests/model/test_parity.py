@@ -6,7 +6,7 @@ Gemma's eight layers include both kinds; T is several windows, but not a multipl
 import pytest
 import torch
 
-from pretrain_cli.model import loss
+from pretrain_cli.model import counting
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.formats.hf_config import read_config
 from pretrain_cli.model.formats.hf_weights import load_weights
@@ -23,7 +23,7 @@ SEVEN_ROWS = {"cpu": 7 * 150}  # of 64 rows: nine chunks and a shorter tenth
 def test_logits_loss_and_every_gradient_equal_transformers(
     reference, attention, merged, chunked, our_gradients, relative_error, monkeypatch
 ):
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", SEVEN_ROWS)
+    monkeypatch.setattr(counting, "CHUNK_ELEMENTS", SEVEN_ROWS)
     model = Decoder(
         read_config(reference.folder),
         attention=attention,

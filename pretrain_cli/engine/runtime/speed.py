@@ -29,6 +29,7 @@ from pretrain_cli.model.attention_backends.backend import Conditions
 from pretrain_cli.model.attention_backends.backends import BACKENDS, best_backend
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.decoder import Decoder
+from pretrain_cli.model.loss_backends import LOSS_BACKENDS, no_triton
 from pretrain_cli.model.parameter_map import Merged
 
 DETERMINISM = (
@@ -60,7 +61,8 @@ class Speed:
     merged_qkv: bool
     merged_gate_up: bool
     fused_optimizer: bool
-    chunked_loss: bool
+    chunked_loss: bool | str
+    """True for the chunked loss, False for whole logits, or a name in LOSS_BACKENDS."""
     activation_checkpointing: bool
     prefetch: bool
     keep_freed_memory: bool
@@ -308,14 +310,8 @@ def _can_compile(asked: bool | str, device: torch.device) -> tuple[bool, str]:
         if not any(name and shutil.which(name) for name in compilers):
             return False, "no C++ compiler is installed (g++ or clang++)"
     elif device.type == "cuda":
-        try:
-            importlib.import_module("triton")
-        except ImportError:
-            return False, "Triton is not installed"
-        # As Triton looks for it: CC replaces the others, even if it names nothing.
-        compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
-        if not any(shutil.which(name) for name in compilers):
-            return False, f"Triton needs a C compiler, and finds no {' or '.join(compilers)}"
+        if reason := no_triton():
+            return False, reason
     elif asked == "auto":
         return False, f"not tried on {device.type}"
     return True, "" if asked is True else "kernels fused across each block"
@@ -337,6 +333,16 @@ def _fused_optimizer(asked: bool | str, here: Here) -> tuple[bool, str]:
     if here.device.type in ("cpu", "cuda", "mps"):
         return True, "" if asked is True else "one pass over the parameters"
     return False, f"PyTorch has no fused AdamW for {here.device.type}"
+
+
+def _chunked_loss(asked: bool | str, here: Here) -> tuple[bool | str, str]:
+    if not isinstance(asked, str):
+        return asked, ""
+    if not here.training:
+        return True, f"{asked} is a way to train"
+    if reason := LOSS_BACKENDS[asked].unavailable(here.device):
+        raise ConfigError(f"speed.chunked_loss: '{asked}' can't be used: {reason}; use true")
+    return asked, ""
 
 
 def _cudnn_benchmark(asked: bool | str, here: Here) -> tuple[bool, str]:
@@ -393,5 +399,6 @@ RULES: dict[str, Rule] = {
     "compile": Rule(_compile),
     "recompute_cheap": Rule(_recompute_cheap),
     "fused_optimizer": Rule(_fused_optimizer),
+    "chunked_loss": Rule(_chunked_loss),
 }
 """Settings whose value depends on the device or changes the process, applied in this order."""

@@ -13,6 +13,7 @@ from pretrain_cli.engine.runtime.stop import Stopped
 from pretrain_cli.engine.training.auxiliary_losses import AuxiliaryLosses
 from pretrain_cli.engine.training.job import Job
 from pretrain_cli.engine.training.prefetch import DeviceBatch
+from pretrain_cli.model.loss import unit_gradient
 from pretrain_cli.spans import span
 
 
@@ -80,7 +81,7 @@ def add_gradients(
                     loss_weights=weights,
                 )
             with span("backward"):
-                parts.minimized.backward()
+                parts.minimized.backward(unit_gradient(parts.minimized.device))
         if auxiliary:
             auxiliary.add(parts)
         total += parts.cross_entropy / world_size

@@ -65,13 +65,18 @@ def run(check: Check) -> None:
 def compare(
     check: Check, name: str, sides: dict[str, Generate], batch: int, prompt: int, tokens: int
 ) -> None:
-    """Run all sides in turns, and write the medians of their rates."""
+    """Run all sides in turns, and write the medians of their rates. A side that fails ends."""
     found: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
     for number in range(-1, 1 if check.rehearse else ROUNDS):
-        for side, generate in sides.items():
-            times = generate(tokens)
-            if number >= 0:
-                found[side].append(times)
+        for side in list(sides):
+            ended = True
+            with check.arm(f"{name}, {side}"):
+                times = sides[side](tokens)
+                ended = False
+                if number >= 0:
+                    found[side].append(times)
+            if ended:
+                del sides[side], found[side]
     for side, times in found.items():
         prefill = statistics.median(first for first, _ in times)
         decode = statistics.median(rest for _, rest in times)
@@ -82,7 +87,7 @@ def compare(
             "new_tokens": tokens,
             "rounds_s": times,
         }
-        if side != "pretrain":
+        if side != "pretrain" and "pretrain" in found:
             pairs = zip(found["pretrain"], times, strict=True)
             figures["speed_ratio"] = statistics.median(b[1] / a[1] for a, b in pairs)
             figures["note"] = "decoding rate of ours divided by theirs"

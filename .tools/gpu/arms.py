@@ -37,6 +37,7 @@ from pretrain_cli.model.attention_backends.backend import Conditions
 from pretrain_cli.model.attention_backends.backends import BACKENDS
 from pretrain_cli.model.attention_backends.mask import Mask
 from pretrain_cli.model.counting import keys_seen, training_flops
+from pretrain_cli.model.loss import unit_gradient
 
 GEMMA, QWEN = "gemma3-270m", "qwen3-0.6b"
 CALL_S, COMPILED_S, STEP_S = 3.0, 8.0, 20.0
@@ -78,14 +79,15 @@ def timed_call(
 
 def losses(check: Check, device: torch.device) -> None:
     tokens = 64 if check.rehearse else 8192
+    one = unit_gradient(device)  # as training passes it
     for name in (GEMMA, QWEN):
         model = model_of(name, check)
         V, D = model.vocab_size, model.hidden_size
-        for arm, loss in loss_arms(z_loss=0.0, compiled=device.type == "cuda").items():
+        for arm, loss in loss_arms(device, z_loss=0.0).items():
             inputs = loss_inputs(tokens, D, V, torch.bfloat16, device)
 
             def call(loss: Any = loss, inputs: Any = inputs) -> None:
-                loss(*inputs).backward()
+                loss(*inputs).backward(one)
                 inputs[0].grad = inputs[1].grad = None
 
             said = f"loss, {name}, V {V:,}, D {D:,}, {arm}"

@@ -1,15 +1,15 @@
-"""Arms of the loss: those of `speed.chunked_loss`, and PyTorch's own where it has one."""
+"""Arms of the loss: the values of `speed.chunked_loss`."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.engine.benchmark.arms import choices
 from pretrain_cli.model.loss import softmax_, with_z_loss
+from pretrain_cli.model.loss_backends import LOSS_BACKENDS
 from pretrain_cli.targets import IGNORE_INDEX
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -18,9 +18,10 @@ WHOLE = "chunked_loss False"
 """The readable definition."""
 
 
-def loss_arms(*, z_loss: float, compiled: bool) -> dict[str, Loss]:
-    """Return the arms by name, the readable one first."""
-    softmax = torch.compile(softmax_) if compiled else softmax_
+def loss_arms(device: torch.device, *, z_loss: float) -> dict[str, Loss]:
+    """Return the arms that can run on the device by name, the readable one first. Other libraries'
+    losses have no z-loss."""
+    softmax = torch.compile(softmax_) if device.type == "cuda" else softmax_
 
     def arm(value: Any) -> Loss:
         def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -36,16 +37,15 @@ def loss_arms(*, z_loss: float, compiled: bool) -> dict[str, Loss]:
 
         return loss
 
-    arms = {f"chunked_loss {value}": arm(value) for value in choices(SpeedConfig, "chunked_loss")}
-    theirs = getattr(F, "linear_cross_entropy", None)  # torch 2.13
-    if theirs is not None and not z_loss:
-        arms["F.linear_cross_entropy"] = lambda hidden, weight, targets: theirs(
-            hidden.flatten(0, 1),
-            weight.to(hidden.dtype),
-            targets.flatten(),
-            ignore_index=IGNORE_INDEX,
-        )
-    return arms
+    values = choices(SpeedConfig, "chunked_loss")
+    missing = LOSS_BACKENDS if z_loss else missing_losses(device)
+    return {f"chunked_loss {value}": arm(value) for value in values if value not in missing}
+
+
+def missing_losses(device: torch.device) -> dict[str, str]:
+    """Return the other libraries' losses that can't run on the device, with the reason."""
+    reasons = {name: found.unavailable(device) for name, found in LOSS_BACKENDS.items()}
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def loss_inputs(

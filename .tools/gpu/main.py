@@ -203,6 +203,7 @@ def _set_environment(scratch: Path, *, rehearse: bool) -> None:
 
 
 def _interrupt(*_: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the summary
     raise KeyboardInterrupt
 
 

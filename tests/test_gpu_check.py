@@ -243,8 +243,6 @@ def test_a_check_that_is_stopped_still_sums_up(tmp_path):
             if line.startswith("env: at most"):
                 break
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.5)
-        process.send_signal(signal.SIGTERM)  # as from a second one who stops it
         rest = process.stdout.read()
     assert process.returncode == 1
     assert "smoke: interrupted" in rest

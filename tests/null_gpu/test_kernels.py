@@ -9,9 +9,8 @@ pytestmark = pytest.mark.null_gpu
 SHARED_MEMORY = 232_448
 """Bytes of shared memory that a block of an H100 can have."""
 STACK = {
-    Arm(QWEN, compile=True): 0,
-    Arm(GEMMA, compile=True): 80,
-    Arm(GEMMA, seq_len=8192, documents=True, compile=True): 80,
+    Arm(QWEN, compile=True): 80,
+    Arm(GEMMA, compile=True): 0,
     Arm(QWEN, attention="flex", documents=True): 208,
 }
 """Most bytes of stack of a thread that a kernel of the arm may use: registers that spilled. Figures

@@ -30,9 +30,8 @@ ARMS = [
     Arm(GEMMA, "sdpa", dtype="float32"),
     Arm(QWEN, compile=True),
     Arm(GEMMA, compile=True),
-    Arm(GEMMA, seq_len=8192, documents=True, compile=True),
 ]
-OFF: dict[Arm, float] = {}
+OFF = {Arm(QWEN, compile=True): 1.510, Arm(GEMMA, compile=True): 1.499}
 """Arms whose estimate is off, with the measured ratio of estimate to peak."""
 
 

@@ -192,6 +192,12 @@ class SpeedConfig(Section):
     `flex`: block-sparse kernels, which train on GPUs only. `varlen`: FlashAttention's kernels for
     windows and documents, in bfloat16 on NVIDIA GPUs. auto: blocks on a CPU; varlen on a GPU, or
     flex in float32; sdpa elsewhere."""
+    flash_attention: Annotated[
+        Literal["auto", "fa2", "fa3", "fa4"], SpeedSetting(is_process_wide=True)
+    ] = "auto"
+    """FlashAttention kernels of `sdpa`, `flex` (fa4) and `varlen` on a GPU. `fa2`: those in
+    PyTorch. `fa3`, `fa4`: those of the package flash-attn-3 or flash-attn-4, if it is installed.
+    auto: fa2."""
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float8"],
         SpeedSetting(decides_micro_batch=True, is_announced=True, on_any_gpu="bfloat16"),

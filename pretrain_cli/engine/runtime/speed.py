@@ -25,6 +25,7 @@ from pretrain_cli.engine.runtime import host_memory, onednn, process_settings
 from pretrain_cli.engine.runtime.gpu_specs import FLOAT8
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.model import float8
+from pretrain_cli.model.attention_backends import flash
 from pretrain_cli.model.attention_backends.backend import Conditions
 from pretrain_cli.model.attention_backends.backends import BACKENDS, best_backend
 from pretrain_cli.model.config import ModelConfig
@@ -237,6 +238,15 @@ def no_attention(
     return BACKENDS[backend].unavailable(conditions) or ""
 
 
+def _flash_attention(asked: str, here: Here) -> tuple[str, str]:
+    if asked == "auto":
+        return flash.BUILT_IN, "PyTorch's own kernels"
+    reason = "" if asked == flash.BUILT_IN else flash.no_flash(asked, here.device)
+    if reason:
+        raise ConfigError(f"speed.flash_attention: '{asked}' can't be used: {reason}; use auto")
+    return asked, ""
+
+
 def _compute_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if name == "float8" else getattr(torch, name)
 
@@ -394,6 +404,7 @@ RULES: dict[str, Rule] = {
         lambda asked, here: process_settings.expandable_segments(asked, here.device.type),
         _apply_expandable_segments,
     ),
+    "flash_attention": Rule(_flash_attention, flash.use_flash),
     "attention": Rule(_attention),
     "dtype": Rule(_dtype),
     "compile": Rule(_compile),

@@ -15,7 +15,21 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from pretrain_cli.model.attention_backends.backend import Backend, Conditions
+from pretrain_cli.model.attention_backends.flash import flash_kernels
 from pretrain_cli.model.attention_backends.mask import Mask
+
+WIDE_HEADS = {
+    "bwd_BLOCK_M1": 32,
+    "bwd_BLOCK_N1": 32,
+    "bwd_BLOCK_M2": 32,
+    "bwd_BLOCK_N2": 32,
+    "bwd_num_warps": 8,
+    "bwd_num_stages": 1,
+}
+"""Backward kernel for a head_dim over 128. Compiled for an H100 at 256, its own choice spills 1,608
+bytes a thread out of the registers; this one none."""
+FLASH_BLOCK = (256, 128)
+"""Queries and keys of a block that FlashAttention 4 needs."""
 
 
 def _lower(mask: Mask, device: torch.device, dtype: torch.dtype) -> Any:
@@ -24,13 +38,17 @@ def _lower(mask: Mask, device: torch.device, dtype: torch.dtype) -> Any:
     numbers = mask.documents.numbers
     make = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
     seen = _seen(mask.keys - mask.queries, mask.window, numbers)
-    return make(seen, len(numbers), None, mask.queries, mask.keys, device=device)
+    return make(seen, len(numbers), None, mask.queries, mask.keys, device=device, **_block_size())
 
 
 @functools.lru_cache(maxsize=8)
 def _fixed_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Any:
     seen = _seen(keys - queries, window, None)
-    return create_block_mask(seen, None, None, queries, keys, device=device)
+    return create_block_mask(seen, None, None, queries, keys, device=device, **_block_size())
+
+
+def _block_size() -> dict[str, Any]:
+    return {"BLOCK_SIZE": FLASH_BLOCK} if flash_kernels() == "FA4" else {}
 
 
 def _seen(past: int, window: int | None, numbers: Tensor | None) -> Callable[..., Tensor]:
@@ -52,7 +70,16 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     attend = flex_attention if torch.compiler.is_compiling() else _kernel(q.device.type)
-    return attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2)
+    options: Any = _kernel_options(q)
+    out = attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=options)
+    return out.transpose(1, 2)
+
+
+def _kernel_options(q: Tensor) -> dict[str, Any] | None:
+    """Return what the kernel for queries (B, H, T, Dh) needs other than its own choices."""
+    if flash_kernels() == "FA4":
+        return {"BACKEND": "FLASH"}
+    return WIDE_HEADS if q.shape[-1] > 128 and q.dtype.itemsize == 2 else None
 
 
 @functools.cache

@@ -20,7 +20,7 @@ import itertools
 import json
 import zlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -32,6 +32,8 @@ from pretrain_cli.errors import DataError
 FORMAT_VERSION = 2
 MANIFEST = "dataset.json"
 FILES = "files.jsonl"
+PARTIAL = ".partial"
+"""Suffix of the folder of a dataset in the making."""
 SHARD_TOKENS = 2**27
 BLOCK_BYTES = 2**16
 """Bytes of a shard that share one checksum."""
@@ -132,6 +134,12 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest.model_validate(raw)
     except (ValueError, AttributeError, ValidationError):
         raise DataError(f"{path}: damaged; tokenize again with --force") from None
+
+
+def rows_of(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a folder's files.jsonl."""
+    with (folder / FILES).open("rb") as file:
+        yield from map(json.loads, file)
 
 
 def token_dtype(vocab_size: int) -> TokenType:

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from pretrain_cli.commands import display
-from pretrain_cli.data.tokenizing.pipeline import Pipeline
+from pretrain_cli.data.tokenizing.writer import DatasetWriter
 
 RUN = {"run.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints"}
 CHECKPOINT = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
@@ -168,15 +168,15 @@ def test_the_same_command_continues_after_a_stop_during_the_demo(
     (tmp_path / "python").mkdir()
     (tmp_path / "python/this.py").write_text("print('The Zen of Python')\n" * 100)
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "python")})
-    take = Pipeline._take
+    append = DatasetWriter.append
 
-    def signalled(self, encoded):
+    def signalled(self, encoded, records):
         signal.raise_signal(signal.SIGUSR1)
         time.sleep(0.2)
-        return take(self, encoded)
+        return append(self, encoded, records)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Pipeline, "_take", signalled)
+        patch.setattr(DatasetWriter, "append", signalled)
         outcome = pretrain(f"train {tiny} --steps 1")
     assert (outcome.code, outcome.err) == (75, "")
     said = "· SIGUSR1: stopped before training began; the same command begins again"

@@ -19,6 +19,7 @@ import pytest
 import tokenizers
 
 import pretrain_cli
+from pretrain_cli.data.corpus.source_files import Corpus
 from pretrain_cli.data.shards import Manifest, SplitName, TokenStream
 from pretrain_cli.data.tokenizers.tokenizer import HUB, Tokenizer, load_tokenizer, train_bpe
 from pretrain_cli.data.tokenizing.tokenize import Tokenized, TokenizeRequest, tokenize
@@ -200,16 +201,18 @@ def write() -> Callable[..., Manifest]:
         *,
         shard_tokens: int = 10,
     ) -> Manifest:
-        with DatasetWriter(folder, load_tokenizer("bytes"), shard_tokens=shard_tokens) as writer:
+        request = TokenizeRequest(
+            paths=("corpus",), out=folder, tokenizer="bytes", val_fraction=0,
+            shard_tokens=shard_tokens,
+        )  # fmt: skip
+        with DatasetWriter(request, Corpus([]), load_tokenizer("bytes")) as writer:
             writer.begin()
             splits: dict[SplitName, Sequence[bytes]] = {"train": training, "val": held_out}
             for split, documents in splits.items():
                 for document in documents:
-                    writer.add(split, np.array([*document, 256]), [0])
-                    writer.splits[split].bytes += len(document)
-            return writer.finish(
-                paths=["corpus"], options={}, sources={}, duplicates=0, inexact_cuts=0, remarks={}
-            )
+                    writer.shards.add(split, np.array([*document, 256]), [0])
+                    writer.shards.splits[split].bytes += len(document)
+            return writer.finish()
 
     return make
 

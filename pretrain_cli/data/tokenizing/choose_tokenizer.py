@@ -4,9 +4,11 @@ corpus. It is opened once, when it is first needed."""
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 
 from pretrain_cli.data.corpus.readers import FileReader
 from pretrain_cli.data.corpus.source_files import STANDARD_INPUT, Corpus
+from pretrain_cli.data.shards import token_dtype
 from pretrain_cli.data.tokenizers.tokenizer import (
     Tokenizer,
     load_tokenizer,
@@ -14,9 +16,9 @@ from pretrain_cli.data.tokenizers.tokenizer import (
     train_bpe,
 )
 from pretrain_cli.data.tokenizing.pipeline import Progress
+from pretrain_cli.data.tokenizing.progress import Earlier
 from pretrain_cli.data.tokenizing.request import TokenizeRequest
-from pretrain_cli.data.tokenizing.staging import staging_dir
-from pretrain_cli.errors import ConfigError
+from pretrain_cli.errors import ConfigError, DataError
 
 BPE_TRAINING_BYTES = 2**25
 """Bytes of text, spread over the corpus, on which a BPE is trained. More text changes little and
@@ -44,30 +46,43 @@ class TokenizerChoice:
         """The tokenizer that the request names, as it is in its file. Not for `bpe`."""
         return load_tokenizer(self.request.tokenizer)
 
-    @cached_property
-    def new(self) -> Tokenizer:
-        """The tokenizer of a run that starts afresh, with the requested document marks. Trains a
-        BPE."""
-        if self.request.tokenizer != "bpe":
-            return self._marked(self.named)
-        size = self.request.vocab_size
-        trained = train_bpe(self._sample(), BPE_VOCAB_SIZE if size is None else size)
-        return self._marked(trained)
+    def is_in(self, path: Path) -> bool:
+        """Return whether this file of an earlier run holds the tokenizer. A BPE was trained by that
+        run."""
+        if self.request.tokenizer == "bpe" or not path.is_file():
+            return path.is_file()
+        return path.read_bytes() == self.named.json.encode()
 
-    @cached_property
-    def resumed(self) -> Tokenizer:
-        """The tokenizer of a dataset that is continued: a BPE was trained by the earlier run."""
-        if self.request.tokenizer != "bpe":
-            return self.new
-        path = staging_dir(self.request.out) / "tokenizer.json"
-        return self._marked(read_tokenizer(path, name="bpe"))
-
-    def _marked(self, tokenizer: Tokenizer) -> Tokenizer:
-        if self.request.tokenizer == "bpe":
+    def choose(self, earlier: Earlier, *, resumes: bool) -> Tokenizer:
+        """Return the tokenizer to encode with; trains a BPE, unless it is that of the run that is
+        continued. Raises DataError or ConfigError if it doesn't suit the existing dataset or the
+        format."""
+        request, existing = self.request, earlier.existing
+        if request.tokenizer != "bpe":
+            tokenizer = self.named
+        elif not resumes:
+            sample = self._sample()
+            size = BPE_VOCAB_SIZE if request.vocab_size is None else request.vocab_size
+            tokenizer = train_bpe(sample, size)
+        else:
+            tokenizer = read_tokenizer(earlier.tokenizer, name="bpe")
+        if request.tokenizer == "bpe":
             tokenizer = replace(tokenizer, name=f"bpe-{tokenizer.vocab_size}")
-        return tokenizer.marked(
-            bos=self.request.bos, eos=self.request.eos, allow_special=self.request.allow_special
+        tokenizer = tokenizer.marked(
+            bos=request.bos, eos=request.eos, allow_special=request.allow_special
         )
+        if existing is not None:
+            if tokenizer.fingerprint != existing.tokenizer_fingerprint:
+                raise DataError(
+                    f"{request.out}: was made with another tokenizer; append with that one"
+                )
+            tokenizer = replace(tokenizer, name=existing.tokenizer)
+        if request.format == "llm.c" and token_dtype(tokenizer.vocab_size) != "uint16":
+            raise ConfigError(
+                f"--format llm.c: holds ids below 65,536, and {tokenizer.name} has "
+                f"{tokenizer.vocab_size:,}; leave it out, or choose another tokenizer"
+            )
+        return tokenizer
 
     def _sample(self) -> Iterator[str]:
         """Yield text spread evenly over the corpus."""

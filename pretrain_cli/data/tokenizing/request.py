@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pretrain_cli.data.corpus.readers import ReadOptions
-from pretrain_cli.data.shards import SHARD_TOKENS
-from pretrain_cli.data.tokenizing.staging import PARTIAL
+from pretrain_cli.data.shards import PARTIAL, SHARD_TOKENS
 from pretrain_cli.errors import ConfigError
 
 

@@ -1,8 +1,13 @@
-"""Dataset writer: writes a dataset to the staging folder `NAME.partial` and moves it into place
-when complete.
+"""A dataset in the making: the folder `NAME.partial`, which becomes `NAME` when it is complete.
 
-Every few seconds the files are flushed and their extent is saved in `progress.json`. The next
-writer truncates the files to that extent and continues, however the previous one ended.
+    NAME.partial/
+    ├── tokenizer.json, …, files.jsonl, train-00000.bin, …   as in the dataset; see shards.py
+    ├── seen.sqlite       digests of the documents so far, if duplicates are dropped
+    ├── progress.json     position in the corpus, and the extent of the files at that position
+    └── dataset.json      last: it marks the dataset as complete
+
+Every few seconds the files are flushed and `progress.json` is replaced. The next writer truncates
+the files to the extent in it and continues, however the previous one ended.
 """
 
 import fcntl
@@ -10,66 +15,76 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
+from pretrain_cli.data.corpus.readers import DAMAGED
+from pretrain_cli.data.corpus.source_files import Corpus, legible
 from pretrain_cli.data.shards import (
     FILES,
     FORMAT_VERSION,
     MANIFEST,
+    PARTIAL,
     Amount,
-    IndexedStarts,
     Manifest,
-    Shard,
     SplitName,
-    TokenStream,
-    TokenType,
-    blocks_path,
-    index_path,
-    token_dtype,
+    read_manifest,
+    rows_of,
 )
+from pretrain_cli.data.token_files import write_llm_c
 from pretrain_cli.data.tokenizers.tokenizer import Tokenizer
-from pretrain_cli.data.tokenizing.open_shard import Extent, OpenShard, close_anyhow
-from pretrain_cli.data.tokenizing.staging import (
-    NEW,
-    PROGRESS,
+from pretrain_cli.data.tokenizing.duplicates import DuplicateIndex
+from pretrain_cli.data.tokenizing.encoding import Encoded
+from pretrain_cli.data.tokenizing.progress import (
+    BlockRecord,
+    Cursor,
+    Earlier,
+    FileDone,
+    ResumePoint,
+    SavedProgress,
     Tally,
     WriteState,
-    files_of,
-    move_into_place,
-    remove_shards,
-    staging_dir,
+)
+from pretrain_cli.data.tokenizing.request import TokenizeRequest
+from pretrain_cli.data.tokenizing.shard_writer import (
+    ShardWriter,
+    are_on_disk,
+    close_anyhow,
+    settle_shards,
 )
 from pretrain_cli.errors import DataError
 from pretrain_cli.files import flush, sha256_of, write_whole
 
+PROGRESS = "progress.json"
+REPLACED = "replaced"
+"""Name of the replaced dataset while the new one moves into place. It lies inside the new one,
+where it cannot collide with other files."""
 SECONDS_FOR_LOCK = 2.0
 """Seconds to wait for the lock: the worker processes of a killed writer hold it until they
 notice."""
-TAIL_BLOCK = 2**20
-"""Tokens moved at a time when the end of one split becomes the other split."""
 
 
 class DatasetWriter:
     """Writes a dataset; use as a context manager. If the block fails, saved progress stays for the
     next writer; without saved progress, everything is removed."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, *, shard_tokens: int) -> None:
-        self.folder = folder
-        self.staging = staging_dir(folder)
-        self.tokenizer = tokenizer
-        self.shard_tokens = shard_tokens
-        self.name: TokenType = token_dtype(tokenizer.vocab_size)
-        self.dtype = np.dtype(self.name).newbyteorder("<")
-        self.open: dict[SplitName, OpenShard] = {}
-        self.closed: list[Shard] = []
-        self.splits: dict[SplitName, Tally] = {"train": Tally(), "val": Tally()}
-        self.ending = ".bin"
-        """Suffix of shard names."""
+    def __init__(
+        self,
+        request: TokenizeRequest,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        existing: Manifest | None = None,
+    ) -> None:
+        """`existing` is the dataset to append to."""
+        self.request, self.corpus, self.tokenizer = request, corpus, tokenizer
+        self.existing = existing
+        self.folder, self.staging = request.out, _staging_dir(request.out)
+        self.place, self.of_file = Cursor(), Tally()
+        self.remarked: dict[str, list[str]] = {}
+        """Remarks on files, each with the names of its files. Known at the end."""
 
     def __enter__(self) -> "DatasetWriter":
         try:
@@ -78,32 +93,55 @@ class DatasetWriter:
             raise DataError(
                 f"{self.folder}: can't be made ({error.strerror}); choose another folder with --out"
             ) from None
-        self.lock = os.open(self.staging, os.O_RDONLY)
-        until = time.monotonic() + SECONDS_FOR_LOCK
-        while not _is_locked(self.lock):
-            if time.monotonic() > until:
-                os.close(self.lock)
-                raise DataError(
-                    f"{self.staging}: another process is writing it; wait for it, or choose "
-                    "another "
-                    "folder with --out"
-                )
-            time.sleep(0.02)
+        with ExitStack() as opened:
+            lock = os.open(self.staging, os.O_RDONLY)
+            opened.callback(os.close, lock)
+            until = time.monotonic() + SECONDS_FOR_LOCK
+            while not _is_locked(lock):
+                if time.monotonic() > until:
+                    raise DataError(
+                        f"{self.staging}: another process is writing it; wait for it, or choose "
+                        "another folder with --out"
+                    )
+                time.sleep(0.02)
+            opened.callback(self._remove_unless_resumable)
+            self.opened = opened.pop_all()
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        for shard in self.open.values():
-            shard.abandon()
-        if hasattr(self, "files"):
-            close_anyhow(self.files)
+        self.opened.close()
+
+    def _remove_unless_resumable(self) -> None:
         if not any((self.staging / name).exists() for name in (PROGRESS, MANIFEST)):
             shutil.rmtree(self.staging, ignore_errors=True)
-        os.close(self.lock)
 
     # --- beginning -------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """Start a new dataset."""
+    def begin(self, saved: SavedProgress | None = None) -> None:
+        """Continue from saved progress; without it, start with what the existing dataset holds. If
+        the current file changed since, progress goes back to that file's beginning."""
+        if saved is None:
+            self._start_over()
+        elif saved.file != self._identity(saved.here.place):
+            saved = saved.model_copy(update={"here": saved.file_began})
+        self.shards = ShardWriter(
+            self.staging, self.tokenizer.vocab_size, self.request.shard_tokens
+        )
+        self.opened.callback(self.shards.abandon)
+        if saved is not None:
+            self.place, self.of_file = saved.here.place, replace(saved.here.of_file)
+            self.shards.resume(saved.here.written, saved.shards)
+            os.truncate(self.staging / FILES, saved.here.written.files_bytes)
+        elif self.existing is not None:
+            self.shards.begin_after(self.existing, self.folder)
+            shutil.copyfile(self.folder / FILES, self.staging / FILES)
+        self.files = (self.staging / FILES).open("ab")
+        self.opened.callback(close_anyhow, self.files)
+        self.file_began = saved.file_began if saved else self._reached()
+        self.seen = DuplicateIndex(self.staging, self.place.ordinal, self.request)
+        self.opened.callback(self.seen.close)
+
+    def _start_over(self) -> None:
         (self.staging / PROGRESS).unlink(missing_ok=True)  # first: it refers to the others
         for path in self.staging.iterdir():
             if path.is_dir():
@@ -111,175 +149,200 @@ class DatasetWriter:
             else:
                 path.unlink()
         self.tokenizer.save(self.staging)
-        self.files = (self.staging / FILES).open("ab")
 
-    def begin_after(self, manifest: Manifest) -> None:
-        """Start after the contents of an existing dataset; its shards are hard-linked, not
-        copied."""
-        self.begin()
-        for shard in manifest.shards:
-            for file in files_of(self.folder, shard.file):
-                _link(file, self.staging / file.name)
-        self.files.write((self.folder / FILES).read_bytes())
-        self.closed = list(manifest.shards)
-        self.splits = {
-            name: Tally(part.documents, part.bytes, part.tokens)
-            for name, part in manifest.splits.items()
-        }
-
-    def resume(self, written: WriteState, shards: Sequence[Shard]) -> None:
-        """Continue from the saved state and finished shards of an earlier writer."""
-        closed = list(shards[: written.closed])
-        kept = {file.name for shard in closed for file in files_of(self.staging, shard.file)}
-        for extent in written.open.values():
-            kept |= {extent.file, index_path(self.staging / extent.file).name}
-        remove_shards(self.staging, but=kept)
-        self.closed = closed
-        self.splits = {name: replace(tally) for name, tally in written.splits.items()}
-        for split, extent in written.open.items():
-            path = self.staging / extent.file
-            self.open[split] = OpenShard.reopened(split, path, self.dtype, extent)
-        os.truncate(self.staging / FILES, written.files_bytes)
-        self.files = (self.staging / FILES).open("ab")
+    def _identity(self, place: Cursor) -> list[str | int] | None:
+        """Return name, size and time of the file at a position; None after the last file."""
+        for file in self.corpus.files[place.file : place.file + 1]:
+            return [file.name, file.size, file.modified]
+        return None
 
     # --- writing ---------------------------------------------------------------------------------
 
-    def add(self, split: SplitName, tokens: np.ndarray, starts: Sequence[int] | np.ndarray) -> None:
-        """Append tokens, and the positions among them at which documents begin."""
-        begins = np.asarray(starts, dtype=np.int64)
-        tokens = np.ascontiguousarray(tokens, dtype=self.dtype)
-        while len(tokens):
-            shard = self.open.get(split)
-            if shard is not None and shard.tokens >= self.shard_tokens:
-                self.closed.append(self.open.pop(split).close())
-                shard = None
-            if shard is None:
-                shard = self.open[split] = self._next_shard(split)
-            room = self.shard_tokens - shard.tokens
-            here = begins < room
-            shard.add(tokens[:room], begins[here])
-            self.splits[split].tokens += len(tokens[:room])
-            self.splits[split].documents += int(here.sum())
-            tokens, begins = tokens[room:], begins[~here] - room
+    def append(self, encoded: Encoded, records: Sequence[BlockRecord]) -> None:
+        """Append a batch, one run of blocks of the same split and file at a time."""
+        first = last = 0
+        starts: list[int] = []
+        split: SplitName = "train"
+        for count, record in zip(encoded.counts, records, strict=True):
+            if record.ended or record.split != split:
+                self.shards.add(split, encoded.tokens[first:last], starts)
+                first, starts, split = last, [], record.split
+            for done in record.ended:
+                self.end_file(done)
+            if record.begins:
+                starts.append(last - first)
+            last += count
+            self.shards.splits[split].bytes += record.document_bytes
+            self.of_file.documents += record.begins
+            self.of_file.bytes += record.document_bytes
+            self.of_file.tokens += count
+            self.place = record.behind
+        self.shards.add(split, encoded.tokens[first:last], starts)
 
-    def file_done(self, row: dict[str, Any]) -> None:
+    def end_file(self, done: FileDone) -> None:
         """Append a line to files.jsonl."""
+        row = {
+            "name": done.file.name,
+            "source": done.file.source,
+            "size": done.file.size,
+            "modified": done.file.modified,
+            "sha256": done.sha256,
+            **asdict(self.of_file),
+            "remarks": done.remarks,
+        }
         self.files.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        self.place, self.of_file = done.behind, Tally()
+        self.file_began = self._reached()
 
-    @property
-    def tokens(self) -> int:
-        return sum(tally.tokens for tally in self.splits.values())
-
-    def written(self) -> WriteState:
-        """Return the current state of writing."""
-        return WriteState(
-            dtype=self.name,
-            closed=len(self.closed),
-            open={split: shard.extent for split, shard in self.open.items()},
-            splits={name: replace(tally) for name, tally in self.splits.items()},
+    def _reached(self) -> ResumePoint:
+        written = WriteState(
+            dtype=self.shards.name,
+            closed=len(self.shards.closed),
+            open={split: shard.extent for split, shard in self.shards.open.items()},
+            splits={name: replace(tally) for name, tally in self.shards.splits.items()},
             files_bytes=self.files.tell(),
         )
+        return ResumePoint(self.place, replace(self.of_file), written)
 
-    def save_progress(self, progress: dict[str, Any]) -> None:
+    def save_progress(self) -> None:
         """Flush the files to disk, then save the progress."""
-        shards = [shard.model_dump() for shard in self.closed]
-        for shard in self.open.values():
-            shard.flush()
-        flush(self.files)
-        write_whole(self.staging / PROGRESS, json.dumps(progress | {"shards": shards}))
-
-    def close_shards(self) -> None:
-        self.closed += [shard.close() for shard in self.open.values()]
-        self.open.clear()
-
-    def hold_out_tail(self, fraction: float) -> None:
-        """Make the last tokens the validation split and all others the training split, for a corpus
-        whose documents all fell into one split. May cut a document."""
-        self.close_shards()
-        self.closed = [self._as_training(shard) for shard in self.closed]
-        whole = max(self.splits.values(), key=lambda tally: tally.tokens)
-        self.splits = {"train": whole, "val": Tally()}
-        cut = max(1, whole.tokens - max(2, round(whole.tokens * fraction)))
-
-        paths = [self.staging / shard.file for shard in self.closed]
-        row = TokenStream(paths, self.name)
-        index = [np.fromfile(index_path(path), "<u8") for path in paths]
-        offsets = row.borders
-        starts = IndexedStarts(index, offsets[:-1])
-        text_bytes = 0
-        # saved progress refers to the old shards: they stay unchanged until the manifest is written
-        self.ending = f"{NEW}.bin"
-        for first in range(cut, whole.tokens, TAIL_BLOCK):
-            last = min(first + TAIL_BLOCK, whole.tokens)
-            begins = starts.between(first, last) - first
-            if first == cut and 0 not in begins:
-                begins = np.concatenate(([0], begins))  # the rest of a cut document begins here
-            tokens = row.read(first, last - first)
-            self.add("val", tokens, begins)
-            text_bytes += len(self.tokenizer.decode(tokens.tolist()).encode())
-        self.splits["val"].bytes = min(text_bytes, whole.bytes)
-
-        # for the same reason, truncate a copy of the shard that contains the cut
-        kept = int(np.searchsorted(offsets[1:], cut))
-        extent = Extent(
-            file=f"train-{kept:05d}{NEW}.bin",
-            tokens=cut - offsets[kept],
-            documents=len(starts.between(offsets[kept], cut)),
+        if self.corpus.has_streams:
+            return  # a stream can't be read again from its start
+        self.seen.commit()
+        progress = SavedProgress(
+            options=self.request.options,
+            appends_to=self.existing.fingerprint if self.existing else None,
+            file=self._identity(self.place),
+            here=self._reached(),
+            file_began=self.file_began,
+            shards=self.shards.closed,
         )
-        path = self.staging / extent.file
-        shutil.copyfile(paths[kept], path)
-        shutil.copyfile(index_path(paths[kept]), index_path(path))
-        self.open["train"] = OpenShard.reopened("train", path, self.dtype, extent)
-        before = sum(shard.documents for shard in self.closed[:kept])
-        self.closed = [
-            *self.closed[:kept],
-            *(shard for shard in self.closed if shard.split == "val"),
-        ]
-        self.splits["train"] = Tally(
-            documents=before + extent.documents,
-            bytes=whole.bytes - self.splits["val"].bytes,
-            tokens=cut,
-        )
-
-    def finish(self, **facts: Any) -> Manifest:
-        """Close the shards, write the manifest, and move everything into place."""
-        self.close_shards()
+        self.shards.flush()
         flush(self.files)
+        write_whole(self.staging / PROGRESS, json.dumps(progress.model_dump()))
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens beyond those of the existing dataset."""
+        before = self.existing.total.tokens if self.existing else 0
+        return sum(tally.tokens for tally in self.shards.splits.values()) - before
+
+    def check_space(self, rest: float) -> None:
+        """Raise DataError if the disk is too small for `rest` times the text appended so far."""
+        needed = rest * self.new_tokens * self.shards.dtype.itemsize
+        free = shutil.disk_usage(self.staging).free
+        if needed > free:
+            raise DataError(
+                f"{self.folder}: the dataset will take about {needed / 1e9:,.1f} GB more, and "
+                f"{free / 1e9:,.1f} GB are free there; free some, or choose another place"
+            )
+
+    # --- finishing -------------------------------------------------------------------------------
+
+    def finish(self) -> Manifest:
+        """Complete the dataset, write its manifest, and move it into place. Raises DataError if it
+        has no text."""
+        request, existing, tokenizer = self.request, self.existing, self.tokenizer
+        shards, splits = self.shards, self.shards.splits.values()
+        self.files.flush()
+        sources: dict[str, Amount] = {}
+        remarks: Counter[str] = Counter()
+        for row in rows_of(self.staging):
+            amount = Amount(files=1, **{k: row[k] for k in ("documents", "bytes", "tokens")})
+            sources[row["source"]] = sources.get(row["source"], Amount()) + amount
+            remarks.update(row["remarks"])
+            for remark in row["remarks"]:
+                self.remarked.setdefault(remark, []).append(row["name"])
+        if not any(tally.tokens for tally in splits):
+            raise DataError(self._nothing())
+        if request.val_fraction > 0 and not all(tally.tokens for tally in splits):
+            shards.hold_out_tail(request.val_fraction, tokenizer.decode)
+        shards.close()
+        if request.format == "llm.c":
+            separator = None if tokenizer.bos is not None else tokenizer.eos
+            write_llm_c(self.staging, shards.closed, name=self.folder.name, separator=separator)
+        self.seen.commit()
+        flush(self.files)
+        paths = [*(existing.paths if existing else []), *map(legible, request.paths)]
         manifest = Manifest(
             format_version=FORMAT_VERSION,
-            tokenizer=self.tokenizer.name,
-            tokenizer_fingerprint=self.tokenizer.fingerprint,
-            vocab_size=self.tokenizer.vocab_size,
-            dtype=self.name,
-            beginning_of_document=self.tokenizer.bos,
-            end_of_document=self.tokenizer.eos,
+            tokenizer=tokenizer.name,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            dtype=shards.name,
+            beginning_of_document=tokenizer.bos,
+            end_of_document=tokenizer.eos,
+            paths=list(dict.fromkeys(paths)),
+            options=existing.options if existing else request.options,
+            splits={name: Amount(**asdict(tally)) for name, tally in shards.splits.items()},
+            sources=sources,
+            duplicates=self.place.duplicates + (existing.duplicates if existing else 0),
+            inexact_cuts=self.place.inexact_cuts + (existing.inexact_cuts if existing else 0),
+            remarks=dict(remarks),
             files_sha256=sha256_of(self.staging / FILES),
-            splits={name: Amount(**asdict(tally)) for name, tally in self.splits.items()},
-            shards=sorted(
-                (s.model_copy(update={"file": s.file.replace(NEW, "")}) for s in self.closed),
-                key=lambda shard: shard.file,
-            ),
-            **facts,
+            shards=shards.settled,
         )
         write_whole(self.staging / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
         move_into_place(self.folder)
         return manifest
 
-    def _next_shard(self, split: SplitName) -> OpenShard:
-        number = sum(shard.split == split for shard in self.closed)
-        name = f"{split}-{number:05d}{self.ending}"
-        for path in files_of(self.staging, name):
-            path.unlink(missing_ok=True)
-        return OpenShard(split, self.staging / name, self.dtype)
+    def _nothing(self) -> str:
+        where, count = ", ".join(self.request.paths), len(self.corpus.files)
+        files = f"{count:,} file{'s' if count > 1 else ''}"
+        for remark, names in self.remarked.items():
+            if remark.startswith("not UTF-8"):
+                return (
+                    f"{where}: no UTF-8 text in its {files} ({names[0]} the first); "
+                    "convert what is text"
+                )
+            if remark == DAMAGED:
+                return f"{where}: damaged from the beginning on ({names[0]}); get it again"
+        return f"{where}: no text in its {files}; give a folder of text"
 
-    def _as_training(self, shard: Shard) -> Shard:
-        if shard.split == "train":
-            return shard
-        path = self.staging / shard.file
-        new = path.with_name(path.name.replace("val-", "train-"))
-        for of in (Path, index_path, blocks_path):
-            _link(of(path), of(new))
-        return shard.model_copy(update={"file": new.name, "split": "train"})
+
+def move_into_place(folder: Path) -> None:
+    """Move a complete dataset from its staging folder to its final place. Does nothing if there is
+    no staging folder with a manifest; the manifest is what marks a dataset as complete."""
+    staging = _staging_dir(folder)
+    if not (staging / MANIFEST).exists():
+        shutil.rmtree(folder / REPLACED, ignore_errors=True)
+        return
+    settle_shards(staging, read_manifest(staging).shards)
+    (staging / PROGRESS).unlink(missing_ok=True)
+    if folder.exists():
+        shutil.rmtree(staging / REPLACED, ignore_errors=True)
+        folder.rename(staging / REPLACED)
+    staging.rename(folder)
+    shutil.rmtree(folder / REPLACED, ignore_errors=True)
+
+
+def find_earlier(request: TokenizeRequest) -> Earlier:
+    """Return what earlier runs left, after moving a complete dataset into place. Raises DataError
+    if something else is in its place."""
+    out, staging = request.out, _staging_dir(request.out)
+    move_into_place(out)
+    if not out.exists():
+        if request.append:
+            raise DataError(f"{out}: no dataset there to append to; leave --append out")
+    elif not (out / MANIFEST).is_file():
+        if not out.is_dir() or any(out.iterdir()):
+            raise DataError(f"{out}: exists and is not a dataset; choose another folder with --out")
+        out.rmdir()
+    existing = read_manifest(out) if out.exists() and not request.force else None
+    saved, finished = None, []
+    with suppress(OSError, ValueError):  # there is none, or another version of the program saved it
+        read = SavedProgress.model_validate_json((staging / PROGRESS).read_bytes())
+        with (staging / FILES).open("rb") as file:
+            lines = file.read(read.here.written.files_bytes).splitlines()
+        finished = [json.loads(line) for line in lines[max(0, len(lines) - read.here.place.file) :]]
+        points = (read.here, read.file_began)
+        if all(are_on_disk(staging, point.written, read.shards) for point in points):
+            saved = read
+    return Earlier(existing, rows_of(out), saved, finished, staging / "tokenizer.json")
+
+
+def _staging_dir(folder: Path) -> Path:
+    return folder.with_name(folder.name + PARTIAL)
 
 
 def _is_locked(folder: int) -> bool:
@@ -289,10 +352,3 @@ def _is_locked(folder: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or no support for links
-        shutil.copyfile(source, target)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain_cli.data.tokenizing import encoding, writer
+from pretrain_cli.data.tokenizing import encoding, shard_writer, writer
 
 # Small sizes, so that a corpus of about 100 kB has many batches, blocks and saves.
 SMALL = {
@@ -36,7 +36,7 @@ FULL = (
 )
 WENT_ON = "Continued what an earlier run had finished"
 
-ADD = "pretrain_cli.data.tokenizing.writer.DatasetWriter.add"
+ADD = "pretrain_cli.data.tokenizing.shard_writer.ShardWriter.add"
 NOTE = "pretrain_cli.data.tokenizing.writer.DatasetWriter.save_progress"
 FINISH = "pretrain_cli.data.tokenizing.writer.DatasetWriter.finish"
 
@@ -127,8 +127,8 @@ def killed(driven, tmp_path):
         (NOTE, 2, True),
         ("os.fsync", 100, True),
         ("pathlib.Path.replace", 10, True),
-        ("pretrain_cli.data.tokenizing.open_shard.OpenShard.close", 3, True),
-        ("pretrain_cli.data.tokenizing.writer.DatasetWriter.close_shards", 1, True),
+        ("pretrain_cli.data.tokenizing.shard_writer.OpenShard.close", 3, True),
+        ("pretrain_cli.data.tokenizing.shard_writer.ShardWriter.close", 1, True),
         (FINISH, 1, True),
     ],
 )
@@ -192,7 +192,7 @@ def test_a_run_with_several_processes_resumes_with_one(straight, killed, again):
     [
         ("shutil.copyfile", 1),
         ("shutil.copyfile", 2),
-        ("pretrain_cli.data.tokenizing.writer.DatasetWriter._as_training", 2),
+        ("pretrain_cli.data.tokenizing.shard_writer.ShardWriter._as_training", 2),
         ("pretrain_cli.data.shards.TokenStream.read", 1),
         (FINISH, 1),
     ],
@@ -242,9 +242,9 @@ def test_an_interrupted_run_resumes(straight, again, pretrain, small, monkeypatc
     calls = []
     real = writer.DatasetWriter.save_progress
 
-    def interrupt(self, progress):
-        real(self, progress)
-        calls.append(progress)
+    def interrupt(self):
+        real(self)
+        calls.append(self.place)
         if len(calls) == 9:
             raise KeyboardInterrupt
 
@@ -260,7 +260,10 @@ def test_a_full_disk_prints_one_line_and_the_next_run_resumes(
 ):
     options = ["--val-fraction", "0.000001"]
     calls = []
-    real = getattr(writer.DatasetWriter, where)
+    part = (
+        writer.DatasetWriter if hasattr(writer.DatasetWriter, where) else shard_writer.ShardWriter
+    )
+    real = getattr(part, where)
 
     def full(self, *given, **named):
         calls.append(given)
@@ -269,7 +272,7 @@ def test_a_full_disk_prints_one_line_and_the_next_run_resumes(
         return real(self, *given, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer.DatasetWriter, where, full)
+        patch.setattr(part, where, full)
         done = pretrain(" ".join(["tokenize corpus --out killed/made", *OPTIONS, *options]))
     assert (done.code, done.err) == (2, FULL)
     assert again(*options) == (straight(*options), True)

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
 
@@ -15,29 +14,38 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pretrain_cli.data.corpus.source_files import Corpus, TextFile
 from pretrain_cli.data.dataset import open_dataset
 from pretrain_cli.data.shards import read_manifest
 from pretrain_cli.data.tokenizers.tokenizer import load_tokenizer, read_tokenizer
-from pretrain_cli.data.tokenizing import writer as module
-from pretrain_cli.data.tokenizing.resume import as_written, read_progress, saved_shards
-from pretrain_cli.data.tokenizing.staging import move_into_place
-from pretrain_cli.data.tokenizing.writer import DatasetWriter
+from pretrain_cli.data.tokenizing import shard_writer
+from pretrain_cli.data.tokenizing.progress import Cursor, FileDone
+from pretrain_cli.data.tokenizing.request import TokenizeRequest
+from pretrain_cli.data.tokenizing.writer import DatasetWriter, find_earlier, move_into_place
 from pretrain_cli.errors import DataError
 
 DOCUMENTS = [b"first", b"the second one", "drittes – ü".encode(), b"4", b"and the fifth, long"]
 HELD_OUT = [b"for validation", b"and this"]
-FACTS = {"paths": ["corpus"], "options": {}, "sources": {}, "duplicates": 0, "inexact_cuts": 0,
-         "remarks": {}}  # fmt: skip
 
 
-def writer(folder, **options):
-    return DatasetWriter(folder, load_tokenizer("bytes"), **{"shard_tokens": 10} | options)
+def asked(folder, **options):
+    options = {"val_fraction": 0, "shard_tokens": 10} | options
+    return TokenizeRequest(paths=("corpus",), out=folder, tokenizer="bytes", **options)
+
+
+def writer(folder, tokenizer=None, **options):
+    request = asked(folder, **options)
+    return DatasetWriter(request, Corpus([]), tokenizer or load_tokenizer("bytes"))
 
 
 def add(writer, split, documents):
     for document in documents:
-        writer.add(split, np.array([*document, 256]), [0])
-        writer.splits[split].bytes += len(document)
+        writer.shards.add(split, np.array([*document, 256]), [0])
+        writer.shards.splits[split].bytes += len(document)
+
+
+def end_file(writer, name):
+    writer.end_file(FileDone(TextFile(name, name, "corpus"), Cursor(), "", {}))
 
 
 def row(documents):
@@ -88,9 +96,11 @@ def test_tokens_added_in_any_portions_are_written_unchanged(
         made.begin()
         start = 0
         for end in cuts:
-            made.add("train", tokens[start:end], [at - start for at in begins if start <= at < end])
+            made.shards.add(
+                "train", tokens[start:end], [at - start for at in begins if start <= at < end]
+            )
             start = end
-        manifest = made.finish(**FACTS)
+        manifest = made.finish()
     documents = [
         tokens[begin : begin + length].tolist()
         for begin, length in zip(begins, lengths, strict=True)
@@ -137,10 +147,10 @@ def test_the_vocabulary_size_determines_the_token_width(tmp_path, ids, dtype):
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, "<eos>"))
     backend.save(str(tmp_path / "tokenizer.json"))
     tokenizer = read_tokenizer(tmp_path / "tokenizer.json", name="numbers")
-    with DatasetWriter(tmp_path / "made", tokenizer, shard_tokens=1000) as made:
+    with writer(tmp_path / "made", tokenizer, shard_tokens=1000) as made:
         made.begin()
-        made.add("train", np.array([1, ids - 1, 0]), [0])
-        manifest = made.finish(**FACTS)
+        made.shards.add("train", np.array([1, ids - 1, 0]), [0])
+        manifest = made.finish()
     assert (manifest.dtype, manifest.largest_token) == (dtype, ids - 1)
     width = {"uint16": 2, "uint32": 4}[dtype]
     assert (tmp_path / "made/train-00000.bin").stat().st_size == 3 * width
@@ -160,8 +170,8 @@ def test_the_tail_of_any_number_of_shards_is_held_out(
     with writer(tmp_path / "made", shard_tokens=shard_tokens) as made:
         made.begin()
         add(made, split, DOCUMENTS)
-        made.hold_out_tail(fraction)
-        manifest = made.finish(**FACTS)
+        made.shards.hold_out_tail(fraction, load_tokenizer("bytes").decode)
+        manifest = made.finish()
     whole = row(DOCUMENTS)
     train, val = (read_back(tmp_path / "made", name) for name in ("train", "val"))
     assert [token for ids in train + val for token in ids] == whole
@@ -182,12 +192,12 @@ def test_the_tail_of_any_number_of_shards_is_held_out(
 
 
 def test_a_tail_longer_than_one_block_is_held_out(tmp_path, monkeypatch, read_back):
-    monkeypatch.setattr(module, "TAIL_BLOCK", 9)
+    monkeypatch.setattr(shard_writer, "TAIL_BLOCK", 9)
     with writer(tmp_path / "made", shard_tokens=25) as made:
         made.begin()
         add(made, "val", DOCUMENTS)
-        made.hold_out_tail(0.7)
-        made.finish(**FACTS)
+        made.shards.hold_out_tail(0.7, load_tokenizer("bytes").decode)
+        made.finish()
     train, val = (read_back(tmp_path / "made", name) for name in ("train", "val"))
     assert [token for ids in train + val for token in ids] == row(DOCUMENTS)
     assert sum(map(len, val)) == round(len(row(DOCUMENTS)) * 0.7)
@@ -203,22 +213,17 @@ def interrupted(folder, split="train", noted=3, lost=2):
     made.__enter__()
     made.begin()
     add(made, split, DOCUMENTS[:noted])
-    made.file_done({"name": "kept"})
-    written = made.written()
-    made.save_progress({"written": asdict(written)})
+    end_file(made, "kept")
+    made.save_progress()
+    written = made.file_began.written
     add(made, split, DOCUMENTS[noted : noted + lost])
-    made.file_done({"name": "lost"})
+    end_file(made, "lost")
     return made, written
 
 
 def found(folder):
-    """Return the saved progress as the next writer reads it: state and finished shards."""
-    progress = read_progress(folder)
-    assert progress is not None
-    shards = saved_shards(progress)
-    written = as_written(folder, progress["written"], shards)
-    assert written is not None
-    return written, shards
+    """Return the saved progress as the next writer reads it."""
+    return find_earlier(asked(folder)).saved
 
 
 @pytest.mark.parametrize("noted", [1, 2, 3, 4])
@@ -226,16 +231,16 @@ def test_tokens_written_after_the_last_save_are_discarded(tmp_path, contents, no
     made, _ = interrupted(tmp_path / "made", noted=noted, lost=1)
     made.__exit__(KeyboardInterrupt, None, None)
     with writer(tmp_path / "made") as again:
-        again.resume(*found(tmp_path / "made"))
+        again.begin(found(tmp_path / "made"))
         add(again, "train", DOCUMENTS[noted:])
         add(again, "val", HELD_OUT)
-        again.finish(**FACTS)
+        again.finish()
     with writer(tmp_path / "straight") as straight:
         straight.begin()
         add(straight, "train", DOCUMENTS)
-        straight.file_done({"name": "kept"})
+        end_file(straight, "kept")
         add(straight, "val", HELD_OUT)
-        straight.finish(**FACTS)
+        straight.finish()
     assert contents(tmp_path / "made") == contents(tmp_path / "straight")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "straight"]
 
@@ -245,16 +250,16 @@ def test_holding_out_the_tail_does_not_change_saved_files(tmp_path, split):
     """Otherwise a run interrupted in this step could not resume."""
     folder = tmp_path / "made"
     made, written = interrupted(folder, split, noted=len(DOCUMENTS), lost=0)
-    noted = {shard.file for shard in made.closed} | {e.file for e in written.open.values()}
+    noted = {shard.file for shard in made.shards.closed} | {e.file for e in written.open.values()}
     before = {name: (folder.with_name("made.partial") / name).read_bytes() for name in noted}
-    made.hold_out_tail(0.6)
+    made.shards.hold_out_tail(0.6, load_tokenizer("bytes").decode)
     made.__exit__(KeyboardInterrupt, None, None)
     for name, data in before.items():
         assert (folder.with_name("made.partial") / name).read_bytes()[: len(data)] == data, name
     with writer(folder) as again:
-        again.resume(*found(folder))
-        again.hold_out_tail(0.6)
-        again.finish(**FACTS)
+        again.begin(found(folder))
+        again.shards.hold_out_tail(0.6, load_tokenizer("bytes").decode)
+        again.finish()
     opened = open_dataset(folder)
     tokens = opened.train.tokens.read(0, 99).tolist() + opened.val.tokens.read(0, 99).tolist()
     assert tokens == row(DOCUMENTS)
@@ -263,17 +268,16 @@ def test_holding_out_the_tail_does_not_change_saved_files(tmp_path, split):
 def test_saved_progress_that_does_not_match_the_files_is_ignored(tmp_path):
     made, written = interrupted(tmp_path / "made")
     made.__exit__(KeyboardInterrupt, None, None)
-    again, shards = found(tmp_path / "made")
-    assert again == written
+    assert found(tmp_path / "made").here.written == written
     os.truncate(tmp_path / "made.partial" / written.open["train"].file, 2)
-    assert as_written(tmp_path / "made", asdict(written), shards) is None
+    assert found(tmp_path / "made") is None
 
 
 def test_a_missing_or_invalid_progress_file_is_ignored(tmp_path):
     (tmp_path / "made.partial").mkdir()
-    assert read_progress(tmp_path / "made") is None
+    assert found(tmp_path / "made") is None
     (tmp_path / "made.partial/progress.json").write_text("{")
-    assert read_progress(tmp_path / "made") is None
+    assert found(tmp_path / "made") is None
 
 
 # --- failures and replacement --------------------------------------------------------------------
@@ -283,7 +287,7 @@ def test_a_writer_that_fails_before_its_first_save_leaves_nothing(tmp_path):
     def fail():
         with writer(tmp_path / "made") as made:
             made.begin()
-            made.add("train", np.array([1, 2, 256]), [0])
+            made.shards.add("train", np.array([1, 2, 256]), [0])
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -301,8 +305,8 @@ def test_a_full_disk_raises_the_original_error(tmp_path, monkeypatch):
     def fill():
         with writer(tmp_path / "made", shard_tokens=1000) as made:
             made.begin()
-            made.add("train", np.arange(256), [0])
-            made.save_progress({})
+            made.shards.add("train", np.arange(256), [0])
+            made.save_progress()
 
     monkeypatch.setattr(Path, "open", full)
     with pytest.raises(OSError, match="No space left") as error:
@@ -376,7 +380,7 @@ def test_a_second_writer_of_the_same_dataset_is_refused(tmp_path):
             f"{tmp_path / 'made.partial'}: another process is writing it; wait for it, or choose "
             "another folder with --out"
         )
-        one.finish(**FACTS)
+        one.finish()
     assert read_manifest(tmp_path / "made").total.documents == len(DOCUMENTS)
 
 

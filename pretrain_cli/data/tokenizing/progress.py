@@ -1,0 +1,125 @@
+"""Records of tokenizing: positions that travel beside the text, and what runs save and find."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel
+
+from pretrain_cli.data.corpus.source_files import TextFile
+from pretrain_cli.data.shards import Manifest, Shard, SplitName, TokenType
+
+Row = dict[str, Any]
+"""A line of files.jsonl."""
+
+
+class Cursor(NamedTuple):
+    """Position in the corpus, with counts of everything before it."""
+
+    file: int = 0
+    document: int = 0
+    """Documents of the current file that are complete."""
+    block: int = 0
+    """Complete blocks of the next document."""
+    ordinal: int = 0
+    """Documents of the corpus that are complete."""
+    duplicates: int = 0
+    inexact_cuts: int = 0
+
+
+class FileDone(NamedTuple):
+    """A file that was read to its end."""
+
+    file: TextFile
+    behind: Cursor
+    sha256: str
+    remarks: dict[str, int]
+
+
+class BlockRecord(NamedTuple):
+    """Facts about a block that are known when it is queued."""
+
+    behind: Cursor
+    """Position of the text after this block."""
+    split: SplitName
+    begins: bool
+    document_bytes: int
+    """Bytes of the document that ends in this block."""
+    raw_bytes: int
+    """Bytes of the corpus read so far."""
+    ended: Sequence[FileDone]
+    """Files that ended before this block."""
+
+
+@dataclass
+class Tally:
+    """Running count of text."""
+
+    documents: int = 0
+    bytes: int = 0
+    """Bytes of complete documents."""
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Extent of an unfinished shard."""
+
+    file: str
+    tokens: int
+    documents: int
+
+
+@dataclass(frozen=True)
+class WriteState:
+    """Content of a dataset at one point of writing."""
+
+    dtype: TokenType
+    closed: int
+    """Number of finished shards; these never change."""
+    open: dict[SplitName, Extent]
+    splits: dict[SplitName, Tally]
+    files_bytes: int
+    """Length of files.jsonl."""
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Position in the corpus and the state of the writer at that position."""
+
+    place: Cursor
+    of_file: Tally
+    """Text of the current file so far."""
+    written: WriteState
+
+
+class SavedProgress(BaseModel):
+    """Contents of progress.json, saved every few seconds."""
+
+    options: dict[str, Any]
+    appends_to: str | None
+    """Fingerprint of the dataset that is appended to."""
+    file: list[Any] | None
+    """Identity of the file at `here`; None after the last file."""
+    here: ResumePoint
+    file_began: ResumePoint
+    """Beginning of that file, to return to if the file has changed."""
+    shards: list[Shard]
+    """Finished shards."""
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """State in which earlier runs left a dataset."""
+
+    existing: Manifest | None
+    """The dataset, unless it is to be replaced."""
+    rows: Iterator[Row]
+    """Its files."""
+    saved: SavedProgress | None
+    """Progress of an interrupted run."""
+    finished: list[Row]
+    """Files that the interrupted run finished."""
+    tokenizer: Path
+    """File of its tokenizer."""

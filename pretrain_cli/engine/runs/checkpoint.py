@@ -9,7 +9,8 @@
         └── checksums.json           of every file above; written last
 
 `take_snapshot` copies the contents while training waits; `write_checkpoint` writes them while
-training continues. It writes to a temporary folder, flushes it and renames it, so a folder named
+training continues. On a GPU the copies are only queued, and training queues its next step behind
+them. The files are written to a temporary folder, which is flushed and renamed, so a folder named
 step-… is always complete. The checksums reveal later damage. Weights larger than
 train.max_shard_size are split into several files with an index. Moments are stored under published
 tensor names, so a run can resume with merged or separate projections, on one rank or many.
@@ -19,7 +20,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from pretrain_cli.data.tokenizers.tokenizer import Tokenizer
 from pretrain_cli.engine.optim.kinds import ADAMW_STATE, OPTIMIZERS
 from pretrain_cli.engine.optim.optimizer import state_names
 from pretrain_cli.engine.runtime.distributed import Ranks, distribute_like, full_tensor, is_sharded
+from pretrain_cli.engine.runtime.transfer import completion
 from pretrain_cli.errors import CheckpointError
 from pretrain_cli.files import flush, sha256_of
 from pretrain_cli.model.config import ModelConfig
@@ -83,6 +85,8 @@ class Snapshot:
     tokenizer: Tokenizer
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]
+    wait: Callable[[], None]
+    """Waits for copies from a GPU that are only queued."""
 
 
 def take_snapshot(
@@ -92,22 +96,20 @@ def take_snapshot(
     *,
     tokenizer: Tokenizer,
     ranks: Ranks,
-    copy: bool = True,
+    to_host: Callable[[Tensor], Tensor],
 ) -> Snapshot | None:
     """Take a snapshot of everything a checkpoint holds. Every rank must call this; the first one
     gets the snapshot.
 
-    Training may continue without changing the snapshot, unless `copy` is false on a CPU: it then
-    shares the model's memory.
+    `to_host` copies a tensor to the host, or queues the copy on the current stream. Training may
+    continue without changing the snapshot, unless `to_host` returns the tensor itself.
     """
     if not ranks.is_first and not is_sharded(model):  # the first rank has everything
         return None
 
     def taken(tensor: Tensor) -> Tensor | None:
         tensor = full_tensor(tensor.detach())
-        if not ranks.is_first:
-            return None
-        return tensor.to("cpu", copy=copy and not is_sharded(model))
+        return to_host(tensor) if ranks.is_first else None
 
     kept = state_names(optimizer)
     moments = {"rng": torch.get_rng_state()}
@@ -120,7 +122,12 @@ def take_snapshot(
     if not ranks.is_first:
         return None
     return Snapshot(
-        state=state, config=model.config, tokenizer=tokenizer, weights=weights, moments=moments
+        state=state,
+        config=model.config,
+        tokenizer=tokenizer,
+        weights=weights,
+        moments=moments,
+        wait=completion(ranks.device),
     )
 
 

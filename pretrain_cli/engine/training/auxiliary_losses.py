@@ -1,17 +1,18 @@
 """Auxiliary losses of a step, read as numbers, and the load of each expert."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pretrain_cli.engine.runtime.distributed import Ranks
+from pretrain_cli.engine.runtime.transfer import to_host
 from pretrain_cli.model.decoder import LossParts, LossWeights
 
 
 class AuxiliaryLosses:
-    """Auxiliary losses of one step, summed over its micro-steps on the device. Only `read`
-    synchronizes the CPU with the device.
+    """Auxiliary losses of one step, summed over its micro-steps on the device.
 
     The z-loss is a mean over the step's tokens, like the cross-entropy. The balancing loss is not:
     its f and P come from the tokens of one micro-step on one rank, as in transformers, and the step
@@ -31,14 +32,19 @@ class AuxiliaryLosses:
             earlier = self.choices
             self.choices = parts.choices if earlier is None else earlier + parts.choices
 
-    def read(self, ranks: Ranks) -> dict[str, Any]:
-        """Return the fields of StepMetrics, reduced over all ranks. Every rank must call this."""
+    def start_read(self, ranks: Ranks) -> Callable[[], dict[str, Any]]:
+        """Start reducing over all ranks and copying to the host. The result waits for the device
+        and returns the fields of StepMetrics. Every rank must call this."""
         assert self.sums is not None, "no micro-step was added"
-        z_loss, balancing = (ranks.sum(self.sums) / ranks.world_size).tolist()
+        sums = to_host(ranks.sum(self.sums) / ranks.world_size)
+        choices = None if self.choices is None else to_host(ranks.sum(self.choices))
+        return lambda: self._fields(sums(), choices() if choices else None)
+
+    def _fields(self, sums: Tensor, choices: Tensor | None) -> dict[str, Any]:
+        z_loss, balancing = sums.tolist()
         numbers: dict[str, Any] = {"z_loss": z_loss} if self.weights.z_loss else {}
-        if self.choices is None:
+        if choices is None:  # else (layers, E)
             return numbers
-        choices = ranks.sum(self.choices).cpu()  # (layers, E)
         shares = choices.sum(0) / choices.sum()
         return numbers | {
             "balancing_loss": balancing,

@@ -17,6 +17,7 @@ from pretrain_cli.engine.runs.checkpoint import State
 from pretrain_cli.engine.runs.events import Evaluation, Validation
 from pretrain_cli.engine.runtime.distributed import Ranks, reshard
 from pretrain_cli.engine.runtime.stop import StopRequest
+from pretrain_cli.engine.runtime.transfer import to_device
 from pretrain_cli.engine.training.job import Job
 from pretrain_cli.engine.training.run_log import RunLog
 from pretrain_cli.targets import IGNORE_INDEX
@@ -131,8 +132,11 @@ def _summed(
     check: Callable[[], object],
     **shape: int,
 ) -> Tensor:
-    """Return the sum of this rank's losses on a dataset and the number of its targets. -> (2,)"""
-    total = torch.zeros(2, dtype=torch.float64)  # not every device has it
+    """Return the sum of this rank's losses on a dataset and the number of its targets. -> (2,)
+
+    Waits for the device once, after the last batch.
+    """
+    losses, counted, total = [], 0, 0.0
     for inputs, targets in validation_batches(
         dataset.val.tokens, rank=ranks.rank, world_size=ranks.world_size, **shape
     ):
@@ -140,15 +144,18 @@ def _summed(
         documents = None
         if document_mask:
             numbers = document_numbers(inputs, dataset.separator, leads=dataset.separator_leads)
-            documents = torch.from_numpy(numbers).to(ranks.device)
-        total[0] += model(
-            torch.from_numpy(inputs).to(ranks.device),
-            torch.from_numpy(targets).to(ranks.device),
+            documents = to_device(numbers, ranks.device)
+        parts = model(
+            to_device(inputs, ranks.device),
+            to_device(targets, ranks.device),
             documents=documents,
             normalizer=1,
-        ).cross_entropy.item()
-        total[1] += int((targets != IGNORE_INDEX).sum())
-    return total
+        )
+        losses.append(parts.cross_entropy)
+        counted += int((targets != IGNORE_INDEX).sum())
+    for loss in torch.stack(losses).tolist():  # in float64, which not every device has
+        total += loss
+    return torch.tensor([total, counted], dtype=torch.float64)
 
 
 def _mean(sums: Tensor, splits: list[Split]) -> Validation:

@@ -1,4 +1,8 @@
-"""Batches on the device: reads the next one in a thread while the current one trains."""
+"""Batches on the device: a thread reads and copies the next one while the current one trains.
+
+thread         read ── pin ── copy, on a stream of its own ─┐
+training step ──────────────────────────────────────────────┴── next step
+"""
 
 import time
 from collections.abc import Callable
@@ -16,6 +20,7 @@ from pretrain_cli.data.packing import Packed
 from pretrain_cli.engine.planning.plan import Plan
 from pretrain_cli.engine.runs.events import Emit, Notice
 from pretrain_cli.engine.runtime.distributed import Ranks
+from pretrain_cli.engine.runtime.transfer import runs_behind, to_device
 from pretrain_cli.spans import span
 
 
@@ -88,22 +93,25 @@ class Prefetcher:
         self.wait = 0.0
         self.reader = ThreadPoolExecutor(1, "batches") if prefetch else None
         self.coming: Future[DeviceBatch] | None = None
+        self.stream = torch.cuda.Stream(device) if runs_behind(device) else None
 
     def next(self) -> DeviceBatch:
         """Return this rank's share of the next step, on the device."""
         asked = time.perf_counter()
         with span("data"):
-            read = self.coming.result() if self.coming else self._read(self.sample)
+            batch = self.coming.result() if self.coming else self._read(self.sample)
+            self._wait_for_copy(batch)
             self.sample += self.batches.samples_per_step
             if self.reader:
                 self.coming = self.reader.submit(self._read, self.sample)
-            batch = self._placed(read)
         self.wait = time.perf_counter() - asked
         return batch
 
     def at(self, sample: int) -> DeviceBatch:
         """Return this rank's share of the step at another position, without moving."""
-        return self._placed(self._read(sample))
+        batch = self._read(sample)
+        self._wait_for_copy(batch)
+        return batch
 
     def go_to(self, sample: int) -> None:
         """Continue from this sample."""
@@ -117,18 +125,27 @@ class Prefetcher:
         """Return how many of the samples before this one come from each source."""
         return self.batches.interleaving.counts(sample)
 
-    def _placed(self, batch: DeviceBatch) -> DeviceBatch:
-        return batch.each(lambda tensor: tensor.to(self.device, non_blocking=True))
-
     def _read(self, sample: int) -> DeviceBatch:
+        """Read a batch and start to copy it to the device. A GPU copies it beside the kernels of
+        the current step, not after them."""
         read = self.batches.starting_at(sample)
-        documents = None if read.documents is None else torch.from_numpy(read.documents)
-        batch = DeviceBatch(
-            torch.from_numpy(read.inputs), torch.from_numpy(read.targets), documents, read.counted
-        )
-        if self.device.type == "cuda":  # a copy from pinned memory doesn't keep the CPU waiting
-            return batch.each(Tensor.pin_memory)
-        return batch
+        with torch.cuda.stream(self.stream):  # does nothing without one
+            return DeviceBatch(
+                to_device(read.inputs, self.device),
+                to_device(read.targets, self.device),
+                None if read.documents is None else to_device(read.documents, self.device),
+                read.counted,
+            )
+
+    def _wait_for_copy(self, batch: DeviceBatch) -> None:
+        """Make the GPU's current stream, not the host, wait for the batch."""
+        if self.stream is None:
+            return
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self.stream)
+        for tensor in (batch.inputs, batch.targets, batch.documents):
+            if tensor is not None:
+                tensor.record_stream(current)  # its memory is free again after this use
 
     def close(self) -> None:
         if self.reader:

@@ -46,10 +46,10 @@ class Rollback:
         self.back_at = -1
         self._note_divergence("")
 
-    def collect_outcomes(self, state: State) -> State:
+    def collect_outcomes(self, state: State, *, started: bool = False) -> State:
         """Read the outcomes of the steps up to this one and report the skipped ones. Waits for the
-        device."""
-        verdicts = self.guard.read()
+        device. If `started`, this is the step of the guard's last `start_read`."""
+        verdicts = self.guard.read(started=started)
         steps = range(state.step - len(verdicts) + 1, state.step + 1)
         taken = [step for step, each in zip(steps, verdicts, strict=True) if not each.in_a_row]
         for step, verdict in zip(steps, verdicts, strict=True):
@@ -60,7 +60,8 @@ class Rollback:
                 verdict,
                 step=step,
                 samples=(first, first + self.job.plan.samples_per_step),
-                same_weights=not any(later > step for later in taken),
+                same_weights=not any(later > step for later in taken)
+                and not self.guard.took_unread(),
                 rollbacks=state.rollbacks,
                 job=self.job,
             )
@@ -92,6 +93,7 @@ class Rollback:
         Raises PretrainError if there is no such checkpoint, or after too many rollbacks. Call it
         only while no checkpoint is being written.
         """
+        state = self.collect_outcomes(state)
         run, plan, ranks = self.log.run, self.job.plan, self.job.ranks
         limit = plan.settings.train.max_rollbacks
         in_a_row = self.guard.last.in_a_row

@@ -3,12 +3,13 @@
     loss, gradient norm ──> finite? no spike? ──> a flag ──> the optimizer steps or leaves all as is
 
 The decision is made on the device, from the same numbers on every rank, so the CPU does not wait:
-it reads the outcomes only when a step is logged. A skipped step still counts as a step of the run,
-consumes its samples and moves the schedule. Weights, moments and the optimizer's own step count
-keep their exact bits.
+it reads the outcomes only when a step is logged, on a GPU while the next step runs. A skipped step
+still counts as a step of the run, consumes its samples and moves the schedule. Weights, moments and
+the optimizer's own step count keep their exact bits.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from pretrain_cli.engine.runtime.distributed import Ranks
+from pretrain_cli.engine.runtime.transfer import to_host
 
 MEMORY = 50
 """Steps: a spike is measured against about the last 50, and no spike is detected before step 50."""
@@ -52,6 +54,7 @@ class StepGuard:
     ) -> None:
         self.ranks, self.skip_spikes, self.max_skips = ranks, skip_spikes, max_skips
         self.unread: list[Tensor] = []
+        self.coming: list[Callable[[], Tensor]] = []
         self.load_state_dict({})
 
     def step(self, optimizer: Optimizer, loss: Tensor, norm: Tensor) -> None:
@@ -90,13 +93,25 @@ class StepGuard:
         largest = torch.finfo(variance.dtype).max  # and not infinity, which would never fade
         self.variance = torch.where(skip, self.variance, variance.clamp(max=largest))
 
-    def read(self) -> list[StepOutcome]:
-        """Return the outcomes of the steps since the last call. Waits for the device."""
-        rows = torch.stack(self.unread).tolist() if self.unread else []
-        self.unread = []
-        verdicts = [_verdict(row) for row in rows]
+    def start_read(self) -> None:
+        """Start copying the outcomes so far to the host, without waiting for the device."""
+        if self.unread:
+            self.coming.append(to_host(torch.stack(self.unread)))
+            self.unread = []
+
+    def read(self, *, started: bool = False) -> list[StepOutcome]:
+        """Return the outcomes of the steps since the last call or, if `started`, of those up to
+        the last `start_read`. Waits until the device has run these steps."""
+        if not started:
+            self.start_read()
+        verdicts = [_verdict(row) for rows in self.coming for row in rows().tolist()]
+        self.coming = []
         self.last = verdicts[-1] if verdicts else self.last
         return verdicts
+
+    def took_unread(self) -> bool:
+        """Return whether a step after those read was taken. Waits for the device."""
+        return any(row[-1].item() == 0 for row in self.unread)
 
     @property
     def is_exhausted(self) -> bool:
@@ -105,11 +120,13 @@ class StepGuard:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint as plain numbers, exactly."""
+        counts = torch.stack([self.taken, self.in_a_row])
+        taken, in_a_row, *rest = torch.cat([counts, self.mean, self.variance]).tolist()
         return {
-            "taken": int(self.taken.item()),
-            "in_a_row": int(self.in_a_row.item()),
-            "mean": self.mean.tolist(),
-            "variance": self.variance.tolist(),
+            "taken": int(taken),
+            "in_a_row": int(in_a_row),
+            "mean": rest[:2],
+            "variance": rest[2:],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -122,7 +139,7 @@ class StepGuard:
         self.in_a_row = tensor(state.get("in_a_row", 0))
         self.mean = tensor(state.get("mean", [0.0, 0.0]))  # of loss and gradient norm
         self.variance = tensor(state.get("variance", [0.0, 0.0]))
-        self.unread = []
+        self.unread, self.coming = [], []
         self.last = StepOutcome(math.nan, math.nan, "", state.get("in_a_row", 0))
 
 

@@ -9,27 +9,17 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from pretrain_cli.config.run_config import RunConfig
 from pretrain_cli.engine.planning.plan import Plan, make_plan
 from pretrain_cli.engine.runs import checkpoint
 from pretrain_cli.engine.runs.checkpoint import State
-from pretrain_cli.engine.runs.events import (
-    Emit,
-    Finished,
-    Profiled,
-    Started,
-    StepMetrics,
-    ignore,
-)
+from pretrain_cli.engine.runs.events import Emit, Finished, Profiled, Started, ignore
 from pretrain_cli.engine.runs.run_yaml import RunRecord
 from pretrain_cli.engine.runtime.distributed import device_name, open_ranks
 from pretrain_cli.engine.runtime.profiler import WARMUP_STEPS, Profiler
 from pretrain_cli.engine.runtime.speed import only_deterministic
 from pretrain_cli.engine.runtime.stop import Stopped, StopRequest
 from pretrain_cli.engine.training.async_save import check_space, checkpoint_size
-from pretrain_cli.engine.training.auxiliary_losses import AuxiliaryLosses
 from pretrain_cli.engine.training.checkpointer import Checkpointer
 from pretrain_cli.engine.training.evaluate import Evaluator
 from pretrain_cli.engine.training.job import Job, set_up
@@ -44,7 +34,7 @@ from pretrain_cli.engine.training.run_start import (
     tell_departures,
 )
 from pretrain_cli.engine.training.step import train_step
-from pretrain_cli.engine.training.throughput import ThroughputMeter
+from pretrain_cli.engine.training.throughput import StepReport, ThroughputMeter
 from pretrain_cli.model import counting
 
 PEAK_SECONDS = 0.2
@@ -101,9 +91,10 @@ def take_steps(job: Job[Plan], log: RunLog, stop: StopRequest, *, profile: int) 
     log.emit(_started(job, log.run))
     if state.step >= steps:
         log.notify(f"{log.run} has its {steps:,} steps; give more --steps to continue")
-    meter = _meter(job, log)
     sampling, evaluator = Sampling(job, log, stop), Evaluator(job, log, stop)
     rollback = Rollback(job, log)
+    report = StepReport(job, log, rollback)
+    meter = report.meter
     saves = Checkpointer(job, log, stop, rollback=rollback, evaluator=evaluator)
     profiler = _profiler(job, log.run, profile)
     try:
@@ -118,19 +109,19 @@ def take_steps(job: Job[Plan], log: RunLog, stop: StopRequest, *, profile: int) 
             rate = plan.learning_rate_at(state.step)
             with profiler.step():
                 result = train_step(job, job.batches.next(), rate, stop=stop.poll)
+            state = report.finish(state)  # of the step before: the device is busy with this one
             state = saves.poll(_advance(state, plan))
             meter.stepped(job.batches.wait)
             if done := profiler.result():
                 log.emit(Profiled(state.step, done))
-            log_due = state.step == steps or state.step % plan.log_every == 0
+            if state.step == steps or state.step % plan.log_every == 0:
+                state = report.begin(state, rate, result.auxiliary)
             evaluation_due, sample_due = evaluator.due(state.step), sampling.due(state.step)
             save_due = saves.due(state.step)
-            if log_due or evaluation_due or save_due or sample_due:
-                state = rollback.collect_outcomes(state)  # waits for the device
-                if rollback.reason:
-                    continue
-            if log_due:
-                log.emit(_metrics(job, meter, state, rate, result.auxiliary))
+            if evaluation_due or save_due or sample_due:
+                state = report.flush(state)  # waits for the device
+            if rollback.reason:
+                continue
             if evaluation_due:
                 with meter.held_up("evaluation"):
                     evaluator.take(state.step)
@@ -143,7 +134,7 @@ def take_steps(job: Job[Plan], log: RunLog, stop: StopRequest, *, profile: int) 
             stop.after(state.step)
         saves.finish()
     except Stopped:
-        reason = "stopped"
+        reason, state = "stopped", report.flush(state)
         saves.leave(state, made=state.step - job.state.step)
     finally:
         for part in (profiler, job.batches, saves, log):
@@ -199,50 +190,7 @@ def _started(job: Job[Plan], run: Path) -> Started:
     )
 
 
-def _meter(job: Job[Plan], log: RunLog) -> ThroughputMeter:
-    return ThroughputMeter(
-        job.ranks,
-        flops=counting.training_flops(job.plan.model, job.plan.seq_len),
-        peak=job.peak.flops,
-        tokens_per_step=job.plan.tokens_per_step,
-        tokens=job.state.tokens,
-        before=log.before,
-    )
-
-
 def _profiler(job: Job[Plan], run: Path, steps: int) -> Profiler:
     first = job.state.step + WARMUP_STEPS + 1
     trace = run / f"profile-step-{first:06d}.json"
     return Profiler(steps, after=WARMUP_STEPS, device=job.ranks.device, trace=trace)
-
-
-def _metrics(
-    job: Job[Plan],
-    meter: ThroughputMeter,
-    state: State,
-    rate: float,
-    auxiliary: AuxiliaryLosses | None,
-) -> StepMetrics:
-    """Return the metrics of the step, whose outcome has been read. Every rank must call it."""
-    return meter.read(
-        state.step,
-        tokens=state.tokens,
-        loss=job.guard.last.loss,
-        gradient_norm=job.guard.last.gradient_norm,
-        learning_rate=rate,
-        sources=_tokens_by_source(job, state),
-        others=auxiliary.read(job.ranks) if auxiliary else {},
-    )
-
-
-def _tokens_by_source(job: Job[Plan], state: State) -> dict[str, int]:
-    """Return the tokens seen of each dataset, if there are several."""
-    data = job.plan.data
-    if len(data.sources) == 1:
-        return {}
-    counts = np.array(job.batches.counts(state.samples))
-    for skipped in state.passed:
-        before, after = map(job.batches.counts, skipped)
-        counts += np.array(before) - np.array(after)
-    tokens = (counts * job.plan.seq_len).tolist()
-    return dict(zip([source.name for source in data.trained_on], tokens, strict=True))

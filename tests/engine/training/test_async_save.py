@@ -160,6 +160,55 @@ def test_training_waits_for_saves_if_memory_lacks_room_for_a_copy(
         assert_same_weights(tmp_path / "copied" / place, tmp_path / "waited" / place)
 
 
+@pytest.mark.parametrize("fault", ["memory", "refused"])
+def test_without_pinned_memory_a_gpus_saves_are_complete(
+    settings, run, tmp_path, monkeypatch, fault
+):
+    run(settings("plain", train__checkpoint_every=3))
+    real = torch.Tensor.to
+
+    def refusing(tensor, *arguments, non_blocking=False, **options):
+        if non_blocking and arguments == ("cpu",):  # as a copy to pinned memory is asked for
+            raise RuntimeError("CUDA error: out of memory\nCompile with …")
+        return real(tensor, *arguments, non_blocking=non_blocking, **options)
+
+    monkeypatch.setattr(async_save, "runs_behind", lambda device: True)
+    monkeypatch.setattr(torch.Tensor, "to", refusing)
+    monkeypatch.setattr(
+        async_save, "available_memory", lambda: 10**6 if fault == "memory" else 10**12
+    )
+    events = run(settings("pageable", train__checkpoint_every=3))
+    [text] = [e.text for e in events if isinstance(e, Notice) and "pageable" in e.text]
+    reason = {"memory": "and 1.0 MB are left", "refused": "was refused: CUDA error: out of memory"}
+    assert text.endswith(reason[fault])
+    for step in (3, 6):
+        place = f"checkpoints/step-{step:06d}"
+        assert_same_weights(tmp_path / "plain" / place, tmp_path / "pageable" / place)
+
+
+def test_a_checkpoint_is_written_after_its_queued_copies(settings, run, tmp_path, monkeypatch):
+    """The copies stand in for a GPU's: they are made when the writing thread waits for them."""
+    run(settings("plain", train__checkpoint_every=3))
+    queue = []
+
+    def queued(saver, tensor, *, copy):
+        source, result = tensor.clone(), torch.full_like(tensor, 7.0)
+        queue.append(lambda: result.copy_(source))
+        return result
+
+    def completion(device):
+        copies = queue.copy()
+        queue.clear()
+        return lambda: [copy() for copy in copies]
+
+    monkeypatch.setattr(async_save.AsyncSaver, "_to_host", queued)
+    monkeypatch.setattr(checkpoint, "completion", completion)
+    run(settings("queued", train__checkpoint_every=3))
+    for step in (3, 6):
+        place = f"checkpoints/step-{step:06d}"
+        assert_same_weights(tmp_path / "plain" / place, tmp_path / "queued" / place)
+
+
 # --- signals -------------------------------------------------------------------------------------
 
 

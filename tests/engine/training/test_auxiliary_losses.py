@@ -48,7 +48,7 @@ def test_the_balancing_loss_is_the_mean_over_micro_batches(tiny_model):
 
     job = job_of(model, micro_batch_size=2, loss_weights=LossWeights(0.0, 0.5))
     _, auxiliary = add_gradients(job, batch_of(inputs, targets))
-    numbers = auxiliary.read(ALONE)
+    numbers = auxiliary.start_read(ALONE)()
     assert numbers["balancing_loss"] == pytest.approx(expected, rel=1e-5)
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
@@ -72,7 +72,7 @@ def test_a_z_loss_does_not_depend_on_the_micro_batch(tiny_model, micro_batch_siz
     batch = batch_of(inputs, targets, counted=int(counted.sum()))
     loss, found, auxiliary = train_step(job, batch, 1e-3)
     assert loss.item() == pytest.approx(entropy.item(), rel=1e-5)
-    assert auxiliary.read(ALONE) == {"z_loss": pytest.approx(z_loss.item(), rel=1e-5)}
+    assert auxiliary.start_read(ALONE)() == {"z_loss": pytest.approx(z_loss.item(), rel=1e-5)}
     assert found.item() == pytest.approx(norm.item(), rel=1e-4)
 
 
@@ -80,7 +80,7 @@ def test_expert_load_is_each_share_and_overload_is_max_over_mean():
     terms = AuxiliaryLosses(LossWeights(0.0, 0.1))
     terms.sums = torch.zeros(2)
     terms.choices = torch.tensor([[1.0, 1.0, 1.0, 5.0], [2.0, 2.0, 2.0, 2.0]])
-    numbers = terms.read(ALONE)
+    numbers = terms.start_read(ALONE)()
     assert numbers["expert_load"] == [3 / 16, 3 / 16, 3 / 16, 7 / 16]
     assert numbers["expert_overload"] == 2.5
 

@@ -21,6 +21,7 @@ from pretrain_cli.engine.runs import checkpoint, retention
 from pretrain_cli.engine.runs.checkpoint import read_state
 from pretrain_cli.engine.runs.events import RolledBack, Saved, Skipped, StepMetrics
 from pretrain_cli.engine.runs.run_yaml import read_record, resumed_settings
+from pretrain_cli.engine.training import throughput
 from pretrain_cli.engine.training import train as training
 from pretrain_cli.engine.training.train import train
 from pretrain_cli.errors import PretrainError
@@ -108,13 +109,24 @@ def assert_same_weights(one, other):
             assert torch.equal(ours[key], theirs[key]), key
 
 
-def test_a_skipped_step_is_logged_with_samples_text_and_gradients(settings, run, poison, tmp_path):
+@pytest.fixture
+def late(request, monkeypatch):
+    """Read outcomes while the next step runs, as on a GPU, if the test's parameter is true."""
+    if request.param:
+        monkeypatch.setattr(throughput, "runs_behind", lambda device: True)
+    return request.param
+
+
+@pytest.mark.parametrize("late", [False, True], indirect=True)
+def test_a_skipped_step_is_logged_with_samples_text_and_gradients(
+    settings, run, poison, tmp_path, late
+):
     poison.add(2 * PER_STEP)
     events = run(settings())
     [skipped] = [event for event in events if isinstance(event, Skipped)]
     assert (skipped.step, skipped.samples) == (3, (8, 12))
     assert skipped.reason == "gradient norm is nan"
-    assert skipped.same_weights
+    assert skipped.same_weights == (not late)  # step 4 was taken before
     assert math.isnan(next(iter(skipped.worst_gradients.values())))
     assert "model.layers.2.mlp.down_proj.weight" in skipped.worst_gradients
     numbers = [sample["sample"] for sample in skipped.worst_samples]
@@ -148,7 +160,10 @@ def test_a_skipped_step_equals_a_run_without_its_batch(settings, run, poison, tm
     )
 
 
-@pytest.mark.parametrize("log_every", [1, 99])
+@pytest.mark.parametrize(
+    ("log_every", "late"), [(1, False), (1, True), (99, False)], indirect=["late"]
+)
+@pytest.mark.usefixtures("late")
 def test_a_rollback_passes_over_the_samples_of_the_skipped_steps(
     settings, run, poison, tmp_path, log_every
 ):
@@ -160,8 +175,8 @@ def test_a_rollback_passes_over_the_samples_of_the_skipped_steps(
     events = run(settings(**common, train__log_every=log_every, train__eval_every=99))
     [back] = [event for event in events if isinstance(event, RolledBack)]
     assert (back.from_step, back.step, back.samples, back.rollbacks) == (7, 4, (16, 28), 1)
-    assert [(e.step, e.samples[0]) for e in events if isinstance(e, Skipped)] == [
-        (5, 16), (6, 20), (7, 24),
+    assert [(e.step, e.samples[0], e.same_weights) for e in events if isinstance(e, Skipped)] == [
+        (5, 16, True), (6, 20, True), (7, 24, True),
     ]  # fmt: skip
     end = read_state(tmp_path / "run/checkpoints/step-000009")
     assert (end.step, end.samples, end.passed, end.skipped) == (9, 28 + 5 * 4, ((16, 28),), 0)

@@ -175,3 +175,16 @@ def test_after_max_skips_in_a_row_every_step_is_skipped():
     ]  # fmt: skip
     assert [verdict.in_a_row for verdict in guard.read()] == [0, 1, 2, 0, 1, 2, 3, 4, 5]
     assert guard.is_exhausted
+
+
+def test_a_started_read_ends_at_the_step_of_its_start():
+    guard = StepGuard(ALONE)
+    decisions(guard, [(1.0, 1.0), (math.nan, 1.0)])
+    guard.start_read()
+    decisions(guard, [(3.0, 1.0)])
+    assert guard.took_unread()
+    assert [each.in_a_row for each in guard.read(started=True)] == [0, 1]
+    assert math.isnan(guard.last.loss)
+    assert guard.read(started=True) == []
+    assert [each.loss for each in guard.read()] == [3.0]
+    assert not guard.took_unread()

@@ -1,4 +1,5 @@
-"""Throughput, times and MFU of a run, against a fake clock and against each other."""
+"""Throughput, times and MFU of a run, against a fake clock and against each other; metrics that
+are read a step late."""
 
 import itertools
 
@@ -7,9 +8,12 @@ import torch
 
 from pretrain_cli.engine.runs.events import Evaluation, Started, StepMetrics
 from pretrain_cli.engine.runtime.distributed import Ranks
+from pretrain_cli.engine.runtime.stop import StopRequest
 from pretrain_cli.engine.training import throughput as metering
+from pretrain_cli.engine.training import train as training
 from pretrain_cli.engine.training.throughput import ThroughputMeter
 from pretrain_cli.model.counting import Flops
+from tests.engine.training.test_resume import numbers, resume
 
 
 @pytest.fixture
@@ -119,3 +123,53 @@ def test_losses_do_not_depend_on_gradient_accumulation(settings, run, packing):
         for (loss, norm), (expected_loss, expected_norm) in zip(part, whole, strict=True):
             assert loss == pytest.approx(expected_loss, rel=1e-5)
             assert norm == pytest.approx(expected_norm, rel=1e-3)
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Return a function that makes runs read their metrics a step late, as on a GPU."""
+    return lambda: monkeypatch.setattr(metering, "runs_behind", lambda device: True)
+
+
+def test_late_metrics_are_those_of_their_own_steps(settings, tmp_path, monkeypatch, late):
+    """Steps 1, 2 and 4 are reported after the next one has begun; 3 and 6 are evaluated and 5 is
+    saved, so they are reported at once."""
+    real, orders = training.train_step, {}
+    common = {"train__eval_every": 3, "train__checkpoint_every": 5, "optimizer__z_loss": 1e-3}
+    for name in ("at-once", "late"):
+        order = orders[name] = []
+
+        def begun(*arguments, order=order, **options):
+            order.append("begun")
+            return real(*arguments, **options)
+
+        def told(event, order=order):
+            if isinstance(event, StepMetrics | Evaluation):
+                order.append((type(event).__name__, event.step, getattr(event, "z_loss", None)))
+
+        monkeypatch.setattr(training, "train_step", begun)
+        training.train(settings(name, **common), told)
+        late()
+    assert numbers(tmp_path / "late") == numbers(tmp_path / "at-once")
+    at_once, behind = ([one for one in order if one != "begun"] for order in orders.values())
+    assert behind == at_once
+    begun_at = [
+        orders["late"][:place].count("begun")
+        for place, one in enumerate(orders["late"])
+        if one[0] == "StepMetrics"
+    ]
+    assert begun_at == [2, 3, 3, 5, 5, 6]
+
+
+@pytest.mark.parametrize("log_every", [1, 2])
+def test_a_stopped_run_reports_its_last_step_before_its_save(
+    settings, run, tmp_path, late, log_every
+):
+    common = {"train__log_every": log_every, "train__eval_every": 6}
+    run(settings("straight", **common))
+    late()
+    run(settings("stopped", **common), stop=StopRequest(after_step=4))
+    kinds = [row["kind"] for row in numbers(tmp_path / "stopped")]
+    assert kinds == ["step"] * (4 // log_every)
+    resume(run, tmp_path / "stopped")
+    assert numbers(tmp_path / "stopped") == numbers(tmp_path / "straight")

@@ -208,7 +208,7 @@ class TrainDisplay:
             f"MFU {event.mfu:.1%}",
             f"{amount(event.tokens)} tokens",
             f"ETA {duration(self._remaining(event))}",
-            f"memory {size(event.memory)}",
+            f"memory {_memory(event)}",
         ]
         console.print("  ".join(parts), soft_wrap=True)
 
@@ -303,7 +303,7 @@ class TrainDisplay:
             ("MFU", f"{event.mfu:.1%}"),
             ("tokens", amount(event.tokens)),
             ("ETA", duration(self._remaining(event))),
-            ("memory", size(event.memory)),
+            ("memory", _memory(event)),
             ("data wait", f"{event.data_wait * 1e3:.2f} ms"),
         ]
         if self.evaluation:
@@ -318,3 +318,8 @@ class TrainDisplay:
         if self.live:
             self.live.stop()
             self.live = None
+
+
+def _memory(event: "events.StepMetrics") -> str:
+    reserved = f" of {size(event.memory_reserved)} reserved" if event.memory_reserved else ""
+    return size(event.memory) + reserved

@@ -68,7 +68,10 @@ KINDS: dict[Table, list[_Kind]] = {
             {"tokens_per_second": "since the line before", "run_tokens_per_second": "of the run"},
             True,
         ),
-        _Kind("Memory", "bytes", "The peak so far.", {"memory": ""}, True),
+        _Kind(
+            "Memory", "bytes", "The peak so far. On a GPU, reserved memory is what runs out.",
+            {"memory": "used", "memory_reserved": "reserved"}, True,
+        ),
         _Kind(
             "MFU", "share", "Model FLOPs as a share of the device's peak.",
             {"mfu": "exact mask", "mfu_conventional": "conventional"},

@@ -68,6 +68,9 @@ def _facts(history: History) -> list[tuple[str, str, str]]:
         facts.append(("MFU", f"{np.nanmedian(steps.values['mfu']):.1%}", " median"))
     if steps.has("memory"):
         facts.append(("peak memory", size(float(np.nanmax(steps.values["memory"]))), ""))
+    if steps.has("memory_reserved"):
+        most = float(np.nanmax(steps.values["memory_reserved"]))
+        facts.append(("peak reserved memory", size(most), ""))
     facts += [
         (words(kind), f"{len(history.marked(kind)):,}", "")
         for kind in kinds(history)

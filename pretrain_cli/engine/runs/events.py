@@ -78,6 +78,9 @@ class StepMetrics:
     """Seconds spent evaluating and sampling since the last line."""
     memory: int
     """Peak bytes so far: allocated on the GPU, or resident in the process on a CPU."""
+    memory_reserved: int | None
+    """Peak bytes so far that torch holds on the GPU: a run ends when these run out. None on other
+    devices."""
     sources: dict[str, int]
     """Tokens seen so far from each dataset by name, if there are several."""
     z_loss: float | None = None

@@ -19,6 +19,8 @@ from pretrain_cli.engine.runs import events
 from pretrain_cli.engine.runs.events import KINDS, Evaluation, Event, Logged, Started, StepMetrics
 from pretrain_cli.files import append_line, write_whole
 
+OPTIONAL = ("memory_reserved", "z_loss", "balancing_loss", "expert_load", "expert_overload")
+"""Fields that a line leaves out if they are None."""
 PROC_STATUS = Path("/proc/self/status")
 
 
@@ -65,7 +67,7 @@ class MetricsFile:
         row: dict[str, Any] = {"kind": KINDS[type(event)], **_in_json(asdict(event))}
         if not row.get("sources", True):
             del row["sources"]
-        for name in ("z_loss", "balancing_loss", "expert_load", "expert_overload"):
+        for name in OPTIONAL:
             if row.get(name, 0) is None:
                 del row[name]
         first = not self.unwritten
@@ -135,6 +137,11 @@ def peak_memory(device: torch.device) -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_reserved_memory(device: torch.device) -> int | None:
+    """Return the peak bytes that torch holds on a GPU, allocated or not; None on other devices."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
 
 
 def reset_peak_memory(device: torch.device) -> None:

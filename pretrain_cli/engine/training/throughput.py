@@ -16,7 +16,7 @@ import numpy as np
 from pretrain_cli.engine.planning.plan import Plan
 from pretrain_cli.engine.runs.checkpoint import State
 from pretrain_cli.engine.runs.events import StepMetrics
-from pretrain_cli.engine.runs.metrics_file import peak_memory
+from pretrain_cli.engine.runs.metrics_file import peak_memory, peak_reserved_memory
 from pretrain_cli.engine.runtime.distributed import Ranks
 from pretrain_cli.engine.runtime.transfer import runs_behind
 from pretrain_cli.engine.training.auxiliary_losses import AuxiliaryLosses
@@ -171,6 +171,7 @@ class ThroughputMeter:
             save_stall=self.held["save"],
             evaluation_time=self.held["evaluation"],
             memory=peak_memory(self.ranks.device),
+            memory_reserved=peak_reserved_memory(self.ranks.device),
             sources=sources,
             **others,
         )

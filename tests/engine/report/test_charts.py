@@ -39,6 +39,15 @@ def test_charts_report_missing_curves(pretrain, tmp_path):
     assert pretrain("report none").code == 0
 
 
+def test_reserved_memory_is_drawn_and_named_beside_the_allocated(pretrain, tmp_path):
+    make_run(tmp_path / "r", [step(1, memory=2 * 10**9, memory_reserved=3 * 10**9)])
+    assert pretrain("report r").code == 0
+    page = Page("r/report.html")
+    assert [c["what"] for c in page.chart("Memory")["curves"]] == ["used", "reserved"]
+    assert "peak reserved memory" in page.text
+    assert "3.0 GB" in page.text
+
+
 def test_kinds_and_fields_of_a_later_version_are_shown(pretrain, tmp_path):
     rows = [step(1, expert_load=0.5), {"kind": "skipped", "step": 2, "loss": 9.5, "seconds": 1.0},
             {"kind": "rolled_back", "step": 2, "to": 1}, step(2, expert_load=0.75),

@@ -9,6 +9,8 @@ sparse layers together): E · Σ_e f_e P_e, where f_e is the number of choices o
 and P_e its mean probability. Even use gives K. Gradients flow through P only.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,16 +42,21 @@ class MixtureOfExperts(nn.Module):
         probabilities = self.router(rows).float().softmax(-1)  # (N, E)
         weights, experts = self.choose(probabilities)  # (N, K) each
         order = experts.flatten().argsort(stable=True)  # (token, expert) pairs sorted by expert
-        token = order // self.chosen
+        inverse = order.argsort()
         ends = F.one_hot(experts.flatten(), self.experts).sum(0).cumsum(0).to(torch.int32)
 
-        hidden = F.grouped_mm(rows[token], self.gate_up.to(x.dtype).transpose(1, 2), offs=ends)
+        hidden = F.grouped_mm(
+            gather(rows, order, inverse, self.chosen),
+            self.gate_up.to(x.dtype).transpose(1, 2),
+            offs=ends,
+        )
         gate, up = hidden.chunk(2, dim=-1)
         hidden = activate(self.activation, gate) * up
         out = F.grouped_mm(hidden, self.down.to(x.dtype).transpose(1, 2), offs=ends)  # (N·K, D)
 
         out = out * weights.to(x.dtype).flatten()[order].unsqueeze(-1)
-        out = torch.zeros_like(rows).index_add(0, token, out).view_as(x)
+        out = permute(out, inverse, order).view(len(rows), self.chosen, -1)
+        out = out.sum(1, dtype=torch.float32).to(x.dtype).view_as(x)
         return out, None if counted is None else _use(probabilities, experts, counted.flatten())
 
     def choose(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,6 +66,50 @@ class MixtureOfExperts(nn.Module):
         if self.normalized:
             weights = weights / weights.sum(-1, keepdim=True)
         return weights, experts
+
+
+def gather(rows: Tensor, order: Tensor, inverse: Tensor, chosen: int) -> Tensor:
+    """Return each token's row once for each of its experts, sorted by expert. (N, D) -> (N·K, D).
+
+    `order` sorts the N·K pairs, token by token, by expert; `inverse` undoes it. The gradient of a
+    row is the float32 sum of its K rows' gradients. Autograd's own would sort, and on a GPU add
+    atomically, in an order that changes from run to run.
+    """
+    out: Tensor = _Gather.apply(rows, order, inverse, chosen)
+    return out
+
+
+def permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Return `rows[order]`. Its gradient is permuted by `inverse`, without a sum. (N·K, D) -> (N·K,
+    D)."""
+    out: Tensor = _Permute.apply(rows, order, inverse)
+    return out
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor, chosen: int) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.chosen = chosen
+        return rows[order // chosen]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (inverse,), grad = ctx.saved_tensors, grad_outputs[0]
+        rows = grad[inverse].unflatten(0, (-1, ctx.chosen))
+        return rows.sum(1, dtype=torch.float32).to(grad.dtype), None, None, None
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows[order]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (inverse,) = ctx.saved_tensors
+        return grad_outputs[0][inverse], None, None
 
 
 def _use(probabilities: Tensor, experts: Tensor, counted: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from pretrain_cli.engine.runtime.peak_flops import Peak
 from pretrain_cli.engine.runtime.speed import resolve_speed
 from pretrain_cli.engine.training.job import Job
 from pretrain_cli.engine.training.prefetch import DeviceBatch
+from pretrain_cli.model.attention_backends.mask import Documents
 from pretrain_cli.model.decoder import LossWeights
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -35,7 +36,8 @@ def batch_of(
     documents: Tensor | None = None,
     counted: int | None = None,
 ) -> DeviceBatch:
-    return DeviceBatch(inputs, targets, documents, counted or targets.numel())
+    parts = None if documents is None else Documents(documents)
+    return DeviceBatch(inputs, targets, parts, counted or targets.numel())
 
 
 def job_of(

@@ -38,9 +38,6 @@ OFF = {Arm(QWEN, compile=True): 1.510, Arm(GEMMA, compile=True): 1.499}
 def row(arm: Arm):
     reason = f"the estimate is {OFF.get(arm)} × the peak"
     marks = [pytest.mark.xfail(strict=True, reason=reason)] if arm in OFF else []
-    if arm.documents and arm.attention in ("auto", "varlen"):
-        reason = "varlen asks the device how many documents a batch has"
-        marks = [pytest.mark.xfail(strict=True, reason=reason)]
     return pytest.param(arm, id=str(arm), marks=marks)
 
 

@@ -31,10 +31,7 @@ LAUNCHES = {
 
 
 def row(arm: Arm):
-    reason = "varlen asks the device how many documents a batch has"
-    waits = arm.documents and arm.attention == "auto"
-    marks = [pytest.mark.xfail(strict=True, reason=reason)] if waits else []
-    return pytest.param(arm, id=str(arm), marks=marks)
+    return pytest.param(arm, id=str(arm))
 
 
 each_arm = pytest.mark.parametrize("arm", [row(arm) for arm in LAUNCHES])
@@ -76,7 +73,6 @@ def test_an_evaluation_compiles_each_kind_of_block_once_at_most(dataset):
         assert graphs() == evaluated
 
 
-@pytest.mark.xfail(strict=True, reason="it reads the loss of every batch")
 def test_an_evaluation_waits_for_the_device_once(dataset):
     with open_job(Arm(GEMMA), dataset) as job:
         steps(job, 1)

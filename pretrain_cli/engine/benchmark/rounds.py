@@ -15,6 +15,7 @@ from pretrain_cli.engine.benchmark.results import Figures, Result, summarize
 from pretrain_cli.engine.benchmark.timing import Round, resolve
 from pretrain_cli.engine.benchmark.workload import Arm, Repeats, Workload, run_timing
 from pretrain_cli.engine.runtime.peak_flops import Peak
+from pretrain_cli.engine.runtime.process_settings import PROCESS_SETTINGS
 from pretrain_cli.engine.runtime.profiler import Profile
 from pretrain_cli.errors import PretrainError
 
@@ -64,8 +65,10 @@ class Rounds:
                     self._measure(arm, self.repeats, folder)
 
     def _measure_peak(self, dtype: str, folder: Path) -> None:
-        asked, device = SpeedConfig.model_validate({"dtype": dtype}), self.arms[0].workload.device
-        found = self.start("measure_peak", asked, folder, device, asked)
+        arm = next(arm for arm in self.arms if self.dtypes.get(arm.name) == dtype)
+        in_process = {name: getattr(arm.speed, name) for name in PROCESS_SETTINGS}
+        asked = SpeedConfig.model_validate({"dtype": dtype} | in_process)
+        found = self.start("measure_peak", asked, folder, arm.workload.device, asked)
         before = self.peaks.get(dtype)
         if before is None or found.measured > before.measured:
             self.peaks[dtype] = found

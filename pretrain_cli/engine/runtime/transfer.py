@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pretrain_cli.model.attention_backends.mask import Documents
+
 
 def runs_behind(device: torch.device) -> bool:
     """Return whether the device queues its work, so that reading a result waits for it."""
@@ -22,6 +24,13 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     if runs_behind(device):
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def documents_to_device(numbers: np.ndarray, device: torch.device) -> Documents:
+    """Return document numbers (B, T) on the device, with how many documents each row has: the
+    device would have to be waited for."""
+    counts = (np.diff(numbers, axis=1) != 0).sum(1) + 1
+    return Documents(to_device(numbers, device), tuple(counts.tolist()))
 
 
 def to_host(tensor: Tensor) -> Callable[[], Tensor]:

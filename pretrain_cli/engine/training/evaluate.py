@@ -17,7 +17,7 @@ from pretrain_cli.engine.runs.checkpoint import State
 from pretrain_cli.engine.runs.events import Evaluation, Validation
 from pretrain_cli.engine.runtime.distributed import Ranks, reshard
 from pretrain_cli.engine.runtime.stop import StopRequest
-from pretrain_cli.engine.runtime.transfer import to_device
+from pretrain_cli.engine.runtime.transfer import documents_to_device, to_device
 from pretrain_cli.engine.training.job import Job
 from pretrain_cli.engine.training.run_log import RunLog
 from pretrain_cli.targets import IGNORE_INDEX
@@ -144,7 +144,7 @@ def _summed(
         documents = None
         if document_mask:
             numbers = document_numbers(inputs, dataset.separator, leads=dataset.separator_leads)
-            documents = to_device(numbers, ranks.device)
+            documents = documents_to_device(numbers, ranks.device)
         parts = model(
             to_device(inputs, ranks.device),
             to_device(targets, ranks.device),

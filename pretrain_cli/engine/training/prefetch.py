@@ -5,7 +5,6 @@ training step ──────────────────────
 """
 
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -20,7 +19,8 @@ from pretrain_cli.data.packing import Packed
 from pretrain_cli.engine.planning.plan import Plan
 from pretrain_cli.engine.runs.events import Emit, Notice
 from pretrain_cli.engine.runtime.distributed import Ranks
-from pretrain_cli.engine.runtime.transfer import runs_behind, to_device
+from pretrain_cli.engine.runtime.transfer import documents_to_device, runs_behind, to_device
+from pretrain_cli.model.attention_backends.mask import Documents
 from pretrain_cli.spans import span
 
 
@@ -73,13 +73,13 @@ class DeviceBatch:
 
     inputs: Tensor
     targets: Tensor
-    documents: Tensor | None
+    documents: Documents | None
     counted: int
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> "DeviceBatch":
-        """Return a copy with `change` applied to every tensor."""
-        documents = None if self.documents is None else change(self.documents)
-        return DeviceBatch(change(self.inputs), change(self.targets), documents, self.counted)
+    def __getitem__(self, rows: slice) -> "DeviceBatch":
+        """Return these rows. `counted` stays that of the whole step."""
+        documents = None if self.documents is None else self.documents[rows]
+        return DeviceBatch(self.inputs[rows], self.targets[rows], documents, self.counted)
 
 
 class Prefetcher:
@@ -129,11 +129,12 @@ class Prefetcher:
         """Read a batch and start to copy it to the device. A GPU copies it beside the kernels of
         the current step, not after them."""
         read = self.batches.starting_at(sample)
+        numbers = read.documents
         with torch.cuda.stream(self.stream):  # does nothing without one
             return DeviceBatch(
                 to_device(read.inputs, self.device),
                 to_device(read.targets, self.device),
-                None if read.documents is None else to_device(read.documents, self.device),
+                None if numbers is None else documents_to_device(numbers, self.device),
                 read.counted,
             )
 
@@ -143,9 +144,9 @@ class Prefetcher:
             return
         current = torch.cuda.current_stream(self.device)
         current.wait_stream(self.stream)
-        for tensor in (batch.inputs, batch.targets, batch.documents):
-            if tensor is not None:
-                tensor.record_stream(current)  # its memory is free again after this use
+        numbers = [] if batch.documents is None else [batch.documents.numbers]
+        for tensor in (batch.inputs, batch.targets, *numbers):
+            tensor.record_stream(current)  # its memory is free again after this use
 
     def close(self) -> None:
         if self.reader:

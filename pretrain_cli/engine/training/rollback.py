@@ -220,7 +220,7 @@ def _sample_losses(model: nn.Module, batch: DeviceBatch, ranks: Ranks) -> Tensor
     model.eval()
     with torch.compiler.set_stance("force_eager"):  # one sample is a shape of its own
         for row in range(rows):
-            one = batch.each(lambda tensor, row=row: tensor[row : row + 1])
+            one = batch[row : row + 1]
             parts = model(one.inputs, one.targets, documents=one.documents)
             losses[ranks.rank * rows + row] = parts.cross_entropy
     reshard(model)

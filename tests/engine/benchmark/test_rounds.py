@@ -83,6 +83,22 @@ def test_arms_alternate_and_every_second_round_reverses_the_order():
     assert [len(result.rounds) for result in rounds.results()] == [2, 2, 0]
 
 
+def test_the_peak_is_measured_under_the_arms_process_settings():
+    peaks = []
+
+    def start(name, speed, folder, *arguments):
+        if name == "measure_round":
+            return a_round()
+        peaks.append((speed, arguments))
+        return Peak(1e10, "", 1e10)
+
+    asked = SpeedConfig(dtype="float32", float32_matmul="high", expandable_segments=False)
+    arm = Arm(name="a", workload=WORKLOAD, speed=asked)
+    list(Rounds([arm], Repeats(rounds=1, steps=1, warmup=1), start=start).go())
+    expected = SpeedConfig(dtype="float32", float32_matmul="high", expandable_segments=False)
+    assert peaks == [(expected, ("cpu", expected))]
+
+
 @pytest.mark.parametrize(
     ("error", "said", "is_bug"),
     [

@@ -46,7 +46,7 @@ def plain() -> dict[str, object]:
 def test_a_speed_setting_changes_no_loss_and_no_checkpoint_key(
     settings, run, tmp_path, plain, model, setting, value
 ):
-    if value in ("flex", "varlen", "liger", "cce"):
+    if value in ("flex", "varlen", "fa3", "fa4", "liger", "cce"):
         pytest.skip("it trains on GPUs only")
     if value == "float8":
         pytest.skip("no CPU multiplies in it: test_training_in_float8.py has it emulated")

@@ -22,7 +22,7 @@ def steps(settings, run, monkeypatch):
         real = training.train_step
 
         def spied(job, batch, *rest, **options):
-            seen.append((batch.inputs, batch.targets, batch.documents))
+            seen.append((batch.inputs, batch.targets, batch.documents and batch.documents.numbers))
             return real(job, batch, *rest, **options)
 
         with monkeypatch.context() as patch:

@@ -62,7 +62,9 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, mps or auto.")] = "auto",
     attn: Annotated[
         str | None,
-        typer.Option(help="Attention: eager, sdpa, flex, blocks.", show_default="the run's"),
+        typer.Option(
+            help="Attention: eager, sdpa, blocks, flex, varlen.", show_default="the run's"
+        ),
     ] = None,
     dtype: Annotated[
         str | None,

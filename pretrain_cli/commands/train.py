@@ -107,7 +107,8 @@ def train(
     attn: Annotated[
         str | None,
         typer.Option(
-            help="Attention: eager, sdpa, flex, blocks.", show_default="blocks on a CPU, else sdpa"
+            help="Attention: eager, sdpa, blocks, flex, varlen.",
+            show_default="blocks on a CPU, varlen on a GPU, else sdpa",
         ),
     ] = None,
     dtype: Annotated[

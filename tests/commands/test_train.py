@@ -479,7 +479,7 @@ def test_init_from_a_truncated_model_folder_is_refused(refused, name):
         ("--config nowhere", "--config: no file 'nowhere', and none of the built-in ones"),
         ("--config corpus/verse-00.txt", "corpus/verse-00.txt: holds no settings"),
         ("--init-from corpus", "model.name: 'gemma3-tiny' does not go with --init-from corpus"),
-        ("--attn fleks", "speed.attention: 'fleks' is not one of auto, eager, sdpa, flex"),
+        ("--attn fleks", "speed.attention: 'fleks' is not one of auto, eager, sdpa, blocks"),
         ("--attn flex --device cpu", "speed.attention: 'flex' can't be used: PyTorch's flex_atten"),
         ("--device cuda:99", "train.device: 'cuda:99' is not there"),
         ("--device gpu", "train.device: 'gpu' is not a device; give cpu, cuda, cuda:N or mps"),

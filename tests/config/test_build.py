@@ -88,7 +88,7 @@ def test_values_of_set_are_yaml():
         ("speed.atention=sdpa", "speed.atention: no such setting; did you mean speed.attention?"),
         ("train.xyzzy=1", "train.xyzzy: no such setting"),
         ("trian.steps=1", "trian: no such section; there are model, data, optimizer, train, speed"),
-        ("speed.attention=fast", "speed.attention: 'fast' is not one of auto, eager, sdpa, flex"),
+        ("speed.attention=fast", "speed.attention: 'fast' is not one of auto, eager, sdpa, blocks"),
         ("speed.dtype=float16", "speed.dtype: 'float16' is not one of auto, float32, bfloat16"),
         ("speed.compile=perhaps", "speed.compile: 'perhaps' is not true or false or auto"),
         ("train.steps=ten", "train.steps: 'ten' is not a whole number or auto"),

@@ -30,12 +30,10 @@ LAUNCHES = {
 }
 
 
-def row(arm: Arm):
-    return pytest.param(arm, id=str(arm))
-
-
-each_arm = pytest.mark.parametrize("arm", [row(arm) for arm in LAUNCHES])
-each_compiled_arm = pytest.mark.parametrize("arm", [row(arm) for arm in LAUNCHES if arm.compile])
+each_arm = pytest.mark.parametrize("arm", LAUNCHES, ids=str)
+each_compiled_arm = pytest.mark.parametrize(
+    "arm", [arm for arm in LAUNCHES if arm.compile], ids=str
+)
 
 
 @each_arm

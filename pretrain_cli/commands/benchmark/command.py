@@ -39,7 +39,7 @@ def benchmark(
     attn: Annotated[
         str | None,
         typer.Option(
-            help="eager, sdpa, flex, blocks, several with commas, or all.",
+            help="eager, sdpa, blocks, flex, varlen, several with commas, or all.",
             show_default="all; with one of the modes below, auto",
         ),
     ] = None,

@@ -22,10 +22,10 @@ from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.engine.optim.kinds import OPTIMIZERS
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.counting import (
-    CHUNK_ELEMENTS,
     SOFTMAX_ELEMENTS,
     count_parameters,
     folds,
+    loss_chunk_rows,
 )
 
 PHASES = ("loss", "backward", "gradients", "step")
@@ -198,9 +198,10 @@ def logits_bytes(t: StepShape) -> int:
     V, c = t.model.vocab_size, t.compute_bytes
     if not t.chunked_loss:
         return 12 * t.tokens * V  # float32: logits, their softmax, their gradient
-    rows = min(t.tokens, max(1, CHUNK_ELEMENTS.get(t.device, CHUNK_ELEMENTS["cpu"]) // V))
-    wide = 0 if c == 4 else rows * V if t.device != "cpu" else min(rows * V, SOFTMAX_ELEMENTS)
-    return rows * V * c + 4 * wide  # `wide` elements in float32; on a CPU only a few rows
+    elements = loss_chunk_rows(t.tokens, V, t.device) * V
+    # In float32 besides: a few rows on a CPU, none in the kernel for CUDA.
+    wide = {"cpu": min(elements, SOFTMAX_ELEMENTS), "cuda": 0}.get(t.device, elements)
+    return elements * c + (0 if c == 4 else 4 * wide)
 
 
 def masks_bytes(t: StepShape) -> int:
@@ -331,6 +332,8 @@ def _kept_by_mlp(t: StepShape, layer: int) -> int:
         # gate and up; the activated gate and the product with up, unless recomputed
         return (2 if t.recompute_cheap else 3 if t.compile else 4) * c * m.intermediate_size
     K, E = m.num_experts_per_tok, m.num_experts
-    return (
-        c * K * (3 * m.hidden_size + 4 * m.moe_intermediate_size) + 4 * E + 32 * K
-    )  # 32 K: indices, order and weights of the K chosen experts
+    # int64: chosen experts, the order that sorts them, its inverse. Float32: their weights, the sum
+    # of these, all probabilities; in the compute type the normalized weights.
+    routing = 3 * 8 * K + (4 + c) * K + 4 + 4 * E
+    # rows sorted by expert, their outputs, and as in a dense MLP gate, up and two products
+    return c * K * (2 * m.hidden_size + 4 * m.moe_intermediate_size) + routing

@@ -7,7 +7,6 @@ micro-batch, by a compiled function, as uncompiled it first makes a boolean matr
 import functools
 import warnings
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from pretrain_cli.model.attention_backends.backend import Backend, Conditions
 from pretrain_cli.model.attention_backends.flash import flash_kernels
 from pretrain_cli.model.attention_backends.mask import Mask
+from pretrain_cli.model.loss_backends import no_triton
 
 WIDE_HEADS = {
     "bwd_BLOCK_M1": 32,
@@ -102,8 +102,8 @@ def _unavailable(conditions: Conditions) -> str | None:
         return "PyTorch's flex_attention has no backward pass on a CPU"
     if device not in ("cpu", "cuda"):
         return f"PyTorch's flex_attention has no kernel for {device}"
-    if device == "cuda" and find_spec("triton") is None:
-        return "PyTorch's flex_attention needs Triton, which is not installed"
+    if device == "cuda" and (reason := no_triton()):
+        return f"PyTorch's flex_attention is compiled, and {reason}"
     return None
 
 

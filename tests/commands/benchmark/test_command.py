@@ -119,11 +119,14 @@ def test_an_ablation_does_not_vary_settings_given_by_hand(pretrain, monkeypatch)
     line = f"benchmark --ablate {TINY} --rounds 1 --dtype float32 --no-compile"
     off = " ".join(
         f"--set speed.{name}=false" for name in SpeedConfig.model_fields
-        if name not in ("attention", "dtype", "float32_matmul", "compile", "merged_qkv", "prefetch")
+        if name not in ("attention", "flash_attention", "dtype", "float32_matmul", "compile",
+                        "merged_qkv", "prefetch")
     )  # fmt: skip
-    outcome = pretrain(f"{line} --attn sdpa {off} --set speed.float32_matmul=auto --json a.json")
+    given = "--attn sdpa --set speed.flash_attention=fa2 --set speed.float32_matmul=auto"
+    outcome = pretrain(f"{line} {given} {off} --json a.json")
     assert outcome.code == 0, outcome.err
-    assert "In every arm, as given: attention sdpa, dtype float32, onednn_mat" in outcome.out
+    expected = "In every arm, as given: attention sdpa, flash_attention fa2, dtype float32, onedn"
+    assert expected in outcome.out
     written = json.loads(Path("a.json").read_text())
     assert [result["arm"] for result in written["results"]] == [
         "baseline", "+ float32_matmul high", "+ float32_matmul medium", "+ merged_qkv",
@@ -297,9 +300,10 @@ def test_a_failed_arm_gives_exit_code_1(pretrain, monkeypatch):
     [
         (
             "--attn fleks",
-            "--attn: 'fleks' is not one of eager, sdpa, flex, blocks, all; did you mean flex",
+            "--attn: 'fleks' is not one of eager, sdpa, blocks, flex, varlen, all; did you mean "
+            "flex",
         ),
-        ("--attn sdpa,", "--attn: '' is not one of eager, sdpa, flex, blocks, all"),
+        ("--attn sdpa,", "--attn: '' is not one of eager, sdpa, blocks, flex, varlen, all"),
         ("--model gema3", "model: 'gema3' is not a model or a YAML file; did you mean gemma3?"),
         ("--device cuda:99", "train.device: 'cuda:99' is not there"),
         ("--device gpu", "train.device: 'gpu' is not a device; give cpu, cuda, cuda:N or mps"),

@@ -41,7 +41,7 @@ def test_the_baseline_has_the_plain_value_of_every_setting(workload):
     assert baseline["attention"] == "eager"
     assert baseline["dtype"] == "float32"
     assert baseline["float32_matmul"] == "highest"
-    assert set(baseline.values()) == {"eager", "float32", "highest", False}
+    assert set(baseline.values()) == {"eager", "fa2", "float32", "highest", False}
 
 
 def test_an_ablation_turns_on_each_value_of_each_setting_alone(workload):

@@ -233,7 +233,7 @@ def test_with_a_window_no_tensor_grows_faster_than_the_length(backend):
 def hopper(monkeypatch):
     """An H100 with Triton, as far as the choice of a backend asks."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(flex, "find_spec", lambda name: object())
+    monkeypatch.setattr(flex, "no_triton", lambda: "")
 
 
 def test_flex_does_not_train_on_a_cpu_and_gives_the_reason(hopper):
@@ -281,8 +281,8 @@ def test_auto_takes_the_best_backend_and_says_why_not_another(hopper, here, chos
 
 
 def test_auto_takes_sdpa_where_neither_varlen_nor_flex_can_run(hopper, monkeypatch):
-    monkeypatch.setattr(flex, "find_spec", lambda name: None)
+    monkeypatch.setattr(flex, "no_triton", lambda: "Triton is not installed")
     backend, reason = best_backend(conditions(dtype=torch.float32))
     assert backend == "sdpa"
     assert "not varlen: " in reason
-    assert "not flex: PyTorch's flex_attention needs Triton" in reason
+    assert "not flex: PyTorch's flex_attention is compiled, and Triton is not installed" in reason

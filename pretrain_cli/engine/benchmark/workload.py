@@ -33,9 +33,10 @@ class Workload:
 
 
 def usual_micro_batch(model: ModelConfig, seq_len: int, *, on_cpu: bool) -> int:
-    """Return the default number of samples: on a CPU, as many as take seconds."""
+    """Return the default number of samples: on a CPU, as many as take seconds. On a GPU 8: with 16
+    of 1,024 tokens, transformers beside us takes 79 of 80 GB for qwen3-0.6b."""
     if not on_cpu:
-        return 16
+        return 8
     affordable = CPU_STEP_FLOPS / (training_flops(model, seq_len).exact * seq_len)
     return max(1, min(4, int(affordable)))
 

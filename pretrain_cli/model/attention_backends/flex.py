@@ -70,16 +70,20 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     attend = flex_attention if torch.compiler.is_compiling() else _kernel(q.device.type)
-    options: Any = _kernel_options(q)
+    options: Any = _kernel_options(q.device.type, q.shape[-1], q.dtype)
     out = attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=options)
     return out.transpose(1, 2)
 
 
-def _kernel_options(q: Tensor) -> dict[str, Any] | None:
-    """Return what the kernel for queries (B, H, T, Dh) needs other than its own choices."""
+def _kernel_options(device: str, head_dim: int, dtype: torch.dtype) -> dict[str, Any] | None:
+    """Return what the kernel needs other than its own choices."""
+    if device != "cuda":
+        return None
     if flash_kernels() == "FA4":
         return {"BACKEND": "FLASH"}
-    return WIDE_HEADS if q.shape[-1] > 128 and q.dtype.itemsize == 2 else None
+    # Below 128 queries PyTorch takes a kernel for decoding, which has no gradients.
+    options = {"FORCE_USE_FLEX_ATTENTION": True} if torch.is_grad_enabled() else {}
+    return options | (WIDE_HEADS if head_dim > 128 and dtype.itemsize == 2 else {})
 
 
 @functools.cache

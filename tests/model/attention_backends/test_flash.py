@@ -55,14 +55,20 @@ def test_a_release_is_activated_and_given_back(monkeypatch):
 
 
 def test_flex_takes_the_kernel_of_flash_attention_4(monkeypatch):
-    q = torch.zeros(1, 2, 4, 64)
-    assert flex._kernel_options(q) is None
+    case = "cuda", 64, torch.bfloat16
+    assert "BACKEND" not in flex._kernel_options(*case)
     monkeypatch.setattr(flash.attention, "current_flash_attention_impl", lambda: "FA4")
-    assert flex._kernel_options(q) == {"BACKEND": "FLASH"}
+    assert flex._kernel_options(*case) == {"BACKEND": "FLASH"}
     assert flex._block_size() == {"BLOCK_SIZE": (256, 128)}
 
 
 def test_wide_heads_get_a_backward_kernel_without_spills():
     """In bfloat16 alone: `WIDE_HEADS` was not chosen for float32."""
-    for dtype, options in ((torch.bfloat16, flex.WIDE_HEADS), (torch.float32, None)):
-        assert flex._kernel_options(torch.zeros(1, 2, 4, 256, dtype=dtype)) == options
+    with torch.no_grad():
+        for dtype, options in ((torch.bfloat16, flex.WIDE_HEADS), (torch.float32, {})):
+            assert flex._kernel_options("cuda", 256, dtype) == options
+    assert flex._kernel_options("cpu", 256, torch.bfloat16) is None
+
+
+def test_training_never_takes_the_kernel_for_decoding():
+    assert flex._kernel_options("cuda", 64, torch.float32) == {"FORCE_USE_FLEX_ATTENTION": True}

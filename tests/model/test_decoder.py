@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from pretrain_cli.model.attention_backends.backends import BACKENDS
 from pretrain_cli.model.config import FULL, SLIDING
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.formats.hf_weights import published_tensors
 from pretrain_cli.model.parameter_map import Merged
+from tests.model.attention_backends.cases import ON_A_CPU
 
 FAMILIES = ["gemma3", "qwen3", "moe"]
 
@@ -159,7 +159,7 @@ def apart(rows):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("attention", BACKENDS)
+@pytest.mark.parametrize("attention", ON_A_CPU)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_documents_in_a_row_have_the_same_logits_as_alone(make_config, wide, family, attention):
     """Positions do not restart at documents, since attention depends on distances only. This holds
@@ -195,7 +195,7 @@ def test_documents_in_a_row_have_the_same_gradients_as_alone(
         assert relative_error(ours[name], expected) < 1e-4, name
 
 
-@pytest.mark.parametrize("attention", BACKENDS)
+@pytest.mark.parametrize("attention", ON_A_CPU)
 def test_other_documents_recompile_no_block(make_config, attention):
     """At most one graph is compiled for each kind of layer, as without documents."""
     torch.compiler.reset()

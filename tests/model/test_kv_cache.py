@@ -7,12 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain_cli.model.attention_backends.backends import BACKENDS
 from pretrain_cli.model.config import FULL, SLIDING, variant
 from pretrain_cli.model.counting import cache_bytes
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.kv_cache import KVCache, LayerCache, seen_places
 from pretrain_cli.model.presets import preset
+from tests.model.attention_backends.cases import ON_A_CPU
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -70,7 +70,7 @@ def whole(build, tokens):
 
 
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
-@pytest.mark.parametrize("attention", BACKENDS)
+@pytest.mark.parametrize("attention", ON_A_CPU)
 def test_cached_logits_equal_those_of_the_whole_sequence(build, tokens, whole, attention, split):
     ours = piecewise(build(attention, sliding_window=W), tokens, split)
     torch.testing.assert_close(ours, whole[W], rtol=1e-4, atol=1e-4)
@@ -78,14 +78,14 @@ def test_cached_logits_equal_those_of_the_whole_sequence(build, tokens, whole, a
 
 @pytest.mark.parametrize("split", [SPLITS["one by one"], SPLITS["uneven chunks"]], ids=str)
 @pytest.mark.parametrize("window", [1, LENGTH, FOREVER])
-@pytest.mark.parametrize("attention", BACKENDS)
+@pytest.mark.parametrize("attention", ON_A_CPU)
 def test_windows_may_be_one_or_longer_than_the_text(build, tokens, whole, attention, window, split):
     ours = piecewise(build(attention, sliding_window=window), tokens, split)
     torch.testing.assert_close(ours, whole[window], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "moe"])
-@pytest.mark.parametrize("attention", BACKENDS)
+@pytest.mark.parametrize("attention", ON_A_CPU)
 def test_full_layers_keep_all_keys_and_values(build, tokens, attention, family):
     model = build(attention, family)
     with torch.no_grad():

@@ -11,6 +11,7 @@ from pretrain_cli.model.attention_backends.mask import Documents, Mask
 
 CPU = torch.device("cpu")
 W, T = 8, 27
+ON_A_CPU = [name for name in BACKENDS if name != "varlen"]
 
 
 def made(queries, keys, *, group=2, dtype=torch.float32, head_dim=16, seed=0, device=CPU):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from pretrain_cli.model.attention_backends import blocks, flex
 from pretrain_cli.model.attention_backends.backends import BACKENDS, best_backend
 from tests.model.attention_backends.cases import (
+    ON_A_CPU,
     Sizes,
     T,
     W,
@@ -31,7 +32,6 @@ DOCUMENTS = {  # where documents start, in two rows
     "beside the borders": ((W - 1, 2 * W + 1), (W + 1, 3 * W - 1)),
     "of one token": (range(1, T), (1, 2, W, W + 1, W + 2)),
 }
-ON_A_CPU = ["eager", "sdpa", "blocks", "flex"]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2}  # a bfloat16 has 8 bits: 2⁻⁸ is 4e-3
 
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from pretrain_cli.model.attention_backends.backends import BACKENDS
 from pretrain_cli.model.config import FULL, SLIDING
 from pretrain_cli.model.decoder import Decoder
 from pretrain_cli.model.inference.cpu_linear import SummedLinear
 from pretrain_cli.model.inference.decode import CHUNK, DecodeSession, attend, attend_by_sums
 from pretrain_cli.model.parameter_map import Merged
+from tests.model.attention_backends.cases import ON_A_CPU
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -61,13 +61,13 @@ def compare(model, writer, prompts, new=NEW, capacity=None, **tolerance):
 
 
 @pytest.mark.parametrize("length", [1, W - 1, W, W + 1, 2 * W, 2 * W + 1, 30])
-@pytest.mark.parametrize("attention", BACKENDS)
+@pytest.mark.parametrize("attention", ON_A_CPU)
 def test_a_step_gives_the_logits_of_the_whole_text(build, attention, length):
     compare(build("eager"), DecodeSession(build(attention)), draw(length))
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3", "moe"])
-@pytest.mark.parametrize("attention", BACKENDS)
+@pytest.mark.parametrize("attention", ON_A_CPU)
 def test_texts_of_different_lengths_are_decoded_together(build, attention, family):
     prompts = draw(30, 1, W - 1, W, W + 1, 2 * W, 23)
     compare(build("eager", family), DecodeSession(build(attention, family)), prompts)

@@ -26,7 +26,7 @@ from pretrain_cli.engine.planning.memory_estimate import StepShape, estimate, sp
 from pretrain_cli.engine.planning.plan import StepPlan
 from pretrain_cli.engine.runs.metrics_file import peak_memory, reset_peak_memory
 from pretrain_cli.engine.runtime.distributed import Ranks, find_device
-from pretrain_cli.engine.runtime.speed import AttentionShape, Speed, resolve_speed
+from pretrain_cli.engine.runtime.speed import Speed, hides_keys, resolve_speed
 from pretrain_cli.engine.training.job import set_up
 from pretrain_cli.engine.training.prefetch import DeviceBatch
 from pretrain_cli.engine.training.step import train_step
@@ -41,8 +41,8 @@ class Ours:
     def __init__(self, workload: Workload, asked: SpeedConfig) -> None:
         """Build the model. Changes settings of the whole process."""
         self.device = find_device(workload.device)
-        shape = AttentionShape.of(workload.model, workload.seq_len, documents=False)
-        self.speed = resolve_speed(asked, self.device, attention=shape)
+        masked = hides_keys(workload.model, workload.seq_len, documents=False)
+        self.speed = resolve_speed(asked, self.device, is_masked=masked)
         settings = RunConfig(speed=asked)
         plan = StepPlan(
             settings=settings,

@@ -19,7 +19,7 @@ from pretrain_cli.data.dataset import Dataset
 from pretrain_cli.engine.benchmark.timing import LEARNING_RATE
 from pretrain_cli.engine.planning.plan import StepPlan
 from pretrain_cli.engine.runtime.distributed import Ranks, find_device
-from pretrain_cli.engine.runtime.speed import AttentionShape, resolve_speed
+from pretrain_cli.engine.runtime.speed import hides_keys, resolve_speed
 from pretrain_cli.engine.training.job import set_up
 from pretrain_cli.engine.training.prefetch import Prefetcher
 from pretrain_cli.engine.training.step import train_step
@@ -62,12 +62,12 @@ def take_steps(check: Check, case: Case, dataset: Dataset) -> None:
     compiled = case.compiled and device.type == "cuda"
     settings = run_config({"optimizer.name": case.optimizer, "speed.compile": compiled})
     model = model_of(case.model, check)
-    shape = AttentionShape.of(model, LENGTH, documents=case.documents)
+    masked = hides_keys(model, LENGTH, documents=case.documents)
     plan = StepPlan(
         settings=settings,
         name=case.model,
         model=model,
-        speed=resolve_speed(settings.speed, device, attention=shape),
+        speed=resolve_speed(settings.speed, device, is_masked=masked),
         seq_len=LENGTH,
         micro_batch_size=MICRO,
         loss_weights=None,

@@ -28,8 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain_cli.compilers import no_triton
 from pretrain_cli.model.counting import SOFTMAX_ELEMENTS, LossChunk, loss_chunks
-from pretrain_cli.model.loss_backends import LOSS_BACKENDS, no_triton
+from pretrain_cli.model.loss_backends import LOSS_BACKENDS
 from pretrain_cli.targets import IGNORE_INDEX
 
 SLICE_ELEMENTS = 2**21

@@ -11,8 +11,6 @@ hidden and weight have the compute type. Targets of −100 are ignored. None of 
 
 import importlib
 import importlib.util
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain_cli.compilers import no_triton
 from pretrain_cli.targets import IGNORE_INDEX
 
 
@@ -31,19 +30,6 @@ class LossBackend:
     """(hidden, weight, targets) -> the summed cross entropy."""
     unavailable: Callable[[torch.device], str | None]
     """The reason this implementation can't train on this device, or None."""
-
-
-def no_triton() -> str:
-    """Return the reason why Triton can't compile for a GPU here; empty if it can."""
-    try:
-        importlib.import_module("triton")
-    except ImportError:
-        return "Triton is not installed"
-    # As Triton looks for it: CC replaces the others, even if it names nothing.
-    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
-    if not any(shutil.which(name) for name in compilers):
-        return f"Triton needs a C compiler, and finds no {' or '.join(compilers)}"
-    return ""
 
 
 def _torch(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

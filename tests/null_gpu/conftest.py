@@ -11,7 +11,7 @@ from tests.null_gpu.null_gpu import LOADED
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    skip = pytest.mark.skip(reason="the null GPU is not loaded; run .tools/null_gpu_tests")
+    skip = pytest.mark.skip(reason="needs fake CUDA libraries, which .tools/null_gpu_tests loads")
     for item in items:
         if not item.get_closest_marker("null_gpu"):
             continue

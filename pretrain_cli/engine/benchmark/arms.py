@@ -17,7 +17,6 @@ from pretrain_cli.engine.benchmark.timing import resolve
 from pretrain_cli.engine.benchmark.workload import Arm, Workload
 from pretrain_cli.engine.runtime.process_settings import LATE
 from pretrain_cli.engine.runtime.speed import (
-    AttentionShape,
     check_float8,
     no_attention,
 )
@@ -53,9 +52,8 @@ def backend_arms(workload: Workload, asked: SpeedConfig, names: list[str]) -> li
     cannot run."""
     device, arms, first = torch.device(workload.device), list[Arm](), ""
     for name in names:
-        shape = AttentionShape.of(workload.model, workload.seq_len, documents=False)
         reason, left_out = (
-            no_attention(name, asked, device, training=training, attention=shape)
+            no_attention(name, asked, device, training=training, model=workload.model)
             for training in (True, False)
         )
         speed = asked.model_copy(update={"attention": name})

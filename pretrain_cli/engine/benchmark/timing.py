@@ -19,9 +19,9 @@ from pretrain_cli.engine.runtime.distributed import Ranks, find_device
 from pretrain_cli.engine.runtime.peak_flops import Peak, find_peak
 from pretrain_cli.engine.runtime.profiler import Profile, profile_steps
 from pretrain_cli.engine.runtime.speed import (
-    AttentionShape,
     Speed,
     apply_process_settings,
+    hides_keys,
     resolve_speed,
 )
 from pretrain_cli.engine.training.job import set_up, set_up_model
@@ -63,8 +63,8 @@ def resolve(workload: Workload, asked: SpeedConfig, *, training: bool = True) ->
         asked,
         torch.device(workload.device),
         training=training,
-        attention=AttentionShape.of(workload.model, workload.seq_len, documents=False),
         model=workload.model,
+        is_masked=hides_keys(workload.model, workload.seq_len, documents=False),
     )
 
 

@@ -19,7 +19,7 @@ from pretrain_cli.engine.planning.data_and_model import check_tokenizer, open_mi
 from pretrain_cli.engine.runs.events import Evaluation
 from pretrain_cli.engine.runs.retention import find_model_folder
 from pretrain_cli.engine.runtime.distributed import open_ranks
-from pretrain_cli.engine.runtime.speed import AttentionShape, resolve_speed
+from pretrain_cli.engine.runtime.speed import hides_keys, resolve_speed
 from pretrain_cli.engine.sampling.open_model import open_model, run_of, wants_int8
 from pretrain_cli.engine.training.evaluate import evaluate
 from pretrain_cli.errors import CheckpointError, ConfigError, DataError
@@ -106,9 +106,9 @@ def evaluate_checkpoint(
         model_config = read_config(folder)
         check_tokenizer(folder, data, notify)
         seq_len = _seq_len(model_config, data, config.data.seq_len, ranks.device)
-        shape = AttentionShape.of(model_config, seq_len, documents=config.data.document_mask)
+        masked = hides_keys(model_config, seq_len, documents=config.data.document_mask)
         speed = resolve_speed(
-            config.speed, ranks.device, training=False, attention=shape, model=model_config
+            config.speed, ranks.device, training=False, model=model_config, is_masked=masked
         )
         for message in speed.departures():
             notify(message)

@@ -34,7 +34,7 @@ from pretrain_cli.engine.runs.events import Emit, Notice
 from pretrain_cli.engine.runs.run_yaml import RunRecord
 from pretrain_cli.engine.runs.trackers import check_trackers
 from pretrain_cli.engine.runtime.distributed import Ranks
-from pretrain_cli.engine.runtime.speed import AttentionShape, Speed, resolve_speed
+from pretrain_cli.engine.runtime.speed import Speed, hides_keys, resolve_speed
 from pretrain_cli.engine.runtime.stop import StopRequest
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.model import counting
@@ -135,8 +135,8 @@ def make_plan(
 
     seq_len = choose_seq_len(data.seq_len, config, mixture, on_cpu)
     flops = counting.training_flops(config, seq_len).exact
-    shape = AttentionShape.of(config, seq_len, documents=data.document_mask)
-    speed = resolve_speed(settings.speed, ranks.device, attention=shape, model=config)
+    masked = hides_keys(config, seq_len, documents=data.document_mask)
+    speed = resolve_speed(settings.speed, ranks.device, model=config, is_masked=masked)
     samples = choose_samples_per_step(settings, ranks, seq_len, flops, on_cpu)
     micro = choose_micro_batch_size(settings, ranks, config, seq_len, samples, speed, resumed)
     per_step = samples * seq_len

@@ -13,13 +13,13 @@ If it merely has no effect, `Speed.departures` reports it.
 import contextlib
 import importlib.util
 import os
-import shutil
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
+from pretrain_cli.compilers import no_cpp, no_triton
 from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.engine.runtime import host_memory, onednn, process_settings
 from pretrain_cli.engine.runtime.gpu_specs import FLOAT8
@@ -30,7 +30,7 @@ from pretrain_cli.model.attention_backends.backend import Conditions
 from pretrain_cli.model.attention_backends.backends import BACKENDS, best_backend
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.decoder import Decoder
-from pretrain_cli.model.loss_backends import LOSS_BACKENDS, no_triton
+from pretrain_cli.model.loss_backends import LOSS_BACKENDS
 from pretrain_cli.model.parameter_map import Merged
 
 DETERMINISM = (
@@ -103,25 +103,16 @@ class Here:
     """False to evaluate or sample only."""
     in_force: Mapping[str, Any]
     """Values of the settings that SpeedConfig declares before this one."""
-    attention: "AttentionShape"
     model: ModelConfig | None = None
     """None if no model is known yet."""
-
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """Facts of a model and its batches on which the choice of an attention backend depends."""
-
-    head_dim: int | None = None
-    """None if no model is known yet."""
     is_masked: bool = False
-    """True if a window shorter than the sequence, or documents, hide keys of whole sequences."""
+    """See `hides_keys`."""
 
-    @classmethod
-    def of(cls, model: ModelConfig, seq_len: int, *, documents: bool) -> "AttentionShape":
-        windows = [model.window(kind) for kind in set(model.layer_types)]
-        cuts = any(window is not None and window < seq_len for window in windows)
-        return cls(model.head_dim, cuts or documents)
+
+def hides_keys(model: ModelConfig, seq_len: int, *, documents: bool) -> bool:
+    """Return whether a window shorter than the sequence, or documents, hide keys of it."""
+    windows = [model.window(kind) for kind in set(model.layer_types)]
+    return documents or any(window is not None and window < seq_len for window in windows)
 
 
 @dataclass(frozen=True)
@@ -141,16 +132,17 @@ def resolve_speed(
     device: torch.device,
     *,
     training: bool = True,
-    attention: AttentionShape = AttentionShape(),
     model: ModelConfig | None = None,
+    is_masked: bool = False,
 ) -> Speed:
-    """Resolve every setting for this device. `training` is False to evaluate or sample only.
+    """Resolve every setting for this device. `training` is False to evaluate or sample only;
+    `is_masked` as `hides_keys` returns it.
 
     Raises ConfigError for an attention backend that can't run (or train) here, for float8 if the
     device can't use it or `training` is False, and for compile if the model can't be compiled.
     """
     in_force: dict[str, Any] = {}
-    here = Here(device, asked, training, in_force, attention, model)
+    here = Here(device, asked, training, in_force, model, is_masked)
     decisions: dict[str, Decision] = {}
     for setting, value in asked.model_dump().items():
         decide = RULES.get(setting, Rule()).decide
@@ -221,20 +213,16 @@ def _attention(asked: str, here: Here) -> tuple[str, str]:
 
 
 def _conditions(here: Here) -> Conditions:
-    dtype, shape = _compute_dtype(_dtype(here.asked.dtype, here)[0]), here.attention
-    return Conditions(here.device, dtype, here.training, shape.head_dim, shape.is_masked)
+    dtype = _compute_dtype(_dtype(here.asked.dtype, here)[0])
+    head_dim = here.model.head_dim if here.model else None
+    return Conditions(here.device, dtype, here.training, head_dim, here.is_masked)
 
 
 def no_attention(
-    backend: str,
-    asked: SpeedConfig,
-    device: torch.device,
-    *,
-    training: bool,
-    attention: AttentionShape = AttentionShape(),
+    backend: str, asked: SpeedConfig, device: torch.device, *, training: bool, model: ModelConfig
 ) -> str:
     """Return the reason why this attention backend can't be used; empty if it can."""
-    conditions = _conditions(Here(device, asked, training, {}, attention))
+    conditions = _conditions(Here(device, asked, training, {}, model))
     return BACKENDS[backend].unavailable(conditions) or ""
 
 
@@ -316,9 +304,8 @@ def _can_compile(asked: bool | str, device: torch.device) -> tuple[bool, str]:
     if device.type == "cpu":
         if asked == "auto":
             return False, "compiling on a CPU takes 10 to 40 seconds; worth it for long runs"
-        compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
-        if not any(name and shutil.which(name) for name in compilers):
-            return False, "no C++ compiler is installed (g++ or clang++)"
+        if reason := no_cpp():
+            return False, reason
     elif device.type == "cuda":
         if reason := no_triton():
             return False, reason

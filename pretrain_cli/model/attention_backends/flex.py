@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from pretrain_cli.compilers import no_triton
 from pretrain_cli.model.attention_backends.backend import Backend, Conditions
 from pretrain_cli.model.attention_backends.flash import flash_kernels
 from pretrain_cli.model.attention_backends.mask import Mask
-from pretrain_cli.model.loss_backends import no_triton
 
 WIDE_HEADS = {
     "bwd_BLOCK_M1": 32,
@@ -97,6 +97,8 @@ def _kernel(device_type: str) -> Callable[..., Any]:
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    # torch.compile looks at .grad of each input, and q, k and v are no leaves.
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
     return torch.compile(function, dynamic=False)
 
 

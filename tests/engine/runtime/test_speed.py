@@ -12,7 +12,7 @@ from torch._functorch import config as autograd_config
 
 from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.engine.runs.events import StepMetrics
-from pretrain_cli.engine.runtime.speed import resolve_speed
+from pretrain_cli.engine.runtime.speed import hides_keys, resolve_speed
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.model.presets import preset
 
@@ -192,3 +192,17 @@ def test_attention_backends_have_the_same_losses_on_a_gpu(settings, run, attenti
         events = run(settings(f"run-{name}", **common, **speed))
         losses.append([e.loss for e in events if isinstance(e, StepMetrics)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "seq_len", "documents", "hidden"),
+    [
+        ("gemma3-270m", 1024, False, True),  # its windows are 512
+        ("gemma3-270m", 512, False, False),
+        ("gemma3-270m", 512, True, True),
+        ("qwen3-0.6b", 8192, False, False),
+        ("qwen3-0.6b", 8192, True, True),
+    ],
+)
+def test_short_windows_and_documents_hide_keys(name, seq_len, documents, hidden):
+    assert hides_keys(preset(name), seq_len, documents=documents) is hidden

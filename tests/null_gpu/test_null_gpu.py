@@ -14,6 +14,7 @@ def test_pytorch_sees_one_h100_with_all_of_its_memory():
     assert torch.cuda.get_device_capability() == (9, 0)
     assert torch.cuda.get_device_properties(0).shared_memory_per_block_optin == 232_448
     free, total = torch.cuda.mem_get_info()
+    free += torch.cuda.memory_reserved()  # what earlier tests of this process left in its cache
     assert 0.9 * total < free < total == 85e9
 
 

@@ -11,13 +11,12 @@ from tests.null_gpu.null_gpu import LOADED
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    skip = pytest.mark.skip(reason="needs fake CUDA libraries, which .tools/null_gpu_tests loads")
+    needs = "needs fake CUDA libraries, which .tools/null_gpu_tests loads"
     for item in items:
         if not item.get_closest_marker("null_gpu"):
             continue
-        if not LOADED:
-            item.add_marker(skip)
-        elif (arm := _arm_of(item)) is not None:
+        item.add_marker(pytest.mark.skipif(not LOADED, reason=needs))
+        if (arm := _arm_of(item)) is not None:
             # One process measures the arm, and once.
             item.add_marker(pytest.mark.xdist_group(str(arm)))
 

@@ -37,10 +37,12 @@ USABLE_FRACTION = 0.9
 """Share of the available memory to use: the estimate may be a tenth short."""
 PROCESS = 331_000_000
 """Resident bytes of a CPU process before a model is built: Python and the libraries."""
-HEAP_OVERHEAD = {True: 0.2, False: 0.14}
-"""Overhead of glibc's heap as a share of what a step allocates, by keep_freed_memory.
+HEAP_OVERHEAD = {2: {True: 0.2, False: 0.14}, 4: {True: 0.4, False: 0.3}}
+"""Overhead of glibc's heap as a share of what a step allocates, by bytes of the compute type and
+keep_freed_memory.
 
-Measured as peak resident memory minus everything that this module counts
+Measured as peak resident memory minus everything that this module counts, in bfloat16 on a CPU that
+has it in hardware, in float32 on one with AVX2: six shapes there gave 0.32 to 0.56
 (tests/engine/planning/test_memory_estimate.py)."""
 BACKWARD = 0.5
 """Bytes of gradients inside a block's backward pass, as a share of the block's saved activations.
@@ -173,7 +175,7 @@ def estimate(t: StepShape) -> Estimate:
             "step": always | {"gradients": weights // ranks},
         }
     )
-    share = 0 if on_gpu else HEAP_OVERHEAD[t.keep_freed_memory]
+    share = 0 if on_gpu else HEAP_OVERHEAD[c][t.keep_freed_memory]
     for parts in estimate.phases.values():
         parts["lost"] = round(share * sum(n for name, n in parts.items() if name not in always))
     return estimate

@@ -22,7 +22,6 @@ from gpu.mfu import reset_compiler
 from gpu.shapes import model_of
 from gpu.steps import Ours, Timed
 from pretrain_cli.config.run_config import OptimizerSettings, SpeedConfig
-from pretrain_cli.engine.benchmark.arms import choices
 from pretrain_cli.engine.benchmark.workload import Workload
 from pretrain_cli.engine.optim.kinds import OPTIMIZERS
 from pretrain_cli.engine.optim.optimizer import build_optimizer, set_learning_rate
@@ -31,6 +30,7 @@ from pretrain_cli.engine.runtime.speed import (
     apply_process_settings,
     build_model,
     float8_unavailable,
+    no_cuda_graphs,
     resolve_speed,
 )
 from pretrain_cli.model.attention_backends.backend import Conditions
@@ -188,12 +188,13 @@ def steps(check: Check, device: torch.device) -> None:
         one_step(check, f"{backend}, window", workload(check, GEMMA, length, rows), speed)
     dense = workload(check, GEMMA, length, rows, sliding_window=length)
     one_step(check, "every layer full causal", dense, asked)
-    for setting in SpeedConfig.model_fields:
-        if "graph" in setting:
-            for value, size_one in itertools.product(choices(SpeedConfig, setting), (1, 4)):
-                speed = asked.model_copy(update={setting: value})
-                small = workload(check, GEMMA, short, size_one)
-                one_step(check, f"{setting} {value}", small, speed)
+    no_graphs = no_cuda_graphs(device, compiled)
+    if no_graphs:
+        check.write("step, CUDA graphs", ok=None, note=f"unavailable: {no_graphs}")
+    for size_one, graphs in itertools.product((1, 4), (False,) if no_graphs else (False, True)):
+        speed = asked.model_copy(update={"cuda_graphs": graphs})
+        said = "CUDA graphs" if graphs else "no CUDA graphs"
+        one_step(check, said, workload(check, GEMMA, short, size_one), speed)
     if not check.compile_only:
         for name in (QWEN, GEMMA):
             plain = asked.model_copy(update={"compile": False})

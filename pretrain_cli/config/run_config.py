@@ -218,6 +218,10 @@ class SpeedConfig(Section):
         bool | Auto, SpeedSetting(decides_micro_batch=True, is_announced=True, on_any_gpu=True)
     ] = "auto"
     """Compile each block with `torch.compile`. auto: on a GPU."""
+    cuda_graphs: Annotated[bool, SpeedSetting(decides_micro_batch=True)] = False
+    """Launch each compiled block as one CUDA graph: for small models and micro-batches, whose
+    kernels are shorter than their launches. Gradients stay in memory between steps. One NVIDIA GPU
+    only, and not with `activation_checkpointing`."""
     recompute_cheap: Annotated[bool | Auto, SpeedSetting(on_any_gpu=False)] = "auto"
     """Recompute norms, rotations and activations of compiled blocks in the backward pass instead
     of keeping them. auto: on a CPU."""

@@ -114,6 +114,7 @@ class Decoder(nn.Module):
         self.chunked_loss = chunked_loss
         self.activation_checkpointing = activation_checkpointing
         self.softmax: Softmax = softmax_
+        self.has_cuda_graphs = False
         self.embedding = nn.Embedding(
             config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
         )
@@ -221,6 +222,8 @@ class Decoder(nn.Module):
         """Return hidden states and, with `counted` (B, T), the expert use of these tokens in each
         sparse layer."""
         assert cache is None or documents is None, "a cache remembers no documents"
+        if self.has_cuda_graphs:  # the next replays may overwrite what the last ones returned
+            torch.compiler.cudagraph_mark_step_begin()
         T, device = tokens.shape[1], tokens.device
         past = cache.length if cache else 0
         positions = torch.arange(past, past + T, device=device)
@@ -250,18 +253,23 @@ class Decoder(nn.Module):
             cache.length += T
         return self.norm(x), uses
 
-    def compile_parts(self, *, recompute_cheap: bool) -> None:
+    def compile_parts(self, *, recompute_cheap: bool, cuda_graphs: bool = False) -> None:
         """Compile each block in place, and the softmax of the loss.
 
         Blocks of a kind share one compiled graph, so compile time is that of one or two blocks at
         any depth; only a few large products stay uncompiled. With `recompute_cheap` the backward
         pass recomputes norms, rotations and other cheap operations, fused into their consumers.
         This is a setting of the whole process.
+
+        With `cuda_graphs` PyTorch records each block's kernels and replays them: a graph for every
+        block, forward and backward, in one pool of memory. A replay overwrites what the one before
+        returned, gradients included, so parameters need gradients to add to (see `add_gradients`).
         """
         for name in ("materialized_backward", "used_far_apart", "long_fusible_chains"):
             setattr(autograd_config, f"ban_recompute_{name}", not recompute_cheap)
         for block in self.blocks:
-            block.compile(dynamic=False)
+            block.compile(dynamic=False, mode="reduce-overhead" if cuda_graphs else None)
+        self.has_cuda_graphs = cuda_graphs
         self.softmax = torch.compile(softmax_)
 
     def embed(self, tokens: Tensor, waiting: list[Tensor] | None = None) -> Tensor:

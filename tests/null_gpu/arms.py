@@ -50,11 +50,13 @@ class Arm:
     optimizer: str = "adamw"
     micro_steps: int = 1
     compile: bool = False
+    cuda_graphs: bool = False
     dtype: str = "auto"
 
     def __str__(self) -> str:
         parts = [self.model, self.attention, str(self.seq_len), self.optimizer]
         parts += ["documents"] * self.documents + ["compiled"] * self.compile
+        parts += ["graphs"] * self.cuda_graphs
         parts += [f"{self.micro_steps} micro-steps"] * (self.micro_steps > 1)
         return " ".join(parts + [self.dtype] * (self.dtype != "auto"))
 
@@ -140,6 +142,7 @@ def settings_of(arm: Arm, dataset: Path) -> dict[str, object]:
         "optimizer.name": arm.optimizer,
         "speed.attention": arm.attention,
         "speed.compile": arm.compile,
+        "speed.cuda_graphs": arm.cuda_graphs,
         "speed.dtype": arm.dtype,
     }
 

@@ -27,15 +27,23 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static struct {
     const char *name;
+    int is_captured;  // into a graph, and not run
     long count;
 } counters[MAX_COUNTERS];
 static int counters_used;
 
+static cudaStream_t capturing;  // the stream whose work becomes a graph
+
 void null_gpu_count(const char *name) {
     pthread_mutex_lock(&lock);
-    int i = 0;
-    while (i < counters_used && strcmp(counters[i].name, name)) i++;
-    if (i == counters_used && i < MAX_COUNTERS) counters[counters_used++].name = name;
+    int i = 0, is_captured = capturing != NULL;
+    while (i < counters_used &&
+           (counters[i].is_captured != is_captured || strcmp(counters[i].name, name)))
+        i++;
+    if (i == counters_used && i < MAX_COUNTERS) {
+        counters[i].is_captured = is_captured;
+        counters[counters_used++].name = name;
+    }
     if (i < MAX_COUNTERS) counters[i].count++;
     pthread_mutex_unlock(&lock);
 }
@@ -44,14 +52,15 @@ void null_gpu_reset(void) {
     for (int i = 0; i < counters_used; i++) counters[i].count = 0;
 }
 
-// Write a line "COUNT NAME" for each counter that isn't 0. Returns the length.
+// Write a line "COUNT NAME", or "COUNT captured NAME", for each counter that isn't 0. Returns the
+// length.
 int null_gpu_counts(char *text, int size) {
     int length = 0;
     text[0] = 0;
     for (int i = 0; i < counters_used && length < size; i++)
         if (counters[i].count)
-            length += snprintf(text + length, size - length, "%ld %s\n", counters[i].count,
-                               counters[i].name);
+            length += snprintf(text + length, size - length, "%ld %s%s\n", counters[i].count,
+                               counters[i].is_captured ? "captured " : "", counters[i].name);
     return length;
 }
 
@@ -65,7 +74,7 @@ void null_gpu_on_wait(wait_callback callback) { on_wait = callback; }
 static cudaError_t waits(const char *name, long bytes) {
     null_gpu_count(name);
     if (on_wait) on_wait(name, bytes);
-    return cudaSuccess;
+    return capturing ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
 }
 
 void *null_gpu_handle(void) {
@@ -395,8 +404,28 @@ cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) {
     return cudaSuccess;
 }
 
+// A stream that captures: what it gets becomes a graph, and is counted apart. Waiting is an error.
+static unsigned long long captures;
+
+static enum cudaStreamCaptureStatus status_of(cudaStream_t stream) {
+    int is_capturing = capturing && stream == capturing;
+    return is_capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+}
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode) {
+    capturing = stream;
+    captures++;
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
+    capturing = NULL;
+    *graph = null_gpu_handle();
+    return cudaSuccess;
+}
+
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
-    *status = cudaStreamCaptureStatusNone;
+    *status = status_of(stream);
     return cudaSuccess;
 }
 
@@ -404,9 +433,25 @@ cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, enum cudaStreamCapture
                                      unsigned long long *id, cudaGraph_t *graph,
                                      const cudaGraphNode_t **nodes, const void **edges,
                                      size_t *count) {
-    *status = cudaStreamCaptureStatusNone;
-    if (id) *id = 0;
+    *status = status_of(stream);
+    if (id) *id = captures;
     if (count) *count = 0;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t *count) {
+    *count = 1;  // PyTorch warns of an empty graph
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *executable, cudaGraph_t graph,
+                                          unsigned long long flags) {
+    *executable = null_gpu_handle();
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
+    null_gpu_count("launch graph");
     return cudaSuccess;
 }
 

@@ -85,6 +85,20 @@ def test_triton_compiles_for_the_device_and_its_launch_is_counted():
     assert seen.counts["launch Triton"] == 1 == seen.launches
 
 
+def test_a_captured_graph_is_one_launch_and_must_not_wait():
+    x = torch.zeros(64, 64, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with watch() as seen, torch.cuda.graph(graph):
+        x.add_(1).mul_(2)
+    assert seen.counts["captured launch ATen"] == 2
+    assert not seen.launches
+    with watch() as seen:
+        graph.replay()
+    assert seen.counts["launch graph"] == 1 == seen.launches
+    with pytest.raises(RuntimeError, match="CUDA error"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        x.sum().item()
+
+
 def test_a_reset_counter_is_not_listed():
     torch.zeros(4, device="cuda").add_(1)
     assert null_gpu.counts()["launch ATen"] >= 1

@@ -27,6 +27,9 @@ LAUNCHES = {
     Arm(GEMMA, attention="sdpa"): 1836,
     Arm(QWEN, compile=True): 520,
     Arm(GEMMA, compile=True): 518,
+    Arm(QWEN, compile=True, micro_steps=2): 971,
+    Arm(QWEN, compile=True, micro_steps=2, cuda_graphs=True): 389,
+    Arm(GEMMA, documents=True, compile=True, cuda_graphs=True): 300,
 }
 
 
@@ -69,6 +72,17 @@ def test_an_evaluation_compiles_each_kind_of_block_once_at_most(dataset):
             steps(job, 2)
             evaluation(job)
         assert graphs() == evaluated
+
+
+def test_cuda_graphs_are_recorded_in_the_first_two_steps(dataset):
+    """After that a block is one launch forward and one backward, also after an evaluation."""
+    with open_job(Arm(QWEN, compile=True, micro_steps=2, cuda_graphs=True), dataset) as job:
+        steps(job, 2)
+        evaluation(job)
+        with watch() as seen:
+            steps(job, 1)
+    assert seen.counts["launch graph"] == 2 * 2 * job.plan.model.num_hidden_layers
+    assert not [name for name in seen.counts if name.startswith("captured")]
 
 
 def test_an_evaluation_waits_for_the_device_once(dataset):

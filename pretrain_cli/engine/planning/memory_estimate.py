@@ -67,6 +67,7 @@ class StepShape:
     dtype: str
     attention: str
     compile: bool
+    cuda_graphs: bool
     recompute_cheap: bool
     merged_qkv: bool
     chunked_loss: bool
@@ -127,8 +128,9 @@ def estimate(t: StepShape) -> Estimate:
     matrices = count.attention + count.mlp
     moments = 4 * len(OPTIMIZERS[t.optimizer].matrix_state)
     ranks = t.ranks if t.parallel == "fsdp" else 1
-    # DDP allocates buckets for all gradients before the first backward pass
-    earlier = weights if t.is_accumulated or t.parallel == "ddp" else 0
+    # DDP allocates buckets for all gradients before the first backward pass; CUDA graphs need them
+    has_earlier = t.is_accumulated or t.parallel == "ddp" or t.cuda_graphs
+    earlier = weights if has_earlier else 0
     copies = 2 * matrices if c == 2 and not t.recompute_cheap else 0
     # Outside the blocks: activations of the last norm, and the loss's gradient. A test compares the
     # sum with autograd to the byte (tests/engine/planning/test_memory_estimate.py).

@@ -116,6 +116,8 @@ def make_plan(
     reason = OPTIMIZERS[optimizer_name].no_shards
     if reason and settings.train.parallel == "fsdp":
         raise ConfigError(f"optimizer.name: '{optimizer_name}' {reason}; use adamw, or ddp")
+    if settings.speed.cuda_graphs and (ranks.world_size > 1 or settings.train.parallel == "fsdp"):
+        raise ConfigError("speed.cuda_graphs: true can't be used with torchrun; use false")
     if config.tie_word_embeddings and settings.optimizer.head_rate_scale != 1:
         raise ConfigError(
             f"optimizer.head_rate_scale: {settings.optimizer.head_rate_scale:g}, and this model's "

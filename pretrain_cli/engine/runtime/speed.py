@@ -58,6 +58,7 @@ class Speed:
     dtype: str
     """Dtype of activations and products: float32, bfloat16 or float8."""
     compile: bool
+    cuda_graphs: bool
     recompute_cheap: bool
     merged_qkv: bool
     merged_gate_up: bool
@@ -200,7 +201,7 @@ def check_float8(config: ModelConfig) -> None:
 def compile_blocks(model: Decoder, speed: Speed) -> None:
     """Compile blocks and softmax in place, if speed.compile is true."""
     if speed.compile:
-        model.compile_parts(recompute_cheap=speed.recompute_cheap)
+        model.compile_parts(recompute_cheap=speed.recompute_cheap, cuda_graphs=speed.cuda_graphs)
 
 
 def _attention(asked: str, here: Here) -> tuple[str, str]:
@@ -314,6 +315,30 @@ def _can_compile(asked: bool | str, device: torch.device) -> tuple[bool, str]:
     return True, "" if asked is True else "kernels fused across each block"
 
 
+def _cuda_graphs(asked: bool, here: Here) -> tuple[bool, str]:
+    if not asked:
+        return False, ""
+    if not here.training:
+        return False, "a way to train"
+    checkpointed = here.asked.activation_checkpointing
+    if reason := no_cuda_graphs(here.device, here.in_force["compile"], checkpointed=checkpointed):
+        raise ConfigError(f"speed.cuda_graphs: true can't be used: {reason}; use false")
+    return True, ""
+
+
+def no_cuda_graphs(device: torch.device, compiled: bool, *, checkpointed: bool = False) -> str:
+    """Return the reason why blocks can't be CUDA graphs; empty if they can."""
+    if device.type != "cuda" or torch.version.hip:
+        return "CUDA graphs are for NVIDIA's GPUs"
+    if not compiled:
+        return "they are made of compiled blocks, and compile is off"
+    if checkpointed:
+        # A RuntimeError of torch 2.14: "observed an input tensor deallocate during graph recording
+        # that did not occur during replay".
+        return "PyTorch can't replay blocks that activation_checkpointing runs twice"
+    return ""
+
+
 def _recompute_cheap(asked: bool | str, here: Here) -> tuple[bool, str]:
     if asked is False:
         return False, ""
@@ -395,6 +420,7 @@ RULES: dict[str, Rule] = {
     "attention": Rule(_attention),
     "dtype": Rule(_dtype),
     "compile": Rule(_compile),
+    "cuda_graphs": Rule(_cuda_graphs),
     "recompute_cheap": Rule(_recompute_cheap),
     "fused_optimizer": Rule(_fused_optimizer),
     "chunked_loss": Rule(_chunked_loss),

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain_cli.engine.optim.optimizer import set_learning_rate
 from pretrain_cli.engine.planning.plan import StepPlan
@@ -47,7 +47,7 @@ def train_step(
         limit = clip if clip > 0 else float("inf")
         norm = torch.nn.utils.clip_grad_norm_(job.model.parameters(), limit)
         job.guard.step(job.optimizer, loss, norm)
-        job.optimizer.zero_grad(set_to_none=True)
+        job.optimizer.zero_grad(set_to_none=not job.plan.speed.cuda_graphs)
     return StepResult(loss, norm, auxiliary)
 
 
@@ -65,6 +65,8 @@ def add_gradients(
     auxiliary = AuxiliaryLosses(weights) if weights else None
     normalizer = batch.counted / world_size
     model.train()
+    if job.plan.speed.cuda_graphs:
+        _allocate_gradients(model)
     total = torch.zeros((), device=batch.inputs.device)
     for start in range(0, len(batch.inputs), job.plan.micro_batch_size):
         if start and stop():
@@ -86,3 +88,11 @@ def add_gradients(
             auxiliary.add(parts)
         total += parts.cross_entropy / world_size
     return total, auxiliary
+
+
+def _allocate_gradients(model: nn.Module) -> None:
+    """Give each parameter without a gradient one of zeros. Autograd adds to it; otherwise it would
+    keep the output of a CUDA graph, which the next replay overwrites."""
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)

@@ -52,6 +52,8 @@ def test_a_speed_setting_changes_no_loss_and_no_checkpoint_key(
         pytest.skip("no CPU multiplies in it: test_training_in_float8.py has it emulated")
     if setting == "compile" and value is True:
         pytest.skip("compiling takes half a minute: test_compiled_blocks_learn_the_same does it")
+    if setting == "cuda_graphs" and value is True:
+        pytest.skip("NVIDIA GPUs only: test_cuda_graphs_have_the_same_losses does it")
 
     def five_steps(out, **speed):
         events = run(settings(out, model__name=model, train__steps=5, **speed))
@@ -178,6 +180,39 @@ def test_compiling_applies_recompute_cheap_to_functorch(tiny_model, recompute):
     with autograd_config.patch(dict.fromkeys(banned, recompute)):  # restored afterwards
         tiny_model().compile_parts(recompute_cheap=recompute)
         assert [getattr(autograd_config, name) for name in banned] == [not recompute] * 3
+
+
+def test_cuda_graphs_are_refused_where_blocks_can_not_be_replayed(monkeypatch):
+    def resolved(device=GPU, *, training=True, **more):
+        asked = SpeedConfig(attention="sdpa", dtype="float32", cuda_graphs=True, **more)
+        return resolve_speed(asked, device, training=training)
+
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    monkeypatch.setattr("shutil.which", lambda name: name)  # a compiler is found
+    assert resolved().cuda_graphs is True
+    assert resolved(CPU, training=False).decisions["cuda_graphs"].reason == "a way to train"
+    for said, arguments in {
+        "CUDA graphs are for NVIDIA's GPUs": {"device": CPU, "compile": True},
+        "compile is off": {"compile": False},
+        "activation_checkpointing runs twice": {"activation_checkpointing": True},
+    }.items():
+        with pytest.raises(ConfigError, match=f"speed.cuda_graphs: true can't be used: .*{said}"):
+            resolved(**arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("masked", [False, True])
+def test_cuda_graphs_have_the_same_losses(settings, run, masked):
+    """Two micro-steps a step: a replay must not overwrite the gradients of the first."""
+    losses = []
+    for on in (False, True):
+        asked = settings(
+            f"run-{on}", train__device="cuda", train__log_every=1, train__micro_batch_size=1,
+            data__document_mask=masked, speed__compile=True, speed__cuda_graphs=on,
+        )  # fmt: skip
+        losses.append([e.loss for e in run(asked) if isinstance(e, StepMetrics)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.gpu

@@ -46,13 +46,17 @@ def tokenize(
         ),
     ] = None,
     input: Annotated[
-        Literal["auto", "text", "jsonl", "parquet"],
-        typer.Option(help="Format of the files; auto decides by name.", rich_help_panel=CORPUS),
+        Literal["auto", "text", "json", "jsonl", "csv", "tsv", "parquet", "arrow", "wet"],
+        typer.Option(
+            help="Format of all files; auto decides by the first bytes, then by name.",
+            rich_help_panel=CORPUS,
+        ),
     ] = "auto",
     text_key: Annotated[
         str,
         typer.Option(
-            help="Key of the text in .jsonl lines, column in .parquet.", rich_help_panel=CORPUS
+            help="Key or column of the text in JSON and tables; a.b is b in an object a.",
+            rich_help_panel=CORPUS,
         ),
     ] = "text",
     document_separator: Annotated[
@@ -66,8 +70,8 @@ def tokenize(
     errors: Annotated[
         Literal["skip", "replace", "fail"],
         typer.Option(
-            help="Documents that are not UTF-8: skip them, replace invalid bytes, or stop. The "
-            "same for the rest of a damaged file.",
+            help="Documents that are not UTF-8: skip them, replace invalid bytes, or stop. Nulls, "
+            "files that are not text and the rest of a damaged file: skip or stop.",
             rich_help_panel=CORPUS,
         ),
     ] = "skip",
@@ -148,10 +152,10 @@ def tokenize(
 ) -> None:
     """Turn text into a dataset to train on.
 
-    A document is a file, a line of a .jsonl file, a row of a .parquet file, or the text between two
-    separator lines. Files may be compressed: .gz, .zst, .xz, .bz2. If the command is killed, run it
-    again: it continues where it stopped. Without paths, it makes a small demo dataset from the
-    Python standard library's sources.
+    A document is a file, a record of JSON, CSV, Parquet, Arrow or WARC text, or the text between
+    two separator lines. Files may be compressed: .gz, .zst, .xz, .bz2. If the command is killed,
+    run it again: it continues where it stopped. Without paths, it makes a small demo dataset from
+    the Python standard library's sources.
     """
     from pretrain_cli.data.corpus.readers import ReadOptions
     from pretrain_cli.data.tokenizing.choose_tokenizer import BPE_VOCAB_SIZE

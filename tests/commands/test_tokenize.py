@@ -125,11 +125,13 @@ def test_tokenize_without_arguments_makes_the_demo_dataset(pretrain, tmp_path, m
 
 
 def test_files_that_are_not_text_are_skipped_named_and_counted(pretrain, corpus):
-    (corpus / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\xff")
+    (corpus / "picture").write_bytes(b"\x89PNG\r\n\x1a\n\xff")
     (corpus / "latin.txt").write_bytes("café".encode("latin-1"))
+    (corpus / "latin-too.txt").write_bytes("café".encode("latin-1"))
     outcome = pretrain("tokenize --tokenizer bytes corpus")
     assert outcome.code == 0, outcome.err
-    assert "2 × not UTF-8, left out: corpus/latin.txt, corpus/picture.png" in outcome.out
+    assert "2 × not UTF-8, left out: corpus/latin-too.txt, corpus/latin.txt" in outcome.out
+    assert "1 × PNG image, left out: corpus/picture" in outcome.out
 
 
 def test_markup_in_a_folder_name_is_printed_unchanged(pretrain, corpus):
@@ -325,7 +327,7 @@ def test_an_empty_corpus_is_refused(refused, tmp_path):
 def test_a_corpus_without_utf8_text_is_refused(refused, tmp_path):
     (tmp_path / "pictures").mkdir()
     for name in ("a.png", "b.png"):
-        (tmp_path / "pictures" / name).write_bytes(b"\x89PNG\xff")
+        (tmp_path / "pictures" / name).write_bytes(b"\x89P\xff")
     message = refused("tokenize --tokenizer bytes pictures")
     assert message.startswith("pictures: no UTF-8 text in its 2 files (pictures/a.png the first)")
 

@@ -1,4 +1,4 @@
-"""Files and folders in, documents out: discovery, decompression, text, JSON lines, Parquet.
+"""Files and folders in, documents out: discovery, decompression, formats, records, text.
 
-Read `source_files` first, then `readers`.
+Read `source_files` first, then `readers` and `formats`.
 """

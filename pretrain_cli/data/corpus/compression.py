@@ -5,14 +5,14 @@ import gzip
 import lzma
 import sys
 import zlib
-from collections.abc import Callable
+from pathlib import Path
 from typing import IO, Any
 
 from pretrain_cli.errors import DataError
 
 
 class Damaged(Exception):
-    """A compressed file ends early or does not have the format its name says."""
+    """A file ends early or does not have the format that its name or its first bytes say."""
 
 
 def signs_of_damage() -> tuple[type[Exception], ...]:
@@ -23,7 +23,19 @@ def signs_of_damage() -> tuple[type[Exception], ...]:
     return (*signs, zstd.ZstdError) if zstd else signs
 
 
-def _zstandard(raw: IO[bytes]) -> Any:
+def open_gzip(raw: IO[bytes], path: Path) -> Any:
+    return gzip.GzipFile(fileobj=raw)
+
+
+def open_bzip2(raw: IO[bytes], path: Path) -> Any:
+    return bz2.BZ2File(raw)
+
+
+def open_xz(raw: IO[bytes], path: Path) -> Any:
+    return lzma.LZMAFile(raw)
+
+
+def open_zstandard(raw: IO[bytes], path: Path) -> Any:
     if sys.version_info >= (3, 14):
         from compression import zstd
 
@@ -32,18 +44,6 @@ def _zstandard(raw: IO[bytes]) -> Any:
         from backports import zstd
     except ImportError:
         raise DataError(
-            f"{raw.name}: reading .zst takes backports.zstd; pip install backports.zstd"
+            f"{path}: reading .zst takes backports.zstd; pip install backports.zstd"
         ) from None
     return zstd.ZstdFile(raw)
-
-
-def _gzip(raw: IO[bytes]) -> Any:
-    return gzip.GzipFile(fileobj=raw)
-
-
-DECOMPRESS: dict[str, Callable[[IO[bytes]], Any]] = {
-    ".gz": _gzip,
-    ".bz2": bz2.BZ2File,
-    ".xz": lzma.LZMAFile,
-    ".zst": _zstandard,
-}

@@ -1,12 +1,13 @@
 """Readers: from the bytes of a file to its documents, in constant memory.
 
-    raw bytes ── decompressed ── segments of documents ── UTF-8 checked ── Document, in blocks
+    raw bytes ── decompressed ── records or text ── UTF-8 checked ── Document, in blocks
 
-A document is a file, a part of a file between separator lines, a line of `.jsonl`, or a row of
-Parquet. Its text is kept as it is: newlines are not translated and nothing is stripped. A document
-longer than a few megabytes is read twice, because its last byte decides whether it is UTF-8, held
-out or a duplicate: a plain file by seeking back, any other from a temporary copy. Only a line of
-`.jsonl` or a row is held in memory completely, whatever its length.
+A document is a file, a part of a file between separator lines, or a record: a line of JSON, a row
+of a table. `formats.py` says which. Its text is kept as it is, except for a byte order mark at the
+beginning of a file: newlines are not translated and nothing is stripped. A document longer than a
+few megabytes is read twice, because its last byte decides whether it is UTF-8, held out or a
+duplicate: a plain file by seeking back, any other from a temporary copy. Only a record is held in
+memory completely, whatever its length.
 """
 
 import codecs
@@ -21,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from pretrain_cli.data.corpus.compression import DECOMPRESS, signs_of_damage
-from pretrain_cli.data.corpus.records import json_lines, parquet_rows
+from pretrain_cli.data.corpus.compression import signs_of_damage
+from pretrain_cli.data.corpus.formats import FORMATS, HEAD, TEXT, recognize, strip_compression
+from pretrain_cli.data.corpus.records import NotText, Records, Source
 from pretrain_cli.data.corpus.source_files import STANDARD_INPUT, TextFile
 from pretrain_cli.errors import DataError
 from pretrain_cli.files import is_disk_full
@@ -31,10 +33,13 @@ READ_BYTES = 2**20
 """Bytes read at a time."""
 MAX_IN_MEMORY = 2**23
 """Bytes of a document kept in memory; a longer document is read twice."""
+MOST_NULS = 0.1
+"""Largest share of NUL bytes in a text; UTF-16 read as UTF-8 has up to a half."""
+BYTE_ORDER_MARK = codecs.BOM_UTF8
 DAMAGED = "damaged; documents that end before that are kept"
 
 Errors = Literal["skip", "replace", "fail"]
-Kind = Literal["auto", "text", "jsonl", "parquet"]
+Kind = Literal["auto", "text", "json", "jsonl", "csv", "tsv", "parquet", "arrow", "wet"]
 
 
 @dataclass(frozen=True)
@@ -42,13 +47,13 @@ class ReadOptions:
     """Options of reading files."""
 
     text_key: str = "text"
-    """Key of the text in JSON lines, and its column in Parquet."""
+    """Key of the text in JSON, and its column in a table; `a.b` names a nested one."""
     separator: str | None = None
     """Line that separates documents in a plain text file; None means one document a file."""
     errors: Errors = "skip"
-    """Handling of a document that is not UTF-8, and of the rest of a damaged file."""
+    """Handling of a document that is not UTF-8, of a null, and of the rest of a damaged file."""
     kind: Kind = "auto"
-    """Format of files whose names do not tell it."""
+    """Format of all files; auto recognizes it by the first bytes, then by the name."""
 
 
 @dataclass(frozen=True)
@@ -79,29 +84,13 @@ class FileReader:
     def documents(self) -> Iterator[Document]:
         """Yield every document that is not empty, in order. Raises DataError for unreadable
         content."""
-        name = self.file.path.name.lower()
-        compression = next((end for end in DECOMPRESS if name.endswith(end)), "")
-        name = name.removesuffix(compression)
-        kind = self.reading.kind
-        if kind == "auto":
-            kind = "text"
-            if name.endswith((".jsonl", ".ndjson")):
-                kind = "jsonl"
-            elif name.endswith(".parquet"):
-                kind = "parquet"
-        can_seek = not compression and not self.file.is_stream
-        path, key = self.file.path, self.reading.text_key
+        path = self.file.path
         try:
             with self._open_raw() as raw:
-                stream = DECOMPRESS[compression](raw) if compression else raw
-                if kind == "jsonl":
-                    texts = json_lines(stream, path, key, self.note_replaced)
-                    yield from self._short_documents(texts)
-                elif kind == "parquet":
-                    texts = parquet_rows(stream, path, key, can_seek=can_seek, spool=self.spool)
-                    yield from self._short_documents(texts)
-                else:
-                    yield from self._plain(stream, can_seek=can_seek)
+                try:
+                    yield from self._read(raw)
+                except NotText as error:
+                    self._leave_out(str(error), "", "which is not read; convert it to text")
                 while raw.read(READ_BYTES):  # the checksum covers trailing bytes too
                     pass
         except signs_of_damage() as error:
@@ -112,6 +101,32 @@ class FileReader:
             if error.errno is not None:
                 raise DataError(f"{path}: can't be read ({error.strerror})") from None
             self._damaged(str(error))  # bz2 raises an OSError without errno
+
+    def _read(self, raw: IO[bytes]) -> Iterator[Document]:
+        path, reading = self.file.path, self.reading
+        name, can_seek = path.name.lower(), not self.file.is_stream
+        head, stream = _peeked(raw)
+        kind = recognize(name, head, key=reading.text_key, asked=reading.kind)
+        while decompress := FORMATS[kind].decompress:
+            name, can_seek = strip_compression(name), False
+            head, stream = _peeked(decompress(stream, path))
+            kind = recognize(name, head, key=reading.text_key, asked=reading.kind)
+        if records := FORMATS[kind].records:
+            source = Source(
+                path=path,
+                stream=stream,
+                head=head,
+                key=reading.text_key,
+                replaces=self.note_replaced,
+                can_seek=can_seek,
+                spool=self.spool,
+            )
+            yield from self._short_documents(records(source))
+        elif kind == TEXT:
+            mark = stream.read(len(BYTE_ORDER_MARK)) if head.startswith(BYTE_ORDER_MARK) else b""
+            yield from self._plain(stream, len(mark), can_seek=can_seek)
+        else:
+            raise NotText(kind)
 
     def _damaged(self, why: str) -> None:
         if self.reading.errors == "fail":
@@ -127,12 +142,12 @@ class FileReader:
 
     # --- plain text ------------------------------------------------------------------------------
 
-    def _plain(self, stream: IO[bytes], *, can_seek: bool) -> Iterator[Document]:
+    def _plain(self, stream: IO[bytes], begins_at: int, *, can_seek: bool) -> Iterator[Document]:
         held: list[bytes] = []
-        size = start = 0
+        size, start = 0, begins_at
         pending: _LongDocument | None = None
         try:
-            for segment in _segments(stream, self.reading.separator):
+            for segment in _segments(stream, self.reading.separator, begins_at):
                 if isinstance(segment, int):  # end of a document, start of the next
                     document = (
                         pending.finish()
@@ -158,10 +173,11 @@ class FileReader:
             if pending:
                 pending.close()
 
-    def _short_documents(self, texts: Iterable[tuple[int, bytes]]) -> Iterator[Document]:
-        for number, text in texts:
-            document = self._short(text, f":{number}")
-            if document:
+    def _short_documents(self, records: Records) -> Iterator[Document]:
+        for number, text in records:
+            if text is None:
+                self._leave_out("null", f":{number}", "no text; remove it")
+            elif document := self._short(text, f":{number}"):
                 yield document
 
     def _short(self, data: bytes, where: str) -> Document | None:
@@ -172,7 +188,21 @@ class FileReader:
             if not self.note_replaced(where):
                 return None
             data = data.decode(errors="replace").encode()
+        if b"\0" in data and self.leaves_out_nuls(data.count(0), len(data), where):
+            return None
         return Document(len(data), _digest(data), (data,)) if data else None
+
+    def leaves_out_nuls(self, nuls: int, size: int, where: str) -> bool:
+        """Return whether too many bytes of a document are NUL. Counts or refuses the document."""
+        if nuls <= MOST_NULS * size:
+            return False
+        self._leave_out("many NUL bytes", where, "not text, or UTF-16; convert it to UTF-8")
+        return True
+
+    def _leave_out(self, what: str, where: str, why: str) -> None:
+        if self.reading.errors == "fail":
+            raise DataError(f"{self.file.path}{where}: {what}, {why}, or use --errors skip")
+        self.remarks[f"{what}, left out"] += 1
 
     def note_replaced(self, where: str) -> bool:
         """Return whether to replace bytes that are not UTF-8. Counts or refuses the document."""
@@ -191,7 +221,7 @@ class _LongDocument:
     def __init__(self, reader: FileReader, start: int, *, can_seek: bool) -> None:
         self.reader = reader
         self.start = start
-        self.length = self.size = 0
+        self.length = self.size = self.nuls = 0
         self.errors = "replace" if reader.reading.errors == "replace" else "strict"
         self.decoder = codecs.getincrementaldecoder("utf-8")("strict")
         self.cleaner = codecs.getincrementaldecoder("utf-8")("replace")
@@ -210,6 +240,7 @@ class _LongDocument:
                 self.reader.note_replaced(f" from byte {self.start:,} on")
         clean = self.cleaner.decode(data, last).encode()
         self.length += len(data)
+        self.nuls += data.count(0)
         self.size += len(clean)
         self.digest.update(clean)
         if self.copy:
@@ -218,6 +249,9 @@ class _LongDocument:
     def finish(self) -> Document | None:
         self.add(b"", last=True)
         if self.broken and self.errors == "strict":
+            return None
+        where = f" from byte {self.start:,} on"
+        if self.reader.leaves_out_nuls(self.nuls, self.length, where):
             return None
         return Document(self.size, self.digest.digest(), self._blocks())
 
@@ -262,9 +296,39 @@ class _Observed(io.RawIOBase):
         super().close()
 
 
-def _segments(stream: IO[bytes], separator: str | None) -> Iterator[bytes | int]:
-    """Yield the bytes of documents in order; after each document, the position of the next."""
-    place = 0
+class _Rejoined(io.RawIOBase):
+    """A stream whose first bytes were read already. A failure to read them is raised after them."""
+
+    def __init__(self, head: bytes, stream: IO[bytes], failure: Exception | None) -> None:
+        self.head, self.stream, self.failure = head, stream, failure
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self.head:
+            if self.failure:
+                raise self.failure
+            return self.stream.readinto1(buffer)  # pyright: ignore[reportAttributeAccessIssue]
+        block, self.head = self.head[: len(buffer)], self.head[len(buffer) :]
+        buffer[: len(block)] = block
+        return len(block)
+
+
+def _peeked(stream: Any) -> tuple[bytes, io.BufferedReader]:
+    """Return the first bytes of a stream, and the stream from its beginning."""
+    head, failure = b"", None
+    try:
+        while len(head) < HEAD and (block := stream.read1(HEAD - len(head))):
+            head += block
+    except (*signs_of_damage(), OSError) as error:
+        failure = error
+    return head, io.BufferedReader(_Rejoined(head, stream, failure), READ_BYTES)
+
+
+def _segments(stream: IO[bytes], separator: str | None, place: int) -> Iterator[bytes | int]:
+    """Yield the bytes of documents in order; after each document, the position of the next. `place`
+    is the position of the stream."""
     if separator is None:
         while block := stream.read(READ_BYTES):
             place += len(block)

@@ -297,7 +297,8 @@ class DatasetWriter:
                 )
             if remark == DAMAGED:
                 return f"{where}: damaged from the beginning on ({names[0]}); get it again"
-        return f"{where}: no text in its {files}; give a folder of text"
+        because = next((f" ({names[0]}: {why})" for why, names in self.remarked.items()), "")
+        return f"{where}: no text in its {files}{because}; give a folder of text"
 
 
 def move_into_place(folder: Path) -> None:

@@ -100,11 +100,33 @@ def test_file_extensions_are_case_insensitive(tmp_path):
 
 def test_the_kind_option_overrides_the_file_extension(tmp_path):
     line = '{"text": "one"}\n'
-    (tmp_path / "a.json").write_text(line)
+    (tmp_path / "a.csv").write_text(line)
     (tmp_path / "b.jsonl").write_text(line)
-    assert texts(tmp_path / "a.json") == [line]
-    assert texts(tmp_path / "a.json", kind="jsonl") == ["one"]
+    assert texts(tmp_path / "a.csv", kind="jsonl") == ["one"]
     assert texts(tmp_path / "b.jsonl", kind="text") == [line]
+
+
+def test_a_byte_order_mark_at_the_beginning_of_a_file_is_dropped(packed):
+    mark = b"\xef\xbb\xbf"
+    assert texts(packed("a.txt", mark + b"one\n---\n" + mark + b"two"), separator="---") == [
+        "one\n", "\ufefftwo",
+    ]  # fmt: skip
+    assert texts(packed("a.txt", mark)) == []
+
+
+@pytest.mark.parametrize("held", [2, 2**23])
+def test_a_document_with_many_nul_bytes_is_left_out(packed, monkeypatch, held):
+    monkeypatch.setattr(module, "MAX_IN_MEMORY", held)
+    wide = "words and words".encode("utf-16-le")  # without a mark
+    few = b"a few\0 of them are text"
+    path = packed("a.txt", wide + b"\n-\n" + few + b"\n-\n" + bytes(1000))
+    for errors in ("skip", "replace"):
+        found = read(path, separator="-", errors=errors)
+        assert found == (["a few\0 of them are text\n"], {"many NUL bytes, left out": 2})
+    assert refusal(path, separator="-", errors="fail") == (
+        f"{path} from byte 0 on: many NUL bytes, not text, or UTF-16; convert it to UTF-8, or use "
+        "--errors skip"
+    )
 
 
 # --- separators ----------------------------------------------------------------------------------
@@ -253,7 +275,8 @@ def test_a_document_too_long_for_memory_is_read_like_a_short_one(way, monkeypatc
     monkeypatch.setattr(module, "READ_BYTES", block)
     monkeypatch.setattr(module, "MAX_IN_MEMORY", held)
     assert way(content, separator="---") == expected
-    assert way(long.encode()) == ([long], {})
+    for mark in (b"", b"\xef\xbb\xbf"):
+        assert way(mark + long.encode()) == ([long], {})
 
 
 @pytest.mark.parametrize("broken", [b"\xe9", b"\xf0\x9f\x91"])

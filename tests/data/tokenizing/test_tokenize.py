@@ -79,13 +79,16 @@ def test_files_of_different_formats_make_one_dataset(tmp_path, make, read_back):
     (corpus / "a.txt.gz").write_bytes(gzip.compress(b"a1\n---\na2\n"))
     (corpus / "b.jsonl.zst").write_bytes(zstd.compress(rows.encode()))
     parquet.write_table(pyarrow.table({"text": ["c1", None, "c2"]}), corpus / "c.parquet")
-    (corpus / "d.bin").write_bytes(b"\xff\xfe")
+    (corpus / "d.bin").write_bytes(b"\xff")
     (corpus / "e.txt").write_bytes(b"e1\r\n---\r\ne2")
     result = make(corpus, tmp_path / "made", val_fraction=0, reading=ReadOptions(separator="---"))
     texts = ["a1\n", "a2\n", "b1", "b2", "c1", "c2", "e1\r\n", "e2"]
     assert read_back(tmp_path / "made", "train") == tokens(texts)
-    assert result.manifest.remarks == {"not UTF-8, left out": 1}
-    assert result.remarked == {"not UTF-8, left out": ["corpus/d.bin"]}
+    assert result.manifest.remarks == {"null, left out": 1, "not UTF-8, left out": 1}
+    assert result.remarked == {
+        "null, left out": ["corpus/c.parquet"],
+        "not UTF-8, left out": ["corpus/d.bin"],
+    }
 
 
 def test_streams_are_read_like_files(tmp_path, make, read_back, fill_pipe):
@@ -558,6 +561,7 @@ def test_a_failure_midway_leaves_the_old_dataset_unchanged(
             r"no UTF-8 text in its 2 files \(corpus/a\.bin the first\)",
         ),
         ({"a.jsonl": b"\n\n"}, "no text in its 1 file;"),
+        ({"a.txt": b"%PDF-1.7"}, r"no text in its 1 file \(corpus/a\.txt: PDF document, left out"),
     ],
 )
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
@@ -570,14 +574,19 @@ def test_a_corpus_without_text_is_refused(tmp_path, files, said, kind, make):
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
 
-def test_files_that_are_not_utf8_are_skipped_and_reported(
+def test_files_that_are_not_text_are_skipped_and_reported(
     tmp_path, make, write_documents, read_back
 ):
     corpus = write_documents(tmp_path / "corpus", ["a text", "another"])
-    (corpus / "picture.png").write_bytes(b"\x89PNG")
+    (corpus / "picture").write_bytes(b"\x89PNG")
+    (corpus / "latin-1.txt").write_bytes(b"caf\xe9")
     result = make(corpus, tmp_path / "made", val_fraction=0)
-    assert result.remarked == {"not UTF-8, left out": ["corpus/picture.png"]}
-    assert result.manifest.remarks == {"not UTF-8, left out": 1}
+    remarked = {
+        "not UTF-8, left out": ["corpus/latin-1.txt"],
+        "PNG image, left out": ["corpus/picture"],
+    }
+    assert result.remarked == remarked
+    assert result.manifest.remarks == dict.fromkeys(remarked, 1)
     assert len(read_back(tmp_path / "made", "train")) == 2
 
 

@@ -8,7 +8,7 @@ wants a lower rate.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -17,9 +17,11 @@ from pretrain_cli.engine.planning.plan import Plan, make_plan
 from pretrain_cli.engine.runs.events import Emit, Notice, ignore
 from pretrain_cli.engine.runtime.distributed import Ranks, open_ranks
 from pretrain_cli.engine.runtime.stop import StopRequest
-from pretrain_cli.engine.training.job import set_up
+from pretrain_cli.engine.runtime.transfer import runs_behind
+from pretrain_cli.engine.training.job import Job, set_up
 from pretrain_cli.engine.training.prefetch import open_batches
 from pretrain_cli.engine.training.step import train_step
+from pretrain_cli.engine.training.step_guard import StepOutcome
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.files import write_whole
 
@@ -91,22 +93,37 @@ def _train(
     emit(Notice(f"The rate rises from {LOWEST:g} to {HIGHEST:g}; that of the run is not used"))
     rates, losses = [], []
     try:
-        for step in range(plan.steps):
-            rate = LOWEST * (HIGHEST / LOWEST) ** (step / (plan.steps - 1))
-            stop.check()
-            result = train_step(job, job.batches.next(), rate, stop=stop.poll)
-            mean = ranks.sum(result.loss).item()
-            if not math.isfinite(mean):
+        for rate, outcome in _take_steps(job, stop):
+            if not math.isfinite(outcome.loss):
                 break
             rates.append(rate)
-            losses.append(mean)
+            losses.append(outcome.loss)
             if ranks.is_first:
-                progress(step + 1, plan.steps, rate, mean)
-            if job.guard.read()[-1].reason or has_diverged(smooth(losses)):
+                progress(len(losses), plan.steps, rate, outcome.loss)
+            if outcome.reason or has_diverged(smooth(losses)):
                 break  # the guard skipped the step: its gradient is not finite
     finally:
         job.batches.close()
     return rates, losses
+
+
+def _take_steps(job: Job[Plan], stop: StopRequest) -> Iterator[tuple[float, StepOutcome]]:
+    """Yield learning rate and outcome of each step. A GPU's outcome is read while it runs the next
+    step."""
+    steps, behind = job.plan.steps, None
+    for step in range(steps):
+        rate = LOWEST * (HIGHEST / LOWEST) ** (step / (steps - 1))
+        stop.check()
+        train_step(job, job.batches.next(), rate, stop=stop.poll)
+        if behind is not None:
+            yield behind, job.guard.read(started=True)[-1]
+        job.guard.start_read()
+        behind = rate
+        if not runs_behind(job.ranks.device):
+            yield behind, job.guard.read()[-1]
+            behind = None
+    if behind is not None:
+        yield behind, job.guard.read()[-1]
 
 
 def smooth(losses: list[float]) -> list[float]:

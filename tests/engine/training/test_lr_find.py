@@ -9,6 +9,7 @@ from pretrain_cli.engine.runs.events import Notice
 from pretrain_cli.engine.runtime.stop import Stopped, StopRequest
 from pretrain_cli.engine.training import lr_find
 from pretrain_cli.engine.training.lr_find import find_learning_rate, has_diverged, smooth, suggest
+from pretrain_cli.engine.training.step_guard import StepGuard
 from pretrain_cli.errors import ConfigError
 
 RATES = [10.0 ** (i / 10 - 6) for i in range(61)]
@@ -35,18 +36,28 @@ def test_rates_rise_by_a_constant_factor_and_two_files_are_written(settings, tmp
     assert written["suggestion"] == test.suggestion
 
 
-def test_lr_find_stops_at_a_loss_that_is_not_finite(settings, tmp_path, monkeypatch):
-    real, calls = lr_find.train_step, []
+@pytest.mark.parametrize(("behind", "taken"), [(False, 5), (True, 6)])
+def test_lr_find_stops_at_a_loss_that_is_not_finite(settings, tmp_path, monkeypatch, behind, taken):
+    """A device that runs behind the host has taken one more step by then."""
+    real, losses = StepGuard.step, []
 
-    def spied(*arguments, **options):
-        result = real(*arguments, **options)
-        calls.append(result.loss.item())
-        return result._replace(loss=result.loss / 0) if len(calls) == 5 else result
+    def spied(guard, optimizer, loss, norm):
+        losses.append(loss.item())
+        real(guard, optimizer, loss / 0 if len(losses) == 5 else loss, norm)
 
-    monkeypatch.setattr(lr_find, "train_step", spied)
+    monkeypatch.setattr(StepGuard, "step", spied)
+    monkeypatch.setattr(lr_find, "runs_behind", lambda device: behind)
     test, _, _ = search(settings(train__steps=20), tmp_path)
-    assert len(calls) == 5
-    assert test.losses == calls[:4]
+    assert len(losses) == taken
+    assert test.losses == losses[:4]
+
+
+def test_steps_read_one_late_have_the_same_rates_and_losses(settings, tmp_path, monkeypatch):
+    at_once, _, _ = search(settings(train__steps=12), tmp_path)
+    monkeypatch.setattr(lr_find, "runs_behind", lambda device: True)
+    late, _, steps = search(settings(train__steps=12), tmp_path)
+    assert (late.rates, late.losses) == (at_once.rates, at_once.losses)
+    assert [step[0] for step in steps] == list(range(1, len(late.losses) + 1))
 
 
 def test_lr_find_takes_every_step_whatever_counts_as_a_spike(settings, tmp_path):

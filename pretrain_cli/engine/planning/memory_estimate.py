@@ -149,6 +149,9 @@ def estimate(t: StepShape) -> Estimate:
         "process": 0 if on_gpu else PROCESS,
     }
     root, block = (0, 0) if ranks == 1 else (weights - 4 * matrices, 4 * matrices // depth)
+    two_blocks = 4 * block  # weights and gradients of two blocks
+    if c == 2 and ranks > 1:  # gathered in bfloat16; the gradients of one are summed in float32
+        copies, two_blocks = 0, 3 * block
     estimate = Estimate(
         {
             "loss": always
@@ -166,7 +169,7 @@ def estimate(t: StepShape) -> Estimate:
                 "copies": copies,
                 "activations": activations + round(BACKWARD * max(kept)),
                 "masks": masks_bytes(t),
-                "gathered": root + 4 * block,  # weights of two blocks, and gradients of two
+                "gathered": root + two_blocks,
             },
             "gradients": always
             | {

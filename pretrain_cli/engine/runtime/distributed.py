@@ -17,7 +17,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -147,7 +147,10 @@ def parallelize(model: Decoder, ranks: Ranks, how: str) -> nn.Module:
     among the ranks ("fsdp").
 
     A single rank with "ddp" gets the model unchanged. "fsdp" shards in place; it raises ConfigError
-    without torchrun.
+    without torchrun. It gathers the blocks' weights in bfloat16 if the model computes in it: half
+    the traffic, and the same products, which cast them anyway; weights of norms are then rounded
+    too. Gradients are added up in float32. Embedding, head and last norm are gathered in float32,
+    in which the embedding is scaled.
     """
     if ranks.world_size == 1 and how == "ddp":
         return model
@@ -156,8 +159,14 @@ def parallelize(model: Decoder, ranks: Ranks, how: str) -> nn.Module:
             raise ConfigError(
                 "train.parallel: 'fsdp' needs ranks; start with 'torchrun -m pretrain_cli train'"
             )
+        in_bfloat16 = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
         for block in model.blocks:
-            fully_shard(block)
+            if model.dtype == torch.bfloat16:
+                fully_shard(block, mp_policy=in_bfloat16)
+            else:
+                fully_shard(block)
         fully_shard(model)  # in place
         return model
     ids = [ranks.device.index] if ranks.device.type == "cuda" else None

@@ -301,5 +301,11 @@ def test_fsdp_ranks_hold_a_share_of_the_weights_and_moments():
     assert [m["weights"] for m in of_each] == [4 * parameters, 4 * parameters, parameters // 2]
     assert [m["optimizer"] for m in of_each] == [8 * parameters, 8 * parameters, parameters]
     assert estimate(part).phases["loss"]["gathered"] > 2 * 4 * 151_936 * 4096
+    # blocks are gathered in bfloat16, and there is no other copy of their weights
+    assert estimate(part).phases["backward"]["copies"] == 0
+    wide = training(config, 1, 1024, in_force(dtype="float32"), parallel="fsdp", ranks=8)
+    gathered = [estimate(t).phases["backward"]["gathered"] for t in (part, wide)]
+    block = 2 * 4096 * (4096 + 1024) + 3 * 4096 * 12_288  # q and o, k and v, the MLP
+    assert gathered[1] - gathered[0] == 4 * block
     # DDP's buckets hold all gradients throughout the step
     assert estimate(copy).phases["loss"]["gradients"] == 4 * (parameters + 151_936 * 4096)

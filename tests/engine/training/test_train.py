@@ -97,9 +97,16 @@ def test_automatic_choices_are_reported(settings, run):
     assert any("speed.float32_matmul: highest" in text for text in told)
 
 
-@pytest.mark.parametrize(("parallel", "packing"), [("ddp", "best-fit"), ("fsdp", "concat")])
+@pytest.mark.parametrize(
+    ("parallel", "packing", "dtype", "tolerance"),
+    [
+        ("ddp", "best-fit", "float32", 2e-5),
+        ("fsdp", "concat", "float32", 2e-5),
+        ("fsdp", "concat", "bfloat16", 1e-3),
+    ],
+)
 def test_two_ranks_train_as_one_with_the_same_batch(
-    settings, run, tmp_path, dataset, other_dataset, parallel, packing
+    settings, run, tmp_path, dataset, other_dataset, parallel, packing, dtype, tolerance
 ):
     """Two gloo processes on a CPU, the same global batch: the same losses and validation."""
     shutil.copytree(dataset, tmp_path / "cats")  # a copy without an index of packed documents
@@ -111,6 +118,7 @@ def test_two_ranks_train_as_one_with_the_same_batch(
         data__path=path,
         data__packing=packing,
         data__document_mask=True,
+        speed__dtype=dtype,
     )
     alone = run(config)
     for index in (tmp_path / "cats").glob("packing-*"):
@@ -130,13 +138,13 @@ def test_two_ranks_train_as_one_with_the_same_batch(
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
     steps = [row["loss"] for row in rows if row["kind"] == "step"]
-    assert steps == pytest.approx(losses(alone), rel=2e-5)
+    assert steps == pytest.approx(losses(alone), rel=tolerance)
     norms = [row["gradient_norm"] for row in rows if row["kind"] == "step"]
     expected = [event.gradient_norm for event in alone if isinstance(event, StepMetrics)]
-    assert norms == pytest.approx(expected, rel=1e-4)
+    assert norms == pytest.approx(expected, rel=5 * tolerance)
     evaluated = [(row["loss"], row["tokens"]) for row in rows if row["kind"] == "evaluation"]
     for (loss, tokens), event in zip(
         evaluated, [e for e in alone if isinstance(e, Evaluation)], strict=True
     ):
         assert tokens == event.tokens
-        assert loss == pytest.approx(event.loss, rel=2e-5)
+        assert loss == pytest.approx(event.loss, rel=tolerance)

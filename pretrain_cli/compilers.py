@@ -1,8 +1,10 @@
-"""Compilers that torch.compile and our own kernels need."""
+"""Compilers that torch.compile and our own kernels need, and what they can't compile."""
 
 import importlib
 import os
 import shutil
+
+from pretrain_cli.errors import ConfigError
 
 
 def no_triton() -> str:
@@ -24,3 +26,14 @@ def no_cpp() -> str:
     if any(name and shutil.which(name) for name in compilers):
         return ""
     return "no C++ compiler is installed (g++ or clang++)"
+
+
+def uncompiled_experts(experts: int, dtype: str, asked: bool | str = "auto") -> str:
+    """Return the reason why a model with these experts can't be compiled in this dtype; empty if it
+    can. Raises ConfigError with it if `asked` is true."""
+    if not experts or dtype != "float32":
+        return ""
+    reason = "PyTorch doesn't compile products of experts in float32"
+    if asked is True:
+        raise ConfigError(f"speed.compile: true can't be used: {reason}; use bfloat16, or false")
+    return reason

@@ -73,7 +73,7 @@ def show_plan(name: str, config: Any, seq_len: int, asked: Asked, *, as_json: bo
     asked.check()
     flags = {"speed.dtype": asked.dtype, "speed.compile": asked.compile}
     speed = build_config({}, flags, []).speed
-    machine = find_machine(asked.device, asked.gpus or 1, speed)
+    machine = find_machine(asked.device, asked.gpus or 1, speed, config)
     found = forecast(
         name,
         config,

@@ -7,6 +7,7 @@ its free memory, and `count-params --calibrate` times a few steps on it.
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pretrain_cli.compilers import uncompiled_experts
 from pretrain_cli.config.run_config import SpeedConfig, TrainSettings
 from pretrain_cli.engine.planning.memory_estimate import (
     USABLE_FRACTION,
@@ -186,26 +187,34 @@ def _assumed(config: ModelConfig, seq_len: int, machine: Machine, mfu: float) ->
 # --- machines ------------------------------------------------------------------------------------
 
 
-def find_machine(device: str | None, gpus: int, asked: SpeedConfig) -> Machine:
-    """Return a GPU of the table, which need not be present, or else the present device `device`.
+def find_machine(
+    device: str | None, gpus: int, asked: SpeedConfig, model: ModelConfig | None = None
+) -> Machine:
+    """Return a GPU of the table, which need not be present, or else the present device `device`,
+    with the speed settings that this model gets there.
 
-    Raises ConfigError if neither exists, or if the device can't train in a requested float8.
+    Raises ConfigError if neither exists, or if the device can't train in a requested float8, or the
+    model can't be compiled as requested.
     """
     stated = called(device) if device else None
     if device is None or stated is None:
-        return _here(device or "auto", gpus, asked)
+        return _here(device or "auto", gpus, asked, model)
     if asked.dtype == "float8":
         _check_float8(stated, asked)
+    speed = {
+        key: GPU_SETTINGS[key] if value == "auto" or GPU_SETTINGS.get(key) is False else value
+        for key, value in speed_settings(asked).items()
+    }
+    if speed["compile"] and model:
+        reason = uncompiled_experts(model.num_experts, speed["dtype"], asked.compile)
+        speed["compile"] = not reason
     return Machine(
         name=stated,
         device="cuda",
         gpus=gpus,
         memory=int(USABLE_FRACTION * STATED[stated].memory),
         peak_flops=STATED[stated].flops,
-        speed={
-            key: GPU_SETTINGS[key] if value == "auto" or GPU_SETTINGS.get(key) is False else value
-            for key, value in speed_settings(asked).items()
-        },
+        speed=speed,
     )
 
 
@@ -218,7 +227,7 @@ def _check_float8(stated: str, asked: SpeedConfig) -> None:
         raise ConfigError(f"speed.dtype: 'float8' can't be used: {reason}; use bfloat16")
 
 
-def _here(device: str, gpus: int, asked: SpeedConfig) -> Machine:
+def _here(device: str, gpus: int, asked: SpeedConfig, model: ModelConfig | None) -> Machine:
     from pretrain_cli.engine.planning.micro_batch import memory_here
     from pretrain_cli.engine.runtime.distributed import device_name, find_device
     from pretrain_cli.engine.runtime.speed import resolve_speed
@@ -232,7 +241,7 @@ def _here(device: str, gpus: int, asked: SpeedConfig) -> Machine:
     place = find_device(device)
     if place.type == "cpu" and gpus > 1:
         raise ConfigError(f"--gpus: {gpus} of a machine without any; name them with --device")
-    name, speed = device_name(place), resolve_speed(asked, place)
+    name, speed = device_name(place), resolve_speed(asked, place, model=model)
     stated = stated_for(name)
     return Machine(
         name=name,

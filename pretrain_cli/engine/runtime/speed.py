@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from pretrain_cli.compilers import no_cpp, no_triton
+from pretrain_cli.compilers import no_cpp, no_triton, uncompiled_experts
 from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.engine.runtime import host_memory, onednn, process_settings
 from pretrain_cli.engine.runtime.gpu_specs import FLOAT8
@@ -286,17 +286,8 @@ def _compile(asked: bool | str, here: Here) -> tuple[bool, str]:
     compiled, why = _can_compile(asked, here.device)
     if not compiled or here.model is None:
         return compiled, why
-    reason = uncompiled_experts(here.model, here.in_force["dtype"])
-    if reason and asked is True:
-        raise ConfigError(f"speed.compile: true can't be used: {reason}; use bfloat16, or false")
+    reason = uncompiled_experts(here.model.num_experts, here.in_force["dtype"], asked)
     return not reason, reason or why
-
-
-def uncompiled_experts(model: ModelConfig, dtype: str) -> str:
-    """Return the reason why this model can't be compiled in this dtype; empty if it can."""
-    if model.num_experts and dtype == "float32":
-        return "PyTorch doesn't compile products of experts in float32"
-    return ""
 
 
 def _can_compile(asked: bool | str, device: torch.device) -> tuple[bool, str]:

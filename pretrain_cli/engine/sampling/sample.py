@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
+from pretrain_cli.compilers import uncompiled_experts
 from pretrain_cli.config.build import build_config
 from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.data.tokenizers.tokenizer import Tokenizer
 from pretrain_cli.engine.runs.retention import find_model_folder
 from pretrain_cli.engine.runtime.distributed import find_device
-from pretrain_cli.engine.runtime.speed import Speed, resolve_speed, uncompiled_experts
+from pretrain_cli.engine.runtime.speed import Speed, resolve_speed
 from pretrain_cli.engine.sampling.batch import Completion, ContinuousBatch
 from pretrain_cli.engine.sampling.detokenize import StopStrings, TextStream
 from pretrain_cli.engine.sampling.open_model import folder_tokenizer, open_model, wants_int8
@@ -229,7 +230,7 @@ def decide_compile(
     possible = resolve_speed(SpeedConfig(compile=True), device, training=False).decisions["compile"]
     if not possible.in_force:
         return False, possible.reason
-    if why := uncompiled_experts(model.config, str(model.dtype).removeprefix("torch.")):
+    if why := uncompiled_experts(model.config.num_experts, str(model.dtype).removeprefix("torch.")):
         return False, why
     if requested or device.type != "cpu":
         return True, "starting the operations of a step takes longer than computing them"

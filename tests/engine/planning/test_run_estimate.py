@@ -48,6 +48,20 @@ def test_a_plan_for_an_absent_gpu_resolves_given_settings():
     assert (speed["recompute_cheap"], speed["keep_freed_memory"]) == (False, False)
 
 
+@pytest.mark.parametrize("device", ["h200", "cpu"])
+def test_experts_in_float32_are_planned_as_training_takes_them(device):
+    def compiled(compile_, dtype, model):
+        asked = SpeedConfig(dtype=dtype, compile=compile_)
+        return find_machine(device, 1, asked, preset(model)).speed["compile"]
+
+    on_gpu = device == "h200"
+    assert compiled("auto", "float32", "qwen3-30b-a3b") is False
+    assert compiled("auto", "bfloat16", "qwen3-30b-a3b") is on_gpu
+    assert compiled("auto", "float32", "qwen3-0.6b") is on_gpu
+    with pytest.raises(ConfigError, match="doesn't compile products of experts in float32"):
+        compiled(True, "float32", "qwen3-30b-a3b")
+
+
 def test_float8_is_planned_as_bfloat16_and_refused_as_in_training():
     for_both = [find_machine("h200", 1, SpeedConfig(dtype=d)) for d in ("float8", "bfloat16")]
     assert for_both[0].speed["dtype"] == "float8"

@@ -23,12 +23,13 @@ from pretrain_cli.commands.benchmark import command as benchmark
 from pretrain_cli.commands.display import error_console
 from pretrain_cli.commands.options import Command
 from pretrain_cli.errors import PretrainError
-from pretrain_cli.files import is_disk_full
+from pretrain_cli.files import advice_on_limit
 
 
 class Commands(TyperGroup):
     """Group of all commands. Prints one line and exits with code 2 if a command raises a
-    PretrainError, lacks permission for a file, or fills the disk."""
+    PretrainError, lacks permission for a file, or reaches a limit of the system: disk, memory or
+    open files."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -41,9 +42,13 @@ class Commands(TyperGroup):
             error_console.print(f"[red]error:[/] {escape(why)}; change who may", soft_wrap=True)
             raise typer.Exit(2) from None
         except OSError as error:
-            if not is_disk_full(error):
-                raise
-            why = f"{error.filename or 'a file'}: {error.strerror}; make room"
+            if advice := advice_on_limit(error):
+                why = f"{error.filename or 'a file'}: {error.strerror}; {advice}"
+                error_console.print(f"[red]error:[/] {escape(why)}", soft_wrap=True)
+                raise typer.Exit(2) from None
+            raise
+        except MemoryError:
+            why = "memory ran out; give this process more of it, or the run smaller settings"
             error_console.print(f"[red]error:[/] {escape(why)}", soft_wrap=True)
             raise typer.Exit(2) from None
 

@@ -9,12 +9,26 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
+LIMITS = {
+    errno.EMFILE: "raise the limit on open files with 'ulimit -n 1024'",
+    errno.ENFILE: "raise this machine's limit on open files, fs.file-max, or end other programs",
+    errno.ENOMEM: "raise the limit on memory with 'ulimit -v unlimited', or free some",
+}
+"""Limits of the system for opening and mapping files, and what to do."""
+
 
 def is_disk_full(error: OSError | sqlite3.Error) -> bool:
     """Return whether an error means that the disk or quota is full."""
     if isinstance(error, sqlite3.Error):
         return error.sqlite_errorcode == sqlite3.SQLITE_FULL
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def advice_on_limit(error: OSError) -> str | None:
+    """Return what to do about an error that means a limit of the system; None for other errors."""
+    if is_disk_full(error):
+        return "make room"
+    return LIMITS.get(error.errno or 0)
 
 
 def free_space(folder: Path) -> float:

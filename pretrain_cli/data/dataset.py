@@ -1,11 +1,14 @@
 """An opened dataset, as training, evaluation and inspection use it."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from pretrain_cli.data.mapped_files import MappedFiles
 from pretrain_cli.data.shards import (
     BLOCK_BYTES,
     FILES,
@@ -17,8 +20,8 @@ from pretrain_cli.data.shards import (
     SplitName,
     TokenStream,
     blocks_path,
-    index_path,
     read_manifest,
+    without_garbage_collection,
 )
 from pretrain_cli.data.tokenizers.tokenizer import Tokenizer, read_tokenizer
 from pretrain_cli.errors import DataError
@@ -30,6 +33,8 @@ DECODED_AT_ONCE = 2**16
 VERIFIED_WHEN_OPENED = 4 * 2**30
 """Datasets up to this many bytes have their checksums verified at every opening, at about a second
 a gigabyte."""
+SHARDS_VERIFIED = 10_000
+"""Datasets of more shards are not verified when they are opened, however small they are."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +98,16 @@ class Dataset:
     """Choices made while opening the dataset that the user should know."""
 
 
+@without_garbage_collection()
 def open_dataset(folder: Path) -> Dataset:
-    """Open a dataset. Raises DataError if a file is missing, truncated, altered or swapped."""
+    """Open a dataset. Raises DataError if a file is missing, truncated, altered or swapped. Of a
+    very large dataset, the tokenizer and the sizes of shards are checked now, and the size of an
+    index file when it is read."""
     manifest = read_manifest(folder)
-    size = sum(path.stat().st_size for path in folder.glob("*.bin"))
-    thoroughly = size <= VERIFIED_WHEN_OPENED
-    for damage in find_damage(folder, manifest, thoroughly=thoroughly):
+    size = manifest.total.tokens * np.dtype(manifest.dtype).itemsize
+    verified = size <= VERIFIED_WHEN_OPENED and len(manifest.shards) <= SHARDS_VERIFIED
+    find = partial(find_damage, thoroughly=True) if verified else _damaged_tokenizer
+    for damage in find(folder, manifest):
         raise DataError(f"{damage}; tokenize again with --force")
     tokenizer = read_tokenizer(folder / "tokenizer.json", name=manifest.tokenizer)
     return Dataset(
@@ -110,7 +119,7 @@ def open_dataset(folder: Path) -> Dataset:
         largest_token=manifest.largest_token,
         train=open_split(folder, manifest, "train"),
         val=open_split(folder, manifest, "val"),
-        unverified_bytes=0 if thoroughly else size,
+        unverified_bytes=0 if verified else size,
     )
 
 
@@ -118,30 +127,40 @@ def find_damage(folder: Path, manifest: Manifest, *, thoroughly: bool) -> Iterat
     """Yield one line for each fault of a dataset's files. Sizes are always checked, checksums if
     `thoroughly`. A damaged shard is reported with the position, the recorded checksum and the
     actual one."""
+    yield from _damaged_tokenizer(folder, manifest)
+    for path, size, checksum in _recorded(folder, manifest):
+        try:
+            found = os.stat(path).st_size
+        except OSError:
+            yield f"{path}: missing"
+            continue
+        if size is not None and found != size:
+            yield f"{path}: {found:,} bytes where {MANIFEST} says {size:,}"
+        elif thoroughly and path.endswith(".bin"):
+            yield from _damaged_blocks(Path(path), checksum)
+        elif thoroughly and sha256_of(Path(path)) != checksum:
+            yield f"{path}: checksum differs from {MANIFEST}"
+
+
+def _recorded(folder: Path, manifest: Manifest) -> Iterator[tuple[str, int | None, str]]:
+    """Yield (path, bytes, SHA-256) of each file in the manifest. Paths are strings: a Path takes as
+    long to make as the file to look up."""
+    width = np.dtype(manifest.dtype).itemsize
+    yield f"{folder}/{FILES}", None, manifest.files_sha256
+    for shard in manifest.shards:
+        size = shard.tokens * width
+        yield f"{folder}/{shard.file}", size, shard.sha256
+        yield f"{folder}/{shard.index}", shard.documents * 8, shard.index_sha256
+        yield f"{folder}/{shard.blocks}", -(-size // BLOCK_BYTES) * 4, shard.blocks_sha256
+
+
+def _damaged_tokenizer(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Yield a line if the tokenizer is missing or another one."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         yield f"{path}: missing"
     elif sha256_of(path) != manifest.tokenizer_fingerprint:
         yield f"{path}: not the tokenizer that made this dataset ({manifest.tokenizer})"
-    width = np.dtype(manifest.dtype).itemsize
-    checked = [(folder / FILES, None, manifest.files_sha256)]
-    for shard in manifest.shards:
-        path, size = folder / shard.file, shard.tokens * width
-        checked += [
-            (path, size, shard.sha256),
-            (index_path(path), shard.documents * 8, shard.index_sha256),
-            (blocks_path(path), -(-size // BLOCK_BYTES) * 4, shard.blocks_sha256),
-        ]
-    for path, size, checksum in checked:
-        found = path.stat().st_size if path.is_file() else None
-        if found is None:
-            yield f"{path}: missing"
-        elif size is not None and found != size:
-            yield f"{path}: {found:,} bytes where {MANIFEST} says {size:,}"
-        elif thoroughly and path.suffix == ".bin":
-            yield from _damaged_blocks(path, checksum)
-        elif thoroughly and sha256_of(path) != checksum:
-            yield f"{path}: checksum differs from {MANIFEST}"
 
 
 def _damaged_blocks(path: Path, checksum: str) -> Iterator[str]:
@@ -172,16 +191,18 @@ def _damaged_blocks(path: Path, checksum: str) -> Iterator[str]:
 
 
 def open_split(folder: Path, manifest: Manifest, name: SplitName) -> Split:
-    """Open one split of a dataset whose files were checked."""
+    """Open one split of a dataset. Raises DataError if a shard is missing or has another size."""
     shards = [shard for shard in manifest.shards if shard.split == name]
-    paths = [folder / shard.file for shard in shards]
-    tokens = TokenStream(paths, manifest.dtype)
-    starts = [
-        np.memmap(index_path(path), dtype="<u8", mode="r")
-        if shard.documents
-        else np.empty(0, "<u8")
-        for path, shard in zip(paths, shards, strict=True)
-    ]
+    tokens = TokenStream(
+        [f"{folder}/{shard.file}" for shard in shards],
+        manifest.dtype,
+        lengths=[shard.tokens for shard in shards],
+    )
+    starts = MappedFiles(
+        [f"{folder}/{shard.index}" for shard in shards],
+        np.dtype("<u8"),
+        [shard.documents for shard in shards],
+    )
     return Split(tokens, IndexedStarts(starts, tokens.borders[:-1]), manifest.splits[name].bytes)
 
 

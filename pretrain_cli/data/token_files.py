@@ -278,14 +278,14 @@ def _read_through(rows: list[TokenStream], form: Format, key: str) -> tuple[str,
     """
     digest = hashlib.sha256(key.encode())
     dtype = np.dtype(form.dtype).newbyteorder("<")
-    total = sum(shard.nbytes for row in rows for shard in row.shards)
+    total = sum(row.nbytes for row in rows)
     every = 1 if total <= VERIFIED_WHEN_OPENED else math.ceil(total / SAMPLED)
     largest = read = 0
     for row in rows:
-        for shard, path in enumerate(row.paths):
-            blocks = range(0, len(row.shards[shard]), TOKENS_PER_READ // dtype.itemsize)
+        for shard, path in enumerate(row.files.paths):
+            blocks = range(0, row.files.lengths[shard], TOKENS_PER_READ // dtype.itemsize)
             # not through the memory map: its pages would count as this process's memory
-            with path.open("rb") as file:
+            with open(path, "rb") as file:
                 for offset in sorted({*blocks[::every], blocks[-1]}):
                     file.seek(form.header + offset * dtype.itemsize)
                     tokens = np.fromfile(file, dtype, blocks.step)

@@ -8,7 +8,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,10 +74,10 @@ def measure(split: Split, workload: Workload) -> Measurement:
         batches = Batches(
             [samples], [1], seq_len=seq_len, samples_per_step=workload.samples, seed=0
         )
-        _into_the_page_cache(split.tokens.paths)
+        _into_the_page_cache(split.tokens.files.paths)
         return Measurement(
             tokens=len(split.tokens),
-            size=sum(shard.nbytes for shard in split.tokens.shards),
+            size=split.tokens.nbytes,
             tokens_per_second=_in_order(batches, workload),
             batch_seconds=_at_random(batches),
             index_seconds=index_seconds,
@@ -85,11 +85,11 @@ def measure(split: Split, workload: Workload) -> Measurement:
         )
 
 
-def _into_the_page_cache(paths: list[Path]) -> None:
+def _into_the_page_cache(paths: Sequence[str]) -> None:
     """Load a file into the page cache by reading it. Reading through the memory map would also fill
     this process's page table."""
     for path in paths:
-        with path.open("rb") as file:
+        with open(path, "rb") as file:
             while file.read(2**24):
                 pass
 

@@ -68,13 +68,14 @@ def tokenize(
         ),
     ] = None,
     errors: Annotated[
-        Literal["skip", "replace", "fail"],
+        Literal["skip", "replace", "fail"] | None,
         typer.Option(
             help="Documents that are not UTF-8: skip them, replace invalid bytes, or stop. Nulls, "
             "files that are not text and the rest of a damaged file: skip or stop.",
+            show_default="skip, but stop at a damaged file",
             rich_help_panel=CORPUS,
         ),
-    ] = "skip",
+    ] = None,
     dedup: Annotated[
         bool,
         typer.Option(

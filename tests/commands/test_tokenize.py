@@ -236,9 +236,15 @@ def test_invalid_utf8_is_skipped_or_replaced_with_a_notice(pretrain, errors, kep
     assert manifest("data/a")["options"]["errors"] == errors
 
 
-def test_a_damaged_file_keeps_its_intact_documents_with_a_notice(pretrain, corpus):
+def test_a_damaged_file_stops_unless_its_rest_may_be_skipped(pretrain, refused, corpus):
     (corpus / "z.txt.gz").write_bytes(gzip.compress(b"words " * 999)[:-9])
-    outcome = pretrain("tokenize --tokenizer bytes corpus")
+    message = refused("tokenize --tokenizer bytes corpus")
+    assert message.startswith("corpus/z.txt.gz: damaged (")
+    assert message.endswith(
+        " after 0 documents; get it again, or keep what comes before that with --errors skip"
+    )
+    assert not Path("data").exists() or not list(Path("data").iterdir())
+    outcome = pretrain("tokenize --tokenizer bytes corpus --errors skip")
     assert outcome.code == 0, outcome.err
     assert "1 × damaged; documents that end before that are kept: corpus/z.txt.gz" in outcome.out
 
@@ -400,7 +406,7 @@ def test_invalid_tokenize_options_are_refused(refused, corpus, options, said):
         ),
         ("a.jsonl", b'{"text": "\\ud800"}', "a.jsonl:1: not UTF-8; convert it, or use --errors"),
         ("a.txt.gz", gzip.compress(b"words", mtime=0)[:-9], "a.txt.gz: damaged ("),
-        ("a.txt.bz2", b"words", "a.txt.bz2: damaged (Invalid data stream); mend it, or --errors"),
+        ("a.txt.bz2", b"words", "a.txt.bz2: damaged (Invalid data stream) after 0"),
         ("a.parquet", b"PAR1 words", "a.parquet: damaged ("),
         ("a.tar.gz", b"", "a.tar.gz: an archive; unpack it"),
     ],
@@ -413,7 +419,7 @@ def test_errors_fail_refuses_unreadable_files(refused, tmp_path, name, content, 
 
 def test_a_corpus_without_an_intact_document_is_refused(refused, tmp_path):
     (tmp_path / "a.txt.gz").write_bytes(b"words")
-    assert refused("tokenize --tokenizer bytes a.txt.gz") == (
+    assert refused("tokenize --tokenizer bytes --errors skip a.txt.gz") == (
         "a.txt.gz: damaged from the beginning on (a.txt.gz); get it again"
     )
 

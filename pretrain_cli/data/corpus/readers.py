@@ -50,8 +50,9 @@ class ReadOptions:
     """Key of the text in JSON, and its column in a table; `a.b` names a nested one."""
     separator: str | None = None
     """Line that separates documents in a plain text file; None means one document a file."""
-    errors: Errors = "skip"
-    """Handling of a document that is not UTF-8, of a null, and of the rest of a damaged file."""
+    errors: Errors | None = None
+    """Handling of a document that is not UTF-8, of a null, and of the rest of a damaged file. None
+    skips documents and stops at a damaged file."""
     kind: Kind = "auto"
     """Format of all files; auto recognizes it by the first bytes, then by the name."""
 
@@ -79,6 +80,8 @@ class FileReader:
         self.checksum = hashlib.sha256()
         self.position = 0
         """Raw bytes read so far."""
+        self.count = 0
+        """Documents so far."""
         self.remarks: Counter[str] = Counter()
 
     def documents(self) -> Iterator[Document]:
@@ -88,7 +91,9 @@ class FileReader:
         try:
             with self._open_raw() as raw:
                 try:
-                    yield from self._read(raw)
+                    for document in self._read(raw):
+                        self.count += 1
+                        yield document
                 except NotText as error:
                     self._leave_out(str(error), "", "which is not read; convert it to text")
                 while raw.read(READ_BYTES):  # the checksum covers trailing bytes too
@@ -129,9 +134,10 @@ class FileReader:
             raise NotText(kind)
 
     def _damaged(self, why: str) -> None:
-        if self.reading.errors == "fail":
+        if self.reading.errors in (None, "fail"):
             raise DataError(
-                f"{self.file.path}: damaged ({why}); mend it, or --errors skip"
+                f"{self.file.path}: damaged ({why}) after {self.count:,} documents; get it again, "
+                "or keep what comes before that with --errors skip"
             ) from None
         self.remarks[DAMAGED] += 1
 

@@ -50,7 +50,7 @@ class TokenizeRequest:
             "dedup": self.dedup,
             "text_key": self.reading.text_key,
             "document_separator": self.reading.separator,
-            "errors": self.reading.errors,
+            "errors": self.reading.errors or "skip",
             "input": self.reading.kind,
             "shard_tokens": self.shard_tokens,
             "format": self.format,

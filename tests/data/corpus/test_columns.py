@@ -190,7 +190,7 @@ def test_the_errors_option_applies_to_a_damaged_table(tmp_path, how, form):
     path = tmp_path / f"a{form}"
     path.write_bytes(damaged(how, FORMS[form](["one", "two"], STRING)))
     assert read_unfinished(path) == ([], {"damaged; documents that end before that are kept": 1})
-    assert refusal(path, errors="fail").startswith(f"{path}: damaged (")
+    assert refusal(path).startswith(f"{path}: damaged (")
 
 
 def test_batches_before_the_end_of_a_cut_arrow_stream_are_kept(tmp_path):
@@ -209,4 +209,4 @@ def test_rows_before_the_damage_in_a_parquet_file_are_kept(tmp_path):
     assert 0 < len(found) < len(values)
     assert found == values[: len(found)]
     assert remarks == {"damaged; documents that end before that are kept": 1}
-    assert refusal(path, errors="fail").startswith(f"{path}: damaged (")
+    assert refusal(path).startswith(f"{path}: damaged (")

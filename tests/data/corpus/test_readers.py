@@ -232,7 +232,7 @@ def test_the_errors_option_skips_replaces_or_refuses_invalid_utf8(packed, monkey
     )
 
 
-@pytest.mark.parametrize("errors", ["skip", "replace", "fail"])
+@pytest.mark.parametrize("errors", [None, "skip", "replace", "fail"])
 def test_the_errors_option_does_not_change_valid_utf8(packed, errors):
     text = "ünï 你好 \ufffd 👋"
     assert texts(packed("a.txt", text.encode()), errors=errors) == [text]
@@ -330,15 +330,19 @@ def test_documents_before_the_damage_in_a_file_are_kept(tmp_path, ending, how):
     assert len(found) < len(whole)
     assert bool(found) == (how == "cut" and ending != ".bz2")  # a block of bzip2 is 900 kB
     assert remarks == {"damaged; documents that end before that are kept": 1}
-    message = refusal(path, errors="fail")
-    assert message.startswith(f"{path}: damaged (")
-    assert message.endswith("); mend it, or --errors skip")
+    for errors in (None, "fail"):
+        message = refusal(path, errors=errors)
+        assert message.startswith(f"{path}: damaged (")
+        assert message.endswith(
+            f") after {len(found)} documents; get it again, or keep what comes before that with "
+            "--errors skip"
+        )
 
 
 def read_unfinished(path):
     """Return (texts, remarks) of a damaged file, which is not read to its end."""
     (file,) = find_corpus([str(path)]).files
-    reader = FileReader(file, ReadOptions())
+    reader = FileReader(file, ReadOptions(errors="skip"))
     return [b"".join(document.blocks).decode() for document in reader.documents()], reader.remarks
 
 
@@ -350,7 +354,7 @@ def test_a_document_cut_off_by_damage_is_left_out(tmp_path, monkeypatch, ending,
     path = tmp_path / f"a.txt{ending}"
     path.write_bytes(damaged(how, COMPRESS[ending](RANDOM.encode())))
     assert read_unfinished(path) == ([], {"damaged; documents that end before that are kept": 1})
-    assert "damaged (" in refusal(path, errors="fail")
+    assert ") after 0 documents; get it again" in refusal(path)
 
 
 def test_concatenated_compressed_streams_are_one_file(tmp_path):

@@ -46,7 +46,7 @@ def test_records_before_the_end_of_a_cut_file_are_kept(tmp_path, cut):
     path.write_bytes((RECORDS[1] + record("conversion", b"x" * 5000))[:-cut])
     remarks = {"damaged; documents that end before that are kept": 1}
     assert read_unfinished(path) == ([TEXTS[0]], remarks)
-    assert refusal(path, errors="fail").startswith(f"{path}: damaged (it ends in record 2)")
+    assert refusal(path).startswith(f"{path}: damaged (it ends in record 2)")
     path.write_bytes(RECORDS[1] + RECORDS[2][:30])
     assert read_unfinished(path) == ([TEXTS[0]], remarks)
 

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from pretrain_cli.commands.display import TrainDisplay, notice
+from pretrain_cli.commands.instead_of_training import STOPPED, prove_resume, show_plan
 from pretrain_cli.commands.lr_find import RANGE_TEST_STEPS, refuse_meaningless, suggest_rate
-from pretrain_cli.commands.resuming import STOPPED, prove_resume
 
 
 def train(
@@ -190,6 +190,10 @@ def train(
             show_default="none",
         ),
     ] = None,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Resolve every setting, show the plan of the run, and stop."),
+    ] = False,
     config: Annotated[
         str | None, typer.Option(help="YAML file of settings, or the name of a built-in one.")
     ] = None,
@@ -254,6 +258,8 @@ def train(
         raise ConfigError(f"--check-resume: begins a run of its own; leave --resume {resume} out")
     if check_resume is not None and lr_find:
         raise ConfigError("--check-resume: trains as the settings say; leave --lr-find out")
+    if plan and (resume is not None or lr_find or check_resume is not None):
+        raise ConfigError("--plan: of a new run; leave --resume, --lr-find, --check-resume out")
     if profile is not None and profile < 1:
         raise ConfigError(f"--profile: {profile} is not at least 1 step")
     if profile is not None and (lr_find or check_resume is not None):
@@ -279,6 +285,9 @@ def train(
         from pretrain_cli.engine.training.train import train as run
 
         try:
+            if plan:
+                show_plan(settings, display, stop)
+                return
             if lr_find:
                 suggest_rate(settings, out, display, stop)
                 return

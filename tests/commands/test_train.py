@@ -16,6 +16,7 @@ import yaml
 
 from pretrain_cli.commands import display
 from pretrain_cli.data.tokenizing.writer import DatasetWriter
+from tests.commands.conftest import tree
 
 RUN = {"run.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints"}
 CHECKPOINT = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
@@ -413,6 +414,7 @@ def test_resume_refuses_another_dataset_but_allows_a_moved_one(pretrain, refused
         ("runs/tiny --document-mask", "data.document_mask: True differs from the run's False"),
         ("runs/tiny --config run.yaml", "--config: run.yaml does not go with --resume"),
         ("runs/tiny --steps 5", "train.steps: 5 "),
+        ("runs/tiny --plan", "--plan: of a new run; leave --resume"),
     ],
 )  # fmt: skip
 def test_resume_refuses_invalid_folders_and_changes(refused, options, said):
@@ -439,13 +441,28 @@ def test_training_starts_from_the_weights_of_a_model_folder(pretrain):
 
 
 @pytest.mark.usefixtures("trained")
-def test_weights_of_another_tokenizer_are_refused(pretrain, refused):
+def test_weights_of_another_tokenizer_lend_the_rows_of_shared_tokens(pretrain):
     pretrain("tokenize --tokenizer bpe --vocab-size 300 corpus --out data/bpe")
-    message = refused(
-        f"train --init-from runs/tiny/checkpoints/step-000060 --data data/bpe {SIZES} --steps 1"
-    )
-    assert message.startswith("data/bpe: made with the tokenizer bpe")
-    assert "tokenize with --tokenizer runs/tiny/checkpoints/step-000060" in message
+    checkpoint = "runs/tiny/checkpoints/step-000060"
+    done = pretrain(f"train --init-from {checkpoint} --data data/bpe {SIZES} --steps 1 --out again")
+    assert done.code == 0, done.err
+    assert (
+        f"Vocabulary of data/bpe (bpe-300) instead of {checkpoint}'s: 257 tokens are kept, 43 are "
+        "new, drawn from the mean and covariance of the old, and 0 are dropped; 320 rows"
+    ) in done.out
+
+
+@pytest.mark.usefixtures("trained")
+def test_the_plan_of_a_run_is_shown_and_nothing_is_written(pretrain, tmp_path):
+    pretrain("tokenize --tokenizer bpe --vocab-size 300 corpus --out data/bpe")
+    checkpoint = "runs/tiny/checkpoints/step-000060"
+    before = tree(tmp_path)
+    done = pretrain(f"train --plan --init-from {checkpoint} --data data/bpe {SIZES} --steps 7")
+    assert done.code == 0, done.err
+    assert tree(tmp_path) == before
+    assert "257 tokens are kept, 43 are new" in done.out
+    assert "320 rows of the vocabulary" in done.out
+    assert "7 of 128 tokens (4 samples of 32), 896 in all" in done.out
 
 
 @pytest.mark.usefixtures("trained")

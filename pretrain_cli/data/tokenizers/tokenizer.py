@@ -199,14 +199,19 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return _tokenizer("bpe", backend.to_str(), None, where=None)
 
 
-def _byte_level() -> Tokenizer:
-    """Return a BPE without merges: ids 0 to 255 are bytes, 256 ends a document."""
-    # Byte-level tokenizers write bytes as printable characters: a byte that is a visible Latin-1
-    # character is written as itself, the others as the characters 256, 257, … in order.
+def byte_characters() -> dict[int, str]:
+    """Return the printable character by which byte-level tokenizers write each byte: visible
+    Latin-1 characters as themselves, the other bytes as the characters 256, 257, … in order."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     unseen = [byte for byte in range(256) if byte not in visible]
-    vocab = {chr(byte): byte for byte in visible}
-    vocab |= {chr(256 + i): byte for i, byte in enumerate(unseen)}
+    return {byte: chr(byte) for byte in visible} | {
+        byte: chr(256 + i) for i, byte in enumerate(unseen)
+    }
+
+
+def _byte_level() -> Tokenizer:
+    """Return a BPE without merges: ids 0 to 255 are bytes, 256 ends a document."""
+    vocab = {character: byte for byte, character in byte_characters().items()}
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = byte_level  # pyright: ignore[reportAttributeAccessIssue]

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.data.dataset import Dataset
-from pretrain_cli.engine.planning.data_and_model import check_tokenizer, open_mixture
+from pretrain_cli.engine.planning.data_and_model import open_mixture
+from pretrain_cli.engine.planning.vocabulary import check_tokenizer
 from pretrain_cli.engine.runs.retention import find_model_folder
 from pretrain_cli.engine.runtime.distributed import find_device
 from pretrain_cli.engine.runtime.speed import resolve_speed

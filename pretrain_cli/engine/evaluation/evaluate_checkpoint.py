@@ -15,7 +15,8 @@ import torch
 
 from pretrain_cli.config.build import build_config
 from pretrain_cli.data.mixture import Mixture
-from pretrain_cli.engine.planning.data_and_model import check_tokenizer, open_mixture
+from pretrain_cli.engine.planning.data_and_model import open_mixture
+from pretrain_cli.engine.planning.vocabulary import check_tokenizer
 from pretrain_cli.engine.runs.events import Evaluation
 from pretrain_cli.engine.runs.retention import find_model_folder
 from pretrain_cli.engine.runtime.distributed import open_ranks

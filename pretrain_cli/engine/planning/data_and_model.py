@@ -1,11 +1,9 @@
-"""Find a run's datasets and model before training, and fit the model's vocabulary to the data.
+"""Find a run's datasets and model before training.
 
 Without any dataset, a small demo dataset is made.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from pretrain_cli.config.run_config import RunConfig
@@ -14,7 +12,6 @@ from pretrain_cli.data.dataset import Dataset
 from pretrain_cli.data.mixture import Mixture, Source, mix, parse_sources
 from pretrain_cli.data.opening import open_data
 from pretrain_cli.data.shards import MANIFEST
-from pretrain_cli.data.tokenizers.tokenizer import read_tokenizer
 from pretrain_cli.data.tokenizing.tokenize import DEMO, demo_request, tokenize
 from pretrain_cli.engine.runs.events import Emit, Notice
 from pretrain_cli.engine.runtime.distributed import Ranks
@@ -24,10 +21,6 @@ from pretrain_cli.model.config import ModelConfig, variant
 from pretrain_cli.model.formats.hf_config import read_config
 
 DATASETS = Path("data")
-SAME_VOCABULARY = 512
-"""Largest difference in size between a published model's vocabulary and its own tokenizer's.
-
-They differ by spare rows and image token ids."""
 
 
 def find_data(settings: RunConfig, ranks: Ranks, emit: Emit, stop: StopRequest) -> Mixture:
@@ -122,58 +115,3 @@ def find_architecture(settings: RunConfig, known: ModelConfig | None) -> tuple[s
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; --init-from takes a model folder")
     return folder.resolve().name, variant(read_config(folder), settings.model.changes)
-
-
-def fit_to_data(config: ModelConfig, settings: RunConfig, data: Mixture, emit: Emit) -> ModelConfig:
-    """Return the config with a vocabulary for this data. vocab_size stays unchanged if it was set
-    or the weights are given.
-
-    Raises ConfigError if the vocabulary is smaller than the data's largest token, and DataError if
-    the --init-from weights were trained with another tokenizer.
-    """
-    if settings.model.init_from is not None:
-        check_tokenizer(settings.model.init_from, data, lambda text: emit(Notice(text)))
-    elif "vocab_size" not in settings.model.changes:
-        config = _with_vocabulary(config, data, emit)
-    if config.vocab_size <= data.largest_token:
-        raise ConfigError(
-            f"model.vocab_size: {config.vocab_size:,} is too small for {data.name}, which "
-            f"holds token {data.largest_token:,} of {data.tokenizer.name}'s "
-            f"{data.tokenizer.vocab_size:,}; leave vocab_size out, or tokenize for this model"
-        )
-    return config
-
-
-def _with_vocabulary(config: ModelConfig, data: Mixture, emit: Emit) -> ModelConfig:
-    """Return the config with the padding id of the data's tokenizer and, unless the sizes are about
-    equal, its vocabulary size, rounded up to a multiple of 64."""
-    size, largest = data.tokenizer.vocab_size, data.largest_token
-    has_pad = config.pad_token_id is not None
-    config = replace(config, pad_token_id=None)
-    if largest >= config.vocab_size or abs(size - config.vocab_size) > SAME_VOCABULARY:
-        rows = math.ceil(size / 64) * 64
-        emit(
-            Notice(
-                f"Vocabulary {rows:,} instead of the model's {config.vocab_size:,}: the dataset's "
-                f"tokenizer, {data.tokenizer.name}, has {size:,} tokens"
-            )
-        )
-        config = replace(config, vocab_size=rows)
-    return replace(config, pad_token_id=data.tokenizer.pad if has_pad else None)
-
-
-def check_tokenizer(folder: Path, data: Mixture, notify: Callable[[str], None]) -> None:
-    """Raise DataError if the weights in this folder were trained with another tokenizer."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        notify(f"{folder}: no tokenizer.json; that it is the dataset's can't be checked")
-        return
-    theirs = read_tokenizer(path, name=str(folder))
-    ours = data.tokenizer
-    if theirs.fingerprint != ours.fingerprint and (
-        theirs.backend.get_vocab() != ours.backend.get_vocab()
-    ):
-        raise DataError(
-            f"{data.name}: made with the tokenizer {data.tokenizer.name}, and {folder} "
-            f"was trained with another; tokenize with --tokenizer {folder}"
-        )

@@ -17,6 +17,7 @@ from typing import Any
 
 from pretrain_cli.config.run_config import RunConfig
 from pretrain_cli.data.mixture import Mixture
+from pretrain_cli.data.tokenizers.tokenizer import Tokenizer
 from pretrain_cli.engine.optim.kinds import OPTIMIZERS
 from pretrain_cli.engine.optim.schedule import learning_rate
 from pretrain_cli.engine.planning.choices import (
@@ -29,7 +30,8 @@ from pretrain_cli.engine.planning.choices import (
     choose_seq_len,
     suggested_learning_rate,
 )
-from pretrain_cli.engine.planning.data_and_model import find_architecture, find_data, fit_to_data
+from pretrain_cli.engine.planning.data_and_model import find_architecture, find_data
+from pretrain_cli.engine.planning.vocabulary import fit_to_data
 from pretrain_cli.engine.runs.events import Emit, Notice
 from pretrain_cli.engine.runs.run_yaml import RunRecord
 from pretrain_cli.engine.runs.trackers import check_trackers
@@ -55,6 +57,8 @@ class StepPlan:
     micro_batch_size: int
     loss_weights: LossWeights | None
     """Weights of the auxiliary losses; None to leave them and their statistics out."""
+    tokenizer: Tokenizer | None = None
+    """Tokenizer of the data, whose vocabulary the model has; None for steps on random tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +188,7 @@ def make_plan(
         name=name,
         model=config,
         data=mixture,
+        tokenizer=mixture.tokenizer,
         speed=speed,
         seq_len=seq_len,
         micro_batch_size=micro.size,

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from pretrain_cli.engine.optim.optimizer import build_optimizer
 from pretrain_cli.engine.planning.plan import StepPlan
+from pretrain_cli.engine.planning.vocabulary import new_vocabulary
 from pretrain_cli.engine.runs import checkpoint
 from pretrain_cli.engine.runs.checkpoint import State
 from pretrain_cli.engine.runs.events import Emit, Notice, ignore
@@ -131,10 +132,14 @@ def set_up_model(
     """Return the compiled model with its weights: those of the checkpoint `start`, of --init-from,
     or initialized from the seed. Call it after `apply_process_settings`."""
     decoder = build_model(plan.model, plan.speed, device)
-    folder = start or plan.settings.model.init_from
+    seed, init_from = plan.settings.train.seed, plan.settings.model.init_from
+    folder = start or init_from
+    vocabulary = None
+    if start is None and init_from is not None and plan.tokenizer is not None:
+        vocabulary = new_vocabulary(init_from, plan.tokenizer, seed)
     if folder is None:
-        decoder.initialize(plan.settings.train.seed)
-    elif left_out := load_weights(decoder, folder):
+        decoder.initialize(seed)
+    elif left_out := load_weights(decoder, folder, vocabulary):
         emit(Notice(say_left_out(folder, left_out)))
     compile_blocks(decoder, plan.speed)
     return decoder

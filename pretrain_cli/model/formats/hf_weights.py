@@ -24,6 +24,7 @@ from torch.nn import Parameter
 from pretrain_cli.errors import CheckpointError
 from pretrain_cli.files import flush
 from pretrain_cli.model.decoder import Decoder
+from pretrain_cli.model.formats.new_vocabulary import NewVocabulary, fill
 from pretrain_cli.model.parameter_map import EMBEDDING, HEAD, PublishedTensor, parameter_map
 
 SINGLE = "model.safetensors"
@@ -87,10 +88,13 @@ def published_tensors(
     }
 
 
-def load_weights(model: Decoder, folder: Path) -> list[str]:
+def load_weights(
+    model: Decoder, folder: Path, vocabulary: NewVocabulary | None = None
+) -> list[str]:
     """Copy a folder's weights into the model. Returns the names of tensors that were left out.
 
-    Raises CheckpointError for a tensor that is missing or has another shape.
+    With a `vocabulary`, embedding and head are those of the model's new vocabulary. Raises
+    CheckpointError for a tensor that is missing or has another shape.
     """
     files = weight_files(folder)
     where = _by_text_name(files)
@@ -117,12 +121,17 @@ def load_weights(model: Decoder, folder: Path) -> list[str]:
                         f"weights in one of {', '.join(FLOATS)}"
                     )
                 shape = tuple(found.get_shape())
-                if shape != piece.shape:
+                is_renewed = vocabulary is not None and piece.name in (EMBEDDING, HEAD)
+                if shape[is_renewed:] != piece.shape[is_renewed:]:
                     raise CheckpointError(
                         f"{path}: {name} is {shape}, but config.json makes it {piece.shape}"
                     )
-                with torch.no_grad():
-                    piece.of(parameters[piece.parameter]).copy_(file.get_tensor(name))
+                parameter = piece.of(parameters[piece.parameter])
+                if vocabulary is not None and is_renewed:
+                    fill(parameter, file.get_tensor(name), vocabulary, name)
+                else:
+                    with torch.no_grad():
+                        parameter.copy_(file.get_tensor(name))
     return sorted(set(where) - {piece.name for piece in pieces})
 
 

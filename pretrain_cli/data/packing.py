@@ -12,7 +12,7 @@ but the last fills a sample by itself; a piece followed by another one in a samp
 its document.
 
 The index depends only on the dataset and seq_len, not on the seed or the machine. Neighbouring
-documents are packed in groups, so memory use does not grow with the dataset.
+documents are packed in groups, on all cores; memory use does not grow with the dataset.
 """
 
 import hashlib
@@ -30,7 +30,8 @@ import numpy as np
 
 from pretrain_cli.data.batches import Batch
 from pretrain_cli.data.dataset import VERIFIED_WHEN_OPENED, Dataset, Split
-from pretrain_cli.data.shards import TokenStream
+from pretrain_cli.data.parallel import cores, map_in_order
+from pretrain_cli.data.shards import DocumentStarts, TokenStream
 from pretrain_cli.errors import DataError
 from pretrain_cli.files import flush
 from pretrain_cli.targets import IGNORE_INDEX
@@ -40,6 +41,10 @@ HEADER = 4096
 GROUP_TOKENS = 2**23
 GROUP_SAMPLES = 256
 """Documents are packed in groups with enough tokens for at least this many samples."""
+GROUPS_PER_WORKER = 4
+"""Smallest number of groups for which a process is worth its start."""
+FIRST_SEARCHED = 2**14
+"""Tokens searched first for the last document start before a position."""
 PIECE = np.dtype([("start", "<u8"), ("tokens", "<u4"), ("goes_on", "<u4")])
 SAMPLE = np.dtype([("end", "<u8"), ("targets", "<u8")])
 
@@ -115,19 +120,30 @@ class Packed:
 # --- packing -------------------------------------------------------------------------------------
 
 
-def groups_of_documents(split: Split, group_tokens: int) -> Iterator[np.ndarray]:
-    """Yield borders of groups of whole documents: the start of each document in the group and the
-    end of the last. Consecutive groups share a border."""
+def groups_of_documents(split: Split, group_tokens: int) -> Iterator[tuple[int, int]]:
+    """Yield (first, end) of groups of whole documents. Consecutive groups share a border. Only the
+    starts near the borders are read."""
     total, begin = len(split.tokens), 0
     while begin < total:
-        end, borders = begin, np.empty(0, np.int64)
-        while not len(borders):  # a single document can be longer than a group
-            end = min(end + group_tokens, total)
-            borders = split.documents.between(begin + 1, end + 1)
-            if end == total:
-                borders = np.append(borders, total)
-        yield np.append(begin, borders)
-        begin = int(borders[-1])
+        end, border = begin, None
+        while border is None:  # a single document can be longer than a group
+            first, end = end, min(end + group_tokens, total)
+            border = total if end == total else _last_start(split.documents, first + 1, end + 1)
+        yield begin, border
+        begin = border
+
+
+def _last_start(documents: DocumentStarts, first: int, last: int) -> int | None:
+    """Return the last position in [first, last) at which a document begins. The starts may have to
+    be searched for in the tokens, so they are read from the end on."""
+    count = FIRST_SEARCHED
+    while last > first:
+        begin = max(first, last - count)
+        starts = documents.between(begin, last)
+        if len(starts):
+            return int(starts[-1])
+        last, count = begin, count * 2
+    return None
 
 
 def cut(borders: np.ndarray, seq_len: int) -> tuple[np.ndarray, Totals]:
@@ -246,15 +262,23 @@ def open_packed(dataset: Dataset, seq_len: int, notify: Callable[[str], None]) -
 
 
 def build_index(path: Path, split: Split, fingerprint: str, seq_len: int) -> None:
-    """Write the index of a split to a temporary file, flush it and rename it."""
+    """Write the index of a split to a temporary file, flush it and rename it. Groups are packed on
+    all cores; the index is the same bytes for any number."""
+
+    def packed(group: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, Totals]:
+        first, end = group
+        starts = split.documents.between(first + 1, end)
+        return pack(np.concatenate([[first], starts, [end]]), seq_len)
+
     staging = path.with_name(f".{path.name}.{os.getpid()}.partial")  # two runs may build it
     totals, digest = Totals(), hashlib.sha256()
     group = max(GROUP_TOKENS, GROUP_SAMPLES * seq_len)
+    groups = groups_of_documents(split, group)
+    workers = min(cores(), len(split.tokens) // (group * GROUPS_PER_WORKER))
     try:
         with staging.open("wb") as file, tempfile.TemporaryFile(dir=path.parent) as behind:
             file.seek(HEADER)
-            for borders in groups_of_documents(split, group):
-                pieces, samples, part = pack(borders, seq_len)
+            for pieces, samples, part in map_in_order(packed, groups, workers):
                 samples["end"] += totals.pieces
                 totals += part
                 digest.update(pieces.tobytes())
@@ -295,10 +319,11 @@ def read_index(path: Path, split: Split, fingerprint: str, seq_len: int) -> Pack
             file.seek(HEADER)
             if hashlib.file_digest(file, "sha256").hexdigest() != checksum:
                 raise DataError(f"{path}: damaged")
+    mapped = np.asarray(np.memmap(path, np.uint8, "r"))  # one map, hence one file descriptor
     return Packed(
         split.tokens,
-        np.asarray(np.memmap(path, PIECE, "r", offset=HEADER, shape=totals.pieces)),
-        np.asarray(np.memmap(path, SAMPLE, "r", offset=samples_at, shape=totals.samples)),
+        mapped[HEADER:samples_at].view(PIECE),
+        mapped[samples_at:].view(SAMPLE),
         seq_len=seq_len,
         fingerprint=fingerprint,
         totals=totals,

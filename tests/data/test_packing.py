@@ -1,7 +1,9 @@
 """Packing: whole documents in samples, every token a target once, an index built once."""
 
+import hashlib
 import json
 import tempfile
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +13,11 @@ from hypothesis import strategies as st
 
 from pretrain_cli.data import packing
 from pretrain_cli.data.batches import Batch, Batches
+from pretrain_cli.data.dataset import Split
 from pretrain_cli.data.packing import Packed, best_fit, open_packed, pack
+from pretrain_cli.data.parallel import map_in_order
+from pretrain_cli.data.shards import IndexedStarts
+from pretrain_cli.data.token_files import SeparatedStarts
 from pretrain_cli.targets import IGNORE_INDEX
 
 LENGTHS = st.lists(st.integers(1, 12) | st.integers(1, 60), min_size=1, max_size=80)
@@ -215,6 +221,77 @@ def test_a_dataset_larger_than_a_group_is_packed_group_by_group(dataset, monkeyp
     # a sample's documents lie within one group: 1000 tokens plus at most one document
     spread = inputs.max(1) - np.where(inputs, inputs, total).min(1)
     assert spread.max() < 1300
+
+
+GOLDEN = {
+    16: "b66aa94676c73b47f23ddfda37201534cb2b8456bf207ac704ea51484dc1076f",
+    100: "a17f681c59d6369f5ae73dd4702b1cc4a39c955723203932fc184c763a3ace14",
+}
+"""SHA-256 of the index of `many_documents`, from when one process built it from start to end."""
+
+
+@pytest.fixture
+def many_documents(stream):
+    """Tokens of 600 documents in shards of 9,000 tokens, and their starts. One document is longer
+    than two groups. Token 0 ends a document."""
+    lengths = (np.arange(600) * 7919 + 13) % 211 + 1
+    lengths[300] = 5000
+    borders = np.cumsum([0, *lengths])
+    tokens = np.ones(borders[-1], np.uint16)
+    tokens[borders[1:] - 1] = 0
+    row = stream(*[tokens[at : at + 9000] for at in range(0, len(tokens), 9000)])
+    return row, borders[:-1]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("starts", ["in an index", "searched for"])
+@pytest.mark.parametrize("seq_len", GOLDEN)
+def test_any_number_of_processes_builds_the_same_index(
+    many_documents, tmp_path, monkeypatch, workers, starts, seq_len
+):
+    monkeypatch.setattr(packing, "GROUP_TOKENS", 2000)
+    monkeypatch.setattr(packing, "GROUP_SAMPLES", 1)
+    monkeypatch.setattr(packing, "cores", lambda: workers)
+    used = []
+
+    def counted(work, items, workers):
+        used.append(workers)
+        return map_in_order(work, items, workers)
+
+    monkeypatch.setattr(packing, "map_in_order", counted)
+    row, places = many_documents
+    if starts == "in an index":
+        borders = row.borders
+        parts = [
+            places[(places >= first) & (places < last)] - first for first, last in pairwise(borders)
+        ]
+        documents = IndexedStarts([part.astype("<u8") for part in parts], borders[:-1])
+    else:
+        documents = SeparatedStarts(row, 0, leads=False)
+    packing.build_index(tmp_path / "index", Split(row, documents, 0), "golden", seq_len)
+    assert hashlib.sha256((tmp_path / "index").read_bytes()).hexdigest() == GOLDEN[seq_len]
+    assert used == [workers]
+
+
+def test_borders_of_groups_are_found_without_reading_all_starts(many_documents, monkeypatch):
+    monkeypatch.setattr(packing, "FIRST_SEARCHED", 64)
+    row, places = many_documents
+    read = 0
+
+    class Counted(Documents):
+        def between(self, first, last):
+            nonlocal read
+            read += last - first
+            return super().between(first, last)
+
+    split = Split(row, Counted([*places, len(row)]), 0)
+    groups = list(packing.groups_of_documents(split, 2000))
+    assert groups[0][0] == 0
+    assert groups[-1][1] == len(row)
+    for (_, end), (first, _) in pairwise(groups):
+        assert end == first
+        assert first in places
+    assert read < len(row) / 4
 
 
 @pytest.mark.parametrize("change", ["cut", "altered", "no header", "of another dataset", "older"])

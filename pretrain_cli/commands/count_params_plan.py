@@ -21,7 +21,7 @@ PARTS = {
     "masks": "attention masks",
     "logits": "logits",
     "gathered": "gathered from the other GPUs",
-    "process": "the program itself",
+    "process": "the program and its libraries",
     "lost": "lost between allocations",
 }
 PHASES = {

@@ -37,6 +37,17 @@ USABLE_FRACTION = 0.9
 """Share of the available memory to use: the estimate may be a tenth short."""
 PROCESS = 331_000_000
 """Resident bytes of a CPU process before a model is built: Python and the libraries."""
+CUDA_CONTEXT = 500_000_000
+"""Bytes of a GPU that PyTorch's allocator can't have: driver state and loaded kernels. Usual on an
+H100 with kernels loaded when first called; not measured on a GPU by this project."""
+CUBLAS_WORKSPACES = 2 * 32 * 2**20
+"""Bytes of cuBLAS's workspaces: 32 MiB on Hopper (8 MiB on others), by the default of
+CUBLAS_WORKSPACE_CONFIG in PyTorch, for each thread that multiplies on a stream: the one of the
+forward pass, and autograd's. Seen in the allocator's figures on the null GPU, not on a real one."""
+ALLOCATOR_PAGES = (2 + 20) * 2**20
+"""Bytes that PyTorch's allocator holds and doesn't use: it grows memory for small tensors by 2 MiB
+and for large ones by 20 MiB, and one of each is partly empty. Each tensor is rounded up to 512
+bytes, which is nothing beside it. Not measured on a GPU."""
 HEAP_OVERHEAD = {2: {True: 0.2, False: 0.14}, 4: {True: 0.4, False: 0.3}}
 """Overhead of glibc's heap as a share of what a step allocates, by bytes of the compute type and
 keep_freed_memory.
@@ -146,7 +157,7 @@ def estimate(t: StepShape) -> Estimate:
     always = {
         "weights": weights // ranks,
         "optimizer": (moments * matrices + 8 * (count.total - matrices)) // ranks,
-        "process": 0 if on_gpu else PROCESS,
+        "process": _process_bytes(t.device),
     }
     root, block = (0, 0) if ranks == 1 else (weights - 4 * matrices, 4 * matrices // depth)
     two_blocks = 4 * block  # weights and gradients of two blocks
@@ -184,6 +195,11 @@ def estimate(t: StepShape) -> Estimate:
     for parts in estimate.phases.values():
         parts["lost"] = round(share * sum(n for name, n in parts.items() if name not in always))
     return estimate
+
+
+def _process_bytes(device: str) -> int:
+    """Return the bytes that the program and its libraries take on the device."""
+    return {"cpu": PROCESS, "cuda": CUBLAS_WORKSPACES + ALLOCATOR_PAGES}.get(device, 0)
 
 
 def largest(bytes_of: Callable[[int], int], room: float) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from pretrain_cli.compilers import uncompiled_experts
 from pretrain_cli.config.run_config import SpeedConfig, TrainSettings
 from pretrain_cli.engine.planning.memory_estimate import (
+    CUDA_CONTEXT,
     USABLE_FRACTION,
     Estimate,
     StepShape,
@@ -212,7 +213,7 @@ def find_machine(
         name=stated,
         device="cuda",
         gpus=gpus,
-        memory=int(USABLE_FRACTION * STATED[stated].memory),
+        memory=int(USABLE_FRACTION * (STATED[stated].memory - CUDA_CONTEXT)),
         peak_flops=STATED[stated].flops,
         speed=speed,
     )

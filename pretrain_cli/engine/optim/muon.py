@@ -39,7 +39,12 @@ TINY = 1e-7
 CHUNK_ELEMENTS = 2**26
 """Maximum number of elements that a step on a GPU processes together, unless one matrix has more.
 Its temporary tensors take 10 bytes an element: 0.7 GB, less than a chunk of logits (2 GB), which is
-freed by then. Fewer elements mean more launches."""
+freed by then.
+
+Fewer elements mean more launches, but a full chunk hides them. The experts of 6 layers of
+qwen3-30b-a3b, 2,304 matrices of 768 × 2,048 or its transpose, fill 60 chunks in 2,460 launches.
+Newton-Schulz of one chunk is 1.2e12 FLOPs: 2.4 ms at half of an H100's peak, against 0.25 ms for
+its 41 launches of 6 µs."""
 
 
 class Block(NamedTuple):
@@ -90,9 +95,9 @@ class Muon(Optimizer):
 def in_chunks(blocks: Iterable[Block], elements: int | None) -> Iterator[list[Block]]:
     """Return lists of blocks to process together, each of one matrix shape.
 
-    Each holds at most `elements` elements, or one matrix if that is larger; blocks with more are
-    split. With None each block is alone: on a CPU a call costs little, and the temporary tensors of
-    one block are the fewest.
+    All but the last of a shape hold as many matrices as fit in `elements` elements, at least one;
+    blocks are split where a chunk is full. With None each block is alone: on a CPU a call costs
+    little, and the temporary tensors of one block are the fewest.
     """
     if elements is None:
         yield from ([block] for block in blocks)
@@ -105,13 +110,16 @@ def in_chunks(blocks: Iterable[Block], elements: int | None) -> Iterator[list[Bl
         chunk: list[Block] = []
         count = 0
         for block in members:
-            for part in map(Block, *(tensor.split(limit) for tensor in block)):
-                if count + len(part.weight) > limit:
+            start, end = 0, len(block.weight)
+            while start < end:
+                stop = min(end, start + limit - count)
+                chunk.append(Block(*(tensor[start:stop] for tensor in block)))
+                start, count = stop, count + stop - start
+                if count == limit:
                     yield chunk
                     chunk, count = [], 0
-                chunk.append(part)
-                count += len(part.weight)
-        yield chunk
+        if chunk:
+            yield chunk
 
 
 def _step_chunk(chunk: list[Block], group: dict[str, Any], skip: Tensor | None) -> None:

@@ -151,6 +151,12 @@ def test_chunks_hold_one_shape_and_stay_within_their_elements():
     assert [len(chunk) for chunk in in_chunks(blocks, None)] == [1] * 5
 
 
+def test_a_block_fills_the_chunk_that_another_one_began():
+    stacks = [Block(*[torch.zeros(3, 2, 3)] * 3) for _ in range(2)]
+    chunks = [[len(part.weight) for part in chunk] for chunk in in_chunks(stacks, 12)]
+    assert chunks == [[2], [1, 1], [2]]
+
+
 def test_chunks_share_memory_with_their_parameters():
     weight = torch.zeros(6, 2, 3)
     for chunk in in_chunks([Block(*[weight[:, :1]] * 3)], 9):

@@ -18,7 +18,8 @@ def tokenize(
     paths: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Files, folders and patterns of text; - is standard input.",
+            help="Files, folders and patterns of text; - is standard input; "
+            "hf:OWNER/NAME[:CONFIG][/SPLIT] is a dataset on the hub.",
             show_default="Python's own sources",
         ),
     ] = None,

@@ -24,6 +24,7 @@ from typing import IO, Any, Literal
 
 from pretrain_cli.data.corpus.compression import signs_of_damage
 from pretrain_cli.data.corpus.formats import FORMATS, HEAD, TEXT, recognize, strip_compression
+from pretrain_cli.data.corpus.hub import HubFile
 from pretrain_cli.data.corpus.records import NotText, Records, Source
 from pretrain_cli.data.corpus.source_files import STANDARD_INPUT, TextFile
 from pretrain_cli.errors import DataError
@@ -109,7 +110,8 @@ class FileReader:
 
     def _read(self, raw: IO[bytes]) -> Iterator[Document]:
         path, reading = self.file.path, self.reading
-        name, can_seek = path.name.lower(), not self.file.is_stream
+        name = path.name.lower()
+        can_seek = not (self.file.is_stream or self.file.is_remote)
         head, stream = _peeked(raw)
         kind = recognize(name, head, key=reading.text_key, asked=reading.kind)
         while decompress := FORMATS[kind].decompress:
@@ -142,8 +144,13 @@ class FileReader:
         self.remarks[DAMAGED] += 1
 
     def _open_raw(self) -> io.BufferedReader:
-        file: Any = sys.stdin.buffer if self.file.name == STANDARD_INPUT else None
-        file = file or self.file.path.open("rb", buffering=0)
+        file: Any
+        if self.file.is_remote:
+            file = HubFile(self.file)
+        elif self.file.name == STANDARD_INPUT:
+            file = sys.stdin.buffer
+        else:
+            file = self.file.path.open("rb", buffering=0)
         return io.BufferedReader(_Observed(file, self), READ_BYTES)
 
     # --- plain text ------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Files of a corpus: expands the given names, recursively and in a fixed order.
 
-A name is a file, a folder, a pattern (`'corpus/**/*.txt'`), a stream such as a FIFO, or `-` for
-standard input. Files are recorded by names that do not depend on the location of the corpus, so a
-corpus that was moved, or has grown, is recognized.
+A name is a file, a folder, a pattern (`'corpus/**/*.txt'`), a stream such as a FIFO, `-` for
+standard input, or a dataset on the hub (`hf:OWNER/NAME`). Files are recorded by names that do not
+depend on the location of the corpus, so a corpus that was moved, or has grown, is recognized.
 """
 
 import glob
@@ -17,6 +17,8 @@ from pathlib import Path
 from pretrain_cli.errors import DataError
 
 STANDARD_INPUT = "-"
+HUB = "hf:"
+"""Beginning of the name of a dataset on the hub, and of the location of each of its files."""
 WRITTEN_HERE = (
     {"dataset.json", "tokenizer.json"},
     {"files.jsonl", "tokenizer.json"},
@@ -46,6 +48,11 @@ class TextFile:
     @property
     def path(self) -> Path:
         return Path(self.location)
+
+    @property
+    def is_remote(self) -> bool:
+        """True for a file on the hub, which is read with `hub.HubFile`."""
+        return self.location.startswith(HUB)
 
 
 @dataclass
@@ -77,6 +84,8 @@ def find_corpus(
     for name in names:
         if name == STANDARD_INPUT:
             corpus.files.append(TextFile("/dev/stdin", name, name, is_stream=True))
+        elif name.startswith(HUB):
+            corpus.files += _on_the_hub(name, include, exclude)
         elif os.path.isdir(name):
             corpus.files += _below(Path(name), include, exclude, corpus.left_out)
         elif os.path.exists(name):
@@ -153,6 +162,15 @@ def _matching(
             left_out[str(path)] = why
         else:
             yield _file(path, f"{fixed.resolve().name}/{inside.as_posix()}", pattern)
+
+
+def _on_the_hub(asked: str, include: Sequence[str], exclude: Sequence[str]) -> Iterator[TextFile]:
+    from pretrain_cli.data.corpus.hub import hub_files
+
+    for file in hub_files(asked):
+        inside = Path(file.location.partition("@")[2].partition("/")[2])
+        if _is_chosen(inside, include, exclude):
+            yield file
 
 
 def _why_not(path: Path) -> str | None:

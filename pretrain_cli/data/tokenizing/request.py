@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pretrain_cli.data.corpus.hub import folder_name
 from pretrain_cli.data.corpus.readers import ReadOptions
+from pretrain_cli.data.corpus.source_files import HUB
 from pretrain_cli.data.shards import PARTIAL, SHARD_TOKENS
 from pretrain_cli.errors import ConfigError
 
@@ -101,6 +103,8 @@ def default_folder(path: str) -> Path:
 def _name(path: str) -> str:
     if path == "-":
         return "stdin"
+    if path.startswith(HUB):
+        return folder_name(path)
     if glob.has_magic(path):
         fixed = path[: glob.escape(path).find("[")].rpartition("/")[0]
         return Path(fixed).resolve().name or "corpus"

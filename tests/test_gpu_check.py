@@ -222,6 +222,9 @@ def test_a_rehearsal_runs_every_slot(tmp_path):
     ]  # fmt: skip
     assert set(states.values()) == {"done"}
     assert summary["wrong"] == []
+    arms = {result["arm"] for result in summary["results"]}
+    assert {"step, CUDA graphs", "step, fa3", "step, fa4"} <= arms  # unavailable on a CPU
+    assert "qwen3-0.6b, batch 1, prompt 8, pretrain, compiled" in arms
     assert len(list(out.iterdir())) <= 8
     record = read(out / "benchmark.json")
     compared = compare(record, record)

@@ -3,7 +3,8 @@
 loss        forward and backward of the loss, 8,192 tokens, both vocabularies
 attention   forward and backward of attention at T = 8,192, a window and full causal
 optimizer   the update of every weight, without a training step
-step        whole training steps: backends at T = 8,192, not compiled, CUDA graphs, float8
+step        whole training steps: backends and FlashAttention releases at T = 8,192, no compile,
+            CUDA graphs, float8
 
 Arms of a kind follow each other, and are compared with each other only.
 """
@@ -35,6 +36,7 @@ from pretrain_cli.engine.runtime.speed import (
 )
 from pretrain_cli.model.attention_backends.backend import Conditions
 from pretrain_cli.model.attention_backends.backends import BACKENDS
+from pretrain_cli.model.attention_backends.flash import RELEASES, no_flash
 from pretrain_cli.model.attention_backends.mask import Mask
 from pretrain_cli.model.counting import keys_seen, training_flops
 from pretrain_cli.model.loss import unit_gradient
@@ -188,6 +190,13 @@ def steps(check: Check, device: torch.device) -> None:
         one_step(check, f"{backend}, window", workload(check, GEMMA, length, rows), speed)
     dense = workload(check, GEMMA, length, rows, sliding_window=length)
     one_step(check, "every layer full causal", dense, asked)
+    for release in RELEASES:
+        if reason := no_flash(release, device):
+            check.write(f"step, {release}", ok=None, note=f"unavailable: {reason}")
+            continue
+        speed = asked.model_copy(update={"flash_attention": release})
+        one_step(check, f"{release}, window", workload(check, GEMMA, length, rows), speed)
+        one_step(check, f"{release}, every layer full causal", dense, speed)
     no_graphs = no_cuda_graphs(device, compiled)
     if no_graphs:
         check.write("step, CUDA graphs", ok=None, note=f"unavailable: {no_graphs}")

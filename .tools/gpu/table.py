@@ -21,7 +21,8 @@ SHOWN: dict[str, tuple[str, ...]] = {
     "arms": ("step_median_ms", "call_median_ms", "tokens_per_s", "mfu", "tflops_per_s",
              "allocated_peak_gb", "kernels_per_call", "compile_s"),
     "memory": ("allocated_peak_gb", "reserved_peak_gb", "estimate_gb", "estimate_ratio"),
-    "decode": ("prefill_tokens_per_s", "decode_tokens_per_s", "token_median_ms", "speed_ratio"),
+    "decode": ("prefill_tokens_per_s", "decode_tokens_per_s", "token_median_ms", "speed_ratio",
+               "compiled_speed_ratio"),
     "fsdp": ("loss_difference", "norm_difference"),
     "compile": ("compile_s",),
 }  # fmt: skip

@@ -8,11 +8,11 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from pretrain_cli.commands.display import console, remark
+from pretrain_cli.commands.display import check_output, console, remark
 from pretrain_cli.units import amount, size
 
 SOURCES_SHOWN = 20
-BAR = 30
+BARS = "▁▂▃▄▅▆▇█"
 
 
 def inspect(
@@ -30,11 +30,19 @@ def inspect(
         bool,
         typer.Option("--verify", help="Recompute every checksum; exit with 1 if one differs."),
     ] = False,
+    read_all: Annotated[
+        bool, typer.Option("--all", help="Check all documents instead of a sample.")
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw lengths and sources as a .png or .svg.", show_default="none"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Show what a dataset holds: its tokenizer, documents, sources; a sample; any damage.
 
-    Every file's presence and size are checked; --verify reads them all.
+    Every file's presence and size are checked; --verify reads them all. A sample of the documents
+    is checked for what usually goes wrong: copies, joined documents, repeated lines.
     """
     from pretrain_cli.data.dataset import find_damage
     from pretrain_cli.data.shards import read_manifest
@@ -45,6 +53,11 @@ def inspect(
         for option, value in sample_options.items():
             if value is not None:
                 raise ConfigError(f"{option}: {value} is of a sample; say which with --sample")
+    if plot is not None:
+        from pretrain_cli.engine.benchmark.render import need_matplotlib
+
+        need_matplotlib(plot)
+        check_output(plot, "--plot")
     manifest = read_manifest(dataset)
     damages = list(find_damage(dataset, manifest, thoroughly=verify))
     if damages:
@@ -58,7 +71,11 @@ def inspect(
     if sample is not None:
         seq_len = 512 if seq_len is None else seq_len
         shown = _sample(dataset, sample, seq_len, packing or "concat", seed or 0)
-    facts = _facts(dataset, manifest)
+    facts = _facts(dataset, manifest, read_all=read_all)
+    if plot is not None:
+        from pretrain_cli.data.dataset_picture import draw
+
+        draw(facts, plot)
     if verify:
         facts["verified"] = "every checksum"
     if as_json:
@@ -66,13 +83,16 @@ def inspect(
         return
     if shown is None:
         _print(facts)
+        if plot is not None:
+            console.print(f"Written to {escape(str(plot))}", soft_wrap=True)
     else:
         _print_sample(shown)
 
 
-def _facts(folder: Path, manifest: Any) -> dict[str, Any]:
+def _facts(folder: Path, manifest: Any, *, read_all: bool) -> dict[str, Any]:
     from dataclasses import asdict
 
+    from pretrain_cli.data.checks import check_dataset
     from pretrain_cli.data.dataset import open_split
     from pretrain_cli.data.inspection import document_lengths, marks
 
@@ -93,17 +113,22 @@ def _facts(folder: Path, manifest: Any) -> dict[str, Any]:
         "splits": {name: part.model_dump() for name, part in manifest.splits.items()},
         "bytes_per_token": total.bytes / total.tokens,
         "document_tokens": {
-            name: asdict(document_lengths(open_split(folder, manifest, name)))
+            name: asdict(document_lengths(open_split(folder, manifest, name), read_all=read_all))
             for name in manifest.splits
         },
         "sources": {
-            name: part.model_dump() | {"share": part.tokens / total.tokens}
+            name: part.model_dump()
+            | {
+                "share": part.tokens / total.tokens,
+                "tokens_per_byte": part.tokens / max(part.bytes, 1),
+            }
             for name, part in manifest.sources.items()
         },
         "duplicates": manifest.duplicates,
         "inexact_cuts": manifest.inexact_cuts,
         "remarks": manifest.remarks,
         "shards": len(manifest.shards),
+        "checks": asdict(check_dataset(folder, manifest, read_all=read_all)),
     }
 
 
@@ -180,14 +205,12 @@ def _print(facts: dict[str, Any]) -> None:
     lengths = facts["document_tokens"]["train"]
     if lengths["by_power"]:
         console.print(
-            f"Tokens a training document, from {lengths['shortest']:,} to {lengths['longest']:,}:"
+            f"Tokens a training document: {lengths['shortest']:,} "
+            f"{sparkline(lengths['by_power'])} {lengths['longest']:,}, by powers of two",
+            soft_wrap=True,
         )
-        most = max(lengths["by_power"].values())
-        for least, count in lengths["by_power"].items():
-            bar = "█" * max(1, round(BAR * count / most))
-            console.print(f"{least:>10,} –  {bar:<{BAR}} {count:,}")
     sources = Table("source", box=None, pad_edge=False, header_style="bold")
-    for heading in ("share", "tokens", "files", "documents", "text"):
+    for heading in ("share", "tokens", "files", "documents", "text", "tokens/byte"):
         sources.add_column(heading, justify="right")
     by_share = sorted(facts["sources"].items(), key=lambda item: -item[1]["tokens"])
     for name, part in by_share[:SOURCES_SHOWN]:
@@ -198,6 +221,7 @@ def _print(facts: dict[str, Any]) -> None:
             f"{part['files']:,}",
             f"{part['documents']:,}",
             size(part["bytes"]),
+            f"{part['tokens_per_byte']:.3f}",
         )
     console.print(sources)
     if len(by_share) > SOURCES_SHOWN:
@@ -208,6 +232,30 @@ def _print(facts: dict[str, Any]) -> None:
         console.print(f"{facts['duplicates']:,} duplicates left out")
     if facts["inexact_cuts"]:
         console.print(f"{facts['inexact_cuts']:,} inexact cuts in long documents")
+    _print_checks(facts["checks"])
+
+
+def _print_checks(checks: dict[str, Any]) -> None:
+    total, copies = checks["documents"], checks["copies"]
+    share = "an unknown share" if copies is None else f"{copies:.1%}"
+    console.print(
+        f"Checked, by seed {checks['seed']}, of {total:,} training documents: the lengths of "
+        f"{checks['lengths_read']:,}, the tokens of {checks['compared']:,}, the text of "
+        f"{checks['decoded']:,}; {share} are copies, {checks['not_utf8']:.1%} were "
+        "not UTF-8",
+        soft_wrap=True,
+    )
+    for warning in checks["warnings"]:
+        console.print(f"[yellow]![/] {escape(warning)}", soft_wrap=True)
+
+
+def sparkline(by_power: dict[int, int]) -> str:
+    """Return a character for each power of two between the least and the largest, as high as its
+    number of documents; a space for none."""
+    powers = range(min(by_power).bit_length(), max(by_power).bit_length() + 1)
+    counts = [by_power.get(2 ** (power - 1), 0) for power in powers]
+    steps = len(BARS) - 1
+    return "".join(BARS[round(steps * n / max(counts))] if n else " " for n in counts)
 
 
 def _print_sample(sample: dict[str, Any]) -> None:

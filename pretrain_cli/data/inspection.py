@@ -1,6 +1,7 @@
 """Facts about a tokenized dataset: document lengths and boundaries."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,11 @@ READ_AT_ONCE = 2**26
 """Number of tokens whose documents are examined together."""
 
 
+DOCUMENTS_READ = 2**25
+"""Largest number of documents whose lengths are all read: 256 MB of the index. Of more, stretches
+of READ_AT_ONCE tokens at even distances are read."""
+
+
 @dataclass(frozen=True)
 class Lengths:
     """Document lengths in tokens, marks included."""
@@ -24,19 +30,32 @@ class Lengths:
     longest: int
 
 
-def document_lengths(split: Split) -> Lengths:
-    """Return statistics of a split's document lengths. Memory does not grow with their number."""
+def iter_lengths(
+    split: Split, *, read_all: bool = False
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (first token, length) of the split's documents, (n,) int64 each, a stretch of tokens at
+    a time. Of more than DOCUMENTS_READ documents some stretches are left out, unless `read_all`,
+    and with them the documents that reach into the next one."""
     total = len(split.tokens)
-    counts: Counter[int] = Counter()
-    shortest, longest, open_since = total, 0, 0
-    for first in range(0, max(total, 1), READ_AT_ONCE):
-        starts = split.documents.between(first, min(first + READ_AT_ONCE, total))
-        borders = np.concatenate(([open_since], starts))
-        if first + READ_AT_ONCE >= total:
-            borders = np.append(borders, total)
+    every = 1 if read_all else -(-max(len(split.documents), 1) // DOCUMENTS_READ)
+    open_since = 0
+    for first in range(0, max(total, 1), READ_AT_ONCE * every):
+        borders = split.documents.between(first, min(first + READ_AT_ONCE, total))
+        if every == 1:
+            borders = np.concatenate(([open_since], borders))
+            if first + READ_AT_ONCE >= total:
+                borders = np.append(borders, total)
+            open_since = int(borders[-1])
         lengths = np.diff(borders)
-        lengths = lengths[lengths > 0]  # drops the 0 before the first document
-        open_since = int(borders[-1])
+        some = lengths > 0  # drops the 0 before the first document
+        yield borders[:-1][some], lengths[some]
+
+
+def document_lengths(split: Split, *, read_all: bool = False) -> Lengths:
+    """Return statistics of a split's document lengths. Memory does not grow with their number."""
+    counts: Counter[int] = Counter()
+    shortest, longest = len(split.tokens), 0
+    for _, lengths in iter_lengths(split, read_all=read_all):
         if len(lengths):
             powers, numbers = np.unique(np.log2(lengths).astype(int), return_counts=True)
             counts.update(dict(zip(powers.tolist(), numbers.tolist(), strict=True)))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pretrain_cli.commands.inspect import sparkline
 from pretrain_cli.data.batches import Batches, Windows
 from pretrain_cli.data.dataset import open_dataset
 from pretrain_cli.data.packing import open_packed
@@ -72,7 +73,37 @@ def test_lengths_are_counted_by_powers_of_two(pretrain, dataset):
     shown = pretrain("inspect data/mixed").out
     assert f"{lengths['train']['longest']:,}" in shown
     assert "rows.jsonl" in shown
-    assert "█" in shown
+    assert f" {sparkline({int(n): c for n, c in lengths['train']['by_power'].items()})} " in shown
+
+
+def test_a_sparkline_has_a_place_for_each_power_of_two():
+    assert sparkline({1: 8, 2: 4, 16: 1}) == "█▅  ▂"
+    assert sparkline({64: 3}) == "█"
+
+
+def test_checks_are_shown_and_are_the_same_as_json(pretrain, dataset):
+    facts = inspected(pretrain)
+    checks = facts["checks"]
+    documents = facts["splits"]["train"]["documents"]
+    assert (checks["seed"], checks["documents"], checks["compared"]) == (0, documents, documents)
+    for part in facts["sources"].values():
+        assert part["tokens_per_byte"] == pytest.approx(part["tokens"] / part["bytes"])
+    shown = pretrain("inspect data/mixed").out
+    assert f"Checked, by seed 0, of {documents} training documents" in shown
+    assert [line[2:] for line in shown.splitlines() if line[:1] == "!"] == checks["warnings"]
+    assert "of the tokens come from one file, rows.jsonl" in checks["warnings"][0]
+    assert inspected(pretrain, "--all")["checks"] == checks  # it is small
+
+
+def test_lengths_and_sources_are_drawn(pretrain, refused, dataset):
+    pytest.importorskip("matplotlib")
+    for name, begins in (("picture.png", b"\x89PNG"), ("picture.svg", b"<?xml")):
+        done = pretrain(f"inspect data/mixed --plot {name}")
+        assert done.code == 0, done.err
+        assert f"Written to {name}" in done.out
+        assert Path(name).read_bytes().startswith(begins)
+    assert "rows.jsonl" in Path("picture.svg").read_text()
+    assert "--plot: picture.gif is neither" in refused("inspect data/mixed --plot picture.gif")
 
 
 def test_an_epochs_samples_are_its_windows_in_seed_order(pretrain, dataset):

@@ -2,19 +2,26 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markup import escape
 
 from pretrain_cli.commands.display import TokenizeProgress, console, notice, size
+from pretrain_cli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pretrain_cli.data.shards import Manifest
 
 CORPUS = "What is read"
 SPLITS = "What a document becomes"
 OUTPUT = "What is written"
+MACHINES = "On several machines"
+TAKEN_BY_MERGE = ("paths", "out", "force", "merge")
 
 
 def tokenize(
+    ctx: typer.Context,
     paths: Annotated[
         list[str] | None,
         typer.Argument(
@@ -151,6 +158,22 @@ def tokenize(
             rich_help_panel=OUTPUT,
         ),
     ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            help="k/n: tokenize the k-th of n parts of the files, to OUT/part-k-of-n.",
+            show_default="all files",
+            rich_help_panel=MACHINES,
+        ),
+    ] = None,
+    merge: Annotated[
+        bool,
+        typer.Option(
+            "--merge",
+            help="Make one dataset of the parts given as paths, OUT/part-*, by hard links.",
+            rich_help_panel=MACHINES,
+        ),
+    ] = False,
 ) -> None:
     """Turn text into a dataset to train on.
 
@@ -159,8 +182,12 @@ def tokenize(
     run it again: it continues where it stopped. Without paths, it makes a small demo dataset from
     the Python standard library's sources.
     """
+    if merge:
+        _merge(ctx, paths or [], out, force=force)
+        return
     from pretrain_cli.data.corpus.readers import ReadOptions
     from pretrain_cli.data.tokenizing.choose_tokenizer import BPE_VOCAB_SIZE
+    from pretrain_cli.data.tokenizing.parts import parse_part
     from pretrain_cli.data.tokenizing.request import TokenizeRequest, default_folder
     from pretrain_cli.data.tokenizing.tokenize import demo_request
     from pretrain_cli.data.tokenizing.tokenize import tokenize as run
@@ -183,6 +210,7 @@ def tokenize(
         "eos": eos,
         "shard_tokens": shard_tokens,
         "workers": workers,
+        "part": None if part is None else parse_part(part),
     }
     if tokenizer is not None and vocab_size is None:
         request = replace(request, vocab_size=None)
@@ -200,7 +228,7 @@ def tokenize(
         give_back_memory()
         result = run(request, progress)
 
-    manifest, total = result.manifest, result.manifest.total
+    manifest = result.manifest
     folder = escape(str(result.folder))
     if result.was_there:
         console.print(
@@ -231,7 +259,19 @@ def tokenize(
             f"{manifest.inexact_cuts:,} cuts in long documents may have changed the tokens beside "
             "them: no place was found where they don't"
         )
-    held_out = manifest.splits["val"].tokens
+    _show(folder, manifest)
+    if part is not None:
+        merged = escape(str(request.out / "part-*"))
+        console.print(
+            f"When all parts are there: pretrain tokenize --merge {merged}", soft_wrap=True
+        )
+    elif not result.was_there:
+        console.print(f"Train on it: pretrain train --data {folder}", soft_wrap=True)
+
+
+def _show(folder: str, manifest: "Manifest") -> None:
+    """Print what a dataset holds."""
+    total, held_out = manifest.total, manifest.splits["val"].tokens
     # Count by source: a document cut between the splits is counted in both splits.
     documents = sum(part.documents for part in manifest.sources.values())
     console.print(
@@ -240,5 +280,23 @@ def tokenize(
         f"{size(total.bytes)} of text, {total.bytes / total.tokens:.2f} bytes a token",
         soft_wrap=True,
     )
+
+
+def _merge(ctx: typer.Context, parts: list[str], out: Path | None, *, force: bool) -> None:
+    """Merge the parts of a dataset, and show the result."""
+    from pretrain_cli.data.tokenizing.merge import merge
+
+    for name in ctx.params:
+        if name not in TAKEN_BY_MERGE and str(ctx.get_parameter_source(name)).endswith(
+            "COMMANDLINE"
+        ):
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"--merge: takes no {option}; the parts say how they were made")
+    result = merge(list(map(Path, parts)), out, force=force)
+    folder = escape(str(result.folder))
+    if result.was_there:
+        console.print(f"{folder} is up to date: these parts are merged.", soft_wrap=True)
+    _show(folder, result.manifest)
     if not result.was_there:
         console.print(f"Train on it: pretrain train --data {folder}", soft_wrap=True)
+    notice("The parts may be removed: where the file system has hard links, they take no space")

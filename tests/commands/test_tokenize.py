@@ -442,3 +442,49 @@ def test_too_little_disk_space_is_refused_at_the_start(refused, corpus, monkeypa
         "data/corpus: the dataset will take about 0.0 GB more, and 0.0 GB are free there; free "
         "some, or choose another place"
     )
+
+
+# --- on several machines -------------------------------------------------------------------------
+
+
+def test_parts_are_merged_into_one_dataset(pretrain, corpus):
+    for number in (1, 2):
+        outcome = pretrain(f"tokenize --tokenizer bytes corpus/ --part {number}/2")
+        assert outcome.code == 0, outcome.err
+        assert (
+            "When all parts are there: pretrain tokenize --merge data/corpus/part-*" in outcome.out
+        )
+    merged = "tokenize --merge data/corpus/part-00001-of-00002 data/corpus/part-00002-of-00002"
+    outcome = pretrain(merged)
+    assert outcome.code == 0, outcome.err
+    assert "from 30 documents, 12.4 kB of text" in outcome.out
+    assert "Train on it: pretrain train --data data/corpus" in outcome.out
+    assert {shard["split"] for shard in manifest()["shards"]} == {"train", "val"}
+    assert pretrain(merged).out.startswith("data/corpus is up to date: these parts are merged.")
+
+
+@pytest.mark.parametrize("option", ["--tokenizer bytes", "--dedup", "--shard-tokens 4096"])
+def test_a_merge_takes_no_options_of_tokenizing(pretrain, corpus, option):
+    outcome = pretrain(f"tokenize --merge {option} data/corpus/part-1")
+    assert outcome.code == 2
+    assert outcome.err == (
+        f"error: --merge: takes no {option.split()[0]}; the parts say how they were made\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("corpus/ --part 3/2", "--part: '3/2' is not k/n with k from 1 to n"),
+        ("corpus/ --part 1/31 --tokenizer bytes", "--part: 1/31 of 30 files"),
+        ("corpus/ --part 1/2 --dedup", "--part: not with --dedup: "),
+        ("--merge", "--merge: no parts given"),
+        ("--merge corpus", "corpus: no dataset.json in it"),
+    ],
+)
+def test_a_wrong_part_or_merge_is_one_line(pretrain, corpus, options, said):
+    outcome = pretrain(f"tokenize {options}")
+    assert outcome.code == 2
+    assert outcome.err.startswith(f"error: {said}")
+    assert outcome.err.count("\n") == 1
+    assert not Path("data").exists()

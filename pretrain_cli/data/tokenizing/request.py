@@ -1,7 +1,7 @@
 """Options of tokenizing."""
 
 import glob
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +10,17 @@ from pretrain_cli.data.corpus.readers import ReadOptions
 from pretrain_cli.data.corpus.source_files import HUB
 from pretrain_cli.data.shards import PARTIAL, SHARD_TOKENS
 from pretrain_cli.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part of a corpus that one of several machines tokenizes."""
+
+    number: int
+    """From 1 to `of`."""
+    of: int
+    listing: str = ""
+    """Hash of the whole corpus's list of files, once it is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +47,15 @@ class TokenizeRequest:
     format: Literal["pretrain", "llm.c"] = "pretrain"
     append: bool = False
     force: bool = False
+    part: Part | None = None
+    """None for the whole corpus."""
     workers: int | None = None
     """Number of encoding processes; None means one per core."""
 
     @property
     def options(self) -> dict[str, Any]:
         """Return the options that determine the content of a dataset."""
+        part = {} if self.part is None else {"part": asdict(self.part)}
         return {
             "tokenizer": self.tokenizer,
             "vocab_size": self.vocab_size,
@@ -56,6 +70,7 @@ class TokenizeRequest:
             "input": self.reading.kind,
             "shard_tokens": self.shard_tokens,
             "format": self.format,
+            **part,
         }
 
 

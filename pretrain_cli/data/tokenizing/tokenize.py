@@ -18,6 +18,7 @@ from pathlib import Path
 from pretrain_cli.data.corpus.source_files import find_corpus
 from pretrain_cli.data.shards import Manifest
 from pretrain_cli.data.tokenizing.choose_tokenizer import TokenizerChoice
+from pretrain_cli.data.tokenizing.parts import take_part
 from pretrain_cli.data.tokenizing.pipeline import Pipeline, Progress, no_progress
 from pretrain_cli.data.tokenizing.request import TokenizeRequest, check
 from pretrain_cli.data.tokenizing.resume import can_continue, missing_files
@@ -52,6 +53,7 @@ def tokenize(request: TokenizeRequest, progress: Progress = no_progress) -> Toke
     """Tokenize a corpus into a dataset, or return the dataset if it already exists."""
     check(request)
     corpus = find_corpus(request.paths, include=request.include, exclude=request.exclude)
+    request, corpus = take_part(request, corpus)
     choice = TokenizerChoice(request, corpus, progress)
     earlier = find_earlier(request)
     existing, corpus = earlier.existing, missing_files(request, corpus, earlier, choice)

@@ -126,7 +126,7 @@ def test_text_key_names_a_nested_field_unless_a_column_has_the_name(tmp_path, fo
 
 def test_rows_beyond_the_first_batch_keep_their_order_and_number(tmp_path, monkeypatch):
     values = [f"row {number}" for number in range(2000)]
-    monkeypatch.setattr(module, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(module, "ROWS_AT_ONCE", 3)
     for form, make in FORMS.items():
         path = tmp_path / f"a{form}"
         path.write_bytes(make(values, STRING))

@@ -339,6 +339,14 @@ def test_documents_before_the_damage_in_a_file_are_kept(tmp_path, ending, how):
         )
 
 
+def test_lines_before_the_damage_in_a_short_file_are_kept(tmp_path):
+    """The format is recognized by first bytes that the damage is among."""
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "one"}\n{"text": "two"}\n')[:-4])
+    remarks = {"damaged; documents that end before that are kept": 1}
+    assert read_unfinished(path) == (["one", "two"], remarks)
+
+
 def read_unfinished(path):
     """Return (texts, remarks) of a damaged file, which is not read to its end."""
     (file,) = find_corpus([str(path)]).files

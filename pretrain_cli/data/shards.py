@@ -4,6 +4,7 @@
     ├── dataset.json            manifest: tokenizer, totals, sources, shards with checksums
     ├── tokenizer.json          the tokenizer itself, and tokenizer_config.json
     ├── files.jsonl             files of the corpus: size, checksum, tokens of each
+    ├── encoding.json           the encoder that made the tokens, and its rate
     ├── train-00000.bin         tokens, little-endian uint16 or uint32 by vocabulary
     ├── train-00000.idx         start of each document, little-endian uint64
     ├── train-00000.crc         CRC-32 of each 64 KiB of the .bin, to locate damage

@@ -21,7 +21,7 @@ from pyarrow import parquet
 import pretrain_cli
 from pretrain_cli.data.tokenizers.tokenizer import load_tokenizer
 
-FILES = {"dataset.json", "tokenizer.json", "tokenizer_config.json", "files.jsonl",
+FILES = {"dataset.json", "encoding.json", "tokenizer.json", "tokenizer_config.json", "files.jsonl",
          "train-00000.bin", "train-00000.idx", "train-00000.crc",
          "val-00000.bin", "val-00000.idx", "val-00000.crc"}  # fmt: skip
 
@@ -305,12 +305,13 @@ def test_special_tokens_are_text_unless_allowed(pretrain):
 
 def test_any_number_of_workers_makes_the_same_dataset(pretrain, corpus, monkeypatch):
     monkeypatch.setattr("pretrain_cli.data.tokenizing.pipeline.SMALL", 0)
-    monkeypatch.setattr("pretrain_cli.data.tokenizing.pipeline.BATCH_BYTES", 1000)
+    monkeypatch.setattr("pretrain_cli.data.tokenizing.pipeline.TASK_BYTES", 1000)
     seen = []
     for workers in (1, 3):
         outcome = pretrain(f"tokenize --tokenizer bytes corpus --workers {workers} --force")
         assert outcome.code == 0, outcome.err
         seen.append({path.name: path.read_bytes() for path in Path("data/corpus").iterdir()})
+        assert json.loads(seen[-1].pop("encoding.json"))["bytes_per_second"] > 0
     assert seen[0] == seen[1]
 
 
@@ -435,7 +436,7 @@ def test_a_parquet_file_without_the_text_column_is_refused(refused):
 
 
 def test_too_little_disk_space_is_refused_at_the_start(refused, corpus, monkeypatch):
-    monkeypatch.setattr("pretrain_cli.data.tokenizing.pipeline.BATCH_BYTES", 1000)
+    monkeypatch.setattr("pretrain_cli.data.tokenizing.pipeline.TASK_BYTES", 1000)
     usage = shutil.disk_usage(".")._replace(free=5000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert refused("tokenize --tokenizer bytes corpus") == (

@@ -22,6 +22,7 @@ import pretrain_cli
 from pretrain_cli.data.corpus.source_files import Corpus
 from pretrain_cli.data.shards import Manifest, SplitName, TokenStream
 from pretrain_cli.data.tokenizers.tokenizer import HUB, Tokenizer, load_tokenizer, train_bpe
+from pretrain_cli.data.tokenizing.progress import Encoding
 from pretrain_cli.data.tokenizing.tokenize import Tokenized, TokenizeRequest, tokenize
 from pretrain_cli.data.tokenizing.writer import DatasetWriter
 
@@ -212,7 +213,9 @@ def write() -> Callable[..., Manifest]:
                 for document in documents:
                     writer.shards.add(split, np.array([*document, 256]), [0])
                     writer.shards.splits[split].bytes += len(document)
-            return writer.finish()
+            return writer.finish(
+                Encoding(encoder="", why_not_gigatoken="", samples_compared=0, bytes_per_second=0)
+            )
 
     return make
 
@@ -279,7 +282,7 @@ def contents() -> Callable[[Path], dict[str, Any]]:
             if path.suffix == ".sqlite":
                 with closing(sqlite3.connect(path)) as database:
                     found[name] = database.execute("SELECT * FROM seen ORDER BY 1").fetchall()
-            elif path.is_file():
+            elif path.is_file() and path.name != "encoding.json":  # it has the rate
                 found[name] = path.read_bytes()
         return found
 

@@ -5,7 +5,6 @@ import shutil
 import sqlite3
 from pathlib import Path
 
-from pretrain_cli.data.corpus.readers import Document
 from pretrain_cli.data.tokenizing.request import TokenizeRequest
 
 SEEN = "seen.sqlite"
@@ -35,13 +34,11 @@ class DuplicateIndex:
         )
         self.database.execute("DELETE FROM seen WHERE ordinal >= ?", (ordinal,))
 
-    def has(self, document: Document, ordinal: int) -> bool:
-        """Return whether a document with this text was seen before, and add it."""
+    def has(self, digest: bytes, ordinal: int) -> bool:
+        """Return whether a document whose text has this hash was seen before, and add it."""
         if self.database is None:
             return False
-        added = self.database.execute(
-            "INSERT OR IGNORE INTO seen VALUES (?, ?)", (document.digest, ordinal)
-        )
+        added = self.database.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (digest, ordinal))
         return added.rowcount == 0
 
     def commit(self) -> None:

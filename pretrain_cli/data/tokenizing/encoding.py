@@ -1,15 +1,13 @@
-"""Encode blocks of text on all cores, in their original order.
+"""Encode tasks on all cores, in their original order.
 
-Uses processes instead of the library's threads: threads share a lock on the cache of words, and the
-ids leave the library as Python integers, a step that one interpreter does not speed up with more
-cores. Processes are forked where the system allows (a tokenizer of 262,144 words takes 400 MB and a
-second to load; a fork shares it). They end with their parent, however it ends.
+Uses processes instead of threads: reading, hashing and cutting text in Python would share one core.
+Processes are forked where the system allows (a tokenizer of 262,144 words takes 400 MB and a second
+to load; a fork shares it). They end with their parent, however it ends.
 
-Each process encodes in a thread of its own: glibc gives that thread a separate heap, where the
+Each process works in a thread of its own: glibc gives that thread a separate heap, where the
 tokenizer's many small allocations are faster than in the heap fragmented by loading it.
 """
 
-import array
 import gc
 import multiprocessing
 import os
@@ -21,74 +19,108 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from functools import partial
-from typing import Any, NamedTuple
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from pretrain_cli.data.corpus.readers import FileReader, ReadOptions
 from pretrain_cli.data.tokenizers.tokenizer import Tokenizer
+from pretrain_cli.data.tokenizing.blocks import (
+    BLOCK,
+    Block,
+    Encoded,
+    FileEnd,
+    Task,
+    WholeFile,
+    are_held_out,
+    blocks_of,
+)
 from pretrain_cli.data.tokenizing.chunking import Chunker
+from pretrain_cli.data.tokenizing.encoder import Encoder
 from pretrain_cli.errors import DataError
 
-PIECE = 2**13
-"""Characters encoded at once; see chunking.py."""
 START = "fork" if sys.platform == "linux" else "spawn"
 """Start method of worker processes; a fork isn't safe outside Linux."""
 IN_FLIGHT_PER_WORKER = 3
-"""Batches submitted ahead for each worker."""
+"""Tasks submitted ahead for each worker."""
+MEMORY_GROWTH = 2**28
+"""Bytes that a worker process may grow before all are replaced by new ones. gigatoken remembers
+words without a limit, and gives no memory back."""
+BYTES_A_PROCESS = 2**27
+"""Bytes of text that a worker process encodes before, where its memory isn't known."""
 
 
-class Block(NamedTuple):
-    """Part of a document's text, ending at a possible cut."""
+@dataclass
+class TaskEncoder:
+    """Reads and encodes tasks with one tokenizer."""
 
-    text: bytes
-    begins: bool
-    """True if the document begins here and gets its BOS mark."""
-    ends: bool
+    tokenizer: Tokenizer
+    encoder: Encoder
+    dtype: np.dtype
+    val_fraction: float = 0.0
+    reading: ReadOptions = field(default_factory=ReadOptions)
+    spool: Path | None = None
+    """Folder for copies of long documents."""
 
+    memory_at_start: int | None = None
+    encoded_bytes: int = 0
 
-class Encoded(NamedTuple):
-    """Tokens of a batch of blocks, concatenated."""
+    @cached_property
+    def cutter(self) -> Chunker:
+        return Chunker(self.tokenizer)
 
-    tokens: np.ndarray
-    counts: list[int]
-    """Number of tokens of each block."""
+    def __call__(self, task: Task) -> Encoded:
+        if self.memory_at_start is None:
+            self.memory_at_start = _resident_bytes()
+        blocks: list[Block] = []
+        files: list[tuple[int, FileEnd]] = []
+        for item in task.items:
+            match item:
+                case Block():
+                    blocks.append(item)
+                case FileEnd():
+                    files.append((len(blocks), item))
+                case WholeFile():
+                    reader = FileReader(item.file, self.reading, spool=self.spool)
+                    for document in reader.documents():
+                        blocks += blocks_of(document, self.cutter)
+                    end = FileEnd(reader.checksum.hexdigest(), dict(reader.remarks))
+                    files.append((len(blocks), end))
+        before = self.encoder.compared
+        ids, counts = self.encoder.encode(
+            [block.text for block in blocks], [not block.begins for block in blocks]
+        )
+        facts = np.array([(0, b[4], b[5], b[1], b[2], b[3], False) for b in blocks], BLOCK)
+        facts["held_out"] = are_held_out(facts["digest"], self.val_fraction)
+        tokens, facts["tokens"] = self._marked(ids, counts, facts["begins"], facts["ends"])
+        self.encoded_bytes += sum(len(block.text) for block in blocks)
+        compared = self.encoder.compared - before
+        return Encoded(tokens, facts, files, task.raw_bytes, compared, self._has_grown())
 
+    def _has_grown(self) -> bool:
+        if self.memory_at_start:
+            return _resident_bytes() - self.memory_at_start > MEMORY_GROWTH
+        return self.encoded_bytes > BYTES_A_PROCESS
 
-class Encoder:
-    """Encodes batches with one tokenizer."""
-
-    def __init__(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
-        self.tokenizer = tokenizer
-        self.cutter = Chunker(tokenizer)
-        self.dtype = dtype
-
-    def __call__(self, batch: list[Block]) -> Encoded:
-        texts: list[str] = []
-        continues: list[bool] = []
-        firsts = [0]
-        for block in batch:
-            for number, piece in enumerate(self.cutter.pieces(block.text.decode(), PIECE)):
-                continued = number > 0 or not block.begins
-                texts.append(self.cutter.continuing(piece) if continued else piece)
-                continues.append(continued)
-            firsts.append(len(texts))
-        encodings = self.tokenizer.backend.encode_batch_fast(texts, add_special_tokens=False)
-        lead = self.cutter.lead[1] if any(continues) else 0
-        ids = array.array("I")  # converts lists several times as fast as numpy
-        counts = []
-        for block, first, last in zip(batch, firsts, firsts[1:], strict=False):
-            before = len(ids)
-            if block.begins and self.tokenizer.bos is not None:
-                ids.append(self.tokenizer.bos)
-            for number in range(first, last):
-                new = encodings[number].ids
-                ids.extend(array.array("I", new[lead:] if continues[number] else new))
-            if block.ends:
-                ids.append(self.tokenizer.eos)
-            counts.append(len(ids) - before)
-        return Encoded(np.frombuffer(ids, dtype=np.uint32).astype(self.dtype), counts)
+    def _marked(
+        self, ids: np.ndarray, counts: np.ndarray, begins: np.ndarray, ends: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids with the marks of documents, and the number of each block."""
+        bos, eos = self.tokenizer.bos, self.tokenizer.eos
+        begins = begins & (bos is not None)
+        totals = counts + begins + ends
+        stops = np.cumsum(totals)
+        marked = np.empty(totals.sum(), self.dtype)
+        is_text = np.ones(len(marked), bool)
+        for places, mark in ((stops - totals)[begins], bos), (stops[ends] - 1, eos):
+            is_text[places] = False
+            marked[places] = mark or 0
+        marked[is_text] = ids
+        return marked, totals
 
 
 def cores() -> int:
@@ -99,26 +131,17 @@ def cores() -> int:
 
 
 @contextmanager
-def encoders(tokenizer: Tokenizer, dtype: np.dtype, workers: int) -> Generator[Any]:
-    """Yield a function that encodes batches, keeping their order."""
-    encode = Encoder(tokenizer, dtype)
+def on_processes(encode: TaskEncoder, workers: int) -> Generator[Any]:
+    """Yield a function that encodes tasks, keeping their order. Without workers, a thread of this
+    process encodes."""
     _ = encode.cutter.lead  # cached here, so that the forked workers share it
     previous = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # garbage collection writes to the objects it visits, so their memory would no longer be shared
     gc.freeze()
     try:
-        if workers == 1:
-            pool, work = ThreadPoolExecutor(1), encode
-        else:
-            context = multiprocessing.get_context(START)
-            are_text = tokenizer.backend.encode_special_tokens
-            pool = ProcessPoolExecutor(workers, context, _begin, (encode, are_text))
-            work = _encode
-        try:
-            yield partial(_in_order, pool, work, IN_FLIGHT_PER_WORKER * workers)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        with _Pools(encode, workers) as pools:
+            yield pools.in_order
     finally:
         gc.unfreeze()
         if previous is None:
@@ -127,36 +150,78 @@ def encoders(tokenizer: Tokenizer, dtype: np.dtype, workers: int) -> Generator[A
             os.environ["TOKENIZERS_PARALLELISM"] = previous
 
 
-def _in_order(
-    pool: Executor,
-    work: Callable[[list[Block]], Encoded],
-    ahead: int,
-    batches: Iterable[list[Block]],
-) -> Iterator[Encoded]:
-    under_way: deque[Future[Encoded]] = deque()
-    try:
-        for batch in batches:
-            with warnings.catch_warnings():
-                # warning about forking a process with threads: workers use none of their locks
-                warnings.simplefilter("ignore", DeprecationWarning)
-                under_way.append(pool.submit(work, batch))
-            if len(under_way) > ahead:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
-    except BrokenProcessPool:
-        raise DataError(
-            "a tokenizing process was ended from outside, perhaps because memory ran out; run the "
-            "command again, with fewer --workers"
-        ) from None
+class _Pools:
+    """A pool of worker processes, replaced by a new one when they have grown large."""
+
+    def __init__(self, encode: TaskEncoder, workers: int) -> None:
+        self.encode, self.workers = encode, workers
+        self.started: list[Executor] = []
+
+    def __enter__(self) -> "_Pools":
+        self._start()
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        for pool in self.started:
+            pool.shutdown(cancel_futures=True)
+
+    def _start(self) -> None:
+        if not self.workers:
+            self.started.append(ThreadPoolExecutor(1))
+            return
+        context = multiprocessing.get_context(START)
+        are_text = self.encode.tokenizer.backend.encode_special_tokens
+        self.started.append(
+            ProcessPoolExecutor(self.workers, context, _begin, (self.encode, are_text))
+        )
+
+    def _submit(self, task: Task) -> Future[Encoded]:
+        work: Callable[[Task], Encoded] = _encode if self.workers else self.encode
+        return self.started[-1].submit(work, task)
+
+    def in_order(self, tasks: Iterable[Task]) -> Iterator[Encoded]:
+        ahead = IN_FLIGHT_PER_WORKER * max(1, self.workers)
+        under_way: deque[tuple[int, Future[Encoded]]] = deque()
+
+        def next_result() -> Encoded:
+            pool, future = under_way.popleft()
+            encoded = future.result()
+            if encoded.has_grown and self.workers and pool == len(self.started) - 1:
+                self.started[-1].shutdown(wait=False)  # it finishes what it has
+                self._start()
+            return encoded
+
+        try:
+            for task in tasks:
+                with warnings.catch_warnings():
+                    # warning about forking a process with threads: workers use none of their locks
+                    warnings.simplefilter("ignore", DeprecationWarning)
+                    under_way.append((len(self.started) - 1, self._submit(task)))
+                if len(under_way) > ahead:
+                    yield next_result()
+            while under_way:
+                yield next_result()
+        except BrokenProcessPool:
+            raise DataError(
+                "a tokenizing process was ended from outside, perhaps because memory ran out; run "
+                "the command again, with fewer --workers"
+            ) from None
 
 
-_encoder: Encoder
+def _resident_bytes() -> int:
+    """Return the resident memory of this process; 0 if the system doesn't tell."""
+    with suppress(OSError):
+        pages = Path("/proc/self/statm").read_bytes().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+_encoder: TaskEncoder
 _thread: ThreadPoolExecutor
 """The tokenizer and its thread, in a worker process."""
 
 
-def _begin(encoder: Encoder, are_text: bool) -> None:
+def _begin(encoder: TaskEncoder, are_text: bool) -> None:
     """Prepare a worker process. `are_text` treats special tokens in documents as plain text; a
     tokenizer loses this setting when it is pickled."""
     global _encoder, _thread
@@ -178,5 +243,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(batch: list[Block]) -> Encoded:
-    return _thread.submit(_encoder, batch).result()
+def _encode(task: Task) -> Encoded:
+    return _thread.submit(_encoder, task).result()

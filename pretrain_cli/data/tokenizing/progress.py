@@ -1,13 +1,12 @@
-"""Records of tokenizing: positions that travel beside the text, and what runs save and find."""
+"""Records of tokenizing: positions in the corpus, and what runs save and find."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from pretrain_cli.data.corpus.source_files import TextFile
 from pretrain_cli.data.shards import Manifest, Shard, SplitName, TokenType
 
 Row = dict[str, Any]
@@ -26,30 +25,6 @@ class Cursor(NamedTuple):
     """Documents of the corpus that are complete."""
     duplicates: int = 0
     inexact_cuts: int = 0
-
-
-class FileDone(NamedTuple):
-    """A file that was read to its end."""
-
-    file: TextFile
-    behind: Cursor
-    sha256: str
-    remarks: dict[str, int]
-
-
-class BlockRecord(NamedTuple):
-    """Facts about a block that are known when it is queued."""
-
-    behind: Cursor
-    """Position of the text after this block."""
-    split: SplitName
-    begins: bool
-    document_bytes: int
-    """Bytes of the document that ends in this block."""
-    raw_bytes: int
-    """Bytes of the corpus read so far."""
-    ended: Sequence[FileDone]
-    """Files that ended before this block."""
 
 
 @dataclass
@@ -107,6 +82,21 @@ class SavedProgress(BaseModel):
     """Beginning of that file, to return to if the file has changed."""
     shards: list[Shard]
     """Finished shards."""
+    difference: str = ""
+    """Why gigatoken isn't the encoder."""
+
+
+class Encoding(BaseModel):
+    """Contents of encoding.json: how the text that was added last was encoded."""
+
+    encoder: str
+    """Package and version."""
+    why_not_gigatoken: str
+    """Empty if it was, or isn't installed."""
+    samples_compared: int
+    """Texts for which gigatoken gave the ids of the tokenizers library."""
+    bytes_per_second: int
+    """Bytes of text, from the first one read to the last token written."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from pretrain_cli.data.corpus.source_files import HUB
 from pretrain_cli.data.shards import PARTIAL, SHARD_TOKENS
 from pretrain_cli.errors import ConfigError
 
+EncoderName = Literal["auto", "gigatoken", "tokenizers"]
+
 
 @dataclass(frozen=True)
 class Part:
@@ -51,6 +53,8 @@ class TokenizeRequest:
     """None for the whole corpus."""
     workers: int | None = None
     """Number of encoding processes; None means one per core."""
+    encoder: EncoderName = "auto"
+    """The dataset is the same with either encoder."""
 
     @property
     def options(self) -> dict[str, Any]:

@@ -16,10 +16,12 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
+
+import numpy as np
 
 from pretrain_cli.data.corpus.readers import DAMAGED
 from pretrain_cli.data.corpus.source_files import Corpus, legible
@@ -36,13 +38,12 @@ from pretrain_cli.data.shards import (
 )
 from pretrain_cli.data.token_files import write_llm_c
 from pretrain_cli.data.tokenizers.tokenizer import Tokenizer
+from pretrain_cli.data.tokenizing.blocks import Encoded, FileEnd, Sums
 from pretrain_cli.data.tokenizing.duplicates import DuplicateIndex
-from pretrain_cli.data.tokenizing.encoding import Encoded
 from pretrain_cli.data.tokenizing.progress import (
-    BlockRecord,
     Cursor,
     Earlier,
-    FileDone,
+    Encoding,
     ResumePoint,
     SavedProgress,
     Tally,
@@ -59,6 +60,8 @@ from pretrain_cli.errors import DataError
 from pretrain_cli.files import flush, sha256_of, write_whole
 
 PROGRESS = "progress.json"
+ENCODING = "encoding.json"
+TO_JSON = json.JSONEncoder(ensure_ascii=False).encode
 REPLACED = "replaced"
 """Name of the replaced dataset while the new one moves into place. It lies inside the new one,
 where it cannot collide with other files."""
@@ -77,12 +80,16 @@ class DatasetWriter:
         corpus: Corpus,
         tokenizer: Tokenizer,
         existing: Manifest | None = None,
+        difference: str = "",
     ) -> None:
-        """`existing` is the dataset to append to."""
+        """`existing` is the dataset to append to; `difference` the reason why gigatoken isn't the
+        encoder."""
         self.request, self.corpus, self.tokenizer = request, corpus, tokenizer
-        self.existing = existing
+        self.existing, self.difference = existing, difference
         self.folder, self.staging = request.out, _staging_dir(request.out)
         self.place, self.of_file = Cursor(), Tally()
+        self.compared = 0
+        """Samples for which two encoders gave the same ids."""
         self.remarked: dict[str, list[str]] = {}
         """Remarks on files, each with the names of its files. Known at the end."""
 
@@ -139,6 +146,7 @@ class DatasetWriter:
         self.opened.callback(close_anyhow, self.files)
         self.file_began = saved.file_began if saved else self._reached()
         self.seen = DuplicateIndex(self.staging, self.place.ordinal, self.request)
+        self.is_dropped, self.resumes_inside = False, self.place.block > 0
         self.opened.callback(self.seen.close)
 
     def _start_over(self) -> None:
@@ -158,41 +166,94 @@ class DatasetWriter:
 
     # --- writing ---------------------------------------------------------------------------------
 
-    def append(self, encoded: Encoded, records: Sequence[BlockRecord]) -> None:
-        """Append a batch, one run of blocks of the same split and file at a time."""
-        first = last = 0
-        starts: list[int] = []
-        split: SplitName = "train"
-        for count, record in zip(encoded.counts, records, strict=True):
-            if record.ended or record.split != split:
-                self.shards.add(split, encoded.tokens[first:last], starts)
-                first, starts, split = last, [], record.split
-            for done in record.ended:
-                self.end_file(done)
-            if record.begins:
-                starts.append(last - first)
-            last += count
-            self.shards.splits[split].bytes += record.document_bytes
-            self.of_file.documents += record.begins
-            self.of_file.bytes += record.document_bytes
-            self.of_file.tokens += count
-            self.place = record.behind
-        self.shards.add(split, encoded.tokens[first:last], starts)
+    def append(self, encoded: Encoded) -> None:
+        """Append the tokens of a task, except those of duplicates, and lines to files.jsonl."""
+        blocks = encoded.blocks
+        self.compared += encoded.compared
+        kept = self._kept(blocks)
+        tokens, borders = encoded.tokens, np.cumsum([0, *blocks["tokens"]])
+        if not kept.all():
+            tokens = tokens[np.repeat(kept, blocks["tokens"])]
+            borders = np.cumsum([0, *(blocks["tokens"] * kept)])
+        first, sums = 0, Sums(blocks, kept)
+        for last, end in encoded.files:
+            self._count(sums, first, last)
+            self._end_file(end)
+            first = last
+        # a file's beginning is a point to return to, for which the tokens before it are written
+        self._write(tokens, blocks[:first], kept[:first], borders)
+        if encoded.files:
+            self.file_began = self._reached()
+        self._count(sums, first, len(blocks))
+        self._write(tokens, blocks[first:], kept[first:], borders[first:])
 
-    def end_file(self, done: FileDone) -> None:
+    def _kept(self, blocks: np.ndarray) -> np.ndarray:
+        """Return the blocks that belong to no duplicate."""
+        kept = np.ones(len(blocks), bool)
+        if not self.request.dedup:
+            return kept
+        ordinal = self.place.ordinal
+        for number, block in enumerate(blocks):
+            if block["begins"] or self.resumes_inside:
+                is_new = not self.seen.has(bytes(block["digest"]), ordinal)
+                self.is_dropped = block["begins"] and not is_new
+                self.resumes_inside = False
+            kept[number] = not self.is_dropped
+            ordinal += bool(block["ends"])
+        return kept
+
+    def _count(self, sums: Sums, first: int, last: int) -> None:
+        """Count the blocks from `first` up to `last`, all of one file, and move the position behind
+        them."""
+        if first == last:
+            return
+        file, place = self.of_file, self.place
+        file.documents += sums.documents[last] - sums.documents[first]
+        file.bytes += sums.bytes[last] - sums.bytes[first]
+        file.tokens += sums.tokens[last] - sums.tokens[first]
+        complete = sums.ends[last] - sums.ends[first]
+        unfinished = last - max(first, sums.after_end[last])
+        self.place = Cursor(
+            place.file,
+            place.document + complete,
+            # a duplicate of which a part was read is read again from its beginning
+            0 if self.is_dropped else unfinished + (0 if complete else place.block),
+            place.ordinal + complete,
+            place.duplicates + sums.duplicates[last] - sums.duplicates[first],
+            place.inexact_cuts + sums.inexact[last] - sums.inexact[first],
+        )
+
+    def _write(
+        self, tokens: np.ndarray, blocks: np.ndarray, kept: np.ndarray, borders: np.ndarray
+    ) -> None:
+        """Append the tokens of blocks to their splits' shards; `borders` are their places among
+        `tokens`."""
+        if not len(blocks):
+            return
+        held_out = blocks["held_out"]
+        changes = np.flatnonzero(held_out[1:] != held_out[:-1]) + 1
+        for first, last in pairwise([0, *changes.tolist(), len(blocks)]):
+            split: SplitName = "val" if held_out[first] else "train"
+            here = slice(first, last)
+            starts = borders[here][blocks["begins"][here] & kept[here]] - borders[first]
+            self.shards.add(split, tokens[borders[first] : borders[last]], starts)
+            self.shards.splits[split].bytes += int(blocks["bytes"][here][kept[here]].sum())
+
+    def _end_file(self, end: FileEnd) -> None:
         """Append a line to files.jsonl."""
+        file = self.corpus.files[self.place.file]
         row = {
-            "name": done.file.name,
-            "source": done.file.source,
-            "size": done.file.size,
-            "modified": done.file.modified,
-            "sha256": done.sha256,
-            **asdict(self.of_file),
-            "remarks": done.remarks,
+            "name": file.name,
+            "source": file.source,
+            "size": file.size,
+            "modified": file.modified,
+            "sha256": end.sha256,
+            **vars(self.of_file),
+            "remarks": end.remarks,
         }
-        self.files.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        self.place, self.of_file = done.behind, Tally()
-        self.file_began = self._reached()
+        self.files.write(TO_JSON(row).encode() + b"\n")
+        self.place = self.place._replace(file=self.place.file + 1, document=0, block=0)
+        self.of_file = Tally()
 
     def _reached(self) -> ResumePoint:
         written = WriteState(
@@ -216,10 +277,15 @@ class DatasetWriter:
             here=self._reached(),
             file_began=self.file_began,
             shards=self.shards.closed,
+            difference=self.difference,
         )
         self.shards.flush()
         flush(self.files)
         write_whole(self.staging / PROGRESS, json.dumps(progress.model_dump()))
+
+    @property
+    def text_bytes(self) -> int:
+        return sum(tally.bytes for tally in self.shards.splits.values())
 
     @property
     def new_tokens(self) -> int:
@@ -239,7 +305,7 @@ class DatasetWriter:
 
     # --- finishing -------------------------------------------------------------------------------
 
-    def finish(self) -> Manifest:
+    def finish(self, encoding: Encoding) -> Manifest:
         """Complete the dataset, write its manifest, and move it into place. Raises DataError if it
         has no text."""
         request, existing, tokenizer = self.request, self.existing, self.tokenizer
@@ -263,6 +329,7 @@ class DatasetWriter:
             write_llm_c(self.staging, shards.closed, name=self.folder.name, separator=separator)
         self.seen.commit()
         flush(self.files)
+        write_whole(self.staging / ENCODING, encoding.model_dump_json(indent=2) + "\n")
         paths = [*(existing.paths if existing else []), *map(legible, request.paths)]
         manifest = Manifest(
             format_version=FORMAT_VERSION,

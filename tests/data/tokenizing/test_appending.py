@@ -9,7 +9,7 @@ import pytest
 
 from pretrain_cli.data.corpus.readers import ReadOptions
 from pretrain_cli.data.dataset import open_dataset
-from pretrain_cli.data.tokenizing import encoding, pipeline
+from pretrain_cli.data.tokenizing import encoder, pipeline
 from pretrain_cli.errors import ConfigError, DataError
 
 OLD = [f"Old text {number}, {'words ' * (number % 5)}\n" for number in range(30)]
@@ -38,13 +38,13 @@ def test_only_new_files_are_tokenized_and_old_shards_stay(
     texts = documents(read_back, tmp_path / "made")
     fingerprint = open_dataset(tmp_path / "made").fingerprint
     encoded = []
-    real = encoding.Encoder.__call__
+    real = encoder.LibraryEncoder.encode
 
-    def counted(self, batch):
-        encoded.extend(block.text.decode() for block in batch)
-        return real(self, batch)
+    def counted(self, texts, continues):
+        encoded.extend(text.decode() for text in texts)
+        return real(self, texts, continues)
 
-    monkeypatch.setattr(encoding.Encoder, "__call__", counted)
+    monkeypatch.setattr(encoder.LibraryEncoder, "encode", counted)
     result = make(corpus, tmp_path / "made", val_fraction=0.3, append=True)
     assert encoded == NEW
     after = contents(tmp_path / "made")
@@ -128,7 +128,7 @@ def test_a_killed_append_resumes_where_it_stopped(
     arguments = ["tokenize", "corpus", "--tokenizer", "bytes", "--val-fraction", "0.3",
                  "--append", "--out", "made"]  # fmt: skip
     changes = {"pretrain_cli.data.tokenizing.pipeline.SECONDS_BETWEEN_SAVES": 0,
-               "pretrain_cli.data.tokenizing.pipeline.BATCH_BYTES": 30}  # fmt: skip
+               "pretrain_cli.data.tokenizing.pipeline.TASK_BYTES": 30}  # fmt: skip
     for function, call in (
         ("os.link", 3),
         ("pretrain_cli.data.tokenizing.writer.DatasetWriter.save_progress", 1),
@@ -154,7 +154,7 @@ def test_the_disk_space_check_counts_only_new_files(
     free = 2 * 3 * sum(map(len, NEW))
     write_documents(tmp_path / "long", ["word " * 100_000])
     make(tmp_path / "long", tmp_path / "made", val_fraction=0.3, append=True)
-    monkeypatch.setattr(pipeline, "BATCH_BYTES", 100)
+    monkeypatch.setattr(pipeline, "TASK_BYTES", 100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, free))
     make(corpus, tmp_path / "made", val_fraction=0.3, append=True)
 

@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 
 from pretrain_cli.data.corpus.readers import Document
 from pretrain_cli.data.tokenizers.tokenizer import load_tokenizer
-from pretrain_cli.data.tokenizing import encoding, pipeline
+from pretrain_cli.data.tokenizing import blocks as blocks_module
+from pretrain_cli.data.tokenizing import encoder as encoder_module
+from pretrain_cli.data.tokenizing.blocks import Block, Task, blocks_of
 from pretrain_cli.data.tokenizing.chunking import Chunker
-from pretrain_cli.data.tokenizing.encoding import Block, Encoder
+from pretrain_cli.data.tokenizing.encoder import LibraryEncoder
+from pretrain_cli.data.tokenizing.encoding import TaskEncoder
 from tests.data.conftest import encode_documents
 
 KINDS = ["bytes", "bpe", "gpt2", "qwen3", "gemma3", "llama2"]
@@ -61,25 +64,25 @@ def tokenizer(load):
 
 
 def encode(tokenizer, blocks):
-    return Encoder(tokenizer, np.dtype("<u4"))(blocks).tokens.tolist()
+    work = TaskEncoder(tokenizer, LibraryEncoder(tokenizer), np.dtype("<u4"))
+    return work(Task(blocks, 0)).tokens.tolist()
 
 
 def cut_in_pieces(tokenizer, text, piece):
     """Return the ids of a text given as one block and encoded in pieces of this many characters."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoding, "PIECE", piece)
+        patch.setattr(encoder_module, "PIECE", piece)
         return encode(tokenizer, [Block(text.encode(), True, True)])
 
 
 def cut_in_blocks(tokenizer, text, size, parts):
     """Return (blocks of a text that is read in parts, whether all cuts are reported as exact)."""
     data = [text[at : at + parts].encode() for at in range(0, len(text), parts)]
-    document = Document(sum(map(len, data)), b"", data)
+    document = Document(sum(map(len, data)), bytes(16), data)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "BLOCK_CHARACTERS", size)
-        found = list(pipeline._blocks(document, Chunker(tokenizer)))
-    blocks = [Block(text, number == 0, ends) for number, (text, _, ends) in enumerate(found)]
-    return blocks, all(exact for _, exact, _ in found)
+        patch.setattr(blocks_module, "BLOCK_CHARACTERS", size)
+        found = list(blocks_of(document, Chunker(tokenizer)))
+    return found, all(block.exact for block in found)
 
 
 def check(tokenizer, text, piece, size, parts):

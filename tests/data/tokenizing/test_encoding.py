@@ -9,44 +9,55 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretrain_cli.data.tokenizing import encoding, pipeline
-from pretrain_cli.data.tokenizing.encoding import Block, Encoder, encoders
+from pretrain_cli.data.tokenizing import blocks, encoding, pipeline
+from pretrain_cli.data.tokenizing.blocks import Block, Encoded, Task
+from pretrain_cli.data.tokenizing.encoder import LibraryEncoder
+from pretrain_cli.data.tokenizing.encoding import TaskEncoder, on_processes
 from pretrain_cli.errors import DataError
 
 DTYPE = np.dtype("<u4")
 TEXTS = [f"Text {number}: {'äöü and words, ' * (number % 50)}\n" for number in range(300)]
 
 
+def work_of(tokenizer):
+    return TaskEncoder(tokenizer, LibraryEncoder(tokenizer), DTYPE)
+
+
+def tasks_of(batches):
+    return (Task(batch, 0) for batch in batches)
+
+
 @pytest.fixture
 def busy(monkeypatch):
     """Split a small corpus into many batches, and use several processes for it."""
     monkeypatch.setattr(pipeline, "SMALL", 0)
-    monkeypatch.setattr(pipeline, "BATCH_BYTES", 3000)
-    monkeypatch.setattr(pipeline, "BLOCK_CHARACTERS", 2000)
+    monkeypatch.setattr(pipeline, "TASK_BYTES", 3000)
+    monkeypatch.setattr(blocks, "BLOCK_CHARACTERS", 2000)
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe", "gpt2", "llama2"])
 def test_a_batch_is_encoded_by_block_with_document_marks(load, kind):
     tokenizer = load(kind)
-    blocks = [Block(b"One.", True, True), Block(b"Two, ", True, False), Block(b"", True, True)]
-    tokens, counts = Encoder(tokenizer, DTYPE)(blocks)
+    batch = [Block(b"One.", True, True), Block(b"Two, ", True, False), Block(b"", True, True)]
+    encoded = work_of(tokenizer)(Task(batch, 0))
+    tokens = encoded.tokens
     assert tokens.dtype == DTYPE
     begin = [] if tokenizer.bos is None else [tokenizer.bos]
     one, two = (tokenizer.backend.encode(text, add_special_tokens=False).ids
                 for text in ("One.", "Two, "))  # fmt: skip
     parts = [[*begin, *one, tokenizer.eos], [*begin, *two], [*begin, tokenizer.eos]]
     assert tokens.tolist() == [token for part in parts for token in part]
-    assert counts == list(map(len, parts))
+    assert encoded.blocks["tokens"].tolist() == list(map(len, parts))
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
 def test_batches_are_returned_in_their_order(load, workers):
     """Batches take different times."""
     batches = [[Block(b"%d " % number * (number % 7 * 100), True, True)] for number in range(40)]
-    encode = Encoder(load("bytes"), DTYPE)
-    expected = [encode(batch).tokens.tolist() for batch in batches]
-    with encoders(load("bytes"), DTYPE, workers) as several:
-        assert [encoded.tokens.tolist() for encoded in several(iter(batches))] == expected
+    encode = work_of(load("bytes"))
+    expected = [encode(task).tokens.tolist() for task in tasks_of(batches)]
+    with on_processes(work_of(load("bytes")), workers) as several:
+        assert [encoded.tokens.tolist() for encoded in several(tasks_of(batches))] == expected
 
 
 def dirtied(batch):
@@ -58,7 +69,7 @@ def dirtied(batch):
 
     before = private()
     gc.collect()
-    return private() - before
+    return Encoded(private() - before, None, [], 0, 0, False)
 
 
 @pytest.mark.skipif(
@@ -68,9 +79,9 @@ def dirtied(batch):
 def test_memory_shared_with_workers_survives_garbage_collection(load, monkeypatch):
     monkeypatch.setattr(encoding, "_encode", dirtied)
     shared = [[] for _ in range(500_000)]  # 36 MB
-    with encoders(load("bytes"), DTYPE, 2) as several:
-        (written,) = several(iter([[]]))
-    assert written < 5_000_000
+    with on_processes(work_of(load("bytes")), 2) as several:
+        (written,) = several(tasks_of([[]]))
+    assert written.tokens < 5_000_000
     assert len(shared) == 500_000
     assert gc.get_freeze_count() == 0  # unfrozen again afterwards
 
@@ -93,8 +104,8 @@ def test_any_number_of_processes_makes_the_same_dataset(
 def test_special_tokens_are_text_in_spawned_processes(load, monkeypatch):
     monkeypatch.setattr(encoding, "START", "spawn")
     texts = [b"<|endoftext|>", b"before <|endoftext|> behind"]
-    with encoders(load("bytes"), DTYPE, 2) as encode:
-        encoded = list(encode([[Block(text, True, True)] for text in texts]))
+    with on_processes(work_of(load("bytes")), 2) as encode:
+        encoded = list(encode(tasks_of([[Block(text, True, True)] for text in texts])))
     assert [batch.tokens.tolist() for batch in encoded] == [[*text, 256] for text in texts]
 
 
@@ -112,8 +123,8 @@ def test_reading_runs_ahead_by_a_few_batches(load):
             begun.append(number)
             yield [Block(b"text", True, True)]
 
-    with encoders(load("bytes"), DTYPE, 2) as encode:
-        for done, _ in enumerate(encode(batches())):
+    with on_processes(work_of(load("bytes")), 2) as encode:
+        for done, _ in enumerate(encode(tasks_of(batches()))):
             assert len(begun) <= done + 2 + encoding.IN_FLIGHT_PER_WORKER * 2
 
 
@@ -122,8 +133,8 @@ def test_encoders_restore_the_environment(load, monkeypatch):
         monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
         if value:
             monkeypatch.setenv("TOKENIZERS_PARALLELISM", value)
-        with encoders(load("bytes"), DTYPE, 2) as encode:
-            list(encode(iter([[Block(b"text", True, True)]])))
+        with on_processes(work_of(load("bytes")), 2) as encode:
+            list(encode(tasks_of([[Block(b"text", True, True)]])))
         assert os.environ.get("TOKENIZERS_PARALLELISM") == value
 
 
@@ -132,16 +143,16 @@ def test_a_killed_encoding_process_is_reported_in_one_line(
 ):
     """The system kills a process like this when memory runs out."""
     corpus = write_documents(tmp_path / "corpus", [*TEXTS, "end here", *TEXTS])
-    real = Encoder.__call__
+    real = LibraryEncoder.encode
 
-    def end(self, batch):
-        if any(block.text == b"end here" for block in batch):
+    def end(self, texts, continues):
+        if b"end here" in texts:
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(self, batch)
+        return real(self, texts, continues)
 
-    monkeypatch.setattr(Encoder, "__call__", end)
+    monkeypatch.setattr(LibraryEncoder, "encode", end)
     with pytest.raises(DataError) as error:
-        make(corpus, tmp_path / "made", workers=2)
+        make(corpus, tmp_path / "made", workers=2, encoder="tokenizers")
     assert str(error.value) == (
         "a tokenizing process was ended from outside, perhaps because memory ran out; run the "
         "command "
@@ -162,12 +173,32 @@ def test_bad_input_is_reported_in_one_line_with_several_processes(
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
 
+def test_processes_that_have_grown_are_replaced(load, monkeypatch):
+    """Tasks keep their order, and the processes of the first pool end."""
+    pids = []
+    monkeypatch.setattr(encoding, "MEMORY_GROWTH", -1)
+    real = TaskEncoder.__call__
+    monkeypatch.setattr(
+        TaskEncoder,
+        "__call__",
+        lambda self, task: real(self, task)._replace(raw_bytes=os.getpid()),
+    )
+    batches = [[Block(b"%d " % number, True, True)] for number in range(60)]
+    expected = [real(work_of(load("bytes")), task).tokens.tolist() for task in tasks_of(batches)]
+    with on_processes(work_of(load("bytes")), 2) as encode:
+        for encoded, tokens in zip(encode(tasks_of(batches)), expected, strict=True):
+            assert encoded.tokens.tolist() == tokens
+            pids.append(encoded.raw_bytes)
+    assert len(set(pids)) > 4
+    assert wait_for(lambda: not any(map(is_alive, pids)))
+
+
 def test_encoding_processes_end_with_their_parent(tmp_path, write_documents, start):
     """The parent is killed while it tokenizes."""
     write_documents(tmp_path / "corpus", TEXTS)
     os.mkfifo(tmp_path / "pipe")
     arguments = ["tokenize", "corpus", "pipe", "--tokenizer", "bytes", "--workers", "3"]
-    changes = {"pretrain_cli.data.tokenizing.pipeline.BATCH_BYTES": 3000}
+    changes = {"pretrain_cli.data.tokenizing.pipeline.TASK_BYTES": 3000}
     with start(arguments, tmp_path, changes) as process, (tmp_path / "pipe").open("wb"):
         # the parent waits for the pipe, and the workers wait for the parent
         children = wait_for(

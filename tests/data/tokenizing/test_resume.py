@@ -15,14 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from pretrain_cli.data.tokenizing import encoding, shard_writer, writer
+from pretrain_cli.data.tokenizing import encoder, shard_writer, writer
 
 # Small sizes, so that a corpus of about 100 kB has many batches, blocks and saves.
 SMALL = {
     "pretrain_cli.data.tokenizing.pipeline.SECONDS_BETWEEN_SAVES": 0,
-    "pretrain_cli.data.tokenizing.pipeline.BATCH_BYTES": 1000,
-    "pretrain_cli.data.tokenizing.pipeline.BLOCK_CHARACTERS": 2000,
-    "pretrain_cli.data.tokenizing.encoding.PIECE": 500,
+    "pretrain_cli.data.tokenizing.pipeline.TASK_BYTES": 1000,
+    "pretrain_cli.data.tokenizing.pipeline.WHOLE_FILE": 5000,
+    "pretrain_cli.data.tokenizing.blocks.BLOCK_CHARACTERS": 2000,
+    "pretrain_cli.data.tokenizing.encoder.PIECE": 500,
     "pretrain_cli.data.corpus.readers.READ_BYTES": 1000,
     "pretrain_cli.data.corpus.readers.MAX_IN_MEMORY": 6000,
 }
@@ -164,15 +165,15 @@ def test_a_run_resumes_inside_a_long_document(corpus, straight, killed, again, c
         if path.name != "b.txt":
             path.unlink()
     encoded = []
-    real = encoding.Encoder.__call__
+    real = encoder.LibraryEncoder.encode
 
-    def counted(self, batch):
-        encoded.append(sum(len(block.text) for block in batch))
-        return real(self, batch)
+    def counted(self, texts, continues):
+        encoded.append(sum(map(len, texts)))
+        return real(self, texts, continues)
 
     assert killed(NOTE, call)
     with monkeypatch.context() as patch:
-        patch.setattr(encoding.Encoder, "__call__", counted)
+        patch.setattr(encoder.LibraryEncoder, "encode", counted)
         found = again()
     assert sum(encoded) <= (corpus / "b.txt").stat().st_size - 2000 * (call - 1)
     assert found == (straight(), True)
@@ -447,8 +448,8 @@ def test_twenty_kills_at_random_times_do_not_change_the_dataset(
         (folder / f"{number:02d}-c.txt").write_text("\n---\n".join(texts[:30]))
     changes = SMALL | {
         "pretrain_cli.data.tokenizing.pipeline.SECONDS_BETWEEN_SAVES": 0.02,
-        "pretrain_cli.data.tokenizing.pipeline.BATCH_BYTES": 20_000,
-        "pretrain_cli.data.tokenizing.pipeline.BLOCK_CHARACTERS": 20_000,
+        "pretrain_cli.data.tokenizing.pipeline.TASK_BYTES": 20_000,
+        "pretrain_cli.data.tokenizing.blocks.BLOCK_CHARACTERS": 20_000,
         "pretrain_cli.data.tokenizing.pipeline.SMALL": 0,
     }
     arguments = ["tokenize", "corpus", *OPTIONS, "--shard-tokens", "300000", *options, "--out"]

@@ -21,7 +21,7 @@ from pretrain_cli.data.corpus import readers
 from pretrain_cli.data.corpus.readers import ReadOptions
 from pretrain_cli.data.dataset import open_dataset
 from pretrain_cli.data.tokenizers.tokenizer import load_tokenizer, read_tokenizer
-from pretrain_cli.data.tokenizing import encoding, pipeline
+from pretrain_cli.data.tokenizing import blocks, encoder, encoding, pipeline
 from pretrain_cli.data.tokenizing.tokenize import demo_request, tokenize
 from pretrain_cli.errors import ConfigError, DataError, PretrainError
 from tests.data.conftest import encode_documents
@@ -64,7 +64,7 @@ def test_documents_are_encoded_as_by_the_tokenizers_library(
 def test_a_corpus_larger_than_a_batch_keeps_its_order(
     tmp_path, monkeypatch, make, write_documents, read_back
 ):
-    monkeypatch.setattr(pipeline, "BATCH_BYTES", 100)
+    monkeypatch.setattr(pipeline, "TASK_BYTES", 100)
     corpus = write_documents(tmp_path / "corpus", TEXTS)
     make(corpus, tmp_path / "made", val_fraction=0)
     assert read_back(tmp_path / "made", "train") == [[*text.encode(), 256] for text in TEXTS]
@@ -121,9 +121,9 @@ def long_documents_are_short(monkeypatch):
     """Treat documents of a few kB as too long for memory."""
     monkeypatch.setattr(readers, "READ_BYTES", 1000)
     monkeypatch.setattr(readers, "MAX_IN_MEMORY", 3000)
-    monkeypatch.setattr(pipeline, "BLOCK_CHARACTERS", 2000)
-    monkeypatch.setattr(pipeline, "BATCH_BYTES", 5000)
-    monkeypatch.setattr(encoding, "PIECE", 500)
+    monkeypatch.setattr(blocks, "BLOCK_CHARACTERS", 2000)
+    monkeypatch.setattr(pipeline, "TASK_BYTES", 5000)
+    monkeypatch.setattr(encoder, "PIECE", 500)
 
 
 LONG = [" ".join(f"word{number}, {'äöü' * (number % 5)}" for number in range(first, first + 900))
@@ -224,7 +224,7 @@ def test_a_larger_fraction_holds_out_a_superset(tmp_path, make, write_documents,
 @pytest.mark.parametrize("by_hash", ["train", "val"])
 def test_the_tail_of_a_single_document_is_held_out(tmp_path, monkeypatch, by_hash, make, read_back):
     """The hash may choose either split, but neither split may be empty."""
-    monkeypatch.setattr(pipeline, "split_of", lambda document, fraction: by_hash)
+    monkeypatch.setattr(encoding, "are_held_out", lambda digests, fraction: by_hash == "val")
     text = "".join(chr(97 + number % 26) for number in range(999))
     (tmp_path / "book.txt").write_text(text)
     result = make(tmp_path / "book.txt", tmp_path / "made", val_fraction=0.1)
@@ -239,7 +239,7 @@ def test_the_tail_of_a_single_document_is_held_out(tmp_path, monkeypatch, by_has
 def test_a_tail_that_begins_at_a_document_is_whole_documents(
     tmp_path, monkeypatch, make, write_documents, read_back
 ):
-    monkeypatch.setattr(pipeline, "split_of", lambda document, fraction: "train")
+    monkeypatch.setattr(encoding, "are_held_out", lambda digests, fraction: False)
     texts = ["a" * 49] * 6  # 50 tokens each
     make(write_documents(tmp_path / "corpus", texts), tmp_path / "made", val_fraction=0.5)
     assert list(map(len, read_back(tmp_path / "made", "train"))) == [50, 50, 50]
@@ -540,7 +540,7 @@ def test_a_folder_that_is_not_a_dataset_is_never_replaced(
 def test_a_failure_midway_leaves_the_old_dataset_unchanged(
     tmp_path, monkeypatch, make, write_documents, contents
 ):
-    monkeypatch.setattr(pipeline, "BATCH_BYTES", 50)
+    monkeypatch.setattr(pipeline, "TASK_BYTES", 50)
     corpus = write_documents(tmp_path / "corpus", TEXTS)
     make(corpus, tmp_path / "data/made")
     before = contents(tmp_path / "data/made")

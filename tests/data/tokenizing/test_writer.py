@@ -19,13 +19,16 @@ from pretrain_cli.data.dataset import open_dataset
 from pretrain_cli.data.shards import read_manifest
 from pretrain_cli.data.tokenizers.tokenizer import load_tokenizer, read_tokenizer
 from pretrain_cli.data.tokenizing import shard_writer
-from pretrain_cli.data.tokenizing.progress import Cursor, FileDone
+from pretrain_cli.data.tokenizing.blocks import BLOCK, Encoded, FileEnd
+from pretrain_cli.data.tokenizing.progress import Encoding
 from pretrain_cli.data.tokenizing.request import TokenizeRequest
 from pretrain_cli.data.tokenizing.writer import DatasetWriter, find_earlier, move_into_place
 from pretrain_cli.errors import DataError
 
 DOCUMENTS = [b"first", b"the second one", "drittes – ü".encode(), b"4", b"and the fifth, long"]
 HELD_OUT = [b"for validation", b"and this"]
+
+ENCODING = Encoding(encoder="", why_not_gigatoken="", samples_compared=0, bytes_per_second=0)
 
 
 def asked(folder, **options):
@@ -45,7 +48,10 @@ def add(writer, split, documents):
 
 
 def end_file(writer, name):
-    writer.end_file(FileDone(TextFile(name, name, "corpus"), Cursor(), "", {}))
+    """Append a file that has nothing but the documents added before."""
+    writer.corpus.files.append(TextFile(name, name, "corpus"))
+    no_blocks = Encoded(np.empty(0, "<u2"), np.empty(0, BLOCK), [(0, FileEnd("", {}))], 0, 0, False)
+    writer.append(no_blocks)
 
 
 def row(documents):
@@ -100,7 +106,7 @@ def test_tokens_added_in_any_portions_are_written_unchanged(
                 "train", tokens[start:end], [at - start for at in begins if start <= at < end]
             )
             start = end
-        manifest = made.finish()
+        manifest = made.finish(ENCODING)
     documents = [
         tokens[begin : begin + length].tolist()
         for begin, length in zip(begins, lengths, strict=True)
@@ -150,7 +156,7 @@ def test_the_vocabulary_size_determines_the_token_width(tmp_path, ids, dtype):
     with writer(tmp_path / "made", tokenizer, shard_tokens=1000) as made:
         made.begin()
         made.shards.add("train", np.array([1, ids - 1, 0]), [0])
-        manifest = made.finish()
+        manifest = made.finish(ENCODING)
     assert (manifest.dtype, manifest.largest_token) == (dtype, ids - 1)
     width = {"uint16": 2, "uint32": 4}[dtype]
     assert (tmp_path / "made/train-00000.bin").stat().st_size == 3 * width
@@ -171,7 +177,7 @@ def test_the_tail_of_any_number_of_shards_is_held_out(
         made.begin()
         add(made, split, DOCUMENTS)
         made.shards.hold_out_tail(fraction, load_tokenizer("bytes").decode)
-        manifest = made.finish()
+        manifest = made.finish(ENCODING)
     whole = row(DOCUMENTS)
     train, val = (read_back(tmp_path / "made", name) for name in ("train", "val"))
     assert [token for ids in train + val for token in ids] == whole
@@ -197,7 +203,7 @@ def test_a_tail_longer_than_one_block_is_held_out(tmp_path, monkeypatch, read_ba
         made.begin()
         add(made, "val", DOCUMENTS)
         made.shards.hold_out_tail(0.7, load_tokenizer("bytes").decode)
-        made.finish()
+        made.finish(ENCODING)
     train, val = (read_back(tmp_path / "made", name) for name in ("train", "val"))
     assert [token for ids in train + val for token in ids] == row(DOCUMENTS)
     assert sum(map(len, val)) == round(len(row(DOCUMENTS)) * 0.7)
@@ -234,13 +240,13 @@ def test_tokens_written_after_the_last_save_are_discarded(tmp_path, contents, no
         again.begin(found(tmp_path / "made"))
         add(again, "train", DOCUMENTS[noted:])
         add(again, "val", HELD_OUT)
-        again.finish()
+        again.finish(ENCODING)
     with writer(tmp_path / "straight") as straight:
         straight.begin()
         add(straight, "train", DOCUMENTS)
         end_file(straight, "kept")
         add(straight, "val", HELD_OUT)
-        straight.finish()
+        straight.finish(ENCODING)
     assert contents(tmp_path / "made") == contents(tmp_path / "straight")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "straight"]
 
@@ -259,7 +265,7 @@ def test_holding_out_the_tail_does_not_change_saved_files(tmp_path, split):
     with writer(folder) as again:
         again.begin(found(folder))
         again.shards.hold_out_tail(0.6, load_tokenizer("bytes").decode)
-        again.finish()
+        again.finish(ENCODING)
     opened = open_dataset(folder)
     tokens = opened.train.tokens.read(0, 99).tolist() + opened.val.tokens.read(0, 99).tolist()
     assert tokens == row(DOCUMENTS)
@@ -380,7 +386,7 @@ def test_a_second_writer_of_the_same_dataset_is_refused(tmp_path):
             f"{tmp_path / 'made.partial'}: another process is writing it; wait for it, or choose "
             "another folder with --out"
         )
-        one.finish()
+        one.finish(ENCODING)
     assert read_manifest(tmp_path / "made").total.documents == len(DOCUMENTS)
 
 

@@ -33,7 +33,8 @@ def benchmark_tokenize(
         Path | None, typer.Option("--json", help="Also write the results to this file.")
     ] = None,
 ) -> None:
-    """Time `pretrain tokenize`, in turn with the tokenizers library on the same text."""
+    """Time `pretrain tokenize`, in turn with the tokenizers library and gigatoken alone, which have
+    the same text in memory."""
     from pretrain_cli.data.tokenizers.tokenizer import HUB
     from pretrain_cli.engine.benchmark.tokenize import measure, request_for
     from pretrain_cli.errors import ConfigError
@@ -55,16 +56,32 @@ def benchmark_tokenize(
         title_justify="left",
     )
     table.add_column("tokenizer")
-    for heading in ("pretrain tokenize", "tokens", "library, in memory", "ratio"):
+    for heading in ("pretrain tokenize", "tokens"):
+        table.add_column(heading, justify="right")
+    table.add_column("encoder")
+    for heading in ("tokenizers alone", "ratio", "gigatoken alone", "ratio"):
         table.add_column(heading, justify="right")
     for result in results:
         table.add_row(
             result.tokenizer,
             f"{result.bytes / result.seconds / 1e6:.1f} MB/s",
             f"{amount(result.tokens / result.seconds)}/s",
+            result.encoder,
             f"{result.bytes / result.library_seconds / 1e6:.1f} MB/s",
             f"{result.ratio:.2f}",
+            f"{result.bytes / result.gigatoken_seconds / 1e6:.1f} MB/s"
+            if result.gigatoken_seconds
+            else "",
+            f"{result.gigatoken_ratio:.2f}" if result.gigatoken_ratio else "",
         )
     console.print(table)
     if as_json is not None:
-        write_json(as_json, {"results": [asdict(r) | {"ratio": r.ratio} for r in results]})
+        write_json(
+            as_json,
+            {
+                "results": [
+                    asdict(r) | {"ratio": r.ratio, "gigatoken_ratio": r.gigatoken_ratio}
+                    for r in results
+                ]
+            },
+        )

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 
-from pretrain_cli.data.corpus.compression import DECOMPRESS
+from pretrain_cli.data.corpus.formats import FORMATS
 from pretrain_cli.data.corpus.readers import FileReader
 from pretrain_cli.data.corpus.source_files import Corpus, TextFile
 from pretrain_cli.data.tokenizing.blocks import (
@@ -32,6 +32,12 @@ WHOLE_FILE = 2**20
 """Largest file that is a part of a task. A task's text is held in memory."""
 EXPANSION = 16
 """A compressed file is a part of a task if it is smaller than other files by this factor."""
+PACKED = tuple(
+    suffix
+    for kind, form in FORMATS.items()
+    if form.decompress or kind in ("parquet", "arrow")
+    for suffix in form.suffixes
+)
 SMALL = 2**22
 """Bytes of a corpus too small to be worth worker processes."""
 SECONDS_BETWEEN_SAVES = 3.0
@@ -126,5 +132,6 @@ def is_small(corpus: Corpus) -> bool:
 
 def _is_part(file: TextFile) -> bool:
     """Return whether a file is read by the process that encodes it."""
-    is_packed = file.location.lower().endswith((*filter(None, DECOMPRESS), ".parquet"))
-    return not file.is_stream and file.size <= WHOLE_FILE // (EXPANSION if is_packed else 1)
+    if file.is_stream or file.is_remote:
+        return False
+    return file.size <= WHOLE_FILE // (EXPANSION if file.location.lower().endswith(PACKED) else 1)

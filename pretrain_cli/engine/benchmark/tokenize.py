@@ -1,11 +1,12 @@
-"""Benchmark of tokenizing, compared with the tokenizers library's own encoder.
+"""Benchmark of tokenizing, compared with the encoders alone.
 
-    ours       `tokenize`: reads files, hashes and cuts documents, encodes, writes, checksums
-    library    `encode_batch_fast` of the tokenizers library, on the same documents in memory
+    ours        `tokenize`: reads files, hashes and cuts documents, encodes, writes, checksums
+    library     `encode_batch_fast` of the tokenizers library, on the same documents in memory
+    gigatoken   its `encode_batch`, where it is installed, on the same documents in memory
 
-Both have the tokenizer loaded and use the same number of cores. They take turns, so that a
-temporary slowdown affects both. Each turn runs in a fresh process: the library leaves memory
-fragmented, which slows later encoding in the process and in its forks.
+All have the tokenizer loaded and use the same number of cores. They take turns, so that a temporary
+slowdown affects all. Each turn runs in a fresh process: the library leaves memory fragmented, which
+slows later encoding in the process and in its forks.
 """
 
 import os
@@ -20,6 +21,7 @@ from typing import NamedTuple
 from pretrain_cli.data.corpus.readers import FileReader
 from pretrain_cli.data.corpus.source_files import Corpus, find_corpus
 from pretrain_cli.data.tokenizers.tokenizer import load_tokenizer
+from pretrain_cli.data.tokenizing.encoder import GigatokenEncoder, choose_encoder
 from pretrain_cli.data.tokenizing.encoding import cores
 from pretrain_cli.data.tokenizing.request import TokenizeRequest
 from pretrain_cli.data.tokenizing.tokenize import demo_request, tokenize
@@ -37,12 +39,21 @@ class Measurement:
     bytes: int
     tokens: int
     seconds: float
+    encoder: str
+    """Package and version that our `tokenize` used."""
     library_seconds: float
+    gigatoken_seconds: float | None
+    """None if gigatoken isn't installed or doesn't know the tokenizer."""
 
     @property
     def ratio(self) -> float:
         """Our rate divided by the library's."""
         return self.library_seconds / self.seconds
+
+    @property
+    def gigatoken_ratio(self) -> float | None:
+        """Our rate divided by gigatoken's."""
+        return self.gigatoken_seconds and self.gigatoken_seconds / self.seconds
 
 
 def request_for(paths: tuple[str, ...], tokenizer: str, workers: int | None) -> TokenizeRequest:
@@ -66,9 +77,11 @@ def measure(request: TokenizeRequest, rounds: int, progress: Callable[[str], Non
     request = replace(request, workers=workers)
     ours: list[Turn] = []
     library: list[Turn] = []
+    gigatoken: list[Turn | None] = []
     for number in range(rounds):
         progress(f"{request.tokenizer}: round {number + 1} of {rounds}")
         library.append(in_a_fresh_process(library_turn, request))
+        gigatoken.append(in_a_fresh_process(gigatoken_turn, request))
         ours.append(in_a_fresh_process(our_turn, request))
     return Measurement(
         tokenizer=request.tokenizer,
@@ -76,7 +89,11 @@ def measure(request: TokenizeRequest, rounds: int, progress: Callable[[str], Non
         bytes=ours[0].bytes,
         tokens=ours[0].tokens,
         seconds=statistics.median(turn.seconds for turn in ours),
+        encoder=ours[0].encoder,
         library_seconds=statistics.median(turn.seconds for turn in library),
+        gigatoken_seconds=statistics.median(t.seconds for t in gigatoken if t)
+        if all(gigatoken)
+        else None,
     )
 
 
@@ -85,13 +102,16 @@ class Turn(NamedTuple):
     bytes: int
     """Bytes of text."""
     tokens: int
+    encoder: str = ""
 
 
 def our_turn(request: TokenizeRequest) -> Turn:
     give_back_memory()
     with tempfile.TemporaryDirectory() as folder:
         made = tokenize(replace(request, out=Path(folder) / "made"))
-    return Turn(made.seconds, made.manifest.total.bytes, made.manifest.total.tokens)
+    assert made.encoding is not None
+    total = made.manifest.total
+    return Turn(made.seconds, total.bytes, total.tokens, made.encoding.encoder)
 
 
 def library_turn(request: TokenizeRequest) -> Turn:
@@ -104,6 +124,20 @@ def library_turn(request: TokenizeRequest) -> Turn:
     encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
     seconds = time.perf_counter() - began
     return Turn(seconds, sum(len(text.encode()) for text in texts), sum(map(len, encodings)))
+
+
+def gigatoken_turn(request: TokenizeRequest) -> Turn | None:
+    """Encode with gigatoken's own threads; None if it can't encode with this tokenizer."""
+    os.environ["RAYON_NUM_THREADS"] = str(request.workers)
+    encoder, _ = choose_encoder(load_tokenizer(request.tokenizer))
+    if not isinstance(encoder, GigatokenEncoder):
+        return None
+    corpus = find_corpus(request.paths, include=request.include)
+    texts = [text.encode() for text in _texts(corpus, request)]
+    began = time.perf_counter()
+    ids = encoder.backend.encode_batch(texts, parallel=True).layout.content
+    seconds = time.perf_counter() - began
+    return Turn(seconds, sum(map(len, texts)), len(ids), encoder.name)
 
 
 def _texts(corpus: Corpus, request: TokenizeRequest) -> Iterator[str]:

@@ -148,7 +148,7 @@ def test_a_tokenizer_that_gigatoken_does_not_know_goes_to_the_library(tmp_path):
     chosen, why = choose_encoder(load_tokenizer(str(tmp_path)))
     assert chosen.name.startswith("tokenizers ")
     assert "doesn't know this tokenizer" in why
-    with pytest.raises(ConfigError, match="--encoder gigatoken: .*; leave it out"):
+    with pytest.raises(ConfigError, match=r"--encoder gigatoken: .*; leave it out"):
         choose_encoder(load_tokenizer(str(tmp_path)), "gigatoken")
 
 

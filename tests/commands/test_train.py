@@ -171,10 +171,10 @@ def test_the_same_command_continues_after_a_stop_during_the_demo(
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "python")})
     append = DatasetWriter.append
 
-    def signalled(self, encoded, records):
+    def signalled(self, encoded):
         signal.raise_signal(signal.SIGUSR1)
         time.sleep(0.2)
-        return append(self, encoded, records)
+        return append(self, encoded)
 
     with monkeypatch.context() as patch:
         patch.setattr(DatasetWriter, "append", signalled)

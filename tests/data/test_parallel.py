@@ -107,3 +107,8 @@ def test_processes_end_with_their_parent_even_if_it_is_killed():
 
 def test_a_process_has_at_least_one_core():
     assert 1 <= cores() <= (os.cpu_count() or 1)
+
+
+def test_cores_are_counted_on_systems_without_cpu_affinity(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert cores() == os.cpu_count()

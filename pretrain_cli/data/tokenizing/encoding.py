@@ -123,13 +123,6 @@ class TaskEncoder:
         return marked, totals
 
 
-def cores() -> int:
-    """Return the number of CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # missing on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 @contextmanager
 def on_processes(encode: TaskEncoder, workers: int) -> Generator[Any]:
     """Yield a function that encodes tasks, keeping their order. Without workers, a thread of this

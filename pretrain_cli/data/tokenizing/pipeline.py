@@ -14,6 +14,7 @@ from itertools import islice
 from pretrain_cli.data.corpus.formats import FORMATS
 from pretrain_cli.data.corpus.readers import FileReader
 from pretrain_cli.data.corpus.source_files import Corpus, TextFile
+from pretrain_cli.data.parallel import cores
 from pretrain_cli.data.tokenizing.blocks import (
     Block,
     FileEnd,
@@ -23,7 +24,7 @@ from pretrain_cli.data.tokenizing.blocks import (
 )
 from pretrain_cli.data.tokenizing.chunking import Chunker
 from pretrain_cli.data.tokenizing.encoder import Encoder
-from pretrain_cli.data.tokenizing.encoding import TaskEncoder, cores, on_processes
+from pretrain_cli.data.tokenizing.encoding import TaskEncoder, on_processes
 from pretrain_cli.data.tokenizing.request import TokenizeRequest
 from pretrain_cli.data.tokenizing.writer import DatasetWriter
 

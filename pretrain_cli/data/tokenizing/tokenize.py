@@ -106,13 +106,13 @@ class _Work:
         dataset = DatasetWriter(request, corpus, self.tokenizer, self.existing, why)
         with _full_disk_explained(dataset.staging), dataset:
             dataset.begin(saved)
-            before = dataset.text_bytes
+            before, probes = dataset.text_bytes, encoder.compared
             Pipeline(request, corpus, dataset, encoder, self.progress).run()
             seconds = time.perf_counter() - began
             encoding = Encoding(
                 encoder=encoder.name,
                 why_not_gigatoken=why,
-                samples_compared=encoder.compared + dataset.compared,
+                samples_compared=probes + dataset.compared,
                 bytes_per_second=round((dataset.text_bytes - before) / seconds),
             )
             manifest = dataset.finish(encoding)

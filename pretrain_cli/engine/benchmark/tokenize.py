@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 from pretrain_cli.data.corpus.readers import FileReader
 from pretrain_cli.data.corpus.source_files import Corpus, find_corpus
+from pretrain_cli.data.parallel import cores
 from pretrain_cli.data.tokenizers.tokenizer import load_tokenizer
 from pretrain_cli.data.tokenizing.encoder import GigatokenEncoder, choose_encoder
-from pretrain_cli.data.tokenizing.encoding import cores
 from pretrain_cli.data.tokenizing.request import TokenizeRequest
 from pretrain_cli.data.tokenizing.tokenize import demo_request, tokenize
 from pretrain_cli.engine.runtime.fresh_process import in_a_fresh_process

@@ -266,7 +266,7 @@ def test_a_dataset_records_the_revision_that_it_was_made_from(hub, make, tmp_pat
 def test_an_interrupted_run_continues_without_reading_files_again(
     hub, make, tmp_path, monkeypatch, read_back
 ):
-    monkeypatch.setattr(pipeline, "BATCH_BYTES", 1)
+    monkeypatch.setattr(pipeline, "TASK_BYTES", 1)
     monkeypatch.setattr(pipeline, "SECONDS_BETWEEN_SAVES", -1)
     files = hub.files["ann/books", CONVERTED]
     texts = [f"{number} of them" for number in range(40)]

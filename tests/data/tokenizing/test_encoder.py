@@ -222,8 +222,9 @@ def test_both_encoders_make_the_same_dataset(
     monkeypatch.setattr("pretrain_cli.data.tokenizing.blocks.BLOCK_CHARACTERS", 2000)
     texts = [f"Text {number}: {'äöü and words, ' * (number % 50)}\n" for number in range(200)]
     corpus = write_documents(tmp_path / "corpus", [*texts, " ".join(texts), *TEXTS[1:]])
-    for encoder in ("gigatoken", "tokenizers"):
-        make(corpus, tmp_path / encoder, tokenizer=kind, encoder=encoder, val_fraction=0.1)
+    for encoder in ("tokenizers", "gigatoken"):
+        result = make(corpus, tmp_path / encoder, tokenizer=kind, encoder=encoder, val_fraction=0.1)
+    assert result.encoding.samples_compared == len(module.PROBES) + 2  # the named tokens, a sample
     assert contents(tmp_path / "gigatoken") == contents(tmp_path / "tokenizers")
 
 

@@ -109,11 +109,6 @@ def test_special_tokens_are_text_in_spawned_processes(load, monkeypatch):
     assert [batch.tokens.tolist() for batch in encoded] == [[*text, 256] for text in texts]
 
 
-def test_cores_are_counted_on_systems_without_cpu_affinity(monkeypatch):
-    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    assert encoding.cores() == os.cpu_count()
-
-
 def test_reading_runs_ahead_by_a_few_batches(load):
     """The limit bounds memory, which holds all batches in flight."""
     begun = []

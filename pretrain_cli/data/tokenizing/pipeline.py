@@ -94,7 +94,7 @@ class Pipeline:
 
     def _tasks(self) -> Iterator[Task]:
         """Yield the text to encode, from the position of the writer on."""
-        start = self.dataset.place
+        start = self.dataset.blocks.place
         cutter = Chunker(self.dataset.tokenizer)
         items: list[Block | WholeFile | FileEnd] = []
         size = 0

@@ -112,7 +112,7 @@ class _Work:
             encoding = Encoding(
                 encoder=encoder.name,
                 why_not_gigatoken=why,
-                samples_compared=probes + dataset.compared,
+                samples_compared=probes + dataset.blocks.compared,
                 bytes_per_second=round((dataset.text_bytes - before) / seconds),
             )
             manifest = dataset.finish(encoding)

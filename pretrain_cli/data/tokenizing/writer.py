@@ -17,11 +17,8 @@ import shutil
 import time
 from collections import Counter
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, replace
-from itertools import pairwise
+from dataclasses import asdict
 from pathlib import Path
-
-import numpy as np
 
 from pretrain_cli.data.corpus.readers import DAMAGED
 from pretrain_cli.data.corpus.source_files import Corpus, legible
@@ -32,36 +29,30 @@ from pretrain_cli.data.shards import (
     PARTIAL,
     Amount,
     Manifest,
-    SplitName,
     read_manifest,
     rows_of,
 )
 from pretrain_cli.data.token_files import write_llm_c
 from pretrain_cli.data.tokenizers.tokenizer import Tokenizer
-from pretrain_cli.data.tokenizing.blocks import Encoded, FileEnd, Sums
-from pretrain_cli.data.tokenizing.duplicates import DuplicateIndex
+from pretrain_cli.data.tokenizing.block_writer import BlockWriter
+from pretrain_cli.data.tokenizing.blocks import Encoded
 from pretrain_cli.data.tokenizing.progress import (
     Cursor,
     Earlier,
     Encoding,
-    ResumePoint,
     SavedProgress,
-    Tally,
-    WriteState,
 )
 from pretrain_cli.data.tokenizing.request import TokenizeRequest
 from pretrain_cli.data.tokenizing.shard_writer import (
     ShardWriter,
     are_on_disk,
-    close_anyhow,
     settle_shards,
 )
 from pretrain_cli.errors import DataError
-from pretrain_cli.files import flush, sha256_of, write_whole
+from pretrain_cli.files import sha256_of, write_whole
 
 PROGRESS = "progress.json"
 ENCODING = "encoding.json"
-TO_JSON = json.JSONEncoder(ensure_ascii=False).encode
 REPLACED = "replaced"
 """Name of the replaced dataset while the new one moves into place. It lies inside the new one,
 where it cannot collide with other files."""
@@ -87,9 +78,6 @@ class DatasetWriter:
         self.request, self.corpus, self.tokenizer = request, corpus, tokenizer
         self.existing, self.difference = existing, difference
         self.folder, self.staging = request.out, _staging_dir(request.out)
-        self.place, self.of_file = Cursor(), Tally()
-        self.compared = 0
-        """Samples for which two encoders gave the same ids."""
         self.remarked: dict[str, list[str]] = {}
         """Remarks on files, each with the names of its files. Known at the end."""
 
@@ -131,23 +119,15 @@ class DatasetWriter:
             self._start_over()
         elif saved.file != self._identity(saved.here.place):
             saved = saved.model_copy(update={"here": saved.file_began})
-        self.shards = ShardWriter(
-            self.staging, self.tokenizer.vocab_size, self.request.shard_tokens
+        self.blocks = BlockWriter(
+            self.request,
+            self.corpus,
+            self.staging,
+            self.tokenizer.vocab_size,
+            self.existing,
+            saved,
         )
-        self.opened.callback(self.shards.abandon)
-        if saved is not None:
-            self.place, self.of_file = saved.here.place, replace(saved.here.of_file)
-            self.shards.resume(saved.here.written, saved.shards)
-            os.truncate(self.staging / FILES, saved.here.written.files_bytes)
-        elif self.existing is not None:
-            self.shards.begin_after(self.existing, self.folder)
-            shutil.copyfile(self.folder / FILES, self.staging / FILES)
-        self.files = (self.staging / FILES).open("ab")
-        self.opened.callback(close_anyhow, self.files)
-        self.file_began = saved.file_began if saved else self._reached()
-        self.seen = DuplicateIndex(self.staging, self.place.ordinal, self.request)
-        self.is_dropped, self.resumes_inside = False, self.place.block > 0
-        self.opened.callback(self.seen.close)
+        self.opened.callback(self.blocks.close)
 
     def _start_over(self) -> None:
         (self.staging / PROGRESS).unlink(missing_ok=True)  # first: it refers to the others
@@ -167,121 +147,29 @@ class DatasetWriter:
     # --- writing ---------------------------------------------------------------------------------
 
     def append(self, encoded: Encoded) -> None:
-        """Append the tokens of a task, except those of duplicates, and lines to files.jsonl."""
-        blocks = encoded.blocks
-        self.compared += encoded.compared
-        kept = self._kept(blocks)
-        tokens, borders = encoded.tokens, np.cumsum([0, *blocks["tokens"]])
-        if not kept.all():
-            tokens = tokens[np.repeat(kept, blocks["tokens"])]
-            borders = np.cumsum([0, *(blocks["tokens"] * kept)])
-        first, sums = 0, Sums(blocks, kept)
-        for last, end in encoded.files:
-            self._count(sums, first, last)
-            self._end_file(end)
-            first = last
-        # a file's beginning is a point to return to, for which the tokens before it are written
-        self._write(tokens, blocks[:first], kept[:first], borders)
-        if encoded.files:
-            self.file_began = self._reached()
-        self._count(sums, first, len(blocks))
-        self._write(tokens, blocks[first:], kept[first:], borders[first:])
-
-    def _kept(self, blocks: np.ndarray) -> np.ndarray:
-        """Return the blocks that belong to no duplicate."""
-        kept = np.ones(len(blocks), bool)
-        if not self.request.dedup:
-            return kept
-        ordinal = self.place.ordinal
-        for number, block in enumerate(blocks):
-            if block["begins"] or self.resumes_inside:
-                is_new = not self.seen.has(bytes(block["digest"]), ordinal)
-                self.is_dropped = block["begins"] and not is_new
-                self.resumes_inside = False
-            kept[number] = not self.is_dropped
-            ordinal += bool(block["ends"])
-        return kept
-
-    def _count(self, sums: Sums, first: int, last: int) -> None:
-        """Count the blocks from `first` up to `last`, all of one file, and move the position behind
-        them."""
-        if first == last:
-            return
-        file, place = self.of_file, self.place
-        file.documents += sums.documents[last] - sums.documents[first]
-        file.bytes += sums.bytes[last] - sums.bytes[first]
-        file.tokens += sums.tokens[last] - sums.tokens[first]
-        complete = sums.ends[last] - sums.ends[first]
-        unfinished = last - max(first, sums.after_end[last])
-        self.place = Cursor(
-            place.file,
-            place.document + complete,
-            # a duplicate of which a part was read is read again from its beginning
-            0 if self.is_dropped else unfinished + (0 if complete else place.block),
-            place.ordinal + complete,
-            place.duplicates + sums.duplicates[last] - sums.duplicates[first],
-            place.inexact_cuts + sums.inexact[last] - sums.inexact[first],
-        )
-
-    def _write(
-        self, tokens: np.ndarray, blocks: np.ndarray, kept: np.ndarray, borders: np.ndarray
-    ) -> None:
-        """Append the tokens of blocks to their splits' shards; `borders` are their places among
-        `tokens`."""
-        if not len(blocks):
-            return
-        held_out = blocks["held_out"]
-        changes = np.flatnonzero(held_out[1:] != held_out[:-1]) + 1
-        for first, last in pairwise([0, *changes.tolist(), len(blocks)]):
-            split: SplitName = "val" if held_out[first] else "train"
-            here = slice(first, last)
-            starts = borders[here][blocks["begins"][here] & kept[here]] - borders[first]
-            self.shards.add(split, tokens[borders[first] : borders[last]], starts)
-            self.shards.splits[split].bytes += int(blocks["bytes"][here][kept[here]].sum())
-
-    def _end_file(self, end: FileEnd) -> None:
-        """Append a line to files.jsonl."""
-        file = self.corpus.files[self.place.file]
-        row = {
-            "name": file.name,
-            "source": file.source,
-            "size": file.size,
-            "modified": file.modified,
-            "sha256": end.sha256,
-            **vars(self.of_file),
-            "remarks": end.remarks,
-        }
-        self.files.write(TO_JSON(row).encode() + b"\n")
-        self.place = self.place._replace(file=self.place.file + 1, document=0, block=0)
-        self.of_file = Tally()
-
-    def _reached(self) -> ResumePoint:
-        written = WriteState(
-            dtype=self.shards.name,
-            closed=len(self.shards.closed),
-            open={split: shard.extent for split, shard in self.shards.open.items()},
-            splits={name: replace(tally) for name, tally in self.shards.splits.items()},
-            files_bytes=self.files.tell(),
-        )
-        return ResumePoint(self.place, replace(self.of_file), written)
+        """Append the tokens of a task."""
+        self.blocks.append(encoded)
 
     def save_progress(self) -> None:
         """Flush the files to disk, then save the progress."""
         if self.corpus.has_streams:
             return  # a stream can't be read again from its start
-        self.seen.commit()
+        blocks = self.blocks
         progress = SavedProgress(
             options=self.request.options,
             appends_to=self.existing.fingerprint if self.existing else None,
-            file=self._identity(self.place),
-            here=self._reached(),
-            file_began=self.file_began,
-            shards=self.shards.closed,
+            file=self._identity(blocks.place),
+            here=blocks.reached(),
+            file_began=blocks.file_began,
+            shards=blocks.shards.closed,
             difference=self.difference,
         )
-        self.shards.flush()
-        flush(self.files)
+        blocks.flush()
         write_whole(self.staging / PROGRESS, json.dumps(progress.model_dump()))
+
+    @property
+    def shards(self) -> ShardWriter:
+        return self.blocks.shards
 
     @property
     def text_bytes(self) -> int:
@@ -310,7 +198,7 @@ class DatasetWriter:
         has no text."""
         request, existing, tokenizer = self.request, self.existing, self.tokenizer
         shards, splits = self.shards, self.shards.splits.values()
-        self.files.flush()
+        self.blocks.flush()
         sources: dict[str, Amount] = {}
         remarks: Counter[str] = Counter()
         for row in rows_of(self.staging):
@@ -327,8 +215,6 @@ class DatasetWriter:
         if request.format == "llm.c":
             separator = None if tokenizer.bos is not None else tokenizer.eos
             write_llm_c(self.staging, shards.closed, name=self.folder.name, separator=separator)
-        self.seen.commit()
-        flush(self.files)
         write_whole(self.staging / ENCODING, encoding.model_dump_json(indent=2) + "\n")
         paths = [*(existing.paths if existing else []), *map(legible, request.paths)]
         manifest = Manifest(
@@ -343,8 +229,9 @@ class DatasetWriter:
             options=existing.options if existing else request.options,
             splits={name: Amount(**asdict(tally)) for name, tally in shards.splits.items()},
             sources=sources,
-            duplicates=self.place.duplicates + (existing.duplicates if existing else 0),
-            inexact_cuts=self.place.inexact_cuts + (existing.inexact_cuts if existing else 0),
+            duplicates=self.blocks.place.duplicates + (existing.duplicates if existing else 0),
+            inexact_cuts=self.blocks.place.inexact_cuts
+            + (existing.inexact_cuts if existing else 0),
             remarks=dict(remarks),
             files_sha256=sha256_of(self.staging / FILES),
             shards=shards.settled,

@@ -245,7 +245,7 @@ def test_an_interrupted_run_resumes(straight, again, pretrain, small, monkeypatc
 
     def interrupt(self):
         real(self)
-        calls.append(self.place)
+        calls.append(self.blocks.place)
         if len(calls) == 9:
             raise KeyboardInterrupt
 

@@ -221,7 +221,7 @@ def interrupted(folder, split="train", noted=3, lost=2):
     add(made, split, DOCUMENTS[:noted])
     end_file(made, "kept")
     made.save_progress()
-    written = made.file_began.written
+    written = made.blocks.file_began.written
     add(made, split, DOCUMENTS[noted : noted + lost])
     end_file(made, "lost")
     return made, written

@@ -26,11 +26,12 @@ def facts(digest, lengths):
 
 
 def write(folder, files, tasks, *, dedup):
-    """Write files of documents, with a task ending before each block whose number is in `tasks`."""
+    """Write files of documents, with a task ending before each block whose number is in `tasks`.
+    Return the position at each end of a task."""
     corpus = Corpus([TextFile(f"{n}.txt", f"{n}.txt", "corpus") for n in range(len(files))])
     request = TokenizeRequest(paths=(), out=folder / "out", tokenizer="bytes", dedup=dedup)
     writer = BlockWriter(request, corpus, folder, 257, None, None)
-    blocks, ends, number = [], [], 0
+    blocks, ends, places, number = [], [], [], 0
 
     def send():
         rows = np.array(blocks, BLOCK)
@@ -38,6 +39,7 @@ def write(folder, files, tasks, *, dedup):
         writer.append(Encoded(tokens.astype("<u2"), rows, list(ends), 0, 0, False))
         blocks.clear()
         ends.clear()
+        places.append(writer.place)
 
     for documents in files:
         for digest, lengths in documents:
@@ -48,10 +50,9 @@ def write(folder, files, tasks, *, dedup):
                 number += 1
         ends.append((len(blocks), FileEnd("sum", {})))
     send()
-    place = writer.place
     writer.flush()
     writer.close()
-    return place
+    return places
 
 
 @pytest.mark.parametrize("dedup", [False, True])
@@ -63,13 +64,19 @@ def test_any_division_into_tasks_writes_the_same_files(tmp_path_factory, files, 
     folder = tmp_path_factory.mktemp("blocks")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)  # fsync takes long
-        place = write(folder, files, tasks, dedup=dedup)
-    seen, kept = set(), []
+        *places, place = write(folder, files, tasks, dedup=dedup)
+    seen, kept, before = set(), [], []
     for number, documents in enumerate(files):
-        for digest, lengths in documents:
-            if not dedup or digest not in seen:
+        for nth, (digest, lengths) in enumerate(documents):
+            is_kept = not dedup or digest not in seen
+            # a duplicate of which a part was read is read again from its beginning
+            before += [(number, nth, part if is_kept else 0) for part in range(len(lengths))]
+            if is_kept:
                 kept.append((number, digest, lengths))
             seen.add(digest)
+    assert [place[:3] for place in places] == [
+        at for number, at in enumerate(before) if number in tasks
+    ]
     count = sum(map(len, files))
     assert (place.file, place.document, place.block) == (len(files), 0, 0)
     assert (place.ordinal, place.duplicates) == (count, count - len(kept))

@@ -22,7 +22,7 @@ from torch import Tensor
 from pretrain_cli.config.build import build_config
 from pretrain_cli.config.run_config import RunConfig
 from pretrain_cli.data.batches import Batches
-from pretrain_cli.data.corpus.readers import ReadOptions
+from pretrain_cli.data.corpus.documents import ReadOptions
 from pretrain_cli.data.dataset import Dataset
 from pretrain_cli.data.opening import open_data, open_samples
 from pretrain_cli.data.tokenizers.tokenizer import Tokenizer

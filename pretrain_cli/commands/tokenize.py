@@ -193,7 +193,7 @@ def tokenize(
     if merge:
         _merge(ctx, paths or [], out, force=force)
         return
-    from pretrain_cli.data.corpus.readers import ReadOptions
+    from pretrain_cli.data.corpus.documents import ReadOptions
     from pretrain_cli.data.tokenizing.choose_tokenizer import BPE_VOCAB_SIZE
     from pretrain_cli.data.tokenizing.parts import parse_part
     from pretrain_cli.data.tokenizing.request import TokenizeRequest, default_folder

@@ -1,7 +1,11 @@
-"""Parquet and Arrow: the text is a column, read in batches of rows, without the other columns."""
+"""Parquet and Arrow: the text is a column, read in batches of rows, without the other columns.
+
+A batch stays one buffer until its texts are asked for.
+"""
 
 import mmap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -9,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pretrain_cli.data.corpus.compression import Damaged
-from pretrain_cli.data.corpus.records import READ_AT_ONCE, Records, Source
+from pretrain_cli.data.corpus.records import READ_AT_ONCE, Record, Source
 from pretrain_cli.errors import DataError
 
 ROWS_AT_ONCE = 4096
@@ -22,8 +26,40 @@ TEXT_TYPES = {
 """Arrow types that hold text or nothing but nulls. A dictionary of one of these is text too."""
 
 
-def parquet_rows(source: Source) -> Records:
-    """Yield the texts of a column of a Parquet file."""
+@dataclass(frozen=True)
+class Cells:
+    """Consecutive cells of a column."""
+
+    first: int
+    """Number of the first row."""
+    data: bytes
+    """Their texts, concatenated."""
+    ends: np.ndarray
+    """(n + 1,) int64, the borders between the texts."""
+    are_null: np.ndarray | None
+    """(n,) bool; None if there is no null."""
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    @property
+    def count(self) -> int:
+        return len(self.ends) - 1
+
+    def after(self, count: int) -> "Cells":
+        are_null = None if self.are_null is None else self.are_null[count:]
+        return replace(self, first=self.first + count, ends=self.ends[count:], are_null=are_null)
+
+    def texts(self, replaces: Callable[[str], bool]) -> Iterator[Record]:
+        are_null = None if self.are_null is None else self.are_null.tolist()
+        for row, (start, end) in enumerate(pairwise(self.ends.tolist())):
+            is_null = are_null is not None and are_null[row]
+            yield self.first + row, None if is_null else self.data[start:end]
+
+
+def parquet_rows(source: Source) -> Iterator[Cells]:
+    """Yield the cells of a column of a Parquet file."""
     pyarrow = _pyarrow(source, "Parquet")
     from pyarrow import parquet
 
@@ -49,8 +85,8 @@ def parquet_rows(source: Source) -> Records:
             raise Damaged(str(error).splitlines()[0]) from None
 
 
-def arrow_rows(source: Source) -> Records:
-    """Yield the texts of a column of an Arrow IPC file (Feather) or of an IPC stream."""
+def arrow_rows(source: Source) -> Iterator[Cells]:
+    """Yield the cells of a column of an Arrow IPC file (Feather) or of an IPC stream."""
     pyarrow = _pyarrow(source, "Arrow")
     from pyarrow import ipc
 
@@ -101,33 +137,42 @@ def _find_column(source: Source, schema: Any) -> list[str]:
     return path
 
 
-def _texts(batches: Iterable[Any], path: list[str]) -> Records:
-    columns = (batch.column(batch.schema.get_field_index(path[0])) for batch in batches)
-    parts = (
-        column.slice(start, ROWS_AT_ONCE)
-        for column in columns
-        for start in range(0, len(column), ROWS_AT_ONCE)
-    )
-    yield from enumerate((cell for part in parts for cell in _cells(part, path[1:])), start=1)
+def _texts(batches: Iterable[Any], path: list[str]) -> Iterator[Cells]:
+    first = 1
+    for batch in batches:
+        column = batch.column(batch.schema.get_field_index(path[0]))
+        yield from _cells(column, path[1:], first)
+        first += len(column)
 
 
-def _cells(column: Any, inner: list[str]) -> Iterator[bytes | None]:
-    """Yield the cells of a part of a column as bytes, because the caller handles invalid UTF-8."""
+def _cells(column: Any, inner: list[str], first: int) -> Iterator[Cells]:
+    """Yield a column in parts, as bytes, because the caller handles invalid UTF-8."""
     import pyarrow
     from pyarrow import compute as functions
 
     compute: Any = functions
-    if inner:  # null where the outer value is null
-        column = compute.struct_field(column, inner)
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    column = column.cast(pyarrow.large_binary())
-    if column.null_count == len(column):
-        yield from [None] * len(column)
-        return
-    _, offsets, data = column.buffers()
-    ends = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1]
-    view = memoryview(data or b"")
-    is_null = column.is_null().to_pylist() if column.null_count else None
-    for row, (start, end) in enumerate(pairwise(ends.tolist())):
-        yield None if is_null and is_null[row] else view[start:end].tobytes()
+    for start in range(0, len(column), ROWS_AT_ONCE):
+        rows = column.slice(start, ROWS_AT_ONCE)
+        if inner:  # null where the outer value is null
+            rows = compute.struct_field(rows, inner)
+        if pyarrow.types.is_dictionary(rows.type):
+            rows = rows.dictionary_decode()
+        rows = rows.cast(pyarrow.large_binary())
+        are_null = np.asarray(rows.is_null()) if rows.null_count else None
+        if rows.null_count == len(rows):
+            ends, data = np.zeros(len(rows) + 1, np.int64), memoryview(b"")
+        else:
+            _, offsets, buffer = rows.buffers()
+            ends = np.frombuffer(offsets, np.int64)[rows.offset : rows.offset + len(rows) + 1]
+            data = memoryview(buffer or b"")
+        one = 0
+        while one < len(rows):  # as many rows as READ_AT_ONCE bytes hold, and at least one
+            fitting = int(np.searchsorted(ends, ends[one] + READ_AT_ONCE, side="right")) - 1
+            end = max(one + 1, fitting)
+            yield Cells(
+                first + start + one,
+                data[ends[one] : ends[end]].tobytes(),
+                ends[one : end + 1] - ends[one],
+                None if are_null is None else are_null[one:end],
+            )
+            one = end

@@ -2,24 +2,25 @@
 
 import csv
 import io
+from collections.abc import Iterator
 
 from pretrain_cli.data.corpus.json_records import to_bytes
-from pretrain_cli.data.corpus.records import Records, Source
+from pretrain_cli.data.corpus.records import ParsedRecords, Record, Source, in_parts
 from pretrain_cli.errors import DataError
 
 LONGEST_FIELD = 2**30
 """Characters of a field; the csv module's own limit is 131,072."""
 
 
-def csv_rows(source: Source) -> Records:
-    return _rows(source, ",;\t|")
+def csv_rows(source: Source) -> Iterator[ParsedRecords]:
+    return in_parts(_rows(source, ",;\t|"))
 
 
-def tsv_rows(source: Source) -> Records:
-    return _rows(source, "\t,;|")
+def tsv_rows(source: Source) -> Iterator[ParsedRecords]:
+    return in_parts(_rows(source, "\t,;|"))
 
 
-def _rows(source: Source, delimiters: str) -> Records:
+def _rows(source: Source, delimiters: str) -> Iterator[Record]:
     """Yield the texts of a column. The delimiter is the first one under which the column exists. An
     empty field is a null, for which these formats have no other sign."""
     path, key = source.path, source.key

@@ -9,7 +9,7 @@ What the first bytes say counts before the name. JSON and CSV have no first byte
 their names decide.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -18,7 +18,7 @@ from pretrain_cli.data.corpus.columns import arrow_rows, parquet_rows
 from pretrain_cli.data.corpus.compression import open_bzip2, open_gzip, open_xz, open_zstandard
 from pretrain_cli.data.corpus.delimited import csv_rows, tsv_rows
 from pretrain_cli.data.corpus.json_records import has_json_text, json_lines, json_rows
-from pretrain_cli.data.corpus.records import Records, Source
+from pretrain_cli.data.corpus.records import Part, Source
 from pretrain_cli.data.corpus.warc import wet_texts
 
 HEAD = 2**16
@@ -38,7 +38,7 @@ class Format:
     fits: Callable[[bytes, str], bool] | None = None
     """Called with the first bytes and the key of the text, for a file that nothing else tells."""
     decompress: Callable[[IO[bytes], Path], Any] | None = None
-    records: Callable[[Source], Records] | None = None
+    records: Callable[[Source], Iterator[Part]] | None = None
 
 
 FORMATS = {

@@ -17,15 +17,15 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 from pretrain_cli.data.corpus.compression import signs_of_damage
+from pretrain_cli.data.corpus.documents import Document, ReadOptions, Screen
 from pretrain_cli.data.corpus.formats import FORMATS, HEAD, TEXT, recognize, strip_compression
 from pretrain_cli.data.corpus.hub import HubFile
-from pretrain_cli.data.corpus.records import NotText, Records, Source
+from pretrain_cli.data.corpus.records import NotText, Part, Source
 from pretrain_cli.data.corpus.source_files import STANDARD_INPUT, TextFile
 from pretrain_cli.errors import DataError
 from pretrain_cli.files import is_disk_full
@@ -34,39 +34,8 @@ READ_BYTES = 2**20
 """Bytes read at a time."""
 MAX_IN_MEMORY = 2**23
 """Bytes of a document kept in memory; a longer document is read twice."""
-MOST_NULS = 0.1
-"""Largest share of NUL bytes in a text; UTF-16 read as UTF-8 has up to a half."""
 BYTE_ORDER_MARK = codecs.BOM_UTF8
 DAMAGED = "damaged; documents that end before that are kept"
-
-Errors = Literal["skip", "replace", "fail"]
-Kind = Literal["auto", "text", "json", "jsonl", "csv", "tsv", "parquet", "arrow", "wet"]
-
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """Options of reading files."""
-
-    text_key: str = "text"
-    """Key of the text in JSON, and its column in a table; `a.b` names a nested one."""
-    separator: str | None = None
-    """Line that separates documents in a plain text file; None means one document a file."""
-    errors: Errors | None = None
-    """Handling of a document that is not UTF-8, of a null, and of the rest of a damaged file. None
-    skips documents and stops at a damaged file."""
-    kind: Kind = "auto"
-    """Format of all files; auto recognizes it by the first bytes, then by the name."""
-
-
-@dataclass(frozen=True)
-class Document:
-    size: int
-    """Bytes of the text in UTF-8."""
-    digest: bytes
-    """Hash of the text, 16 bytes."""
-    blocks: Iterable[bytes]
-    """UTF-8 text in blocks of whole characters. Must be consumed before the next document is
-    read."""
 
 
 class FileReader:
@@ -81,22 +50,37 @@ class FileReader:
         self.checksum = hashlib.sha256()
         self.position = 0
         """Raw bytes read so far."""
-        self.count = 0
-        """Documents so far."""
-        self.remarks: Counter[str] = Counter()
+        self.screen = Screen(file.path, reading)
+        self.before = "0 documents"
+        """Count of all that was read."""
+
+    @property
+    def remarks(self) -> Counter[str]:
+        return self.screen.remarks
 
     def documents(self) -> Iterator[Document]:
         """Yield every document that is not empty, in order. Raises DataError for unreadable
         content."""
-        path = self.file.path
+        for content in self.contents():
+            if isinstance(content, Document):
+                yield content
+            else:
+                yield from self.screen.documents(content)
+
+    def contents(self) -> Iterator[Document | Part]:
+        """Yield every document that is not empty; of a file of records, parts that are not parsed
+        yet."""
+        path, count = self.file.path, 0
         try:
             with self._open_raw() as raw:
                 try:
-                    for document in self._read(raw):
-                        self.count += 1
-                        yield document
+                    for content in self._read(raw):
+                        yield content
+                        is_document = isinstance(content, Document)
+                        count += 1 if is_document else content.count
+                        self.before = f"{count:,} {'documents' if is_document else 'records'}"
                 except NotText as error:
-                    self._leave_out(str(error), "", "which is not read; convert it to text")
+                    self.screen.leave_out(str(error), "", "which is not read; convert it to text")
                 while raw.read(READ_BYTES):  # the checksum covers trailing bytes too
                     pass
         except signs_of_damage() as error:
@@ -108,7 +92,7 @@ class FileReader:
                 raise DataError(f"{path}: can't be read ({error.strerror})") from None
             self._damaged(str(error))  # bz2 raises an OSError without errno
 
-    def _read(self, raw: IO[bytes]) -> Iterator[Document]:
+    def _read(self, raw: IO[bytes]) -> Iterator[Document | Part]:
         path, reading = self.file.path, self.reading
         name = path.name.lower()
         can_seek = not (self.file.is_stream or self.file.is_remote)
@@ -124,11 +108,10 @@ class FileReader:
                 stream=stream,
                 head=head,
                 key=reading.text_key,
-                replaces=self.note_replaced,
                 can_seek=can_seek,
                 spool=self.spool,
             )
-            yield from self._short_documents(records(source))
+            yield from records(source)
         elif kind == TEXT:
             mark = stream.read(len(BYTE_ORDER_MARK)) if head.startswith(BYTE_ORDER_MARK) else b""
             yield from self._plain(stream, len(mark), can_seek=can_seek)
@@ -138,7 +121,7 @@ class FileReader:
     def _damaged(self, why: str) -> None:
         if self.reading.errors in (None, "fail"):
             raise DataError(
-                f"{self.file.path}: damaged ({why}) after {self.count:,} documents; get it again, "
+                f"{self.file.path}: damaged ({why}) after {self.before}; get it again, "
                 "or keep what comes before that with --errors skip"
             ) from None
         self.remarks[DAMAGED] += 1
@@ -165,7 +148,7 @@ class FileReader:
                     document = (
                         pending.finish()
                         if pending
-                        else self._short(b"".join(held), f" from byte {start:,} on")
+                        else self.screen.document(b"".join(held), f" from byte {start:,} on")
                     )
                     if document:
                         yield document
@@ -185,47 +168,6 @@ class FileReader:
         finally:  # also if reading stops inside a long document
             if pending:
                 pending.close()
-
-    def _short_documents(self, records: Records) -> Iterator[Document]:
-        for number, text in records:
-            if text is None:
-                self._leave_out("null", f":{number}", "no text; remove it")
-            elif document := self._short(text, f":{number}"):
-                yield document
-
-    def _short(self, data: bytes, where: str) -> Document | None:
-        """Return a document that is held in memory; None if it is empty or left out."""
-        try:
-            data.decode()
-        except UnicodeDecodeError:
-            if not self.note_replaced(where):
-                return None
-            data = data.decode(errors="replace").encode()
-        if b"\0" in data and self.leaves_out_nuls(data.count(0), len(data), where):
-            return None
-        return Document(len(data), _digest(data), (data,)) if data else None
-
-    def leaves_out_nuls(self, nuls: int, size: int, where: str) -> bool:
-        """Return whether too many bytes of a document are NUL. Counts or refuses the document."""
-        if nuls <= MOST_NULS * size:
-            return False
-        self._leave_out("many NUL bytes", where, "not text, or UTF-16; convert it to UTF-8")
-        return True
-
-    def _leave_out(self, what: str, where: str, why: str) -> None:
-        if self.reading.errors == "fail":
-            raise DataError(f"{self.file.path}{where}: {what}, {why}, or use --errors skip")
-        self.remarks[f"{what}, left out"] += 1
-
-    def note_replaced(self, where: str) -> bool:
-        """Return whether to replace bytes that are not UTF-8. Counts or refuses the document."""
-        errors = self.reading.errors
-        if errors == "fail":
-            raise DataError(
-                f"{self.file.path}{where}: not UTF-8; convert it, or use --errors skip or replace"
-            )
-        self.remarks["not UTF-8, " + ("replaced" if errors == "replace" else "left out")] += 1
-        return errors == "replace"
 
 
 class _LongDocument:
@@ -250,7 +192,7 @@ class _LongDocument:
                 self.decoder.decode(data, last)
             except UnicodeDecodeError:
                 self.broken = True
-                self.reader.note_replaced(f" from byte {self.start:,} on")
+                self.reader.screen.replaces(f" from byte {self.start:,} on")
         clean = self.cleaner.decode(data, last).encode()
         self.length += len(data)
         self.nuls += data.count(0)
@@ -264,7 +206,7 @@ class _LongDocument:
         if self.broken and self.errors == "strict":
             return None
         where = f" from byte {self.start:,} on"
-        if self.reader.leaves_out_nuls(self.nuls, self.length, where):
+        if self.reader.screen.leaves_out_nuls(self.nuls, self.length, where):
             return None
         return Document(self.size, self.digest.digest(), self._blocks())
 
@@ -375,7 +317,3 @@ def _segments(stream: IO[bytes], separator: str | None, place: int) -> Iterator[
         if not block:
             yield place
             return
-
-
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()

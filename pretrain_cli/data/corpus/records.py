@@ -1,25 +1,105 @@
 """Records: documents that a file holds as values of a key or a column.
 
-A format's reader takes a `Source` and yields `Records`: the number of each record, from 1, and its
-text as bytes, or None for a null. Whether the bytes are UTF-8 is checked by its caller.
+    Source ──reader of the format──> Part, Part, …      little work: lines or columns, not parsed
+    Part ──texts──> (number, text), (number, text), …   in any process
+
+The texts are bytes; whether these are UTF-8 is checked by the caller.
 """
 
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol, TypeVar
 
 READ_AT_ONCE = 2**20
 """Bytes of a file read at a time."""
 
-Records = Iterator[tuple[int, bytes | None]]
-"""Number and text of each record. The number is that of its line where the file has lines."""
+T = TypeVar("T")
+Record = tuple[int, bytes | None]
+"""Number and text of a record, None for a null. The number is that of its line where the file has
+lines, otherwise its own, from 1."""
 
 
 class NotText(Exception):
     """A file is of a known format that is not text. The message names the format."""
+
+
+class Part(Protocol):
+    """Consecutive records of a file, about READ_AT_ONCE bytes; a longer record is a part of its
+    own. Can be sent to another process."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the records."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """Number of records, at least 1. Nulls and blank lines count."""
+        ...
+
+    def after(self, count: int) -> "Part":
+        """Return the part without its first records."""
+        ...
+
+    def texts(self, replaces: Callable[[str], bool]) -> Iterator[Record]:
+        """Yield the records that are not blank. `replaces` is called with the place of a record
+        that is not UTF-8, such as `:7`, and returns whether to replace the invalid bytes; otherwise
+        it is left out. Raises DataError for a record without text."""
+        ...
+
+
+@dataclass(frozen=True)
+class ParsedRecords:
+    """Part of a file whose records can only be told apart by parsing them."""
+
+    records: list[Record]
+
+    @property
+    def size(self) -> int:
+        return sum(len(text or b"") for _, text in self.records)
+
+    @property
+    def count(self) -> int:
+        return len(self.records)
+
+    def after(self, count: int) -> "ParsedRecords":
+        return replace(self, records=self.records[count:])
+
+    def texts(self, replaces: Callable[[str], bool]) -> Iterator[Record]:
+        yield from self.records
+
+
+def in_parts(records: Iterator[Record]) -> Iterator[ParsedRecords]:
+    """Gather records into parts."""
+    for gathered in gather(records, lambda record: len(record[1] or b"")):
+        yield ParsedRecords(gathered)
+
+
+def gather(items: Iterator[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
+    """Gather items into lists of about READ_AT_ONCE bytes; a longer item is a list of its own. An
+    exception of the iterator is raised after the items before it."""
+    held: list[T] = []
+    size, failure = 0, None
+    while True:
+        try:
+            item = next(items, None)
+        except Exception as error:
+            item, failure = None, error
+        if item is None:
+            break
+        its_size = size_of(item)
+        if held and size + its_size > READ_AT_ONCE:
+            yield held
+            held, size = [], 0
+        held.append(item)
+        size += its_size
+    if held:
+        yield held
+    if failure:
+        raise failure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +113,6 @@ class Source:
     """Its first bytes."""
     key: str
     """Key or column of the text; `a.b` names the key b of an object under a."""
-    replaces: Callable[[str], bool]
-    """Called with the place of text that is not UTF-8; returns whether to replace the invalid
-    bytes, otherwise the text is left out."""
     can_seek: bool = False
     """True if the file under `path` has the same bytes as `stream`."""
     spool: Path | None = None

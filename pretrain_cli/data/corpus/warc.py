@@ -1,19 +1,30 @@
 """WARC files of extracted text, as Common Crawl's `.warc.wet.gz`: each `conversion` record is a
 document."""
 
+from collections.abc import Iterator
 from typing import IO
 
 from pretrain_cli.data.corpus.compression import Damaged
-from pretrain_cli.data.corpus.records import READ_AT_ONCE, NotText, Records, Source
+from pretrain_cli.data.corpus.records import (
+    READ_AT_ONCE,
+    NotText,
+    ParsedRecords,
+    Record,
+    Source,
+    in_parts,
+)
 from pretrain_cli.errors import DataError
 
 LONGEST_LINE = 2**20
 """Bytes of a header line."""
 
 
-def wet_texts(source: Source) -> Records:
-    """Yield the texts of the records that hold extracted text. Raises NotText for pages as they
-    were fetched."""
+def wet_texts(source: Source) -> Iterator[ParsedRecords]:
+    """Yield the records that hold extracted text. Raises NotText for pages as they were fetched."""
+    return in_parts(_texts(source))
+
+
+def _texts(source: Source) -> Iterator[Record]:
     stream, number = source.stream, 0
     while line := stream.readline(LONGEST_LINE):
         if not line.strip():

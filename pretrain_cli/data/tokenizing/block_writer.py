@@ -7,6 +7,7 @@ in files.jsonl, and the position in the corpus is kept.
 import json
 import os
 import shutil
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,13 +16,13 @@ import numpy as np
 
 from pretrain_cli.data.corpus.source_files import Corpus
 from pretrain_cli.data.shards import FILES, Manifest, SplitName
-from pretrain_cli.data.tokenizing.blocks import Encoded, FileEnd, Sums
+from pretrain_cli.data.tokenizing.blocks import Encoded, FileEnd, RecordsEnd, Sums
 from pretrain_cli.data.tokenizing.duplicates import DuplicateIndex
 from pretrain_cli.data.tokenizing.progress import (
     Cursor,
+    FileTally,
     ResumePoint,
     SavedProgress,
-    Tally,
     WriteState,
 )
 from pretrain_cli.data.tokenizing.request import TokenizeRequest
@@ -47,11 +48,11 @@ class BlockWriter:
         self.request, self.corpus = request, corpus
         self.compared = 0
         """Samples for which two encoders gave the same ids."""
-        self.place, self.of_file = Cursor(), Tally()
+        self.place, self.of_file = Cursor(), FileTally()
         self.shards = ShardWriter(folder, vocab_size, request.shard_tokens)
         path = folder / FILES
         if saved is not None:
-            self.place, self.of_file = saved.here.place, replace(saved.here.of_file)
+            self.place, self.of_file = saved.here.place, _copied(saved.here.of_file)
             self.shards.resume(saved.here.written, saved.shards)
             os.truncate(path, saved.here.written.files_bytes)
         elif existing is not None:
@@ -81,6 +82,7 @@ class BlockWriter:
         if encoded.files:
             self.file_began = self.reached()
         self._count(sums, first, len(blocks))
+        self._count_records(encoded.unfinished)
         self._write(tokens, blocks[first:], kept[first:], borders[first:])
 
     def _kept(self, blocks: np.ndarray) -> np.ndarray:
@@ -109,15 +111,19 @@ class BlockWriter:
         file.tokens += sums.tokens[last] - sums.tokens[first]
         complete = sums.ends[last] - sums.ends[first]
         unfinished = last - max(first, sums.after_end[last])
-        self.place = Cursor(
-            place.file,
-            place.document + complete,
+        self.place = place._replace(
+            document=place.document + complete,
             # a duplicate of which a part was read is read again from its beginning
-            0 if self.is_dropped else unfinished + (0 if complete else place.block),
-            place.ordinal + complete,
-            place.duplicates + sums.duplicates[last] - sums.duplicates[first],
-            place.inexact_cuts + sums.inexact[last] - sums.inexact[first],
+            block=0 if self.is_dropped else unfinished + (0 if complete else place.block),
+            ordinal=place.ordinal + complete,
+            duplicates=place.duplicates + sums.duplicates[last] - sums.duplicates[first],
+            inexact_cuts=place.inexact_cuts + sums.inexact[last] - sums.inexact[first],
         )
+
+    def _count_records(self, end: RecordsEnd) -> None:
+        """Move the position behind records of a file that goes on."""
+        self.place = self.place._replace(records=self.place.records + end.records)
+        self.of_file.remarks = _added(self.of_file.remarks, end.remarks)
 
     def _write(
         self, tokens: np.ndarray, blocks: np.ndarray, kept: np.ndarray, borders: np.ndarray
@@ -145,11 +151,11 @@ class BlockWriter:
             "modified": file.modified,
             "sha256": end.sha256,
             **vars(self.of_file),
-            "remarks": end.remarks,
+            "remarks": _added(self.of_file.remarks, end.remarks),
         }
         self.files.write(TO_JSON(row).encode() + b"\n")
-        self.place = self.place._replace(file=self.place.file + 1, document=0, block=0)
-        self.of_file = Tally()
+        self.place = self.place._replace(file=self.place.file + 1, document=0, block=0, records=0)
+        self.of_file = FileTally()
 
     def reached(self) -> ResumePoint:
         """Return the position, and the extent of the files there."""
@@ -160,7 +166,7 @@ class BlockWriter:
             splits={name: replace(tally) for name, tally in self.shards.splits.items()},
             files_bytes=self.files.tell(),
         )
-        return ResumePoint(self.place, replace(self.of_file), written)
+        return ResumePoint(self.place, _copied(self.of_file), written)
 
     def flush(self) -> None:
         """Bring all to the disk."""
@@ -173,3 +179,11 @@ class BlockWriter:
         self.seen.close()
         close_anyhow(self.files)
         self.shards.abandon()
+
+
+def _copied(tally: FileTally) -> FileTally:
+    return replace(tally, remarks=dict(tally.remarks))
+
+
+def _added(some: dict[str, int], more: dict[str, int]) -> dict[str, int]:
+    return dict(Counter(some) + Counter(more))

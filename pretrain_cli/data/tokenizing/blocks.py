@@ -1,7 +1,8 @@
 """Blocks of text on their way to the encoding processes, and the tokens that come back.
 
-file of up to a megabyte   WholeFile ─────┐ read, hashed and cut by the process that encodes it
-larger file, stream        Block, Block, …┴─> Task ──> encode ──> Encoded
+file of up to a megabyte    WholeFile ────┐ read, hashed and cut by the process that encodes it
+larger file of records      FilePart, … ──┤ parsed by that process
+larger text, long record    Block, … ─────┴─> Task ──> encode ──> Encoded
 """
 
 import math
@@ -10,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pretrain_cli.data.corpus.readers import Document
+from pretrain_cli.data.corpus.documents import Document
+from pretrain_cli.data.corpus.records import Part
 from pretrain_cli.data.corpus.source_files import TextFile
 from pretrain_cli.data.tokenizing.chunking import Chunker
 
@@ -52,6 +54,20 @@ class WholeFile(NamedTuple):
     file: TextFile
 
 
+class FilePart(NamedTuple):
+    """Records of a file to parse in the process that encodes them."""
+
+    path: str
+    part: Part
+
+
+class RecordsEnd(NamedTuple):
+    """The end of records that came as blocks."""
+
+    records: int
+    remarks: dict[str, int]
+
+
 class FileEnd(NamedTuple):
     """The end of a file."""
 
@@ -59,10 +75,13 @@ class FileEnd(NamedTuple):
     remarks: dict[str, int]
 
 
+Item = Block | WholeFile | FilePart | RecordsEnd | FileEnd
+
+
 class Task(NamedTuple):
     """Work for one process."""
 
-    items: list[Block | WholeFile | FileEnd]
+    items: list[Item]
     raw_bytes: int
     """Bytes of the corpus up to the end of these."""
 
@@ -81,6 +100,8 @@ class Encoded(NamedTuple):
     """Samples whose ids were compared with the tokenizers library's."""
     has_grown: bool
     """True if the process that encoded it has become large."""
+    unfinished: RecordsEnd = RecordsEnd(0, {})
+    """Records of the file that goes on after this task."""
 
 
 class Sums:

@@ -28,6 +28,8 @@ from pretrain_cli.errors import ConfigError
 
 PIECE = 2**13
 """Characters that the tokenizers library encodes at once; see chunking.py."""
+PIECES = 2**8
+"""Pieces that it encodes in one call."""
 SAMPLE_CHARACTERS = 1024
 BYTES_A_SAMPLE = 2**20
 """Bytes of text of which one sample is compared. The library is a hundred times slower, so this
@@ -130,12 +132,14 @@ class LibraryEncoder:
                 pieces.append(text + piece if follows else piece)
                 leads.append(lead if follows else 0)
             firsts.append(len(pieces))
-        encodings = self.backend.encode_batch_fast(pieces, add_special_tokens=False)
         ids = array.array("I")  # converts lists several times as fast as numpy
         ends = [0]
-        for encoding, lead in zip(encodings, leads, strict=True):
-            ids.extend(array.array("I", encoding.ids[lead:]))
-            ends.append(len(ids))
+        for first in range(0, len(pieces), PIECES):
+            batch = slice(first, first + PIECES)
+            encodings = self.backend.encode_batch_fast(pieces[batch], add_special_tokens=False)
+            for encoding, lead in zip(encodings, leads[batch], strict=True):
+                ids.extend(array.array("I", encoding.ids[lead:]))
+                ends.append(len(ids))
         counts = np.diff(np.array(ends)[firsts])
         return np.frombuffer(ids, np.uint32) if ids else np.empty(0, np.uint32), counts
 

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -27,13 +27,16 @@ from typing import Any
 
 import numpy as np
 
-from pretrain_cli.data.corpus.readers import FileReader, ReadOptions
+from pretrain_cli.data.corpus.documents import ReadOptions, Screen
+from pretrain_cli.data.corpus.readers import FileReader
 from pretrain_cli.data.tokenizers.tokenizer import Tokenizer
 from pretrain_cli.data.tokenizing.blocks import (
     BLOCK,
     Block,
     Encoded,
     FileEnd,
+    FilePart,
+    RecordsEnd,
     Task,
     WholeFile,
     are_held_out,
@@ -78,18 +81,31 @@ class TaskEncoder:
             self.memory_at_start = _resident_bytes()
         blocks: list[Block] = []
         files: list[tuple[int, FileEnd]] = []
+        records, remarks = 0, Counter[str]()
         for item in task.items:
             match item:
                 case Block():
                     blocks.append(item)
+                case FilePart():
+                    screen = Screen(item.path, self.reading)
+                    for document in screen.documents(item.part):
+                        blocks += blocks_of(document, self.cutter)
+                    records += item.part.count
+                    remarks += screen.remarks
+                case RecordsEnd():
+                    records += item.records
+                    remarks += Counter(item.remarks)
                 case FileEnd():
-                    files.append((len(blocks), item))
+                    end = FileEnd(item.sha256, dict(remarks + Counter(item.remarks)))
+                    files.append((len(blocks), end))
+                    records, remarks = 0, Counter()
                 case WholeFile():
                     reader = FileReader(item.file, self.reading, spool=self.spool)
                     for document in reader.documents():
                         blocks += blocks_of(document, self.cutter)
                     end = FileEnd(reader.checksum.hexdigest(), dict(reader.remarks))
                     files.append((len(blocks), end))
+        unfinished = RecordsEnd(records, dict(remarks))
         before = self.encoder.compared
         ids, counts = self.encoder.encode(
             [block.text for block in blocks], [not block.begins for block in blocks]
@@ -99,7 +115,9 @@ class TaskEncoder:
         tokens, facts["tokens"] = self._marked(ids, counts, facts["begins"], facts["ends"])
         self.encoded_bytes += sum(len(block.text) for block in blocks)
         compared = self.encoder.compared - before
-        return Encoded(tokens, facts, files, task.raw_bytes, compared, self._has_grown())
+        return Encoded(
+            tokens, facts, files, task.raw_bytes, compared, self._has_grown(), unfinished
+        )
 
     def _has_grown(self) -> bool:
         if self.memory_at_start:
@@ -184,8 +202,15 @@ class _Pools:
                 self._start()
             return encoded
 
+        coming, failure = iter(tasks), None
         try:
-            for task in tasks:
+            while True:
+                try:
+                    task = next(coming, None)
+                except Exception as error:  # raised after what comes before it, for any speed
+                    task, failure = None, error
+                if task is None:
+                    break
                 with warnings.catch_warnings():
                     # warning about forking a process with threads: workers use none of their locks
                     warnings.simplefilter("ignore", DeprecationWarning)
@@ -194,6 +219,8 @@ class _Pools:
                     yield next_result()
             while under_way:
                 yield next_result()
+            if failure:
+                raise failure
         except BrokenProcessPool:
             raise DataError(
                 "a tokenizing process was ended from outside, perhaps because memory ran out; run "

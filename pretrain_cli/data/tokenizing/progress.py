@@ -1,13 +1,16 @@
 """Records of tokenizing: positions in the corpus, and what runs save and find."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from pydantic import BaseModel
 
 from pretrain_cli.data.shards import Manifest, Shard, SplitName, TokenType
+
+PROGRESS_VERSION: Final = 2
+"""Version of what progress.json says; a run that another version began starts over."""
 
 Row = dict[str, Any]
 """A line of files.jsonl."""
@@ -25,6 +28,8 @@ class Cursor(NamedTuple):
     """Documents of the corpus that are complete."""
     duplicates: int = 0
     inexact_cuts: int = 0
+    records: int = 0
+    """Records of the current file that are complete, if it is a file of records."""
 
 
 @dataclass
@@ -35,6 +40,14 @@ class Tally:
     bytes: int = 0
     """Bytes of complete documents."""
     tokens: int = 0
+
+
+@dataclass
+class FileTally(Tally):
+    """Running count of one file."""
+
+    remarks: dict[str, int] = field(default_factory=dict)
+    """Remarks on records that are complete."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +77,7 @@ class ResumePoint:
     """Position in the corpus and the state of the writer at that position."""
 
     place: Cursor
-    of_file: Tally
+    of_file: FileTally
     """Text of the current file so far."""
     written: WriteState
 
@@ -72,6 +85,7 @@ class ResumePoint:
 class SavedProgress(BaseModel):
     """Contents of progress.json, saved every few seconds."""
 
+    version: Literal[2] = PROGRESS_VERSION
     options: dict[str, Any]
     appends_to: str | None
     """Fingerprint of the dataset that is appended to."""

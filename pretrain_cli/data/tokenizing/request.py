@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pretrain_cli.data.corpus.documents import ReadOptions
 from pretrain_cli.data.corpus.hub import folder_name
-from pretrain_cli.data.corpus.readers import ReadOptions
 from pretrain_cli.data.corpus.source_files import HUB
 from pretrain_cli.data.shards import PARTIAL, SHARD_TOKENS
 from pretrain_cli.errors import ConfigError

@@ -11,7 +11,8 @@ import pytest
 from pyarrow import feather, ipc, parquet
 
 from pretrain_cli.data.corpus import columns as module
-from pretrain_cli.data.corpus.readers import FileReader, ReadOptions
+from pretrain_cli.data.corpus.documents import ReadOptions
+from pretrain_cli.data.corpus.readers import FileReader
 from pretrain_cli.data.corpus.source_files import find_corpus
 from tests.data.corpus import test_readers
 from tests.data.corpus.test_readers import (

@@ -16,8 +16,9 @@ from pyarrow import parquet
 
 from pretrain_cli.commands.tokenize import tokenize
 from pretrain_cli.data.corpus import formats
+from pretrain_cli.data.corpus.documents import Kind
 from pretrain_cli.data.corpus.formats import FORMATS, Format, is_read
-from pretrain_cli.data.corpus.readers import Kind
+from pretrain_cli.data.corpus.records import in_parts
 from tests.data.corpus.test_readers import COMPRESS, read, refusal, texts
 
 
@@ -121,7 +122,7 @@ def test_json_with_the_text_key_is_recognized_by_content(tmp_path):
 
 def test_a_format_is_added_by_one_row(tmp_path, monkeypatch):
     def stanzas(source):
-        yield from enumerate(source.stream.read().split(b"\n\n")[1:], start=1)
+        yield from in_parts(enumerate(source.stream.read().split(b"\n\n")[1:], start=1))
 
     row = Format(suffixes=(".poem",), begins=(b"POEM",), records=stanzas)
     monkeypatch.setitem(FORMATS, "poem", row)

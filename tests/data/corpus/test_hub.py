@@ -12,8 +12,9 @@ import pytest
 from huggingface_hub import constants
 from pyarrow import parquet
 
+from pretrain_cli.data.corpus.documents import ReadOptions
 from pretrain_cli.data.corpus.hub import CONVERTED, folder_name, hub_files
-from pretrain_cli.data.corpus.readers import FileReader, ReadOptions
+from pretrain_cli.data.corpus.readers import FileReader
 from pretrain_cli.data.corpus.source_files import find_corpus
 from pretrain_cli.data.dataset import open_dataset
 from pretrain_cli.data.tokenizing import pipeline

@@ -3,14 +3,17 @@
 import json
 import re
 import tracemalloc
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain_cli.data.corpus import json_records as module
-from pretrain_cli.data.corpus.readers import FileReader, ReadOptions
+from pretrain_cli.data.corpus.documents import ReadOptions
+from pretrain_cli.data.corpus.readers import FileReader
 from pretrain_cli.data.corpus.source_files import find_corpus
+from pretrain_cli.errors import DataError
 from tests.data.corpus import test_readers
 from tests.data.corpus.test_readers import read, refusal, texts
 
@@ -35,6 +38,43 @@ def test_other_values_of_a_json_line_are_ignored(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(line[:-1] + f', "huge": {"9" * 5000}, "nan": NaN}}\n')
     assert texts(path) == ["this"]
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+)
+LINES = st.one_of(
+    st.dictionaries(st.sampled_from(["text", "a.b", "a", "ü"]), VALUES).map(json.dumps),
+    st.text().map(lambda text: json.dumps({"text": text}, ensure_ascii=False)),
+    st.text(st.sampled_from('{}[]":, text\\u0dA8éE+-.\t\x00\x0b\ufeff'), max_size=30),
+    st.sampled_from(
+        [
+            *('{"text": "\\ud800"}', '{"text": "\\ud83d\\ude00\\u0000"}', '{"text": "\\/"}'),
+            *('{"text": "a", "text": "b"}', '{"text": "a",}', "{'text': 'a'}", '{"text": 1e999}'),
+            *('{"text": "a", "n": 01}', '{"text": "a", "n": Infinity}', '{"text": "a"}\x00'),
+            *("[" * 2000, '{"a":' * 3000),
+        ]
+    ),
+)
+
+
+@given(st.lists(LINES.map(lambda line: line.encode(errors="surrogatepass")), max_size=3))
+def test_orjson_changes_no_text_and_no_message(lines):
+    """Lines that it reads otherwise, or not at all, go to the standard library's reader."""
+
+    def outcome():
+        part = module.Lines(Path("a.jsonl"), "text", 1, [line + b"\n" for line in lines])
+        try:
+            return list(part.texts(lambda where: where != ":2"))
+        except DataError as error:
+            return str(error)
+
+    assert module.orjson is not None
+    found = outcome()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "orjson", None)
+        assert outcome() == found
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain_cli.data.corpus import readers as module
-from pretrain_cli.data.corpus.readers import FileReader, ReadOptions
+from pretrain_cli.data.corpus.documents import ReadOptions
+from pretrain_cli.data.corpus.readers import FileReader
 from pretrain_cli.data.corpus.source_files import find_corpus
 from pretrain_cli.errors import DataError
 
@@ -333,9 +334,9 @@ def test_documents_before_the_damage_in_a_file_are_kept(tmp_path, ending, how):
     for errors in (None, "fail"):
         message = refusal(path, errors=errors)
         assert message.startswith(f"{path}: damaged (")
+        count = f"{len(found)} records" if found else "0 documents"
         assert message.endswith(
-            f") after {len(found)} documents; get it again, or keep what comes before that with "
-            "--errors skip"
+            f") after {count}; get it again, or keep what comes before that with --errors skip"
         )
 
 

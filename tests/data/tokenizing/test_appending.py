@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain_cli.data.corpus.readers import ReadOptions
+from pretrain_cli.data.corpus.documents import ReadOptions
 from pretrain_cli.data.dataset import open_dataset
 from pretrain_cli.data.tokenizing import encoder, pipeline
 from pretrain_cli.errors import ConfigError, DataError

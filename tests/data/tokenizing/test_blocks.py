@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain_cli.data.corpus.readers import Document
+from pretrain_cli.data.corpus.documents import Document
 from pretrain_cli.data.tokenizing import blocks as module
 from pretrain_cli.data.tokenizing.blocks import BLOCK, Sums, are_held_out, blocks_of
 from pretrain_cli.data.tokenizing.chunking import Chunker

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain_cli.data.corpus.readers import Document
+from pretrain_cli.data.corpus.documents import Document
 from pretrain_cli.data.tokenizers.tokenizer import load_tokenizer
 from pretrain_cli.data.tokenizing import blocks as blocks_module
 from pretrain_cli.data.tokenizing import encoder as encoder_module
@@ -40,8 +40,9 @@ def texts(draw, size):
     pool = draw(st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=12))
     order = random.Random(draw(st.integers(0, 2**32)))
     parts: list[str] = []
-    while sum(map(len, parts)) < size:
+    while size > 0:
         parts.append(order.choice(pool) * order.choice([1, 1, 1, 2, 5]))
+        size -= len(parts[-1])
     return "".join(parts)
 
 

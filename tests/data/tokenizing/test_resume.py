@@ -22,6 +22,8 @@ SMALL = {
     "pretrain_cli.data.tokenizing.pipeline.SECONDS_BETWEEN_SAVES": 0,
     "pretrain_cli.data.tokenizing.pipeline.TASK_BYTES": 1000,
     "pretrain_cli.data.tokenizing.pipeline.WHOLE_FILE": 5000,
+    "pretrain_cli.data.tokenizing.pipeline.LONG_RECORD": 6000,
+    "pretrain_cli.data.corpus.records.READ_AT_ONCE": 1000,
     "pretrain_cli.data.tokenizing.blocks.BLOCK_CHARACTERS": 2000,
     "pretrain_cli.data.tokenizing.encoder.PIECE": 500,
     "pretrain_cli.data.corpus.readers.READ_BYTES": 1000,
@@ -177,6 +179,25 @@ def test_a_run_resumes_inside_a_long_document(corpus, straight, killed, again, c
         found = again()
     assert sum(encoded) <= (corpus / "b.txt").stat().st_size - 2000 * (call - 1)
     assert found == (straight(), True)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("call", [2, 5, 9, 13])
+def test_a_run_resumes_inside_a_file_of_records(corpus, straight, killed, again, call, workers):
+    """Long records are cut into blocks; nulls and what is not UTF-8 are counted once."""
+    for path in corpus.iterdir():
+        path.unlink()
+    texts = [sentences(number, 900 if number % 9 == 4 else 30) for number in range(50)]
+    lines = [json.dumps({"text": text}).encode() for text in texts]
+    lines[3::7] = [b'{"text": null}'] * 7
+    lines[5::11] = [b'{"text": "caf\xe9"}'] * 5
+    (corpus / "a.jsonl").write_bytes(b"\n".join(lines))
+    expected = straight()
+    (row,) = map(json.loads, expected["files.jsonl"].splitlines())
+    assert row["remarks"] == {"null, left out": 6, "not UTF-8, left out": 5}
+    changes = {"pretrain_cli.data.tokenizing.pipeline.SMALL": 0} if workers != "0" else {}
+    assert killed(NOTE, call, *(["--workers", workers] if changes else []), **changes)
+    assert again() == (expected, True)
 
 
 def test_a_run_with_several_processes_resumes_with_one(straight, killed, again):

@@ -18,7 +18,7 @@ from backports import zstd
 from pyarrow import parquet
 
 from pretrain_cli.data.corpus import readers
-from pretrain_cli.data.corpus.readers import ReadOptions
+from pretrain_cli.data.corpus.documents import ReadOptions
 from pretrain_cli.data.dataset import open_dataset
 from pretrain_cli.data.tokenizers.tokenizer import load_tokenizer, read_tokenizer
 from pretrain_cli.data.tokenizing import blocks, encoder, encoding, pipeline

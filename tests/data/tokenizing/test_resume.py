@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -477,7 +478,7 @@ def test_twenty_kills_at_random_times_do_not_change_the_dataset(
 
     def run(out, seconds=None):
         """Return whether the command ends within `seconds`; kill it otherwise."""
-        with start([*arguments, out], tmp_path, changes) as process:
+        with start([*arguments, str(out)], tmp_path, changes) as process:
             try:
                 _, err = process.communicate(timeout=seconds)
             except subprocess.TimeoutExpired:
@@ -486,14 +487,20 @@ def test_twenty_kills_at_random_times_do_not_change_the_dataset(
         assert process.returncode == 0, err
         return True
 
+    began = time.monotonic()
     assert run("straight/made")
+    seconds = time.monotonic() - began
     expected = contents(tmp_path / "straight/made")
-    order = random.Random(0)
-    kills = ends = 0
-    while kills < 20 or not ends:
-        if not run("killed/made", order.uniform(0.5, 1.2)):
+    made, order = tmp_path / "killed/made", random.Random(0)
+    kills = resumable = 0
+    while kills < 20:
+        if run(made, order.uniform(0.4, 1.0) * seconds):
+            assert contents(made) == expected
+            shutil.rmtree(made.parent)
+            seconds *= 0.9  # the first run was slower than this one
+        else:
             kills += 1
-            continue
-        ends += 1
-        assert contents(tmp_path / "killed/made") == expected
-        shutil.rmtree(tmp_path / "killed")
+            resumable += (tmp_path / "killed/made.partial/progress.json").exists()
+    assert run(made)
+    assert contents(made) == expected
+    assert resumable > 5

@@ -51,6 +51,7 @@ def show_plan(settings: Any, display: TrainDisplay, stop: Any) -> None:
         "data": f"{plan.data.name}, {amount(there)} tokens, tokenizer {plan.data.tokenizer.name}",
         "steps": f"{plan.steps:,} of {plan.tokens_per_step:,} tokens ({plan.samples_per_step:,} "
         f"samples of {plan.seq_len:,}), {amount(plan.steps * plan.tokens_per_step)} in all",
+        **{f"after {s.first_step:,}": str(s) for s in plan.stages[1:]},
         "micro-batch": f"{plan.micro_batch_size:,}",
         "learning rate": f"{plan.learning_rate:g} after {plan.warmup_steps:,} steps of warm-up, "
         f"{optimizer.schedule}, {optimizer.name}",

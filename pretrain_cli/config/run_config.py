@@ -28,6 +28,7 @@ from pretrain_cli.config.setting_types import (
     Share,
     Size,
     SpeedSetting,
+    Stages,
     Texts,
     Trackers,
 )  # fmt: skip
@@ -68,6 +69,13 @@ class DataSettings(Section):
     packing: Literal["concat", "best-fit"] = "concat"
     """`concat` cuts the concatenated documents every `seq_len` tokens. `best-fit` fills samples
     with whole documents and pads the rest."""
+    stages: Stages = ()
+    """Later parts of the run, each `{after: TOKENS, path: …, seq_len: …}`: after so many tokens of
+    the run, it goes on with these datasets and weights, with samples of this length (a multiple of
+    `data.seq_len`), or with both."""
+    max_epochs: Positive | None = None
+    """Most times that a dataset is read. One that has been read so often leaves the mixture, and
+    the others take its place."""
     document_mask: bool = False
     """Stops attention at document boundaries. By default tokens attend to the whole sample."""
 

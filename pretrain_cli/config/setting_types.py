@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    BaseModel,
     BeforeValidator,
     ByteSize,
+    ConfigDict,
     Field,
     PlainSerializer,
     TypeAdapter,
@@ -145,6 +147,53 @@ def _as_number(value: Any) -> Any:
 
 Amount = Annotated[
     PositiveInt, BeforeValidator(_as_number), WithJsonSchema({"title": "number, such as 5B"})
+]
+
+
+class StageSettings(BaseModel):
+    """One entry of data.stages."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    after: Amount
+    """Tokens of the run before it."""
+    path: Paths | None = None
+    seq_len: PositiveInt | None = None
+
+
+def _as_stages(value: Any) -> Any:
+    """Return a list of stages, in order. An error names the first one that is wrong."""
+    several = value if isinstance(value, list | tuple) else [value]
+    stages: list[StageSettings] = []
+    for each in several:
+        try:
+            stage = StageSettings.model_validate(each)
+        except ValidationError as failure:
+            fault = failure.errors()[0]
+            name = str(fault["loc"][0]) if fault["loc"] else ""
+            why = {"missing": "is missing", "extra_forbidden": "is no key of a stage"}
+            wrong = f"; {name} {why.get(fault['type'], 'is wrong')}" if name else ""
+            raise PydanticCustomError(
+                "stages",
+                "Input should be a list of stages with after, path and seq_len{wrong}",
+                {"wrong": wrong},
+            ) from None
+        if stage.path is None and stage.seq_len is None:
+            raise PydanticCustomError(
+                "stages", "Input should be stages with a path or a seq_len each"
+            )
+        if stages and stage.after <= stages[-1].after:
+            raise PydanticCustomError(
+                "stages", "Input should be stages in the order of their after"
+            )
+        stages.append(stage)
+    return tuple(stages)
+
+
+Stages = Annotated[
+    tuple[StageSettings, ...],
+    BeforeValidator(_as_stages),
+    WithJsonSchema({"title": "list of stages"}),
 ]
 
 

@@ -113,8 +113,11 @@ class Batches:
         documents: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        before: Sequence[int] | None = None,
     ) -> None:
+        """`before` are the samples of each source that an earlier stage of the run took."""
         self.sources = sources
+        self.before = np.zeros(len(sources), np.int64) if before is None else np.array(before)
         self.orders = [order_of(samples, seed) for samples in sources]
         self.interleaving = Interleaving(weights)
         self.seq_len = seq_len
@@ -136,7 +139,7 @@ class Batches:
         chosen, numbers = self.interleaving(step)
         for source, (samples, order) in enumerate(zip(self.sources, self.orders, strict=True)):
             (places,) = np.nonzero(chosen == source)
-            wanted = order(numbers[places])
+            wanted = order(numbers[places] + self.before[source])
             batch.counted += samples.targets(wanted)
             mine = slice(*np.searchsorted(places, (self.first, self.last)))
             samples.fill(wanted[mine], places[mine] - self.first, batch)
@@ -148,8 +151,13 @@ class Batches:
         source = int(chosen[0])
         shape = (1, self.seq_len)
         batch = Batch(np.empty(shape, np.int64), np.empty(shape, np.int64), None)
-        self.sources[source].fill(self.orders[source](within), np.array([0]), batch)
+        wanted = self.orders[source](within + self.before[source])
+        self.sources[source].fill(wanted, np.array([0]), batch)
         return source, batch.inputs[0]
+
+    def counts(self, samples: int) -> list[int]:
+        """Return how many of the first samples come from each source."""
+        return self.interleaving.counts(samples)
 
 
 def validation_batches(

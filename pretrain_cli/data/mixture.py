@@ -36,14 +36,48 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Mixture:
-    """Datasets that share one tokenizer. A single dataset is a mixture too."""
+class Stage:
+    """Part of a run with its own sources."""
 
     sources: tuple[Source, ...]
+    first_token: int = 0
+    """Tokens of the run before it."""
+    seq_len: int | None = None
+    """Tokens of a sample; None for those of the first stage."""
 
     @property
     def name(self) -> str:
         return " ".join(source.asked for source in self.sources)
+
+    @property
+    def shares(self) -> list[str]:
+        """Return a text for each source: its fingerprint and its share."""
+        total = sum(source.weight or 0 for source in self.sources)
+        return [
+            f"{source.dataset.fingerprint} {source.weight and source.weight / total}"
+            for source in self.sources
+        ]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Datasets that share one tokenizer. A single dataset is a mixture too."""
+
+    stages: tuple[Stage, ...]
+    """Parts of the run, the first one from its first token on."""
+
+    @property
+    def name(self) -> str:
+        return ", then ".join(stage.name for stage in self.stages)
+
+    @cached_property
+    def sources(self) -> list[Source]:
+        """The sources of all stages, each once, as in the first stage that has it."""
+        named: dict[str, Source] = {}
+        for stage in self.stages:
+            for source in stage.sources:
+                named.setdefault(source.name, source)
+        return list(named.values())
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -53,71 +87,81 @@ class Mixture:
     def largest_token(self) -> int:
         return max(source.dataset.largest_token for source in self.sources)
 
-    @property
+    @cached_property
     def trained_on(self) -> list[Source]:
-        """Return the sources that are used for training, not only for validation."""
-        return [source for source in self.sources if source.weight != 0]
+        """The sources that a stage trains on; others are used for validation only."""
+        used = {s.name for stage in self.stages for s in stage.sources if s.weight != 0}
+        return [source for source in self.sources if source.name in used]
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash that changes with any dataset, their order and their proportions."""
-        if len(self.sources) == 1:
+        """Hash that changes with any dataset, their order, their proportions and the stages."""
+        if len(self.sources) == len(self.stages) == 1:
             return self.sources[0].dataset.fingerprint
-        total = sum(source.weight or 0 for source in self.sources)
-        parts = [
-            f"{source.dataset.fingerprint} {source.weight and source.weight / total}"
-            for source in self.sources
-        ]
+        parts = self.stages[0].shares
+        for stage in self.stages[1:]:
+            parts += [f"after {stage.first_token}, {stage.seq_len}", *stage.shares]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def validated_on(self, targets: int) -> "Mixture":
         """Return the mixture with at most this many targets of each validation split."""
-        cut = [
-            replace(
-                source.dataset, val=source.dataset.val.prefix(targets + 1, source.dataset.tokenizer)
-            )
-            for source in self.sources
-        ]
-        both = zip(self.sources, cut, strict=True)
-        return Mixture(tuple(replace(source, dataset=dataset) for source, dataset in both))
 
-    def weights(self, samples: Sequence[int]) -> list[int]:
-        """Return integer weights of the training sources: those given, or each source's number of
-        samples."""
-        given = [source.weight for source in self.trained_on if source.weight is not None]
-        if not given:
-            return list(samples)
-        unit = math.lcm(*(weight.denominator for weight in given))
-        return [int(weight * unit) for weight in given]
+        def cut(source: Source) -> Source:
+            dataset = source.dataset
+            val = dataset.val.prefix(targets + 1, dataset.tokenizer)
+            return replace(source, dataset=replace(dataset, val=val))
+
+        return Mixture(
+            tuple(replace(stage, sources=tuple(map(cut, stage.sources))) for stage in self.stages)
+        )
+
+    def weights(self, stage: Stage) -> list[Fraction | None]:
+        """Return the weight of each training source in a stage; None if it is by size."""
+        there = {source.name: source.weight for source in stage.sources}
+        return [there.get(source.name, Fraction(0)) for source in self.trained_on]
 
 
-def parse_sources(asked: Sequence[str]) -> list[tuple[str, Fraction | None]]:
-    """Split each PATH or PATH:WEIGHT into path and weight."""
+def as_integers(weights: Sequence[Fraction | None], samples: Sequence[int]) -> list[int]:
+    """Return weights as integers in the same proportion; a source's number of samples in place of
+    None."""
+    given = [weight for weight in weights if weight]
+    unit = math.lcm(*(weight.denominator for weight in given))
+    return [
+        count if weight is None else int(weight * unit)
+        for weight, count in zip(weights, samples, strict=True)
+    ]
+
+
+def parse_sources(
+    asked: Sequence[str], setting: str = "data.path"
+) -> list[tuple[str, Fraction | None]]:
+    """Split each PATH or PATH:WEIGHT into path and weight. Messages name `setting`."""
     parsed: list[tuple[str, Fraction | None]] = []
     for text in asked:
         found = WEIGHTED.fullmatch(text)
         path, weight = (found[1], Fraction(found[2])) if found else (text, None)
         if weight is not None and weight < 0:
-            raise ConfigError(f"data.path: the weight in {text} is below 0; give 0 or more")
+            raise ConfigError(f"{setting}: the weight in {text} is below 0; give 0 or more")
         parsed.append((path, weight))
     bare = [path for path, weight in parsed if weight is None]
     if bare and len(bare) < len(parsed):
         raise ConfigError(
-            f"data.path: {bare[0]} has no weight, and others have; give one to each, for example "
+            f"{setting}: {bare[0]} has no weight, and others have; give one to each, for example "
             f"{bare[0]}:0.5, or to none"
         )
     if not bare and not any(weight for _, weight in parsed):
         raise ConfigError(
-            f"data.path: the weights in {' '.join(asked)} sum to 0; give at least one above 0"
+            f"{setting}: the weights in {' '.join(asked)} sum to 0; give at least one above 0"
         )
     return parsed
 
 
-def mix(sources: Sequence[Source]) -> Mixture:
-    """Combine the sources. Raises DataError if their tokenizers differ."""
+def mix(sources: Sequence[Source], later: Sequence[Stage] = ()) -> Mixture:
+    """Combine the sources of a run, and of its later stages. Raises DataError if their tokenizers
+    differ."""
+    mixture = Mixture((Stage(tuple(sources)), *later))
     first = sources[0]
-    seen: dict[str, Source] = {}
-    for source in sources:
+    for source in mixture.sources:
         tokenizer, other = source.dataset.tokenizer, first.dataset.tokenizer
         if tokenizer.fingerprint != other.fingerprint:
             raise DataError(
@@ -125,10 +169,17 @@ def mix(sources: Sequence[Source]) -> Mixture:
                 f"({tokenizer.fingerprint[:8]}), and {first.name} with {other.name} "
                 f"({other.fingerprint[:8]}); tokenize its text again, with --tokenizer {first.name}"
             )
+    for stage in mixture.stages:
+        _refuse_twins(stage)
+    return mixture
+
+
+def _refuse_twins(stage: Stage) -> None:
+    seen: dict[str, Source] = {}
+    for source in stage.sources:
         twin = seen.setdefault(source.dataset.fingerprint, source)
         if twin is not source:
             raise DataError(
                 f"{source.name}: the same tokens as {twin.name}; give the dataset once, and a "
                 "higher weight if it is to be seen more often"
             )
-    return Mixture(tuple(sources))

@@ -465,6 +465,22 @@ def test_the_plan_of_a_run_is_shown_and_nothing_is_written(pretrain, tmp_path):
     assert "7 of 128 tokens (4 samples of 32), 896 in all" in done.out
 
 
+@pytest.mark.usefixtures("corpus")
+def test_the_plan_shows_the_stages_and_most_epochs(pretrain):
+    Path("more.txt").write_text("another text, " * 1000)
+    for name in ("corpus", "more.txt"):
+        assert pretrain(f"tokenize --tokenizer bytes {name} --out data/{name[:4]}").code == 0
+    plan = f"train --plan {SIZES} --data data/corp --steps 50 --set"
+    stage = "{after: 1K, path: [data/more:1, data/corp:3], seq_len: 64}"
+    done = pretrain(f"{plan} 'data.stages=[{stage}]'")
+    assert done.code == 0, done.err
+    assert "After step 8: data/corp:3 data/more:1, samples of 64 tokens" in done.out + done.err
+    assert "after 8       data/corp:3 data/more:1, samples of 64 tokens" in done.out
+    done = pretrain(f"{plan} data.max_epochs=0.5")
+    assert done.code == 2
+    assert "of 50 steps, all datasets of the stage have been read 0.5 times" in done.err
+
+
 @pytest.mark.usefixtures("trained")
 @pytest.mark.parametrize(
     "name",

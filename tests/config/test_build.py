@@ -87,6 +87,25 @@ def test_values_of_set_are_yaml():
         ),
         ("speed.atention=sdpa", "speed.atention: no such setting; did you mean speed.attention?"),
         ("train.xyzzy=1", "train.xyzzy: no such setting"),
+        (
+            "data.stages=[{path: a}]",
+            "data.stages: [{'path': 'a'}] is not a list of stages with after, path and seq_len; "
+            "after is missing",
+        ),
+        (
+            "data.stages={after: 10, lr: 3}",
+            "data.stages: {'after': 10, 'lr': 3} is not a list of stages with after, path and "
+            "seq_len; lr is no key of a stage",
+        ),
+        (
+            "data.stages=[{after: 10}]",
+            "data.stages: [{'after': 10}] is not stages with a path or a seq_len each",
+        ),
+        (
+            "data.stages=[{after: 10, path: a}, {after: 10, path: b}]",
+            "data.stages: [{'after': 10, 'path': 'a'}, {'after': 10, 'path': 'b'}] is not stages "
+            "in the order of their after",
+        ),
         ("trian.steps=1", "trian: no such section; there are model, data, optimizer, train, speed"),
         ("speed.attention=fast", "speed.attention: 'fast' is not one of auto, eager, sdpa, blocks"),
         ("speed.dtype=float16", "speed.dtype: 'float16' is not one of auto, float32, bfloat16"),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain_cli.data.mixture import Source, mix, parse_sources
+from pretrain_cli.data.mixture import Source, Stage, as_integers, mix, parse_sources
 from pretrain_cli.errors import ConfigError, DataError
 
 
@@ -20,6 +20,16 @@ def mixture(*asked, tokenizers=None):
         dataset = SimpleNamespace(path=path, fingerprint=path.lower(), tokenizer=tokenizer)
         sources.append(Source(text, weight, dataset))
     return mix(sources)
+
+
+def integers(mixed, samples, stage=0):
+    return as_integers(mixed.weights(mixed.stages[stage]), samples)
+
+
+def with_stages(first, *later):
+    """Return a mixture with later stages, each (first token, sources)."""
+    stages = [Stage(mixture(*asked).stages[0].sources, token) for token, asked in later]
+    return mix(mixture(*first).stages[0].sources, stages)
 
 
 @pytest.mark.parametrize(
@@ -58,16 +68,16 @@ def test_missing_negative_and_all_zero_weights_are_refused(asked, said):
 
 
 def test_weights_become_integers_in_the_given_proportion():
-    assert mixture("a:0.7", "b:0.3").weights([500, 100]) == [7, 3]
-    assert mixture("a:0.125", "b:2", "c:1").weights([1, 1, 1]) == [1, 16, 8]
-    assert mixture("a:5").weights([40]) == [5]
-    assert mixture("a", "b").weights([500, 100]) == [500, 100]
+    assert integers(mixture("a:0.7", "b:0.3"), [500, 100]) == [7, 3]
+    assert integers(mixture("a:0.125", "b:2", "c:1"), [1, 1, 1]) == [1, 16, 8]
+    assert integers(mixture("a:5"), [40]) == [5]
+    assert integers(mixture("a", "b"), [500, 100]) == [500, 100]
 
 
 def test_a_dataset_of_weight_0_is_used_only_for_validation():
     mixed = mixture("a:2", "b:0", "c:1")
     assert [source.name for source in mixed.trained_on] == ["a", "c"]
-    assert mixed.weights([7, 7]) == [2, 1]
+    assert integers(mixed, [7, 7]) == [2, 1]
 
 
 def test_the_error_for_different_tokenizers_names_both():
@@ -99,3 +109,32 @@ def test_a_mixtures_fingerprint_covers_its_datasets_and_weights(one, other, scal
         mixture(f"b:{one}", f"a:{other}"),
     ):
         assert another.fingerprint != fingerprint
+
+
+def test_a_stage_has_the_weights_of_its_own_sources():
+    mixed = with_stages(["a:3", "b:1"], (100, ["b", "c"]), (200, ["c:2", "a:0"]))
+    assert [source.name for source in mixed.trained_on] == ["a", "b", "c"]
+    assert integers(mixed, [7, 8, 9]) == [3, 1, 0]
+    assert integers(mixed, [7, 8, 9], stage=1) == [0, 8, 9]
+    assert integers(mixed, [7, 8, 9], stage=2) == [0, 0, 2]
+    assert mixed.name == "a:3 b:1, then b c, then c:2 a:0"
+
+
+def test_a_mixtures_fingerprint_covers_its_stages():
+    made = [
+        with_stages(["a"]),
+        with_stages(["a"], (100, ["b"])),
+        with_stages(["a"], (101, ["b"])),
+        with_stages(["a"], (100, ["c"])),
+        with_stages(["a"], (100, ["a:1", "b:2"])),
+        with_stages(["a"], (100, ["b"]), (200, ["a"])),
+    ]
+    assert len({mixed.fingerprint for mixed in made}) == len(made)
+
+
+def test_tokenizers_and_twins_are_refused_within_later_stages():
+    other = mixture("b", tokenizers=["bpe"]).stages[0].sources
+    with pytest.raises(DataError, match="b: made with the tokenizer bpe"):
+        mix(mixture("a").stages[0].sources, [Stage(other, 100)])
+    with pytest.raises(DataError, match="A: the same tokens as a"):
+        with_stages(["b"], (100, ["a", "A"]))

@@ -61,3 +61,5 @@ def _rows(source: Source, delimiters: str) -> Iterator[Record]:
         raise DataError(
             f"{path}:{line}: not a row of fields ({error}); mend or remove it"
         ) from None
+    finally:
+        stream.detach()  # which would close the file when it is forgotten

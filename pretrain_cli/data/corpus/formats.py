@@ -9,6 +9,7 @@ What the first bytes say counts before the name. JSON and CSV have no first byte
 their names decide.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,10 +106,12 @@ FORMATS = {
 def recognize(name: str, head: bytes, *, key: str, asked: str = "auto") -> str:
     """Return the name of a file's row in FORMATS, by its first bytes, then by its lower-case name.
     `asked` is the format of its records or text, if that is known."""
-    told = next(
-        (kind for kind, form in FORMATS.items() if head.startswith(form.begins, form.at)), None
-    )
-    named = next((kind for kind, form in FORMATS.items() if name.endswith(form.suffixes)), None)
+    begins, suffixes = _all_signs(tuple(FORMATS))
+    told = named = None
+    if any(head.startswith(signs, at) for at, signs in begins):
+        told = next(kind for kind, form in FORMATS.items() if head.startswith(form.begins, form.at))
+    if name.endswith(suffixes):
+        named = next(kind for kind, form in FORMATS.items() if name.endswith(form.suffixes))
     for kind in (told, named):
         if kind and (FORMATS[kind].decompress or asked == "auto" or not is_read(kind)):
             return kind
@@ -116,6 +119,21 @@ def recognize(name: str, head: bytes, *, key: str, asked: str = "auto") -> str:
         return asked
     fitting = (kind for kind, form in FORMATS.items() if form.fits and form.fits(head, key))
     return next(fitting, TEXT)
+
+
+@functools.cache
+def _all_signs(
+    kinds: tuple[str, ...],
+) -> tuple[list[tuple[int, tuple[bytes, ...]]], tuple[str, ...]]:
+    """Return (first bytes of all formats by their position, all suffixes): most files have none of
+    these, and are told at once."""
+    begins: dict[int, tuple[bytes, ...]] = {}
+    suffixes: tuple[str, ...] = ()
+    for kind in kinds:
+        form = FORMATS[kind]
+        begins[form.at] = begins.get(form.at, ()) + form.begins
+        suffixes += form.suffixes
+    return list(begins.items()), suffixes
 
 
 def is_read(kind: str) -> bool:

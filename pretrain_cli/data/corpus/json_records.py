@@ -17,7 +17,6 @@ from pretrain_cli.data.corpus.records import (
     Part,
     Record,
     Source,
-    gather,
     in_parts,
 )
 from pretrain_cli.errors import DataError
@@ -79,9 +78,46 @@ def json_lines(source: Source) -> Iterator[Part]:
 
 def _lines(source: Source) -> Iterator[Part]:
     first = 1
-    for lines in gather(iter(source.stream), len):
-        yield Lines(source.path, source.key, first, lines)
-        first += len(lines)
+    for data in _whole_lines(source.stream):
+        part = Lines(source.path, source.key, first, data)
+        yield part
+        first += part.count
+
+
+def _whole_lines(stream: Any) -> Iterator[bytes]:
+    """Yield a stream in blocks of whole lines; a line longer than READ_AT_ONCE is alone. An
+    exception is raised after the whole lines before it."""
+    whole: list[bytes] = []
+    rest: list[bytes] = []  # of a line that goes on
+    failure = None
+    while True:
+        try:
+            block = stream.read1(READ_AT_ONCE)
+        except Exception as error:
+            block, failure = b"", error
+        if not block:
+            break
+        end = block.rfind(b"\n") + 1
+        if end and sum(map(len, rest)) > READ_AT_ONCE:
+            first = block.find(b"\n") + 1
+            if whole:
+                yield b"".join(whole)
+            yield b"".join((*rest, block[:first]))
+            whole, rest, block, end = [], [], block[first:], end - first
+        if end:
+            whole += *rest, block[:end]
+            rest = []
+        if block[end:]:
+            rest.append(block[end:])
+        if sum(map(len, whole)) >= READ_AT_ONCE // 2:
+            yield b"".join(whole)
+            whole = []
+    if whole:
+        yield b"".join(whole)
+    if failure:
+        raise failure
+    if rest:
+        yield b"".join(rest)
 
 
 @dataclass(frozen=True)
@@ -92,24 +128,32 @@ class Lines:
     key: str
     first: int
     """Number of the first line."""
-    lines: list[bytes]
+    data: bytes
 
     @property
     def size(self) -> int:
-        return sum(map(len, self.lines))
+        return len(self.data)
 
     @property
     def count(self) -> int:
-        return len(self.lines)
+        return self.data.count(b"\n") + (not self.data.endswith(b"\n"))
 
     def after(self, count: int) -> "Lines":
-        return replace(self, first=self.first + count, lines=self.lines[count:])
+        begin = 0
+        for _ in range(count):
+            begin = self.data.index(b"\n", begin) + 1
+        return replace(self, first=self.first + count, data=self.data[begin:])
 
     def texts(self, replaces: Callable[[str], bool]) -> Iterator[Record]:
-        for number, line in enumerate(self.lines, start=self.first):
+        begin = 0
+        view = memoryview(self.data)
+        for number in range(self.first, self.first + self.count):
+            end = self.data.find(b"\n", begin) + 1 or len(self.data)
             place = f"{self.path}:{number}"
-            row = _fast_row(line)
+            row = _fast_row(view[begin:end])
             if row is None:
+                line = self.data[begin:end]
+                begin = end
                 if not line.strip():
                     continue
                 try:
@@ -119,10 +163,11 @@ class Lines:
                         continue
                     text = line.decode(errors="replace")
                 row = _row(text, place)
+            begin = end
             yield number, _text(row, self.key, place)
 
 
-def _fast_row(line: bytes) -> Any:
+def _fast_row(line: memoryview) -> Any:
     """Return the value of a JSON line; None if only the standard library's reader can read it or
     say what is wrong, or if orjson isn't installed. orjson reads less: it refuses NaN, bytes that
     are not UTF-8 and half surrogate pairs."""

@@ -13,6 +13,7 @@ memory completely, whatever its length.
 import codecs
 import hashlib
 import io
+import os
 import re
 import sys
 import tempfile
@@ -50,7 +51,7 @@ class FileReader:
         self.checksum = hashlib.sha256()
         self.position = 0
         """Raw bytes read so far."""
-        self.screen = Screen(file.path, reading)
+        self.screen = Screen(file.location, reading)
         self.before = "0 documents"
         """Count of all that was read."""
 
@@ -70,7 +71,7 @@ class FileReader:
     def contents(self) -> Iterator[Document | Part]:
         """Yield every document that is not empty; of a file of records, parts that are not parsed
         yet."""
-        path, count = self.file.path, 0
+        count = 0
         try:
             with self._open_raw() as raw:
                 try:
@@ -89,22 +90,22 @@ class FileReader:
             if is_disk_full(error):  # filled by the copy of a long document
                 raise
             if error.errno is not None:
-                raise DataError(f"{path}: can't be read ({error.strerror})") from None
+                raise DataError(f"{self.file.location}: can't be read ({error.strerror})") from None
             self._damaged(str(error))  # bz2 raises an OSError without errno
 
     def _read(self, raw: IO[bytes]) -> Iterator[Document | Part]:
-        path, reading = self.file.path, self.reading
-        name = path.name.lower()
+        location, reading = self.file.location, self.reading
+        name = os.path.basename(location).lower()
         can_seek = not (self.file.is_stream or self.file.is_remote)
         head, stream = _peeked(raw)
         kind = recognize(name, head, key=reading.text_key, asked=reading.kind)
         while decompress := FORMATS[kind].decompress:
             name, can_seek = strip_compression(name), False
-            head, stream = _peeked(decompress(stream, path))
+            head, stream = _peeked(decompress(stream, Path(location)))
             kind = recognize(name, head, key=reading.text_key, asked=reading.kind)
         if records := FORMATS[kind].records:
             source = Source(
-                path=path,
+                path=Path(location),
                 stream=stream,
                 head=head,
                 key=reading.text_key,
@@ -121,19 +122,27 @@ class FileReader:
     def _damaged(self, why: str) -> None:
         if self.reading.errors in (None, "fail"):
             raise DataError(
-                f"{self.file.path}: damaged ({why}) after {self.before}; get it again, "
+                f"{self.file.location}: damaged ({why}) after {self.before}; get it again, "
                 "or keep what comes before that with --errors skip"
             ) from None
         self.remarks[DAMAGED] += 1
 
-    def _open_raw(self) -> io.BufferedReader:
+    def _open_raw(self) -> io.BufferedReader | io.BytesIO:
         file: Any
         if self.file.is_remote:
             file = HubFile(self.file)
         elif self.file.name == STANDARD_INPUT:
             file = sys.stdin.buffer
         else:
-            file = self.file.path.open("rb", buffering=0)
+            file = open(self.file.location, "rb", buffering=0)  # noqa: SIM115, closed by the reader
+            if 0 < self.file.size < READ_BYTES:
+                with file:
+                    data = file.read(READ_BYTES)
+                if len(data) < READ_BYTES:  # it has not grown
+                    self.position = len(data)
+                    self.checksum.update(data)
+                    return io.BytesIO(data)
+                file = open(self.file.location, "rb", buffering=0)  # noqa: SIM115
         return io.BufferedReader(_Observed(file, self), READ_BYTES)
 
     # --- plain text ------------------------------------------------------------------------------
@@ -270,8 +279,10 @@ class _Rejoined(io.RawIOBase):
         return len(block)
 
 
-def _peeked(stream: Any) -> tuple[bytes, io.BufferedReader]:
+def _peeked(stream: Any) -> tuple[bytes, io.BufferedReader | io.BytesIO]:
     """Return the first bytes of a stream, and the stream from its beginning."""
+    if isinstance(stream, io.BytesIO):
+        return bytes(stream.getbuffer()[:HEAD]), stream
     head, failure = b"", None
     try:
         while len(head) < HEAD and (block := stream.read1(HEAD - len(head))):

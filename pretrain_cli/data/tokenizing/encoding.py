@@ -16,19 +16,20 @@ import sys
 import threading
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pretrain_cli.data.corpus.documents import ReadOptions, Screen
 from pretrain_cli.data.corpus.readers import FileReader
+from pretrain_cli.data.shared_slots import SharedSlots
 from pretrain_cli.data.tokenizers.tokenizer import Tokenizer
 from pretrain_cli.data.tokenizing.blocks import (
     BLOCK,
@@ -161,12 +162,25 @@ def on_processes(encode: TaskEncoder, workers: int) -> Generator[Any]:
             os.environ["TOKENIZERS_PARALLELISM"] = previous
 
 
+class _UnderWay(NamedTuple):
+    """A task that was submitted."""
+
+    pool: int
+    future: Future[Encoded | None]
+    slot: int | None = None
+    """Slot of the task, then of its result."""
+
+
 class _Pools:
     """A pool of worker processes, replaced by a new one when they have grown large."""
 
     def __init__(self, encode: TaskEncoder, workers: int) -> None:
         self.encode, self.workers = encode, workers
         self.started: list[Executor] = []
+        self.ahead = IN_FLIGHT_PER_WORKER * max(1, workers)
+        # processes that are not forked don't share them
+        self.slots = SharedSlots(self.ahead + 1 if workers and START == "fork" else 0)
+        self.free = list(range(len(self.slots.slots)))
 
     def __enter__(self) -> "_Pools":
         self._start()
@@ -175,6 +189,7 @@ class _Pools:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         for pool in self.started:
             pool.shutdown(cancel_futures=True)
+        self.slots.close()
 
     def _start(self) -> None:
         if not self.workers:
@@ -183,21 +198,34 @@ class _Pools:
         context = multiprocessing.get_context(START)
         are_text = self.encode.tokenizer.backend.encode_special_tokens
         self.started.append(
-            ProcessPoolExecutor(self.workers, context, _begin, (self.encode, are_text))
+            ProcessPoolExecutor(self.workers, context, _begin, (self.encode, self.slots, are_text))
         )
 
-    def _submit(self, task: Task) -> Future[Encoded]:
-        work: Callable[[Task], Encoded] = _encode if self.workers else self.encode
-        return self.started[-1].submit(work, task)
+    def _submit(self, task: Task) -> "_UnderWay":
+        pool = len(self.started) - 1
+        if not self.workers:
+            return _UnderWay(pool, self.started[pool].submit(self.encode, task))
+        slot = self.free.pop() if self.free else None
+        fits = slot is not None and self.slots.write(slot, task)
+        future = self.started[pool].submit(_encode, slot, None if fits else task)
+        return _UnderWay(pool, future, slot)
+
+    def _result(self, task: "_UnderWay") -> Encoded:
+        encoded = task.future.result()
+        if task.slot is None:
+            assert encoded is not None
+            return encoded
+        encoded = encoded or self.slots.read(task.slot)
+        self.free.append(task.slot)
+        return encoded
 
     def in_order(self, tasks: Iterable[Task]) -> Iterator[Encoded]:
-        ahead = IN_FLIGHT_PER_WORKER * max(1, self.workers)
-        under_way: deque[tuple[int, Future[Encoded]]] = deque()
+        under_way: deque[_UnderWay] = deque()
 
         def next_result() -> Encoded:
-            pool, future = under_way.popleft()
-            encoded = future.result()
-            if encoded.has_grown and self.workers and pool == len(self.started) - 1:
+            task = under_way.popleft()
+            encoded = self._result(task)
+            if encoded.has_grown and self.workers and task.pool == len(self.started) - 1:
                 self.started[-1].shutdown(wait=False)  # it finishes what it has
                 self._start()
             return encoded
@@ -214,8 +242,8 @@ class _Pools:
                 with warnings.catch_warnings():
                     # warning about forking a process with threads: workers use none of their locks
                     warnings.simplefilter("ignore", DeprecationWarning)
-                    under_way.append((len(self.started) - 1, self._submit(task)))
-                if len(under_way) > ahead:
+                    under_way.append(self._submit(task))
+                if len(under_way) > self.ahead:
                     yield next_result()
             while under_way:
                 yield next_result()
@@ -238,14 +266,15 @@ def _resident_bytes() -> int:
 
 _encoder: TaskEncoder
 _thread: ThreadPoolExecutor
-"""The tokenizer and its thread, in a worker process."""
+_slots: SharedSlots
+"""The tokenizer, its thread, and the memory shared with the parent, in a worker process."""
 
 
-def _begin(encoder: TaskEncoder, are_text: bool) -> None:
+def _begin(encoder: TaskEncoder, slots: SharedSlots, are_text: bool) -> None:
     """Prepare a worker process. `are_text` treats special tokens in documents as plain text; a
     tokenizer loses this setting when it is pickled."""
-    global _encoder, _thread
-    _encoder, _thread = encoder, ThreadPoolExecutor(1)
+    global _encoder, _thread, _slots
+    _encoder, _thread, _slots = encoder, ThreadPoolExecutor(1), slots
     encoder.tokenizer.backend.encode_special_tokens = are_text
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for number in (signal.SIGINT, signal.SIGUSR1):
@@ -263,5 +292,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(task: Task) -> Encoded:
-    return _thread.submit(_encoder, task).result()
+def _encode(slot: int | None, task: Task | None) -> Encoded | None:
+    """Encode a task, by default the one in a slot. Return None if the result is in the slot."""
+    given = task or _slots.read(slot or 0)
+    encoded = _thread.submit(_encoder, given).result()
+    return None if slot is not None and _slots.write(slot, encoded) else encoded

@@ -147,7 +147,7 @@ class Pipeline:
                 records -= content.count
             else:
                 part, records = content.after(records), 0
-                if part.size <= LONG_RECORD:
+                if part.size <= LONG_RECORD or part.count > 1:
                     yield [FilePart(str(reader.file.path), part)], part.size
                     continue
                 yield from self._long_record(reader.file, part, block)

@@ -131,6 +131,22 @@ def choose_micro_batch_size(
     return replace(choice, size=ranks.min(choice.size))
 
 
+def smaller_micro_batch(
+    size: int, seq_len: int, longer: int, tokens_per_step: int, ranks: int
+) -> int:
+    """Return the micro-batch for longer samples, which has at most the tokens of `size` samples of
+    `seq_len`, but at least one sample. Raises ConfigError if the samples of a step don't divide
+    among the ranks."""
+    share, rest = divmod(tokens_per_step // longer, ranks)
+    if rest:
+        raise ConfigError(
+            f"data.stages: the {tokens_per_step // longer} samples of {longer:,} tokens in a step "
+            f"don't divide among {ranks} ranks; give another seq_len, or train.tokens_per_step"
+        )
+    rows = max(1, size * seq_len // longer)
+    return next(count for count in range(rows, 0, -1) if share % count == 0)
+
+
 def choose_interval(asked: int | str, steps: int, *, at_least: int) -> int:
     """Return the steps between two events. `auto`: a fifth of the run, at least `at_least`."""
     return max(at_least, math.ceil(steps / 5)) if asked == "auto" else int(asked)

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pretrain_cli.config.run_config import RunConfig
+from pretrain_cli.config.setting_types import StageSettings
 from pretrain_cli.config.yaml_files import find_model
 from pretrain_cli.data.dataset import Dataset
-from pretrain_cli.data.mixture import Mixture, Source, mix, parse_sources
+from pretrain_cli.data.mixture import Mixture, Source, Stage, mix, parse_sources
 from pretrain_cli.data.opening import open_data
 from pretrain_cli.data.shards import MANIFEST
 from pretrain_cli.data.tokenizing.tokenize import DEMO, demo_request, tokenize
@@ -54,19 +55,39 @@ def find_data(settings: RunConfig, ranks: Ranks, emit: Emit, stop: StopRequest) 
             raise Stopped
         asked = (str(found[0] if found else DEMO),)
 
-    return open_mixture(asked, tokenizer, lambda text: emit(Notice(text)))
+    return open_mixture(
+        asked, tokenizer, lambda text: emit(Notice(text)), later=settings.data.stages
+    )
 
 
 def open_mixture(
-    asked: Sequence[str], tokenizer: str | None, notify: Callable[[str], None]
+    asked: Sequence[str],
+    tokenizer: str | None,
+    notify: Callable[[str], None],
+    *,
+    later: Sequence[StageSettings] = (),
 ) -> Mixture:
-    """Open datasets named by texts of the form PATH or PATH:WEIGHT."""
-    return mix(
-        [
-            Source(text, weight, open_path(path, tokenizer, notify))
-            for text, (path, weight) in zip(asked, parse_sources(asked), strict=True)
-        ]
-    )
+    """Open datasets named by texts of the form PATH or PATH:WEIGHT, and those of later stages."""
+    opened: dict[str, Dataset] = {}
+
+    def sources(asked: Sequence[str], setting: str) -> tuple[Source, ...]:
+        parsed = parse_sources(asked, setting)
+        for path, _ in parsed:
+            if path not in opened:
+                opened[path] = open_path(path, tokenizer, notify)
+        return tuple(
+            Source(text, weight, opened[path])
+            for text, (path, weight) in zip(asked, parsed, strict=True)
+        )
+
+    there = sources(asked, "data.path")
+    stages: list[Stage] = []
+    for stage in later:  # what a stage leaves out is as in the one before
+        before = stages[-1].sources if stages else there
+        given = before if stage.path is None else sources(stage.path, "data.stages")
+        length = stage.seq_len or (stages[-1].seq_len if stages else None)
+        stages.append(Stage(given, stage.after, length))
+    return mix(there, stages)
 
 
 def _make_demo(stop: StopRequest) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from pretrain_cli.config.run_config import RunConfig
 from pretrain_cli.data.mixture import Mixture
+from pretrain_cli.data.stages import PlannedStage, plan_stages
 from pretrain_cli.data.tokenizers.tokenizer import Tokenizer
 from pretrain_cli.engine.optim.kinds import OPTIMIZERS
 from pretrain_cli.engine.optim.schedule import learning_rate
@@ -28,6 +29,7 @@ from pretrain_cli.engine.planning.choices import (
     choose_micro_batch_size,
     choose_samples_per_step,
     choose_seq_len,
+    smaller_micro_batch,
     suggested_learning_rate,
 )
 from pretrain_cli.engine.planning.data_and_model import find_architecture, find_data
@@ -60,6 +62,10 @@ class StepPlan:
     tokenizer: Tokenizer | None = None
     """Tokenizer of the data, whose vocabulary the model has; None for steps on random tokens."""
 
+    def rows_at_once(self, seq_len: int) -> int:
+        """Return the micro-batch for samples of this length."""
+        return self.micro_batch_size
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(StepPlan):
@@ -69,6 +75,10 @@ class Plan(StepPlan):
     micro_batch_reason: str
     """Reason for the micro-batch size; empty if the settings give it."""
     samples_per_step: int
+    """Samples of the first stage's length."""
+    stages: tuple[PlannedStage, ...]
+    micro_batches: dict[int, int]
+    """Micro-batch for each length of samples."""
     steps: int
     learning_rate: float
     warmup_steps: int
@@ -79,6 +89,15 @@ class Plan(StepPlan):
     @property
     def tokens_per_step(self) -> int:
         return self.samples_per_step * self.seq_len
+
+    def rows_at_once(self, seq_len: int) -> int:
+        """Return the micro-batch for samples of this length."""
+        return self.micro_batches[seq_len]
+
+    def seq_len_at(self, position: int) -> int:
+        """Return the length of samples at a position in the training order."""
+        step = position // self.samples_per_step
+        return [stage for stage in self.stages if stage.first_step <= step][-1].seq_len
 
     def learning_rate_at(self, step: int, *, steps: int | None = None) -> float:
         """Return the learning rate of the step after `step` steps. `steps` is another length of the
@@ -141,7 +160,10 @@ def make_plan(
 
     seq_len = choose_seq_len(data.seq_len, config, mixture, on_cpu)
     flops = counting.training_flops(config, seq_len).exact
-    masked = hides_keys(config, seq_len, documents=data.document_mask)
+    longest = max(seq_len, max(stage.seq_len or 0 for stage in mixture.stages))
+    if longest > seq_len:
+        choose_seq_len(longest, config, mixture, on_cpu)
+    masked = hides_keys(config, longest, documents=data.document_mask)
     speed = resolve_speed(settings.speed, ranks.device, model=config, is_masked=masked)
     samples = choose_samples_per_step(settings, ranks, seq_len, flops, on_cpu)
     micro = choose_micro_batch_size(settings, ranks, config, seq_len, samples, speed, resumed)
@@ -163,6 +185,20 @@ def make_plan(
         steps = max(20, math.ceil(counting.suggested_tokens(config) / per_step))
         emit(Notice(f"{steps:,} steps: 20 tokens a parameter; --steps or --tokens sets it"))
 
+    stages = plan_stages(
+        mixture,
+        seq_len=seq_len,
+        tokens_per_step=per_step,
+        steps=steps,
+        max_epochs=data.max_epochs,
+    )
+    micro_batches = {
+        length: smaller_micro_batch(micro.size, seq_len, length, per_step, ranks.world_size)
+        for length in {stage.seq_len for stage in stages}
+    }
+    for stage in stages[1:]:
+        unreached = "" if stage.first_step < steps else f" (beyond this run's {steps:,})"
+        emit(Notice(f"After step {stage.first_step:,}{unreached}: {stage}"))
     eval_every = choose_interval(train.eval_every, steps, at_least=50)
     rate = optimizer.learning_rate
     if rate == "auto":
@@ -195,6 +231,8 @@ def make_plan(
         loss_weights=_loss_weights(optimizer.z_loss, config),
         micro_batch_reason=micro.reason,
         samples_per_step=samples,
+        stages=tuple(stages),
+        micro_batches=micro_batches,
         steps=steps,
         learning_rate=rate,
         warmup_steps=warmup,
@@ -218,7 +256,7 @@ def resolved(plan: Plan) -> RunConfig:
     The micro-batch stays as given, because it depends on the machine.
     """
     tree: dict[str, Any] = plan.settings.model_dump()
-    asked = [source.asked for source in plan.data.sources]
+    asked = [source.asked for source in plan.data.stages[0].sources]
     tree["data"] |= {"path": asked, "seq_len": plan.seq_len}
     tree["optimizer"] |= {
         "learning_rate": plan.learning_rate,

@@ -53,9 +53,11 @@ def apply_memory(keep: bool) -> None:
 def give_back_memory() -> None:
     """Make glibc return freed memory to the kernel, with fixed thresholds instead of adaptive ones.
 
-    Holds for the rest of the process, and for processes forked from it.
+    Holds for the rest of the process, and for processes forked from it. The thresholds are above
+    the megabytes that tokenizing passes between its processes: with 256 KB, it took 1.4 times as
+    long, a fifth of it in the kernel.
     """
     if platform.libc_ver()[0] == "glibc":
         libc: Any = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, 2**18)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**20)
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**22)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**23)

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from pretrain_cli.data.batches import Batches, Samples
 from pretrain_cli.data.dataset import Dataset
+from pretrain_cli.data.mixture import as_integers
 from pretrain_cli.data.opening import open_samples
 from pretrain_cli.data.packing import Packed
+from pretrain_cli.data.stages import StagedBatches
 from pretrain_cli.engine.planning.plan import Plan
 from pretrain_cli.engine.runs.events import Emit, Notice
 from pretrain_cli.engine.runtime.distributed import Ranks
@@ -27,25 +29,41 @@ from pretrain_cli.spans import span
 def open_batches(plan: Plan, ranks: Ranks, emit: Emit) -> "Prefetcher":
     """Open the training samples of a plan, in training order. Builds the index of packed documents
     if it does not exist. Every rank must call it."""
-    samples = [_open_samples(source.dataset, plan, ranks, emit) for source in plan.data.trained_on]
-    batches = Batches(
-        samples,
-        plan.data.weights([len(each) for each in samples]),
-        seq_len=plan.seq_len,
-        samples_per_step=plan.samples_per_step,
-        seed=plan.settings.train.seed,
-        documents=plan.settings.data.document_mask,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-    )
-    return Prefetcher(batches, device=ranks.device, prefetch=plan.speed.prefetch)
+    sources, stages = plan.data.trained_on, plan.stages
+    opened: dict[int, list[Samples]] = {}  # by length of a sample
+    taken: dict[int, list[int]] = {}  # samples of each source that earlier stages took
+    batches: list[tuple[int, Batches]] = []
+    for stage, following in zip(stages, (*stages[1:], None), strict=True):
+        length = stage.seq_len
+        if length not in opened:
+            opened[length] = [_open_samples(s.dataset, length, plan, ranks, emit) for s in sources]
+            taken[length] = [0] * len(sources)
+        samples = opened[length]
+        reader = Batches(
+            samples,
+            as_integers(stage.weights, [len(each) for each in samples]),
+            seq_len=length,
+            samples_per_step=plan.tokens_per_step // length,
+            seed=plan.settings.train.seed,
+            documents=plan.settings.data.document_mask,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            before=taken[length],
+        )
+        batches.append((stage.first_step, reader))
+        if following is not None:
+            steps = following.first_step - stage.first_step
+            counts = reader.counts(steps * reader.samples_per_step)
+            taken[length] = [sum(pair) for pair in zip(taken[length], counts, strict=True)]
+    staged = StagedBatches(batches)
+    return Prefetcher(staged, device=ranks.device, prefetch=plan.speed.prefetch)
 
 
-def _open_samples(dataset: Dataset, plan: Plan, ranks: Ranks, emit: Emit) -> Samples:
+def _open_samples(dataset: Dataset, seq_len: int, plan: Plan, ranks: Ranks, emit: Emit) -> Samples:
     def opened() -> Samples:
         return open_samples(
             dataset,
-            seq_len=plan.seq_len,
+            seq_len=seq_len,
             packing=plan.settings.data.packing,
             notify=lambda text: emit(Notice(text)),
         )
@@ -86,7 +104,9 @@ class Prefetcher:
     """Yields the steps' batches in order. `wait` is how many seconds the last one kept training
     waiting."""
 
-    def __init__(self, batches: Batches, *, device: torch.device, prefetch: bool) -> None:
+    def __init__(
+        self, batches: Batches | StagedBatches, *, device: torch.device, prefetch: bool
+    ) -> None:
         self.batches = batches
         self.device = device
         self.sample = 0
@@ -123,7 +143,7 @@ class Prefetcher:
 
     def counts(self, sample: int) -> list[int]:
         """Return how many of the samples before this one come from each source."""
-        return self.batches.interleaving.counts(sample)
+        return self.batches.counts(sample)
 
     def _read(self, sample: int) -> DeviceBatch:
         """Read a batch and start to copy it to the device. A GPU copies it beside the kernels of

@@ -68,11 +68,12 @@ def add_gradients(
     if job.plan.speed.cuda_graphs:
         _allocate_gradients(model)
     total = torch.zeros((), device=batch.inputs.device)
-    for start in range(0, len(batch.inputs), job.plan.micro_batch_size):
+    at_once = job.plan.rows_at_once(batch.inputs.shape[1])
+    for start in range(0, len(batch.inputs), at_once):
         if start and stop():
             model.zero_grad(set_to_none=True)
             raise Stopped
-        rows = slice(start, start + job.plan.micro_batch_size)
+        rows = slice(start, start + at_once)
         with sync_gradients(model, last=rows.stop >= len(batch.inputs)):
             with span("forward"):
                 parts = model(

@@ -66,6 +66,7 @@ class StepReport:
         (rate, auxiliary), self.begun = self.begun, None
         state = self.rollback.collect_outcomes(state, started=True)
         if not self.rollback.reason:
+            self.meter.flops = self._flops(state)
             metrics = self.meter.read(
                 state.step,
                 tokens=state.tokens,
@@ -77,6 +78,14 @@ class StepReport:
             )
             self.log.emit(metrics)
         return state
+
+    def _flops(self, state: State) -> Flops:
+        """Return the operations per token of the step just taken, whose samples may be longer than
+        those of earlier stages."""
+        plan = self.job.plan
+        return counting.training_flops(
+            plan.model, plan.seq_len_at(state.samples - plan.samples_per_step)
+        )
 
     def flush(self, state: State) -> State:
         """Finish this step if it was begun, and collect the outcomes of all steps. Waits for the

@@ -59,12 +59,47 @@ LINES = st.one_of(
 )
 
 
+class Stream:
+    """A stream that returns these blocks, then raises."""
+
+    def __init__(self, blocks, failure):
+        self.blocks, self.failure = iter(blocks), failure
+
+    def read1(self, size):
+        block = next(self.blocks, b"")
+        if not block and self.failure:
+            raise EOFError
+        return block
+
+
+@given(st.lists(st.text("ab\n", min_size=1, max_size=30)), st.booleans())
+def test_a_stream_is_cut_into_whole_lines(blocks, fails):
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "READ_AT_ONCE", 10)
+        try:
+            for data in module._whole_lines(Stream([b.encode() for b in blocks], fails)):
+                found.append(data.decode())
+        except EOFError:
+            assert fails
+    lines = "".join(blocks).splitlines(keepends=True)
+    if fails and lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    assert "".join(found) == "".join(lines)
+    for data in found[:-1]:
+        assert data.endswith("\n")
+    longest = max(map(len, blocks), default=0)
+    for data in found:
+        assert data.count("\n") <= 1 or len(data) <= 2 * longest + 20
+        assert all(len(line) <= longest + 10 for line in data.splitlines()) or "\n" not in data[:-1]
+
+
 @given(st.lists(LINES.map(lambda line: line.encode(errors="surrogatepass")), max_size=3))
 def test_orjson_changes_no_text_and_no_message(lines):
     """Lines that it reads otherwise, or not at all, go to the standard library's reader."""
 
     def outcome():
-        part = module.Lines(Path("a.jsonl"), "text", 1, [line + b"\n" for line in lines])
+        part = module.Lines(Path("a.jsonl"), "text", 1, b"".join(line + b"\n" for line in lines))
         try:
             return list(part.texts(lambda where: where != ":2"))
         except DataError as error:

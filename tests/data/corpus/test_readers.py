@@ -9,7 +9,6 @@ import lzma
 import os
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 from backports import zstd
@@ -377,8 +376,8 @@ def test_an_unreadable_file_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_text("closed")
 
-    def refuse(self, *_, **__):
-        raise PermissionError(13, "Permission denied", str(self))
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(module, "open", refuse, raising=False)
     assert refusal(path) == f"{path}: can't be read (Permission denied)"

@@ -165,15 +165,14 @@ class Wrong:
     def __init__(self, real):
         self.real = real
 
-    def encode(self, text):
-        ids = self.real.encode(text).copy()
-        if "fault" in text:
-            ids[0] += 1
-        return ids
-
     def encode_batch(self, texts, *, parallel):
         assert not parallel
-        return self.real.encode_batch(texts, parallel=False)
+        made = self.real.encode_batch(texts, parallel=False)
+        offsets, ids = (np.asarray(a.data) for a in (made.layout.offsets, made.layout.content))
+        for text, start in zip(texts, offsets, strict=False):
+            if b"fault" in text:
+                ids[start] += 1
+        return made
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def test_batches_are_returned_in_their_order(load, workers):
         assert [encoded.tokens.tolist() for encoded in several(tasks_of(batches))] == expected
 
 
-def dirtied(batch):
+def dirtied(slot, task):
     """Return the bytes of shared memory that a garbage collection in a worker process writes to."""
 
     def private():

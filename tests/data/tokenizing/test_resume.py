@@ -25,6 +25,7 @@ SMALL = {
     "pretrain_cli.data.tokenizing.pipeline.WHOLE_FILE": 5000,
     "pretrain_cli.data.tokenizing.pipeline.LONG_RECORD": 6000,
     "pretrain_cli.data.corpus.records.READ_AT_ONCE": 1000,
+    "pretrain_cli.data.corpus.json_records.READ_AT_ONCE": 1000,
     "pretrain_cli.data.tokenizing.blocks.BLOCK_CHARACTERS": 2000,
     "pretrain_cli.data.tokenizing.encoder.PIECE": 500,
     "pretrain_cli.data.corpus.readers.READ_BYTES": 1000,

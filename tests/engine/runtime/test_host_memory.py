@@ -65,7 +65,7 @@ if {give_back}:
     give_back_memory()
 bytes(2**24)  # after which glibc by itself keeps blocks up to this size
 before = resident()
-blocks = [bytearray(2**20) for _ in range(20)]
+blocks = [bytearray(2**22) for _ in range(7)]
 del blocks
 print(resident() - before)
 """

@@ -73,6 +73,30 @@ def test_resuming_gives_the_same_losses_and_weights(settings, run, tmp_path, mod
     assert_same_weights(later, tmp_path / "straight/checkpoints/step-000006")
 
 
+@pytest.mark.parametrize("stops", [3, 4])
+@pytest.mark.parametrize("packing", ["concat", "best-fit"])
+def test_a_run_resumes_before_and_at_the_beginning_of_a_stage(
+    settings, run, tmp_path, dataset, other_dataset, packing, stops
+):
+    """From step 4 on there is another mixture, in samples twice as long."""
+    stage = {"after": 4 * 128, "path": [f"{dataset}:1", f"{other_dataset}:3"], "seq_len": 64}
+    common = {"data__stages": [stage], "data__packing": packing, "train__steps": 8}
+    run(settings("straight", train__checkpoint_every=8, **common))
+    run(settings("halves", train__checkpoint_every=stops, train__keep_checkpoints=9, **common))
+    checkpoints = tmp_path / "halves/checkpoints"
+    for path in sorted(checkpoints.glob("step-*"))[1:]:
+        shutil.rmtree(path)
+    assert [path.name for path in checkpoints.glob("step-*")] == [f"step-{stops:06}"]
+    resume(run, tmp_path / "halves")
+    assert numbers(tmp_path / "halves") == numbers(tmp_path / "straight")
+    last = "checkpoints/step-000008"
+    assert_same_weights(tmp_path / "halves" / last, tmp_path / "straight" / last)
+    rows = [row for row in numbers(tmp_path / "straight") if row["kind"] == "step"]
+    assert [row["tokens"] for row in rows] == [128 * step for step in range(1, 9)]
+    assert rows[3]["sources"] == {str(dataset): 512, str(other_dataset): 0}
+    assert rows[7]["sources"] == {str(dataset): 640, str(other_dataset): 384}
+
+
 @pytest.mark.parametrize("packing", ["concat", "best-fit"])
 def test_resuming_a_mixture_continues_each_sources_epoch(
     settings, run, tmp_path, dataset, other_dataset, packing

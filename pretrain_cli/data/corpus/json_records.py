@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from pretrain_cli.data.corpus.records import (
     READ_AT_ONCE,
     NotText,
@@ -30,6 +32,7 @@ DECODER = json.JSONDecoder(parse_int=float)  # int() refuses 5,000 digits
 CUT = 16
 """Characters before the end of the buffer where an error may come from the cut: no literal and no
 escape of JSON is longer."""
+NEWLINE = ord("\n")
 BYTE_ORDER_MARK = "\ufeff"
 SPACE = " \t\r\n" + BYTE_ORDER_MARK
 OTHER_WAYS = "name the key with --text-key, or read all files as plain text with --input text"
@@ -79,9 +82,11 @@ def json_lines(source: Source) -> Iterator[Part]:
 def _lines(source: Source) -> Iterator[Part]:
     first = 1
     for data in _whole_lines(source.stream):
-        part = Lines(source.path, source.key, first, data)
-        yield part
-        first += part.count
+        # numpy counts several times as fast as bytes.count
+        newlines = int(np.count_nonzero(np.frombuffer(data, np.uint8) == NEWLINE))
+        count = newlines + (not data.endswith(b"\n"))
+        yield Lines(source.path, source.key, first, count, data)
+        first += count
 
 
 def _whole_lines(stream: Any) -> Iterator[bytes]:
@@ -128,21 +133,20 @@ class Lines:
     key: str
     first: int
     """Number of the first line."""
+    count: int
     data: bytes
 
     @property
     def size(self) -> int:
         return len(self.data)
 
-    @property
-    def count(self) -> int:
-        return self.data.count(b"\n") + (not self.data.endswith(b"\n"))
-
     def after(self, count: int) -> "Lines":
         begin = 0
         for _ in range(count):
             begin = self.data.index(b"\n", begin) + 1
-        return replace(self, first=self.first + count, data=self.data[begin:])
+        return replace(
+            self, first=self.first + count, count=self.count - count, data=self.data[begin:]
+        )
 
     def texts(self, replaces: Callable[[str], bool]) -> Iterator[Record]:
         begin = 0

@@ -99,7 +99,8 @@ def test_orjson_changes_no_text_and_no_message(lines):
     """Lines that it reads otherwise, or not at all, go to the standard library's reader."""
 
     def outcome():
-        part = module.Lines(Path("a.jsonl"), "text", 1, b"".join(line + b"\n" for line in lines))
+        data = b"".join(line + b"\n" for line in lines)
+        part = module.Lines(Path("a.jsonl"), "text", 1, data.count(b"\n"), data)
         try:
             return list(part.texts(lambda where: where != ":2"))
         except DataError as error:

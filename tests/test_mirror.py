@@ -15,6 +15,7 @@ TESTED_ELSEWHERE = {
     "engine/training/checkpointer.py": "engine/training/test_async_save.py and test_rollback.py",
     "commands/benchmark/show.py": "its tables are asserted in commands/benchmark/test_command.py",
     "commands/display.py": "its lines are asserted in commands/test_train.py and others",
+    "commands/instead_of_training.py": "its commands: test_train.py, test_lr_find.py and others",
     "data/corpus/documents.py": "data/corpus/test_readers.py; every reader's texts pass it",
     "data/tokenizing/pipeline.py": "data/tokenizing/test_tokenize.py and test_resume.py",
     "data/tokenizing/progress.py": "types without behaviour; test_resume.py saves and reads them",

@@ -9,6 +9,7 @@ single-device code, to which training applies, in this order:
 import contextlib
 import os
 import platform
+import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,12 @@ class Ranks:
             dist.barrier()
 
 
+GLOO_SECONDS = 0.2
+"""Seconds to wait before a Gloo group is given up. Its threads take the interpreter's lock to drop
+the last tensors, and its end, which holds that lock, waits for its threads: seen once in some 40
+runs of two ranks, a process then hangs after its last line."""
+
+
 @contextlib.contextmanager
 def open_ranks(device: str) -> Generator[Ranks]:
     """Open the process group that torchrun started, or a single rank, on this device.
@@ -93,6 +100,8 @@ def open_ranks(device: str) -> Generator[Ranks]:
         yield Ranks(rank, world_size, place)
     finally:
         if world_size > 1:
+            if place.type != "cuda":
+                time.sleep(GLOO_SECONDS)
             dist.destroy_process_group()
 
 

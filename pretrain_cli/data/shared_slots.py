@@ -1,7 +1,7 @@
 """Slots: memory that a process shares with those it forks, for messages of megabytes.
 
 Through the pipes of multiprocessing, a message is sent and received 64 KB at a time, by threads
-that keep others waiting; that took a fifth of the time of tokenizing.
+that keep others waiting. Without them, 300 MB of JSON lines were tokenized 1.07 times as fast.
 """
 
 import mmap

@@ -97,7 +97,8 @@ def _capped(
     times has no weight."""
     left = [max_epochs * size for size in sizes]  # tokens
     capped: list[PlannedStage] = []
-    for stage, end in zip(stages, [*(s.first_step for s in stages[1:]), steps], strict=True):
+    ends = [*(min(stage.first_step, steps) for stage in stages[1:]), steps]
+    for stage, end in zip(stages, ends, strict=True):
         weights, step = list(stage.weights), stage.first_step
         while step < end:
             parts = [size if w is None else w for w, size in zip(weights, sizes, strict=True)]

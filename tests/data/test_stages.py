@@ -67,6 +67,14 @@ def test_the_tokens_of_earlier_stages_count_towards_the_most_epochs():
     assert facts(stages) == [(0, 16, [1, 1]), (10, 16, [3, 1]), (22, 16, [3, 0])]
 
 
+def test_a_stage_beyond_the_end_of_the_run_does_not_count():
+    """The dataset lasts for the 100 steps, not for the 1,000 until the next stage."""
+    stages = planned(
+        (0, [source("a", tokens=6400)], None), (64_000, [source("b")], None), max_epochs=1
+    )
+    assert [(stage.first_step, stage.weights) for stage in stages] == [(0, (None, 0))]
+
+
 @pytest.mark.parametrize(
     ("stages", "step"),
     [

@@ -128,6 +128,13 @@ class FileReader:
         self.remarks[DAMAGED] += 1
 
     def _open_raw(self) -> io.BufferedReader | io.BytesIO:
+        if 0 < self.file.size < READ_BYTES and not self.file.is_remote:
+            with open(self.file.location, "rb", buffering=0) as small:
+                data = small.read(READ_BYTES)
+            if len(data) < READ_BYTES:  # it has not grown
+                self.position = len(data)
+                self.checksum.update(data)
+                return io.BytesIO(data)
         file: Any
         if self.file.is_remote:
             file = HubFile(self.file)
@@ -135,14 +142,6 @@ class FileReader:
             file = sys.stdin.buffer
         else:
             file = open(self.file.location, "rb", buffering=0)  # noqa: SIM115, closed by the reader
-            if 0 < self.file.size < READ_BYTES:
-                with file:
-                    data = file.read(READ_BYTES)
-                if len(data) < READ_BYTES:  # it has not grown
-                    self.position = len(data)
-                    self.checksum.update(data)
-                    return io.BytesIO(data)
-                file = open(self.file.location, "rb", buffering=0)  # noqa: SIM115
         return io.BufferedReader(_Observed(file, self), READ_BYTES)
 
     # --- plain text ------------------------------------------------------------------------------

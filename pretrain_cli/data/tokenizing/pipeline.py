@@ -148,7 +148,7 @@ class Pipeline:
             else:
                 part, records = content.after(records), 0
                 if part.size <= LONG_RECORD or part.count > 1:
-                    yield [FilePart(str(reader.file.path), part)], part.size
+                    yield [FilePart(reader.file.location, part)], part.size
                     continue
                 yield from self._long_record(reader.file, part, block)
                 block = 0
@@ -158,7 +158,7 @@ class Pipeline:
     ) -> Iterator[tuple[list[Item], int]]:
         """Yield (items, bytes of their text) of a part that is one long record, without its first
         blocks."""
-        screen = Screen(file.path, self.request.reading)
+        screen = Screen(file.location, self.request.reading)
         held: list[Item] = []
         size = 0
         for document in screen.documents(part):

@@ -10,7 +10,8 @@ from pydantic import BaseModel
 from pretrain_cli.data.shards import Manifest, Shard, SplitName, TokenType
 
 PROGRESS_VERSION: Final = 2
-"""Version of what progress.json says; a run that another version began starts over."""
+"""Version of progress.json. A run that another version began starts over: before 2, the position
+inside a file of records was a number of documents."""
 
 Row = dict[str, Any]
 """A line of files.jsonl."""
@@ -85,7 +86,7 @@ class ResumePoint:
 class SavedProgress(BaseModel):
     """Contents of progress.json, saved every few seconds."""
 
-    version: Literal[2] = PROGRESS_VERSION
+    version: Literal[2]
     options: dict[str, Any]
     appends_to: str | None
     """Fingerprint of the dataset that is appended to."""

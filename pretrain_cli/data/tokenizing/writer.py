@@ -37,6 +37,7 @@ from pretrain_cli.data.tokenizers.tokenizer import Tokenizer
 from pretrain_cli.data.tokenizing.block_writer import BlockWriter
 from pretrain_cli.data.tokenizing.blocks import Encoded
 from pretrain_cli.data.tokenizing.progress import (
+    PROGRESS_VERSION,
     Cursor,
     Earlier,
     Encoding,
@@ -156,6 +157,7 @@ class DatasetWriter:
             return  # a stream can't be read again from its start
         blocks = self.blocks
         progress = SavedProgress(
+            version=PROGRESS_VERSION,
             options=self.request.options,
             appends_to=self.existing.fingerprint if self.existing else None,
             file=self._identity(blocks.place),

@@ -192,9 +192,9 @@ def make_plan(
         steps=steps,
         max_epochs=data.max_epochs,
     )
-    micro_batches = {
+    micro_batches = {seq_len: micro.size} | {
         length: smaller_micro_batch(micro.size, seq_len, length, per_step, ranks.world_size)
-        for length in {stage.seq_len for stage in stages}
+        for length in {stage.seq_len for stage in stages} - {seq_len}
     }
     for stage in stages[1:]:
         unreached = "" if stage.first_step < steps else f" (beyond this run's {steps:,})"

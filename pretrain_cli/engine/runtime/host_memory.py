@@ -54,8 +54,8 @@ def give_back_memory() -> None:
     """Make glibc return freed memory to the kernel, with fixed thresholds instead of adaptive ones.
 
     Holds for the rest of the process, and for processes forked from it. The thresholds are above
-    the megabytes that tokenizing passes between its processes: with 256 KB, it took 1.4 times as
-    long, a fifth of it in the kernel.
+    the megabytes that tokenizing passes between its processes: with 256 KB, it took 1.3 times as
+    long, a quarter of it in the kernel.
     """
     if platform.libc_ver()[0] == "glibc":
         libc: Any = ctypes.CDLL(None)

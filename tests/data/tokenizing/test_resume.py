@@ -202,6 +202,16 @@ def test_a_run_resumes_inside_a_file_of_records(corpus, straight, killed, again,
     assert again() == (expected, True)
 
 
+def test_the_progress_of_another_version_is_not_continued(straight, killed, again):
+    """Its position may mean something else."""
+    assert killed(NOTE, 8)
+    path = Path("killed/made.partial/progress.json")
+    saved = json.loads(path.read_text())
+    del saved["version"]  # as before version 2
+    path.write_text(json.dumps(saved))
+    assert again() == (straight(), False)
+
+
 def test_a_run_with_several_processes_resumes_with_one(straight, killed, again):
     """The number of processes may differ, because the dataset does not depend on it."""
     assert killed(NOTE, 8, "--workers", "3", **{"pretrain_cli.data.tokenizing.pipeline.SMALL": 0})

@@ -19,6 +19,7 @@ from pretrain_cli.data.corpus.records import (
     Part,
     Record,
     Source,
+    UntilFailure,
     in_parts,
 )
 from pretrain_cli.errors import DataError
@@ -94,14 +95,8 @@ def _whole_lines(stream: Any) -> Iterator[bytes]:
     exception is raised after the whole lines before it."""
     whole: list[bytes] = []
     rest: list[bytes] = []  # of a line that goes on
-    failure = None
-    while True:
-        try:
-            block = stream.read1(READ_AT_ONCE)
-        except Exception as error:
-            block, failure = b"", error
-        if not block:
-            break
+    blocks = UntilFailure(iter(lambda: stream.read1(READ_AT_ONCE), b""))
+    for block in blocks:
         end = block.rfind(b"\n") + 1
         if end and sum(map(len, rest)) > READ_AT_ONCE:
             first = block.find(b"\n") + 1
@@ -119,8 +114,7 @@ def _whole_lines(stream: Any) -> Iterator[bytes]:
             whole = []
     if whole:
         yield b"".join(whole)
-    if failure:
-        raise failure
+    blocks.raise_failure()
     if rest:
         yield b"".join(rest)
 

@@ -8,10 +8,10 @@ The texts are bytes; whether these are UTF-8 is checked by the caller.
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Protocol, TypeVar
+from typing import IO, Generic, Protocol, TypeVar
 
 READ_AT_ONCE = 2**20
 """Bytes of a file read at a time."""
@@ -78,18 +78,38 @@ def in_parts(records: Iterator[Record]) -> Iterator[ParsedRecords]:
         yield ParsedRecords(gathered)
 
 
-def gather(items: Iterator[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
+class UntilFailure(Generic[T]):
+    """Iterable over items that ends where their iterator raises, so that the items before can be
+    handled first."""
+
+    def __init__(self, items: Iterable[T]) -> None:
+        self.items = items
+        self.failure: Exception | None = None
+
+    def __iter__(self) -> Iterator[T]:
+        coming = iter(self.items)
+        while True:
+            try:
+                item = next(coming)
+            except StopIteration:
+                return
+            except Exception as error:
+                self.failure = error
+                return
+            yield item
+
+    def raise_failure(self) -> None:
+        """Raise the exception that ended the iteration, if one did."""
+        if self.failure is not None:
+            raise self.failure
+
+
+def gather(items: Iterable[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
     """Gather items into lists of about READ_AT_ONCE bytes; a longer item is a list of its own. An
     exception of the iterator is raised after the items before it."""
     held: list[T] = []
-    size, failure = 0, None
-    while True:
-        try:
-            item = next(items, None)
-        except Exception as error:
-            item, failure = None, error
-        if item is None:
-            break
+    size, coming = 0, UntilFailure(items)
+    for item in coming:
         its_size = size_of(item)
         if held and size + its_size > READ_AT_ONCE:
             yield held
@@ -98,8 +118,7 @@ def gather(items: Iterator[T], size_of: Callable[[T], int]) -> Iterator[list[T]]
         size += its_size
     if held:
         yield held
-    if failure:
-        raise failure
+    coming.raise_failure()
 
 
 @dataclass(frozen=True, kw_only=True)

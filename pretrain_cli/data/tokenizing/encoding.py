@@ -29,6 +29,7 @@ import numpy as np
 
 from pretrain_cli.data.corpus.documents import ReadOptions, Screen
 from pretrain_cli.data.corpus.readers import FileReader
+from pretrain_cli.data.corpus.records import UntilFailure
 from pretrain_cli.data.shared_slots import SharedSlots
 from pretrain_cli.data.tokenizers.tokenizer import Tokenizer
 from pretrain_cli.data.tokenizing.blocks import (
@@ -230,15 +231,9 @@ class _Pools:
                 self._start()
             return encoded
 
-        coming, failure = iter(tasks), None
+        coming = UntilFailure(tasks)  # raised after what comes before it, at any speed
         try:
-            while True:
-                try:
-                    task = next(coming, None)
-                except Exception as error:  # raised after what comes before it, for any speed
-                    task, failure = None, error
-                if task is None:
-                    break
+            for task in coming:
                 with warnings.catch_warnings():
                     # warning about forking a process with threads: workers use none of their locks
                     warnings.simplefilter("ignore", DeprecationWarning)
@@ -247,8 +242,7 @@ class _Pools:
                     yield next_result()
             while under_way:
                 yield next_result()
-            if failure:
-                raise failure
+            coming.raise_failure()
         except BrokenProcessPool:
             raise DataError(
                 "a tokenizing process was ended from outside, perhaps because memory ran out; run "

@@ -1,6 +1,6 @@
 """Compare short training runs of this checkout with those of another commit, bit for bit.
 
-    python .tools/golden_losses.py --against COMMIT [--only NAME] [--keep FOLDER]
+    python .tools/golden_losses.py --against COMMIT [--only NAME] [--keep FOLDER] [--here="…"]
 
 Run it before and after a change that should not alter results. Each run is started through the
 command line, in this checkout and in a clone of COMMIT, on one CPU thread. The script compares the
@@ -21,6 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,21 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
     "--seq-len 64 --tokens-per-step 512 --micro-batch-size 4 --steps 6 "
-    "--set train.eval_every=3 --set train.log_every=1"
+    "--set train.eval_every=3 --set train.log_every=1 "
+    # in full, so that both sides do the same where their defaults differ
+    "--optimizer adamw --learning-rate 3e-3 --schedule cosine "
+    + " ".join(
+        f"--set optimizer.{name}"
+        for name in (
+            "embedding_rate_scale=1.0",
+            "head_rate_scale=1.0",
+            "betas=[0.9,0.95]",
+            "eps=1e-8",
+            "weight_decay=0.1",
+            "warmup_steps=1",
+            "final_fraction=0.1",
+        )
+    )
 )
 LAYERS = "--set model.num_hidden_layers=3"
 GEMMA = f"--model gemma3-tiny {LAYERS} --set model.sliding_window=16 {SMALL}"
@@ -52,10 +67,13 @@ RUNS: dict[str, list[str]] = {  # the commands of each run, in order; all write 
     "float32": [f"{GEMMA} --dtype float32 --attn eager"],
     "sdpa": [f"{GEMMA} --attn sdpa --set speed.chunked_loss=false"],
     "mixture-of-experts": [EXPERTS],
-    "muon": [f"{GEMMA} --optimizer muon --schedule wsd"],
+    "muon": [
+        f"{GEMMA} --optimizer muon --schedule wsd --dtype bfloat16 "
+        "--set optimizer.decay_fraction=0.2 --set optimizer.momentum=0.95"
+    ],
     "document-mask": [f"{GEMMA} --document-mask --set optimizer.z_loss=1e-4"],
     "packing": [f"{QWEN} --packing best-fit"],
-    "resumed": [f"{GEMMA} --schedule constant --steps 3", "--resume {out} --steps 6"],
+    "resumed": [f"{GEMMA} --schedule linear --steps 3", "--resume {out} --steps 6"],
     "two-ranks": [f"{GEMMA} --set train.parallel=ddp"],
     "two-ranks-fsdp": [f"{QWEN} --set train.parallel=fsdp"],
 }
@@ -72,13 +90,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--against", required=True, metavar="COMMIT")
     parser.add_argument("--only", choices=RUNS, help="compare this run alone")
+    parser.add_argument(
+        "--here",
+        action="append",
+        default=[],
+        metavar="[RUN:]ARGUMENTS",
+        help="arguments of `train` in this checkout alone, where COMMIT lacks a setting",
+    )
     parser.add_argument("--keep", type=Path, help="keep the runs of this checkout in this folder")
     arguments = parser.parse_args()
     names = [arguments.only] if arguments.only else list(RUNS)
     commit = git("rev-parse", f"{arguments.against}^{{commit}}")
     expected = recorded(commit, names)
     with tempfile.TemporaryDirectory() as scratch:
-        actual = record(ROOT, arguments.keep or Path(scratch), names)
+        actual = record(ROOT, arguments.keep or Path(scratch), names, arguments.here)
     differing = 0
     for name in ["dataset", *names]:
         difference = first_difference(expected[name], actual[name])
@@ -111,8 +136,11 @@ def recorded(commit: str, names: list[str]) -> dict[str, Any]:
     return known
 
 
-def record(checkout: Path, folder: Path, names: list[str]) -> dict[str, Any]:
-    """Run the named runs of a checkout in a folder. Returns {"dataset": ..., name: results}."""
+def record(
+    checkout: Path, folder: Path, names: list[str], more: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Run the named runs of a checkout in a folder, with more arguments. Returns {"dataset": ...,
+    name: results}."""
     folder.mkdir(parents=True, exist_ok=True)
     corpus = folder / "corpus"
     corpus.mkdir()
@@ -127,16 +155,19 @@ def record(checkout: Path, folder: Path, names: list[str]) -> dict[str, Any]:
     pretrain(checkout, folder, f"tokenize --tokenizer bpe --vocab-size 320 {corpus} --out data")
     results = {"dataset": {p.name: digest(p) for p in sorted((folder / "data").glob("*.bin"))}}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = {name: pool.submit(run, checkout, folder, name) for name in names}
+        runs = {name: pool.submit(run, checkout, folder, name, more) for name in names}
     return results | {name: future.result() for name, future in runs.items()}
 
 
-def run(checkout: Path, folder: Path, name: str) -> dict[str, Any]:
+def run(checkout: Path, folder: Path, name: str, more: Sequence[str]) -> dict[str, Any]:
     """Train one run. Returns its logged numbers, texts and the digests of its last checkpoint."""
     out = folder / name
+    own = " ".join(
+        text.rpartition(":")[2] for text in more if text.rpartition(":")[0] in ("", name)
+    )
     for command in RUNS[name]:
         resumed = "--resume" in command
-        start = "train " if resumed else f"train --data data --device cpu --out {out} "
+        start = "train " if resumed else f"train --data data --device cpu --out {out} {own} "
         ranks = 2 if name.startswith("two-ranks") else 1
         pretrain(checkout, folder, start + command.format(out=out), ranks)
     logged = []

@@ -33,6 +33,22 @@ TINY = (
     "--seq-len 32 --micro-batch-size 2 --dtype float32"
 )
 TRAINED_STEPS = 60
+# In full, so that the text that the trained model samples does not change with the defaults.
+TRAINED_WITH = (
+    "--optimizer adamw --learning-rate 0.01 --schedule cosine --set model.initialization=normal "
+    + " ".join(
+        f"--set optimizer.{setting}"
+        for setting in (
+            "embedding_rate_scale=1.0",
+            "betas=[0.9,0.95]",
+            "eps=1e-8",
+            "weight_decay=0.1",
+            "embedding_decay_scale=1",
+            "weight_decay_schedule=constant",
+            "final_fraction=0.1",
+        )
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -98,7 +114,7 @@ def _trained(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         done = run("tokenize --tokenizer bytes --val-fraction 0.1 corpus")
         assert done.code == 0, done.err
         done = run(
-            f"train {tiny} --steps {TRAINED_STEPS} --learning-rate 0.01 --out runs/tiny "
+            f"train {tiny} --steps {TRAINED_STEPS} {TRAINED_WITH} --out runs/tiny "
             "--set train.checkpoint_every=20 --set train.sample_tokens=16"
         )
         assert done.code == 0, done.err

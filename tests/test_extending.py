@@ -22,9 +22,10 @@ from pretrain_cli.engine.optim.kinds import OPTIMIZERS, OptimizerKind
 from pretrain_cli.engine.optim.optimizer import (
     MATRIX_OPTIMIZERS,
     build_optimizer,
-    set_learning_rate,
+    set_rates,
 )
-from pretrain_cli.engine.optim.schedule import SCHEDULES, learning_rate
+from pretrain_cli.engine.optim.recipe import make_recipe
+from pretrain_cli.engine.optim.schedule import SCHEDULES, StepRates, learning_rate
 from pretrain_cli.engine.planning import memory_estimate, plan
 from pretrain_cli.engine.planning.memory_estimate import ATTENTION, AttentionMemory
 from pretrain_cli.engine.runs import trackers
@@ -56,7 +57,7 @@ class MoreSpeed(SpeedConfig):
 
 
 class MoreOptimizer(OptimizerSettings):
-    name: Literal["adamw", "muon", "signs"] = "adamw"
+    name: Literal["adamw", "muon", "signs"] | Auto = "auto"
     """Optimizer."""
 
 
@@ -100,7 +101,7 @@ def applied(monkeypatch):
     monkeypatch.setitem(BACKENDS, "plain", backend)
     monkeypatch.setitem(ATTENTION, "plain", AttentionMemory(lambda t, window: 1000.0))
     monkeypatch.setitem(OPTIMIZERS, "signs", OptimizerKind(("memory",), no_shards="is shy"))
-    monkeypatch.setitem(MATRIX_OPTIMIZERS, "signs", lambda groups, settings: Signs(groups))
+    monkeypatch.setitem(MATRIX_OPTIMIZERS, "signs", lambda groups, settings, dtype: Signs(groups))
     return values
 
 
@@ -210,9 +211,9 @@ def test_a_skipped_step_changes_no_weight_of_a_new_optimizer(applied, fused):
     """`Signs` does not know `found_inf`, as a contributor's first version might not."""
     model = Decoder(dataclasses.replace(preset("qwen3-tiny"), layer_types=("full_attention",)))
     model.initialize(0)
-    settings = MoreOptimizer(name="signs")
-    optimizer = build_optimizer(model, settings, fused=fused)
-    set_learning_rate(optimizer, 0.1)
+    recipe = make_recipe(MoreOptimizer(name="signs"), model.config, steps=10, tokens_per_step=1024)
+    optimizer = build_optimizer(model, recipe, fused=fused)
+    set_rates(optimizer, StepRates(0.1))
     before = [parameter.clone() for parameter in model.parameters()]
     for skip in (True, False):
         for parameter in model.parameters():
@@ -244,7 +245,8 @@ def test_a_new_optimizer_is_estimated_and_refused_where_it_cannot_run(
 
 
 def test_every_list_of_optimizers_has_the_same_names():
-    named = set(get_args(OptimizerSettings.model_fields["name"].annotation))
+    choices = get_args(OptimizerSettings.model_fields["name"].annotation)
+    named = {name for choice in choices for name in get_args(choice)} - {"auto"}
     assert named == set(OPTIMIZERS) == {"adamw", *MATRIX_OPTIMIZERS}
 
 

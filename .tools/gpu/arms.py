@@ -25,7 +25,9 @@ from gpu.steps import Ours, Timed
 from pretrain_cli.config.run_config import OptimizerSettings, SpeedConfig
 from pretrain_cli.engine.benchmark.workload import Workload
 from pretrain_cli.engine.optim.kinds import OPTIMIZERS
-from pretrain_cli.engine.optim.optimizer import build_optimizer, set_learning_rate
+from pretrain_cli.engine.optim.optimizer import build_optimizer, set_rates
+from pretrain_cli.engine.optim.recipe import make_recipe
+from pretrain_cli.engine.optim.schedule import StepRates
 from pretrain_cli.engine.runtime.distributed import find_device
 from pretrain_cli.engine.runtime.speed import (
     apply_process_settings,
@@ -166,8 +168,9 @@ def optimizers(check: Check, device: torch.device) -> None:
             continue
         with check.arm(said) as figures:
             settings = OptimizerSettings.model_validate({"name": name})
-            optimizer = build_optimizer(model, settings, fused=speed.fused_optimizer)
-            set_learning_rate(optimizer, 1e-4)
+            recipe = make_recipe(settings, model.config, steps=1000, tokens_per_step=2**18)
+            optimizer = build_optimizer(model, recipe, fused=speed.fused_optimizer)
+            set_rates(optimizer, StepRates(1e-4))
             figures |= call_figures(optimizer.step, device, count=2 if check.rehearse else 10)
             found = profiled(optimizer.step, device, calls=1, with_kernels=check.has_values)
             rows = kernels(found, 1)

@@ -12,6 +12,8 @@ from gpu.steps import batch_of
 from pretrain_cli.api import run_config
 from pretrain_cli.engine.benchmark.timing import LEARNING_RATE, SameBatch
 from pretrain_cli.engine.benchmark.workload import Workload
+from pretrain_cli.engine.optim.recipe import make_recipe
+from pretrain_cli.engine.optim.schedule import StepRates
 from pretrain_cli.engine.planning.plan import StepPlan
 from pretrain_cli.engine.runtime.distributed import Ranks, find_device, is_sharded
 from pretrain_cli.engine.runtime.speed import resolve_speed
@@ -55,7 +57,9 @@ def compare(check: Check, name: str, device: torch.device) -> dict[str, Any]:
 def learn(check: Check, name: str, how: str, device: torch.device) -> tuple[float, float, str]:
     """Return (last loss, first gradient norm, dtype) of a few steps. A single rank is sharded only
     if it asks for fsdp."""
-    settings = run_config({"train.parallel": how, "speed.compile": False})
+    settings = run_config(
+        {"train.parallel": how, "speed.compile": False, "optimizer.name": "adamw"}
+    )
     workload = Workload(
         name=name,
         model=model_of(name, check),
@@ -71,13 +75,16 @@ def learn(check: Check, name: str, how: str, device: torch.device) -> tuple[floa
         speed=speed,
         seq_len=workload.seq_len,
         micro_batch_size=workload.micro_batch_size,
+        recipe=make_recipe(
+            settings.optimizer, workload.model, steps=1, tokens_per_step=workload.tokens
+        ),
         loss_weights=None,
     )
     job = set_up(plan, Ranks(0, 1, device), SameBatch(batch_of(workload, device)))
     if is_sharded(job.model) != (how == "fsdp"):
         raise RuntimeError(f"{how}: sharded is {is_sharded(job.model)}")
     for _ in range(STEPS):
-        train_step(job, job.batches.next(), LEARNING_RATE)
+        train_step(job, job.batches.next(), StepRates(LEARNING_RATE))
     outcomes = job.guard.read()
     free_memory()
     return outcomes[-1].loss, outcomes[0].gradient_norm, str(speed.dtype)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gpu.measure import GB, first_call_s, spread, time_calls
-from pretrain_cli.config.run_config import RunConfig, SpeedConfig
+from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.engine.benchmark.peers import PEERS
 from pretrain_cli.engine.benchmark.timing import (
     LEARNING_RATE,
@@ -21,7 +21,9 @@ from pretrain_cli.engine.benchmark.timing import (
     SameBatch,
     synthetic_batch,
 )
-from pretrain_cli.engine.benchmark.workload import Workload
+from pretrain_cli.engine.benchmark.workload import STEP_SETTINGS, Workload
+from pretrain_cli.engine.optim.recipe import make_recipe
+from pretrain_cli.engine.optim.schedule import StepRates
 from pretrain_cli.engine.planning.memory_estimate import StepShape, estimate, speed_settings
 from pretrain_cli.engine.planning.plan import StepPlan
 from pretrain_cli.engine.runs.metrics_file import peak_memory, reset_peak_memory
@@ -43,7 +45,7 @@ class Ours:
         self.device = find_device(workload.device)
         masked = hides_keys(workload.model, workload.seq_len, documents=False)
         self.speed = resolve_speed(asked, self.device, is_masked=masked)
-        settings = RunConfig(speed=asked)
+        settings = STEP_SETTINGS.model_copy(update={"speed": asked})
         plan = StepPlan(
             settings=settings,
             name=workload.name,
@@ -51,6 +53,9 @@ class Ours:
             speed=self.speed,
             seq_len=workload.seq_len,
             micro_batch_size=workload.micro_batch_size,
+            recipe=make_recipe(
+                settings.optimizer, workload.model, steps=1, tokens_per_step=workload.tokens
+            ),
             loss_weights=None,
         )
         batches = SameBatch(batch_of(workload, self.device))
@@ -66,7 +71,7 @@ class Ours:
         job, batch = replace(self.job, plan=plan), batch_of(workload, self.device)
 
         def step() -> tuple[Tensor, Tensor]:
-            result = train_step(job, batch, LEARNING_RATE)
+            result = train_step(job, batch, StepRates(LEARNING_RATE))
             return result.loss, result.gradient_norm
 
         return step

@@ -17,6 +17,8 @@ from gpu.smoke import write_corpus
 from pretrain_cli.api import batches, run_config, tokenize
 from pretrain_cli.data.dataset import Dataset
 from pretrain_cli.engine.benchmark.timing import LEARNING_RATE
+from pretrain_cli.engine.optim.recipe import make_recipe
+from pretrain_cli.engine.optim.schedule import StepRates
 from pretrain_cli.engine.planning.plan import StepPlan
 from pretrain_cli.engine.runtime.distributed import Ranks, find_device
 from pretrain_cli.engine.runtime.speed import hides_keys, resolve_speed
@@ -70,16 +72,17 @@ def take_steps(check: Check, case: Case, dataset: Dataset) -> None:
         speed=resolve_speed(settings.speed, device, is_masked=masked),
         seq_len=LENGTH,
         micro_batch_size=MICRO,
+        recipe=make_recipe(settings.optimizer, model, steps=1, tokens_per_step=ROWS * LENGTH),
         loss_weights=None,
     )
     read = batches(dataset, seq_len=LENGTH, samples_per_step=ROWS, document_mask=case.documents)
     job = set_up(plan, Ranks(0, 1, device), Prefetcher(read, device=device, prefetch=True))
     for _ in range(WARMUP):
-        train_step(job, job.batches.next(), LEARNING_RATE)
+        train_step(job, job.batches.next(), StepRates(LEARNING_RATE))
     job.guard.read()
     with no_waiting(device):
         for _ in range(STEPS):
-            train_step(job, job.batches.next(), LEARNING_RATE)
+            train_step(job, job.batches.next(), StepRates(LEARNING_RATE))
     job.guard.read()
     job.batches.close()
 

@@ -43,7 +43,7 @@ def show_plan(settings: Any, display: TrainDisplay, stop: Any) -> None:
 
     with open_ranks(settings.train.device) as ranks:
         plan = make_plan(settings, ranks, display, stop)
-    model, optimizer = plan.model, settings.optimizer
+    model, recipe = plan.model, plan.recipe
     there = sum(len(source.dataset.train.tokens) for source in plan.data.sources)
     lines = {
         "model": f"{plan.name}, {amount(count_parameters(model).total)} parameters, "
@@ -53,8 +53,9 @@ def show_plan(settings: Any, display: TrainDisplay, stop: Any) -> None:
         f"samples of {plan.seq_len:,}), {amount(plan.steps * plan.tokens_per_step)} in all",
         **{f"after {s.first_step:,}": str(s) for s in plan.stages[1:]},
         "micro-batch": f"{plan.micro_batch_size:,}",
-        "learning rate": f"{plan.learning_rate:g} after {plan.warmup_steps:,} steps of warm-up, "
-        f"{optimizer.schedule}, {optimizer.name}",
+        "learning rate": f"{recipe.learning_rate:g} after {recipe.warmup_steps:,} steps of "
+        f"warm-up, {settings.optimizer.schedule}, {recipe.name}; embedding "
+        f"{recipe.embedding_rate:g}; weight decay {recipe.weight_decay:g}",
         "saves": f"every {plan.checkpoint_every:,} steps; validation every {plan.eval_every:,}",
     }
     for name, line in lines.items():

@@ -61,7 +61,8 @@ def train(
     tokens_per_step: Annotated[
         int | None,
         typer.Option(
-            help="Tokens per optimizer step; gradients accumulate.", show_default="by the device"
+            help="Tokens per optimizer step; gradients accumulate.",
+            show_default="by the run's tokens",
         ),
     ] = None,
     steps: Annotated[
@@ -72,17 +73,17 @@ def train(
         typer.Option(help="Training tokens, such as 5B or 200M; instead of --steps."),
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="The highest.", show_default="by the model's size")
+        float | None, typer.Option(help="The highest.", show_default="by the model's width")
     ] = None,
     optimizer: Annotated[
         str | None,
-        typer.Option(help="adamw, or muon for the layers' matrices.", show_default="adamw"),
+        typer.Option(help="muon for the layers' matrices, or adamw.", show_default="muon"),
     ] = None,
     schedule: Annotated[
         str | None,
         typer.Option(
             help="Learning rate after warm-up: cosine, linear, wsd, wsd-sqrt, constant.",
-            show_default="cosine",
+            show_default="wsd",
         ),
     ] = None,
     lr_find: Annotated[

@@ -64,11 +64,17 @@ def check_config(tree: dict[str, Any]) -> RunConfig:
     return config
 
 
+OF_MUON = tuple(
+    name for name in OptimizerSettings.model_fields if name.startswith(("momentum", "muon_"))
+)
+"""Settings that have a meaning for Muon alone."""
+
+
 def _refuse_unused(optimizer: OptimizerSettings) -> None:
     """Raise ConfigError for a changed setting that has no effect with the other settings."""
-    schedule = optimizer.schedule
+    schedule, name = optimizer.schedule, optimizer.name
     for setting, is_used, reason in (
-        ("momentum", optimizer.name == "muon", f"optimizer.name '{optimizer.name}'"),
+        *((setting, name in ("muon", "auto"), f"optimizer.name '{name}'") for setting in OF_MUON),
         ("decay_fraction", schedule.startswith("wsd"), f"optimizer.schedule '{schedule}'"),
         ("final_fraction", schedule != "constant", f"optimizer.schedule '{schedule}'"),
     ):

@@ -49,6 +49,11 @@ class ModelSettings(BaseModel):
     init_from: Path | None = None
     """Hugging Face model folder or checkpoint to start from; takes its architecture and weights.
     None draws new weights."""
+    initialization: Literal["width", "normal", "gpt2"] = "width"
+    """New weights. `normal`: every matrix with the standard deviation `initializer_range`. `gpt2`:
+    like it, but the matrices that add to the residual stream (the last of attention and MLP) by a
+    factor of 1 / √(2 layers) smaller. `width`: these are 0, and the others of the layers have a
+    standard deviation of 1 / √columns, in the MLP 0.4 / √columns."""
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -81,37 +86,63 @@ class DataSettings(Section):
 
 
 class OptimizerSettings(Section):
-    name: Literal["adamw", "muon"] = "adamw"
-    """`muon` updates the matrices of the layers with Muon and everything else with AdamW."""
+    name: Literal["adamw", "muon"] | Auto = "auto"
+    """`muon` updates the matrices of the layers with Muon and everything else with AdamW. auto:
+    muon, or adamw where `train.parallel` is `fsdp`."""
     learning_rate: Positive | Auto = "auto"
-    """Highest learning rate, reached after warm-up. auto: chosen by the model's size."""
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    """AdamW's decay rates of the first and second moments."""
-    eps: Positive = 1e-8
-    """Term that AdamW adds to the denominator."""
-    momentum: Beta = 0.95
-    """Muon's momentum."""
-    weight_decay: NotNegative = 0.1
-    """Decoupled weight decay of matrices, including embedding and head. Norms are not decayed."""
-    embedding_rate_scale: Positive = 1.0
-    """Factor on the learning rate of the embedding, and of a head tied to it."""
-    head_rate_scale: Positive = 1.0
-    """Factor on the learning rate of an untied head."""
+    """Highest learning rate, reached after warm-up: that of the matrices of the layers. auto: by
+    the model's width and the batch."""
+    embedding_rate_scale: Positive | Auto = "auto"
+    """Factor on the learning rate for the embedding, and a head tied to it. auto: by the model's
+    width."""
+    head_rate_scale: Positive | Auto = "auto"
+    """Factor on the learning rate for an untied head. auto: by the model's width."""
     norm_rate_scale: Positive = 1.0
-    """Factor on the learning rate of the norms."""
+    """Factor on the learning rate for the norms."""
+    betas: tuple[Beta, Beta] = (0.8, 0.96)
+    """AdamW's decay rates of the first and second moments."""
+    eps: Positive = 1e-10
+    """Term that AdamW adds to the denominator."""
+    momentum: Beta = 0.97
+    """Muon's momentum."""
+    momentum_start: Beta | None = 0.85
+    """Muon's momentum at the first step. None: the same as later."""
+    momentum_end: Beta | None = 0.9
+    """Muon's momentum at the last step, approached as the learning rate decays. None: the same as
+    before."""
+    momentum_warmup_steps: Count = 400
+    """Steps in which the momentum goes from `momentum_start` to `momentum`."""
+    muon_polynomial: Literal["polar-express", "quintic"] = "polar-express"
+    """Polynomials of Muon's five iterations: one optimal for each (Polar Express), or the same for
+    all (Jordan)."""
+    muon_row_scaling: bool = False
+    """Scale the rows of Muon's momentum to equal norms before it is made orthogonal."""
+    muon_beta2: Beta = 0.9
+    """Decay rate of the mean square of each row of Muon's updates, by whose root the row is divided
+    (NorMuon). 0: off."""
+    muon_cautious_decay: bool = True
+    """Decay a weight of Muon's only where the update makes it smaller as well."""
+    weight_decay: NotNegative | Auto = "auto"
+    """Decoupled weight decay of the matrices of the layers. Norms are not decayed. auto: by the
+    tokens for each parameter, the steps and the learning rate."""
+    embedding_decay_scale: NotNegative = 0.0
+    """Factor on the weight decay for embedding and head."""
+    weight_decay_schedule: Literal["constant", "cosine"] = "cosine"
+    """Weight decay over the run, besides its product with the learning rate. `cosine`: falls to
+    0."""
     clip: NotNegative = 1.0
     """Largest gradient norm; larger gradients are scaled down to it. 0 turns clipping off."""
     z_loss: NotNegative = 0.0
     """Weight of the z-loss, the mean of (log Σ exp logits)², in the training objective; 1e-4 is
     usual. The logged loss stays the cross entropy."""
-    schedule: Literal["cosine", "linear", "wsd", "wsd-sqrt", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "wsd", "wsd-sqrt", "constant"] = "wsd"
     """Learning rate after warm-up. `cosine`, `linear`: falls along that curve. `wsd`, `wsd-sqrt`:
     stays, then falls linearly or as 1 − √. `constant`: stays."""
     warmup_steps: Count | Auto = "auto"
     """Steps of linear warm-up. auto: a twentieth of the steps, at most 1000."""
-    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.65
     """Share of the steps after warm-up in which `wsd` and `wsd-sqrt` decay."""
-    final_fraction: Share = 0.1
+    final_fraction: Share = 0.0
     """Last learning rate as a share of the highest."""
 
 
@@ -122,7 +153,7 @@ class TrainSettings(Section):
     """Tokens to train on, such as 5B or 200M, instead of `steps`."""
     tokens_per_step: PositiveInt | Auto = "auto"
     """Tokens in an optimizer step, over all ranks. Gradients are accumulated over the micro-batches
-    of a step. auto: 262,144 on a GPU, fewer on a CPU."""
+    of a step. auto: by the tokens of the run (`pretrain guide recipe`)."""
     micro_batch_size: PositiveInt | Auto = "auto"
     """Samples that a rank computes at once. auto: the fastest size that `pretrain benchmark
     --find-micro-batch` measured on this machine, else the largest whose estimated memory fits."""

@@ -281,20 +281,20 @@ class Decoder(nn.Module):
         return x.to(self.dtype)
 
     @torch.no_grad()
-    def initialize(self, seed: int) -> None:
+    def initialize(self, seed: int, *, how: str = "normal") -> None:
         """Draw all weights from a seed; the result is the same for merged and separate projections,
-        on any device and number of ranks."""
+        on any device and number of ranks. `how`: see `draw`."""
         parameters = dict(self.named_parameters())
         for piece in parameter_map(self.config, merged=self.merged):
-            piece.of(parameters[piece.parameter]).copy_(draw(self.config, piece, seed))
+            piece.of(parameters[piece.parameter]).copy_(draw(self.config, piece, seed, how=how))
 
 
-def draw(config: ModelConfig, piece: PublishedTensor, seed: int) -> Tensor:
+def draw(config: ModelConfig, piece: PublishedTensor, seed: int, *, how: str = "normal") -> Tensor:
     """Draw the initial value of a published tensor.
 
-    | matrices, embedding, router, experts | normal, standard deviation initializer_range |
-    | norms                                | one: stored as 0 where zero-centered          |
-    | the padding token's embedding        | zero                                         |
+    | matrices, embedding, router, experts | normal, of the standard deviation below |
+    | norms                                | one: stored as 0 where zero-centered    |
+    | the padding token's embedding        | zero                                    |
 
     Each tensor has its own generator, seeded by the tensor's name.
     """
@@ -302,7 +302,35 @@ def draw(config: ModelConfig, piece: PublishedTensor, seed: int) -> Tensor:
         return torch.full(piece.shape, 0.0 if config.norm_is_zero_centered else 1.0)
     name_seed = hashlib.sha256(f"{seed} {piece.name}".encode()).digest()[:8]
     generator = torch.Generator().manual_seed(int.from_bytes(name_seed, "little"))
-    values = torch.randn(piece.shape, generator=generator) * config.initializer_range
+    deviation = initial_deviation(config, piece, how)
+    values = torch.randn(piece.shape, generator=generator) * deviation
     if piece.name == EMBEDDING and config.pad_token_id is not None:
         values[config.pad_token_id] = 0.0
     return values
+
+
+MLP_DEVIATION = 0.4
+"""Factor on the standard deviation of an MLP's first matrices, as in nanochat."""
+
+
+def initial_deviation(config: ModelConfig, piece: PublishedTensor, how: str) -> float:
+    """Return the standard deviation of a matrix: initializer_range, except for matrices of layers.
+
+    | how    | q, k, v     | gate, up      | o, down: added to the residual stream |
+    |--------|-------------|---------------|---------------------------------------|
+    | normal | as all      | as all        | as all                                |
+    | gpt2   | as all      | as all        | initializer_range / √(2 layers)       |
+    | width  | 1/√columns  | 0.4/√columns  | 0: each layer starts as the identity  |
+
+    With `width`, activations inside a layer do not grow with the width of the model, and nothing is
+    added to the residual stream until the first step has told what to add.
+    """
+    kind = piece.name.removesuffix(".weight").rpartition(".")[2]
+    if kind in ("o_proj", "down_proj"):
+        scaled = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
+        return {"normal": config.initializer_range, "gpt2": scaled, "width": 0.0}[how]
+    if how == "width" and kind in ("q_proj", "k_proj", "v_proj"):
+        return 1 / math.sqrt(piece.shape[-1])
+    if how == "width" and kind in ("gate_proj", "up_proj"):
+        return MLP_DEVIATION / math.sqrt(piece.shape[-1])
+    return config.initializer_range

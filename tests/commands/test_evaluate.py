@@ -61,8 +61,9 @@ def test_best_selects_the_checkpoint_with_the_lowest_validation_loss(pretrain, r
     """Train a run that diverges: good initial weights, and a learning rate that grows too high."""
     done = pretrain(
         f"train --init-from {CHECKPOINT} --seq-len 32 --tokens-per-step 128 --micro-batch-size 2 "
-        "--dtype float32 --steps 4 --learning-rate 0.3 --keep 1 --out worse "
-        "--set optimizer.warmup_steps=6 --set train.eval_every=2 --set train.checkpoint_every=2"
+        "--dtype float32 --steps 4 --optimizer adamw --learning-rate 0.3 --keep 1 --out worse "
+        "--set optimizer.embedding_rate_scale=1 --set optimizer.warmup_steps=6 "
+        "--set train.eval_every=2 --set train.checkpoint_every=2"
     )
     assert done.code == 0, done.err
     rows = map(json.loads, Path("worse/metrics.jsonl").read_text().splitlines())

@@ -65,7 +65,8 @@ def test_train_prints_its_settings_steps_and_result(pretrain, tiny, monkeypatch)
     assert (outcome.code, outcome.err) == (0, "")
     lines = outcome.out.splitlines()
     chosen = lines.pop(1)
-    assert chosen.startswith("· Chosen: attention blocks (on a CPU the fastest")
+    assert chosen.startswith("· Chosen: optimizer muon, embedding's rate 0.0")
+    assert ", attention blocks (on a CPU the fastest" in chosen
     assert lines[0].startswith("· Vocabulary 320 instead of the model's 4,096: the dataset's")
     assert lines[1].startswith("gemma3-tiny ")
     assert "parameters on data/corpus" in lines[1]
@@ -127,7 +128,7 @@ def test_flags_and_set_win_over_the_file_and_the_file_over_defaults(pretrain, ti
     assert settings["optimizer"]["learning_rate"] == 0.002
     assert settings["optimizer"]["clip"] == 3.0
     assert settings["optimizer"]["betas"] == [0.8, 0.9]
-    assert settings["optimizer"]["weight_decay"] == 0.1
+    assert settings["optimizer"]["eps"] == 1e-10
     assert settings["train"]["seed"] == 7
     assert settings["train"]["steps"] == 2
     assert record("made")["speed"]["attention"] == {"asked": "eager", "in_force": "eager"}

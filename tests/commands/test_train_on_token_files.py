@@ -69,7 +69,8 @@ def test_a_run_on_a_glob_pattern_of_token_files(pretrain, tiny):
 def test_a_resumed_run_equals_an_uninterrupted_one(pretrain, tiny):
     line = (
         f"train {tiny} --data 'song_train_*.bin' --tokenizer bytes --set train.sample_tokens=0 "
-        "--set optimizer.schedule=constant --set optimizer.warmup_steps=1"
+        "--learning-rate 0.01 --schedule constant --set optimizer.warmup_steps=1 "
+        "--set optimizer.weight_decay=0.1 --set optimizer.weight_decay_schedule=constant"
     )
     assert pretrain(f"{line} --steps 4 --out whole").code == 0
     assert pretrain(f"{line} --steps 2 --out halves").code == 0

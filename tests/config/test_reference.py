@@ -30,8 +30,8 @@ def test_every_row_has_a_type_a_default_and_a_description():
 def test_types_are_in_words():
     rows = {row[0]: row for row in ROWS}
     assert rows["`seq_len`"][1:3] == ["integer > 0 or `auto`", "`auto`"]
-    assert rows["`decay_fraction`"][1:3] == ["number > 0, ≤ 1", "`0.2`"]
-    assert rows["`betas`"][1:3] == ["pair of numbers", "`[0.9, 0.95]`"]
+    assert rows["`decay_fraction`"][1:3] == ["number > 0, ≤ 1", "`0.65`"]
+    assert rows["`betas`"][1:3] == ["pair of numbers", "`[0.8, 0.96]`"]
     assert rows["`keep_every`"][1:3] == ["integer > 0 or none", "none"]
     assert rows["`keep_best`"][1:3] == ["`true`, `false`", "`true`"]
     assert rows["`parallel`"][1:3] == ["`ddp`, `fsdp`", "`ddp`"]

@@ -33,7 +33,16 @@ SMALL = {
     "train.micro_batch_size": 2,
     "train.device": "cpu",
     "train.sample_tokens": 8,
+    "model.initialization": "normal",
+    "optimizer.name": "adamw",
     "optimizer.learning_rate": 3e-3,
+    "optimizer.embedding_rate_scale": 1.0,
+    "optimizer.head_rate_scale": 1.0,
+    "optimizer.betas": (0.9, 0.95),
+    "optimizer.eps": 1e-8,
+    "optimizer.weight_decay": 0.1,
+    "optimizer.embedding_decay_scale": 1.0,
+    "optimizer.weight_decay_schedule": "constant",
     "speed.dtype": "float32",
 }
 

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pretrain_cli.config.build import build_config
-from pretrain_cli.config.run_config import SpeedConfig
+from pretrain_cli.config.run_config import OptimizerSettings, SpeedConfig
 from pretrain_cli.engine.benchmark.timing import SameBatch
 from pretrain_cli.engine.optim.optimizer import build_optimizer
+from pretrain_cli.engine.optim.recipe import Recipe, make_recipe
 from pretrain_cli.engine.planning.plan import StepPlan
 from pretrain_cli.engine.runs.checkpoint import State
 from pretrain_cli.engine.runtime.distributed import Ranks
@@ -21,6 +22,24 @@ from pretrain_cli.model.attention_backends.mask import Documents
 from pretrain_cli.model.decoder import LossWeights
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def recipe_of(model: Any, **settings: Any) -> Recipe:
+    """Return the recipe of a short run of a model, with AdamW at one rate unless it is changed."""
+    plain = {
+        "name": "adamw",
+        "embedding_rate_scale": 1.0,
+        "head_rate_scale": 1.0,
+        "betas": (0.9, 0.95),
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+        "embedding_decay_scale": 1.0,
+        "muon_polynomial": "quintic",
+        "muon_beta2": 0.0,
+        "muon_cautious_decay": False,
+    }
+    asked = OptimizerSettings(**{**plain, **settings})
+    return make_recipe(asked, getattr(model, "config", model), steps=100, tokens_per_step=1024)
 
 
 class Unguarded:
@@ -59,6 +78,7 @@ def job_of(
         speed=resolve_speed(SpeedConfig(), ALONE.device),
         seq_len=0,
         micro_batch_size=micro_batch_size,
+        recipe=recipe_of(decoder, clip=clip),
         loss_weights=loss_weights,
     )
     return Job(
@@ -66,7 +86,7 @@ def job_of(
         ranks=ALONE,
         decoder=decoder,
         model=model,
-        optimizer=optimizer or build_optimizer(decoder, settings.optimizer, fused=True),
+        optimizer=optimizer or build_optimizer(decoder, plan.recipe, fused=True),
         guard=guard or Unguarded(),
         batches=SameBatch(batch_of(torch.zeros(1, 1), torch.zeros(1, 1))),
         state=State(),

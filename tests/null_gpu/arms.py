@@ -150,7 +150,7 @@ def settings_of(arm: Arm, dataset: Path) -> dict[str, object]:
 def steps(job: Job[Plan], count: int) -> None:
     """Take steps as the training loop does between two logs."""
     for step in range(count):
-        train_step(job, job.batches.next(), job.plan.learning_rate_at(step))
+        train_step(job, job.batches.next(), job.plan.rates_at(step))
 
 
 def evaluation(job: Job[Plan]) -> None:

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pretrain_cli.config.run_config import OptimizerSettings
-from pretrain_cli.engine.benchmark.workload import Workload
+from pretrain_cli.engine.benchmark.workload import STEP_SETTINGS, Workload
 from pretrain_cli.engine.evaluation.compare_transformers import import_transformers
 from pretrain_cli.engine.runtime.speed import Speed
 from pretrain_cli.errors import ConfigError
@@ -85,11 +84,12 @@ def _step(
     model: nn.Module, loss: Callable[[], Tensor], speed: Speed, device: torch.device, rate: float
 ) -> Step:
     """Return a training step around a model's loss, with our weight decay."""
-    settings = OptimizerSettings()
+    settings = STEP_SETTINGS.optimizer
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    decay = settings.weight_decay
     groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": matrices, "weight_decay": decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(

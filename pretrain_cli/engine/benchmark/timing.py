@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain_cli.config.run_config import RunConfig, SpeedConfig
+from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.engine.benchmark.peers import PEERS, Step
-from pretrain_cli.engine.benchmark.workload import Arm, Repeats, Workload
+from pretrain_cli.engine.benchmark.workload import STEP_SETTINGS, Arm, Repeats, Workload
+from pretrain_cli.engine.optim.recipe import make_recipe
+from pretrain_cli.engine.optim.schedule import StepRates
 from pretrain_cli.engine.planning.plan import StepPlan
 from pretrain_cli.engine.runs.metrics_file import peak_memory, reset_peak_memory
 from pretrain_cli.engine.runtime.distributed import Ranks, find_device
@@ -116,12 +118,18 @@ def build_step(arm: Arm, speed: Speed, device: torch.device) -> Step:
     if arm.peer:
         return PEERS[arm.peer].build(arm.workload, speed, inputs, targets, LEARNING_RATE)
     plan = StepPlan(
-        settings=RunConfig(),
+        settings=STEP_SETTINGS,
         name=arm.workload.name,
         model=arm.workload.model,
         speed=speed,
         seq_len=arm.workload.seq_len,
         micro_batch_size=arm.workload.micro_batch_size,
+        recipe=make_recipe(
+            STEP_SETTINGS.optimizer,
+            arm.workload.model,
+            steps=1,
+            tokens_per_step=arm.workload.tokens,
+        ),
         loss_weights=None,
     )
     if arm.forward_only:
@@ -136,7 +144,7 @@ def build_step(arm: Arm, speed: Speed, device: torch.device) -> Step:
     job = set_up(plan, Ranks(0, 1, device), SameBatch(batch))
 
     def step() -> tuple[Tensor, Tensor]:
-        result = train_step(job, job.batches.next(), LEARNING_RATE)
+        result = train_step(job, job.batches.next(), StepRates(LEARNING_RATE))
         return result.loss, result.gradient_norm
 
     return step

@@ -6,13 +6,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain_cli.config.run_config import SpeedConfig
+from pretrain_cli.config.run_config import (
+    ModelSettings,
+    OptimizerSettings,
+    RunConfig,
+    SpeedConfig,
+)
 from pretrain_cli.engine.runtime.fresh_process import in_a_fresh_process
 from pretrain_cli.engine.runtime.process_settings import set_compile_cache, set_env_before_torch
 from pretrain_cli.model.config import ModelConfig
 from pretrain_cli.model.counting import training_flops
 
 CPU_STEP_FLOPS = 1e12
+STEP_SETTINGS = RunConfig(
+    model=ModelSettings(initialization="normal"),
+    optimizer=OptimizerSettings(
+        name="adamw",
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        embedding_rate_scale=1.0,
+        head_rate_scale=1.0,
+        weight_decay=0.1,
+        embedding_decay_scale=1.0,
+    ),
+)
+"""Settings of every timed step, ours and other programs': AdamW with one learning rate, because
+the others have no Muon."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,9 @@ class OptimizerKind:
 
     matrix_state: tuple[str, ...]
     """Names of its tensors for each matrix of a layer, each of the matrix's shape."""
+    row_state: tuple[str, ...] = ()
+    """Names of its tensors with one number for each row of a matrix; a setting may leave them
+    out."""
     no_shards: str = ""
     """Reason why it cannot update sharded matrices; empty if it can."""
 
@@ -25,6 +28,7 @@ OPTIMIZERS = {
     "adamw": OptimizerKind(ADAMW_STATE),
     "muon": OptimizerKind(
         ("momentum_buffer",),
+        row_state=("row_squares",),
         no_shards="makes whole matrices orthogonal, and train.parallel 'fsdp' leaves each rank a "
         "part of them",
     ),

@@ -1,4 +1,4 @@
-"""Learning rate schedules: linear warm-up, then one of five shapes.
+"""Schedules. Of the learning rate: linear warm-up, then one of five shapes.
 
     cosine    ╱‾╲_      linear     ╱╲        constant   ╱‾‾‾‾
     wsd       ╱‾‾‾╲     wsd-sqrt   ╱‾‾‾╲_
@@ -11,8 +11,40 @@ checkpoint before the decay and train for any length.
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 from pretrain_cli.config.run_config import OptimizerSettings
+from pretrain_cli.engine.optim.recipe import Recipe
+
+
+class StepRates(NamedTuple):
+    """The optimizer's numbers that change from step to step."""
+
+    learning_rate: float
+    """Rate of a group with scale 1."""
+    decay: float = 1.0
+    """Factor on each group's weight decay."""
+    momentum: float | None = None
+    """Muon's momentum; None leaves it."""
+
+
+def rates_at(step: int, recipe: Recipe, *, steps: int) -> StepRates:
+    """Return the rates of a step, counted from 0, in a run of `steps`."""
+    settings, peak = recipe.settings, recipe.learning_rate
+    warmup = recipe.warmup_steps
+    rate = learning_rate(step, peak=peak, steps=steps, warmup_steps=warmup, settings=settings)
+    is_cosine = settings.weight_decay_schedule == "cosine"
+    decay = _cosine(step / steps, 0.0) if is_cosine else 1.0
+    return StepRates(rate, decay, _momentum(step, settings, rate / peak))
+
+
+def _momentum(step: int, settings: OptimizerSettings, height: float) -> float:
+    """Return Muon's momentum: from `momentum_start` to `momentum` in the first steps, to
+    `momentum_end` as the rate falls below its peak, of which `height` is the share."""
+    momentum, start, end = settings.momentum, settings.momentum_start, settings.momentum_end
+    if start is not None and step < settings.momentum_warmup_steps:
+        return start + (momentum - start) * step / settings.momentum_warmup_steps
+    return momentum if end is None else end + (momentum - end) * height
 
 
 def learning_rate(

@@ -1,10 +1,14 @@
-"""Resolve `auto` by device and model: sequence length, batch, intervals, learning rate."""
+"""Resolve `auto` by device and model: sequence length, batch, intervals.
+
+`engine/optim/recipe` resolves that of the optimizer.
+"""
 
 import math
 from dataclasses import replace
 
 from pretrain_cli.config.run_config import RunConfig
 from pretrain_cli.data.mixture import Mixture
+from pretrain_cli.engine.optim.recipe import choose_optimizer, suggested_tokens_per_step
 from pretrain_cli.engine.planning.memory_estimate import StepShape, estimate, speed_settings
 from pretrain_cli.engine.planning.micro_batch import (
     MicroBatch,
@@ -18,17 +22,13 @@ from pretrain_cli.engine.runtime.distributed import Ranks, device_name
 from pretrain_cli.engine.runtime.speed import Speed
 from pretrain_cli.errors import ConfigError
 from pretrain_cli.model.config import ModelConfig
+from pretrain_cli.model.counting import suggested_tokens
 
 CPU_RUN_FLOPS = 1.2e13
 """Training FLOPs of a default CPU run: about a minute of `pretrain train --model gemma3-tiny` on
 two cores (66 s on an EPYC)."""
-CPU_STEPS = 400
-"""Approximate number of steps in a default CPU run; fewer would show no loss curve."""
-CPU_SEQUENCES = 8
-"""Largest default number of sequences in a step on a CPU."""
-GPU_TOKENS_PER_STEP = 2**18
-"""Default tokens in a step on a GPU: half of what the smallest GPT-3 models used (Brown et al.
-2020, table 2.1). Not tuned."""
+MOST_CPU_STEPS = 1600
+"""Largest default number of steps on a CPU: a very small model stops before CPU_RUN_FLOPS."""
 
 
 def choose_seq_len(asked: int | str, config: ModelConfig, data: Mixture, on_cpu: bool) -> int:
@@ -54,10 +54,17 @@ def choose_seq_len(asked: int | str, config: ModelConfig, data: Mixture, on_cpu:
     return asked
 
 
-def choose_samples_per_step(
-    settings: RunConfig, ranks: Ranks, seq_len: int, flops: float, on_cpu: bool
-) -> int:
-    """Return the number of sequences in a step, over all ranks.
+def choose_tokens(asked: int | None, config: ModelConfig, flops: float, on_cpu: bool) -> int:
+    """Return the tokens of a run: those asked for, else what a CPU trains on in a few minutes, or
+    20 a parameter. `flops` are those of a token."""
+    if asked is not None:
+        return asked
+    return round(CPU_RUN_FLOPS / flops) if on_cpu else suggested_tokens(config)
+
+
+def choose_samples_per_step(settings: RunConfig, ranks: Ranks, seq_len: int, tokens: int) -> int:
+    """Return the number of sequences in a step, over all ranks. `auto`: the power of two nearest to
+    the best batch for a run of so many tokens.
 
     Raises ConfigError if tokens_per_step is not a multiple of seq_len × micro-batch × ranks.
     """
@@ -75,12 +82,8 @@ def choose_samples_per_step(
                 f"({parts}); give for example {below:,}"
             )
         return sequences
-    if on_cpu:
-        # Aims at CPU_STEPS steps. A power of two, so that smaller micro-batches divide it.
-        affordable = max(1.0, CPU_RUN_FLOPS / CPU_STEPS / (flops * seq_len))
-        sequences = min(CPU_SEQUENCES, 2 ** int(math.log2(affordable)))
-    else:
-        sequences = max(1, GPU_TOKENS_PER_STEP // seq_len)
+    best = suggested_tokens_per_step(tokens) / seq_len
+    sequences = 2 ** max(0, round(math.log2(best)))
     return math.ceil(sequences / unit) * unit
 
 
@@ -116,7 +119,7 @@ def choose_micro_batch_size(
                 is_accumulated=size < share,
                 document_mask=settings.data.document_mask,
                 device=ranks.device.type,
-                optimizer=settings.optimizer.name,
+                optimizer=choose_optimizer(settings.optimizer, train.parallel),
                 parallel=train.parallel if ranks.world_size > 1 else "alone",
                 ranks=ranks.world_size,
                 **speed_settings(speed),
@@ -159,13 +162,3 @@ def choose_checkpoint_interval(asked: int | str, steps: int, eval_every: int) ->
     if asked != "auto" or eval_every > every:
         return every
     return math.ceil(every / eval_every) * eval_every
-
-
-def suggested_learning_rate(parameters: int) -> float:
-    """Return a learning rate for this many parameters (embeddings not counted), at most 4e-3.
-
-    It is a power law fitted to GPT-3's table (Brown et al. 2020, table 2.1): 6e-4 at 125M, 2e-4 at
-    1.3B, 1e-4 at 13B. At the two small sizes it lies within the range that a short search found.
-    """
-    rate = 6e-4 * (max(parameters, 1) / 125e6) ** -0.42
-    return float(f"{min(rate, 4e-3):.2g}")

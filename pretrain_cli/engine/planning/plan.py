@@ -5,10 +5,10 @@ work. The defaults:
     model.vocab_size        the published size if the dataset's tokenizer is the model's own,
                             else the tokenizer's size, rounded up to a multiple of 64
     data.seq_len            512 on a CPU, 1024 on a GPU
-    train.tokens_per_step   CPU: 1 to 8 sequences, fewer for a larger model; GPU: 262,144 tokens
+    train.tokens_per_step   by the tokens of the run
     train.steps             CPU: a few minutes; GPU: 20 tokens a parameter
     train.micro_batch_size  the fastest measured here, or the largest that is estimated to fit
-    learning_rate           by the model's size, from a power law through GPT-3's table
+    optimizer               see engine/optim/recipe
 """
 
 import math
@@ -20,17 +20,17 @@ from pretrain_cli.data.mixture import Mixture
 from pretrain_cli.data.stages import PlannedStage, plan_stages
 from pretrain_cli.data.tokenizers.tokenizer import Tokenizer
 from pretrain_cli.engine.optim.kinds import OPTIMIZERS
-from pretrain_cli.engine.optim.schedule import learning_rate
+from pretrain_cli.engine.optim.recipe import Recipe, choose_optimizer, make_recipe
+from pretrain_cli.engine.optim.schedule import StepRates, rates_at
 from pretrain_cli.engine.planning.choices import (
-    CPU_RUN_FLOPS,
-    CPU_STEPS,
+    MOST_CPU_STEPS,
     choose_checkpoint_interval,
     choose_interval,
     choose_micro_batch_size,
     choose_samples_per_step,
     choose_seq_len,
+    choose_tokens,
     smaller_micro_batch,
-    suggested_learning_rate,
 )
 from pretrain_cli.engine.planning.data_and_model import find_architecture, find_data
 from pretrain_cli.engine.planning.vocabulary import fit_to_data
@@ -57,6 +57,7 @@ class StepPlan:
     speed: Speed
     seq_len: int
     micro_batch_size: int
+    recipe: Recipe
     loss_weights: LossWeights | None
     """Weights of the auxiliary losses; None to leave them and their statistics out."""
     tokenizer: Tokenizer | None = None
@@ -80,8 +81,6 @@ class Plan(StepPlan):
     micro_batches: dict[int, int]
     """Micro-batch for each length of samples."""
     steps: int
-    learning_rate: float
-    warmup_steps: int
     log_every: int
     eval_every: int
     checkpoint_every: int
@@ -99,16 +98,10 @@ class Plan(StepPlan):
         step = position // self.samples_per_step
         return [stage for stage in self.stages if stage.first_step <= step][-1].seq_len
 
-    def learning_rate_at(self, step: int, *, steps: int | None = None) -> float:
-        """Return the learning rate of the step after `step` steps. `steps` is another length of the
-        run; None means the plan's own."""
-        return learning_rate(
-            step,
-            peak=self.learning_rate,
-            steps=self.steps if steps is None else steps,
-            warmup_steps=self.warmup_steps,
-            settings=self.settings.optimizer,
-        )
+    def rates_at(self, step: int, *, steps: int | None = None) -> StepRates:
+        """Return the optimizer's rates for the step after `step` steps. `steps` is another length
+        of the run; None means the plan's own."""
+        return rates_at(step, self.recipe, steps=self.steps if steps is None else steps)
 
 
 def make_plan(
@@ -135,15 +128,15 @@ def make_plan(
         config = fit_to_data(config, settings, mixture, emit)
     if config.num_experts and not config.router_aux_loss_coef:
         emit(Notice("Experts are trained without a balancing loss, and may end up unused"))
-    optimizer_name = settings.optimizer.name
+    optimizer_name = choose_optimizer(settings.optimizer, settings.train.parallel)
     reason = OPTIMIZERS[optimizer_name].no_shards
     if reason and settings.train.parallel == "fsdp":
         raise ConfigError(f"optimizer.name: '{optimizer_name}' {reason}; use adamw, or ddp")
     if settings.speed.cuda_graphs and (ranks.world_size > 1 or settings.train.parallel == "fsdp"):
         raise ConfigError("speed.cuda_graphs: true can't be used with torchrun; use false")
-    if config.tie_word_embeddings and settings.optimizer.head_rate_scale != 1:
+    if config.tie_word_embeddings and settings.optimizer.head_rate_scale not in (1, "auto"):
         raise ConfigError(
-            f"optimizer.head_rate_scale: {settings.optimizer.head_rate_scale:g}, and this model's "
+            f"optimizer.head_rate_scale: {settings.optimizer.head_rate_scale}, and this model's "
             "head is its embedding; set embedding_rate_scale"
         )
     train, data, optimizer = settings.train, settings.data, settings.optimizer
@@ -165,16 +158,16 @@ def make_plan(
         choose_seq_len(longest, config, mixture, on_cpu)
     masked = hides_keys(config, longest, documents=data.document_mask)
     speed = resolve_speed(settings.speed, ranks.device, model=config, is_masked=masked)
-    samples = choose_samples_per_step(settings, ranks, seq_len, flops, on_cpu)
+    budget = choose_tokens(train.tokens, config, flops, on_cpu)
+    samples = choose_samples_per_step(settings, ranks, seq_len, budget)
     micro = choose_micro_batch_size(settings, ranks, config, seq_len, samples, speed, resumed)
     per_step = samples * seq_len
 
-    parameters = counting.count_parameters(config)
     steps = train.steps
     if train.tokens is not None:
         steps = math.ceil(train.tokens / per_step)
     elif steps == "auto" and on_cpu:
-        steps = min(4 * CPU_STEPS, max(20, round(CPU_RUN_FLOPS / (flops * per_step))))
+        steps = min(MOST_CPU_STEPS, max(20, round(budget / per_step)))
         emit(
             Notice(
                 f"{steps} steps: a few minutes on a CPU; --steps or --tokens sets it, and "
@@ -182,7 +175,7 @@ def make_plan(
             )
         )
     elif steps == "auto":
-        steps = max(20, math.ceil(counting.suggested_tokens(config) / per_step))
+        steps = max(20, math.ceil(budget / per_step))
         emit(Notice(f"{steps:,} steps: 20 tokens a parameter; --steps or --tokens sets it"))
 
     stages = plan_stages(
@@ -200,16 +193,17 @@ def make_plan(
         unreached = "" if stage.first_step < steps else f" (beyond this run's {steps:,})"
         emit(Notice(f"After step {stage.first_step:,}{unreached}: {stage}"))
     eval_every = choose_interval(train.eval_every, steps, at_least=50)
-    rate = optimizer.learning_rate
-    if rate == "auto":
-        rate = suggested_learning_rate(parameters.active - parameters.embeddings)
-    warmup = optimizer.warmup_steps
-    warmup = min(1000, max(1, steps // 20)) if warmup == "auto" else warmup
+    recipe = make_recipe(
+        optimizer, config, steps=steps, tokens_per_step=per_step, parallel=train.parallel
+    )
     choices = {
         "seq-len": (data.seq_len, f"{seq_len:,}"),
         "micro-batch": (train.micro_batch_size, f"{micro.size} ({micro.reason})"),
         "tokens a step": (train.tokens_per_step, f"{per_step:,}"),
-        "learning rate": (optimizer.learning_rate, f"{rate:g}"),
+        "optimizer": (optimizer.name, recipe.name),
+        "learning rate": (optimizer.learning_rate, f"{recipe.learning_rate:g}"),
+        "embedding's rate": (optimizer.embedding_rate_scale, f"{recipe.embedding_rate:g}"),
+        "weight decay": (optimizer.weight_decay, f"{recipe.weight_decay:g}"),
         **{
             name.replace("_", " "): (d.asked, f"{d.in_force} ({d.reason})")
             for name, d in speed.decisions.items()
@@ -228,14 +222,13 @@ def make_plan(
         speed=speed,
         seq_len=seq_len,
         micro_batch_size=micro.size,
+        recipe=recipe,
         loss_weights=_loss_weights(optimizer.z_loss, config),
         micro_batch_reason=micro.reason,
         samples_per_step=samples,
         stages=tuple(stages),
         micro_batches=micro_batches,
         steps=steps,
-        learning_rate=rate,
-        warmup_steps=warmup,
         log_every=(1 if on_cpu else 10) if train.log_every == "auto" else train.log_every,
         eval_every=eval_every,
         checkpoint_every=choose_checkpoint_interval(train.checkpoint_every, steps, eval_every),
@@ -259,8 +252,15 @@ def resolved(plan: Plan) -> RunConfig:
     asked = [source.asked for source in plan.data.stages[0].sources]
     tree["data"] |= {"path": asked, "seq_len": plan.seq_len}
     tree["optimizer"] |= {
-        "learning_rate": plan.learning_rate,
-        "warmup_steps": plan.warmup_steps,
+        name: getattr(plan.recipe, name)
+        for name in (
+            "name",
+            "learning_rate",
+            "embedding_rate_scale",
+            "head_rate_scale",
+            "weight_decay",
+            "warmup_steps",
+        )
     }
     tree["train"] |= {
         "steps": plan.steps,

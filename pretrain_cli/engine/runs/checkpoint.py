@@ -162,9 +162,11 @@ def size_on_disk(config: ModelConfig, optimizer: str, tokenizer: Tokenizer) -> i
     numbers = names = 0
     for piece in parameter_map(config, merged=Merged()):
         is_matrix = not piece.is_norm and piece.name not in (EMBEDDING, HEAD)
-        kept = len(OPTIMIZERS[optimizer].matrix_state if is_matrix else ADAMW_STATE)
-        numbers += (1 + kept) * math.prod(piece.shape)
-        names += 1 + kept
+        kind = OPTIMIZERS[optimizer]
+        kept = len(kind.matrix_state if is_matrix else ADAMW_STATE)
+        of_rows = len(kind.row_state) if is_matrix else 0
+        numbers += (1 + kept) * math.prod(piece.shape) + of_rows * piece.shape[0]
+        names += 1 + kept + of_rows
     rest = len(tokenizer.json.encode()) + BYTES_OF_SMALL_FILES
     return 4 * numbers + BYTES_OF_A_NAME * names + rest
 
@@ -182,8 +184,9 @@ def load_training_state(folder: Path, model: Decoder, optimizer: Optimizer) -> S
     with safe_open(folder / MOMENTS, framework="pt") as file:
         for piece in parameter_map(model.config, merged=model.merged):
             parameter = parameters[piece.parameter]
+            shapes = {m: optimizer.state[parameter][m].shape for m in kept[parameter]}
             slot = values.setdefault(
-                piece.parameter, {m: torch.empty(parameter.shape) for m in kept[parameter]}
+                piece.parameter, {m: torch.empty(shape) for m, shape in shapes.items()}
             )
             for moment in slot:
                 piece.of(slot[moment]).copy_(file.get_tensor(f"{moment}.{piece.name}"))

@@ -42,6 +42,19 @@ SAFE = {
 }
 REMOVED_SPEED_SETTINGS = ("huge_pages",)
 """Settings of earlier versions that never changed results; ignored in old runs."""
+EARLIER: dict[str, dict[str, Any]] = {
+    "model": {"initialization": "normal"},
+    "optimizer": {
+        "momentum_start": None,
+        "momentum_end": None,
+        "muon_polynomial": "quintic",
+        "muon_beta2": 0.0,
+        "muon_cautious_decay": False,
+        "embedding_decay_scale": 1.0,
+        "weight_decay_schedule": "constant",
+    },
+}
+"""Values of settings in runs of versions that did not have them."""
 ORDER = "it decides which sample is the next, and some would come twice or never"
 REFUSED = {
     "model": "the weights are of that model",
@@ -84,6 +97,8 @@ def read_record(run: Path) -> RunRecord:
         for tree in (settings, asked):
             for removed in REMOVED_SPEED_SETTINGS:
                 tree["speed"].pop(removed, None)
+        for section, values in EARLIER.items():
+            settings[section] = values | settings[section]
         if missing := set(FIELDS) - set(model):
             raise KeyError(missing)
     except (yaml.YAMLError, KeyError, TypeError, ValueError):

@@ -245,7 +245,7 @@ def _reason(error: OSError) -> str:
 
 def checkpoint_size(plan: Plan) -> int:
     """Return the bytes of a checkpoint of this run, which its copy in memory takes as well."""
-    return checkpoint.size_on_disk(plan.model, plan.settings.optimizer.name, plan.data.tokenizer)
+    return checkpoint.size_on_disk(plan.model, plan.recipe.name, plan.data.tokenizer)
 
 
 def check_space(plan: Plan, run: Path, ranks: Ranks, emit: Emit, *, done: int) -> None:

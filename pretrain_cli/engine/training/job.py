@@ -106,7 +106,9 @@ def set_up(
         peak = find_peak(ranks.device, plan.speed.compute_dtype, seconds=peak_seconds)
     decoder = set_up_model(plan, ranks.device, start=start, emit=emit)
     model = parallelize(decoder, ranks, settings.train.parallel)
-    optimizer = build_optimizer(decoder, settings.optimizer, fused=plan.speed.fused_optimizer)
+    optimizer = build_optimizer(
+        decoder, plan.recipe, fused=plan.speed.fused_optimizer, dtype=plan.speed.compute_dtype
+    )
     state = checkpoint.load_training_state(start, decoder, optimizer) if start else State()
     guard = StepGuard(
         ranks, skip_spikes=settings.train.skip_spikes, max_skips=settings.train.max_skips
@@ -138,7 +140,7 @@ def set_up_model(
     if start is None and init_from is not None and plan.tokenizer is not None:
         vocabulary = new_vocabulary(init_from, plan.tokenizer, seed)
     if folder is None:
-        decoder.initialize(seed)
+        decoder.initialize(seed, how=plan.settings.model.initialization)
     elif left_out := load_weights(decoder, folder, vocabulary):
         emit(Notice(say_left_out(folder, left_out)))
     compile_blocks(decoder, plan.speed)

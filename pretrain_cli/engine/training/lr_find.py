@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pretrain_cli.config.run_config import RunConfig
+from pretrain_cli.engine.optim.schedule import StepRates
 from pretrain_cli.engine.planning.plan import Plan, make_plan
 from pretrain_cli.engine.runs.events import Emit, Notice, ignore
 from pretrain_cli.engine.runtime.distributed import Ranks, open_ranks
@@ -77,7 +78,7 @@ def find_learning_rate(
             return None
     smoothed = smooth(losses)
     suggestion, reason = suggest(rates, smoothed)
-    name = plan.settings.optimizer.name
+    name = plan.recipe.name
     test = RangeTest(plan.name, name, rates, losses, smoothed, suggestion, reason)
     _write(test, folder, emit)
     return test
@@ -114,7 +115,7 @@ def _take_steps(job: Job[Plan], stop: StopRequest) -> Iterator[tuple[float, Step
     for step in range(steps):
         rate = LOWEST * (HIGHEST / LOWEST) ** (step / (steps - 1))
         stop.check()
-        train_step(job, job.batches.next(), rate, stop=stop.poll)
+        train_step(job, job.batches.next(), StepRates(rate), stop=stop.poll)
         if behind is not None:
             yield behind, job.guard.read(started=True)[-1]
         job.guard.start_read()

@@ -171,9 +171,10 @@ def changed_settings(record: RunRecord, plan: Plan, step: int) -> Iterator[str]:
     steps = recorded.train.steps
     if not isinstance(steps, int) or steps == plan.steps:
         return
-    before, now = plan.learning_rate_at(step, steps=steps), plan.learning_rate_at(step)
-    if before != now:
+    before, now = plan.rates_at(step, steps=steps), plan.rates_at(step)
+    if before.learning_rate != now.learning_rate:
         yield (
             f"The {plan.settings.optimizer.schedule} schedule now ends at step {plan.steps:,}: the "
-            f"learning rate goes on at {now:.3g} instead of {before:.3g}"
+            f"learning rate goes on at {now.learning_rate:.3g} "
+            f"instead of {before.learning_rate:.3g}"
         )

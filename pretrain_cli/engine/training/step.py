@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pretrain_cli.engine.optim.optimizer import set_learning_rate
+from pretrain_cli.engine.optim.optimizer import set_rates
+from pretrain_cli.engine.optim.schedule import StepRates
 from pretrain_cli.engine.planning.plan import StepPlan
 from pretrain_cli.engine.runtime.distributed import sync_gradients
 from pretrain_cli.engine.runtime.stop import Stopped
@@ -31,7 +32,7 @@ class StepResult(NamedTuple):
 def train_step(
     job: Job[StepPlan],
     batch: DeviceBatch,
-    learning_rate: float,
+    rates: StepRates,
     *,
     stop: Callable[[], bool] = lambda: False,
 ) -> StepResult:
@@ -40,7 +41,7 @@ def train_step(
     The guard decides whether the optimizer steps. Raises Stopped between two micro-steps if `stop`
     requests it; weights and optimizer are then unchanged.
     """
-    set_learning_rate(job.optimizer, learning_rate)
+    set_rates(job.optimizer, rates)
     loss, auxiliary = add_gradients(job, batch, stop=stop)
     with span("optimizer"):
         clip = job.plan.settings.optimizer.clip

@@ -106,16 +106,16 @@ def take_steps(job: Job[Plan], log: RunLog, stop: StopRequest, *, profile: int) 
                 state = rollback.roll_back(state)
                 saves.rolled_back(state)
                 evaluator.rolled_back()
-            rate = plan.learning_rate_at(state.step)
+            rates = plan.rates_at(state.step)
             with profiler.step():
-                result = train_step(job, job.batches.next(), rate, stop=stop.poll)
+                result = train_step(job, job.batches.next(), rates, stop=stop.poll)
             state = report.finish(state)  # of the step before: the device is busy with this one
             state = saves.poll(_advance(state, plan))
             meter.stepped(job.batches.wait)
             if done := profiler.result():
                 log.emit(Profiled(state.step, done))
             if state.step == steps or state.step % plan.log_every == 0:
-                state = report.begin(state, rate, result.auxiliary)
+                state = report.begin(state, rates.learning_rate, result.auxiliary)
             evaluation_due, sample_due = evaluator.due(state.step), sampling.due(state.step)
             save_due = saves.due(state.step)
             if evaluation_due or save_due or sample_due:

@@ -173,8 +173,8 @@ def test_a_planted_attention_fault_is_caught_in_both_dtypes(monkeypatch, fault):
 def test_a_planted_optimizer_fault_is_caught(monkeypatch):
     build = job.build_optimizer
 
-    def wrong(model, settings, *, fused):
-        optimizer = build(model, settings, fused=fused)
+    def wrong(model, recipe, **options):
+        optimizer = build(model, recipe, **options)
         if model.backend is BACKENDS["sdpa"]:
             for group in optimizer.param_groups:
                 group["betas"] = (0.5, 0.95)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from pretrain_cli.config.run_config import OptimizerSettings, SpeedConfig
+from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.engine.benchmark.workload import Arm, Repeats, Workload, run_timing
 from pretrain_cli.engine.optim.optimizer import build_optimizer
+from pretrain_cli.engine.optim.schedule import StepRates
 from pretrain_cli.engine.planning.memory_estimate import (
     StepShape,
     estimate,
@@ -26,7 +27,7 @@ from pretrain_cli.model.attention_backends.backends import BACKENDS
 from pretrain_cli.model.attention_backends.mask import Documents, Mask
 from pretrain_cli.model.config import FULL, SLIDING, variant
 from pretrain_cli.model.presets import preset
-from tests.engine.jobs import batch_of, job_of
+from tests.engine.jobs import batch_of, job_of, recipe_of
 
 CPU = torch.device("cpu")
 # Where the CPU emulates bfloat16 a step of these takes many minutes.
@@ -177,8 +178,8 @@ def live_peak(config, speed, rows, seq_len, *, micro_steps=1, optimizer="adamw",
     """Return the peak of allocated bytes in a step, including weights and optimizer state."""
     model = build_model(config, speed, CPU)
     model.initialize(0)
-    settings = OptimizerSettings(name=optimizer)
-    adamw = build_optimizer(model, settings, fused=speed.fused_optimizer)
+    recipe = recipe_of(model, name=optimizer)
+    adamw = build_optimizer(model, recipe, fused=speed.fused_optimizer, dtype=speed.compute_dtype)
     inputs, targets = tokens(config, rows * micro_steps, seq_len)
     guard = StepGuard(Ranks(0, 1, CPU))
     parted = documents(len(inputs), seq_len) if masked else None
@@ -186,7 +187,7 @@ def live_peak(config, speed, rows, seq_len, *, micro_steps=1, optimizer="adamw",
     batch = batch_of(inputs, targets, parted)
 
     def step():
-        train_step(job, batch, 1e-4)
+        train_step(job, batch, StepRates(1e-4))
 
     step()
     with profile(

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pretrain_cli.engine.optim.schedule import StepRates
 from pretrain_cli.engine.runs.events import Notice, StepMetrics
 from pretrain_cli.engine.runtime.distributed import Ranks
 from pretrain_cli.engine.training.auxiliary_losses import AuxiliaryLosses
@@ -70,7 +71,7 @@ def test_a_z_loss_does_not_depend_on_the_micro_batch(tiny_model, micro_batch_siz
     weights = LossWeights(0.01, 0.0)
     job = job_of(model, micro_batch_size=micro_batch_size, loss_weights=weights)
     batch = batch_of(inputs, targets, counted=int(counted.sum()))
-    loss, found, auxiliary = train_step(job, batch, 1e-3)
+    loss, found, auxiliary = train_step(job, batch, StepRates(1e-3))
     assert loss.item() == pytest.approx(entropy.item(), rel=1e-5)
     assert auxiliary.start_read(ALONE)() == {"z_loss": pytest.approx(z_loss.item(), rel=1e-5)}
     assert found.item() == pytest.approx(norm.item(), rel=1e-4)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pretrain_cli.engine.benchmark.timing import SameBatch
+from pretrain_cli.engine.optim.schedule import StepRates
 from pretrain_cli.engine.planning.plan import StepPlan, make_plan
 from pretrain_cli.engine.runs.events import StepMetrics
 from pretrain_cli.engine.runs.retention import checkpoints
@@ -31,11 +32,11 @@ def test_one_job_gives_the_losses_of_a_run_step_by_step(plan_of, settings, run):
     plan = plan_of("again")
     job = set_up(plan, ALONE, open_batches(plan, ALONE, lambda _: None))
     for event in logged:
-        rate = plan.learning_rate_at(event.step - 1)
-        result = train_step(job, job.batches.next(), rate)
+        rates = plan.rates_at(event.step - 1)
+        result = train_step(job, job.batches.next(), rates)
         assert result.loss.item() == event.loss
         assert result.gradient_norm.item() == event.gradient_norm
-        assert rate == event.learning_rate
+        assert rates.learning_rate == event.learning_rate
     job.batches.close()
 
 
@@ -48,7 +49,7 @@ def test_a_step_without_a_dataset_equals_the_step_of_a_run(plan_of):
     timed = set_up(StepPlan(**{name: getattr(plan, name) for name in names}), ALONE,
                    SameBatch(batch))  # fmt: skip
     for _ in range(3):
-        ours, theirs = (train_step(each, batch, 1e-3) for each in (job, timed))
+        ours, theirs = (train_step(each, batch, StepRates(1e-3)) for each in (job, timed))
         assert torch.equal(ours.loss, theirs.loss)
         assert torch.equal(ours.gradient_norm, theirs.gradient_norm)
 
@@ -62,7 +63,7 @@ def test_a_job_from_a_checkpoint_has_its_weights_state_and_position(plan_of, set
     job = set_up(plan, ALONE, batches, start=older)
     assert (job.state.step, job.state.samples, batches.sample) == (2, 8, 8)
     for step in (2, 3):
-        train_step(job, job.batches.next(), plan.learning_rate_at(step))
+        train_step(job, job.batches.next(), plan.rates_at(step))
     for ours, theirs in zip(job.decoder.parameters(), trained.decoder.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     batches.close()

@@ -187,7 +187,7 @@ def test_resume_refuses_settings_that_change_the_losses(settings, run, tmp_path,
 
 @pytest.mark.parametrize(
     ("setting", "value", "allowed"),
-    [("optimizer.learning_rate", 1e-4, True), ("optimizer.schedule", "wsd", True),
+    [("optimizer.learning_rate", 1e-4, True), ("optimizer.schedule", "cosine", True),
      ("optimizer.clip", 0.5, True), ("data.document_mask", True, True),
      ("train.tokens_per_step", 256, True), ("optimizer.name", "muon", False),
      ("train.seed", 5, False), ("data.seq_len", 16, False), ("model.hidden_size", 64, False)],

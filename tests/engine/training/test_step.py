@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pretrain_cli.config.run_config import OptimizerSettings
 from pretrain_cli.data.batches import document_numbers
 from pretrain_cli.engine.optim.optimizer import build_optimizer
+from pretrain_cli.engine.optim.schedule import StepRates
 from pretrain_cli.engine.training.step import train_step
 from pretrain_cli.targets import IGNORE_INDEX
-from tests.engine.jobs import batch_of, job_of
+from tests.engine.jobs import batch_of, job_of, recipe_of
 from tests.engine.training.test_train import small_model
 
 
@@ -29,7 +29,7 @@ def test_accumulated_micro_batches_equal_one_large_batch(micro_batch_size, maske
     batch = batch_of(inputs, targets, documents)
     for one, rows in ((model, micro_batch_size), (whole, 8)):
         job = job_of(one, micro_batch_size=rows)
-        results.append([train_step(job, batch, 1e-3)[:2] for _ in range(3)])
+        results.append([train_step(job, batch, StepRates(1e-3))[:2] for _ in range(3)])
     for (loss, norm), (expected_loss, expected_norm) in zip(*results, strict=True):
         torch.testing.assert_close(loss, expected_loss, rtol=2e-6, atol=0)
         torch.testing.assert_close(norm, expected_norm, rtol=2e-5, atol=0)
@@ -52,7 +52,7 @@ def test_ignored_targets_have_no_part_in_the_mean_loss():
             logits = one(inputs).flatten(0, 1)
         expected = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX)
         batch = batch_of(inputs, targets, counted=counted)
-        loss, norm, _ = train_step(job_of(one, micro_batch_size=rows), batch, 1e-3)
+        loss, norm, _ = train_step(job_of(one, micro_batch_size=rows), batch, StepRates(1e-3))
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
         results.append(norm.item())
     assert results[0] == pytest.approx(results[1], rel=1e-4)
@@ -64,7 +64,7 @@ def test_a_step_equals_torchs_adamw_on_the_clipped_mean_loss():
     tokens = torch.randint(1, 64, (4, 17), generator=torch.Generator().manual_seed(0))
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
 
-    optimizer = build_optimizer(model, OptimizerSettings(eps=1e-4), fused=True)
+    optimizer = build_optimizer(model, recipe_of(model, eps=1e-4), fused=True)
     matrices = [p for p in reference.parameters() if p.ndim == 2]
     norms = [p for p in reference.parameters() if p.ndim == 1]
     plain = torch.optim.AdamW(
@@ -76,7 +76,7 @@ def test_a_step_equals_torchs_adamw_on_the_clipped_mean_loss():
     )
     for _ in range(3):
         job = job_of(model, optimizer, micro_batch_size=2, clip=0.5)
-        loss, norm, _ = train_step(job, batch_of(inputs, targets), 1e-2)
+        loss, norm, _ = train_step(job, batch_of(inputs, targets), StepRates(1e-2))
         plain.zero_grad()
         expected = F.cross_entropy(reference(inputs).flatten(0, 1), targets.flatten())
         expected.backward()
@@ -96,5 +96,5 @@ def test_a_small_model_memorizes_a_batch(name):
     tokens = torch.randint(1, 64, (4, 17), generator=torch.Generator().manual_seed(0))
     job, batch = job_of(model), batch_of(tokens[:, :-1], tokens[:, 1:])
     for _ in range(150):
-        loss = train_step(job, batch, 1e-2).loss
+        loss = train_step(job, batch, StepRates(1e-2)).loss
     assert loss.item() < 0.2

@@ -7,15 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain_cli.config.run_config import OptimizerSettings, SpeedConfig
+from pretrain_cli.config.run_config import SpeedConfig
 from pretrain_cli.engine.optim.optimizer import build_optimizer
+from pretrain_cli.engine.optim.schedule import StepRates
 from pretrain_cli.engine.runtime.distributed import Ranks
 from pretrain_cli.engine.runtime.speed import build_model, resolve_speed
 from pretrain_cli.engine.training.step import train_step
 from pretrain_cli.engine.training.step_guard import MEMORY, StepGuard
 from pretrain_cli.model.config import variant
 from pretrain_cli.model.presets import preset
-from tests.engine.jobs import batch_of, job_of
+from tests.engine.jobs import batch_of, job_of, recipe_of
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU)
@@ -42,15 +43,15 @@ def small_model():
 
 
 def fused(model):
-    return build_optimizer(model, OptimizerSettings(), fused=True)
+    return build_optimizer(model, recipe_of(model), fused=True)
 
 
 def unfused(model):
-    return build_optimizer(model, OptimizerSettings(), fused=False)
+    return build_optimizer(model, recipe_of(model), fused=False)
 
 
 def momentum(model):
-    groups = [{"params": list(model.parameters()), "rate_scale": 1.0}]
+    groups = [{"params": list(model.parameters()), "rate_scale": 1.0, "decay": 0.0}]
     return torch.optim.SGD(groups, momentum=0.9)
 
 
@@ -65,7 +66,7 @@ def trained(make_optimizer, batches, *, broken=(), micro_batch_size=4):
     victim.register_hook(lambda grad: grad * math.nan if state["poison"] else None)
     for number, tokens in enumerate(batches):
         state["poison"] = number in broken
-        train_step(job, batch_of(tokens[:, :-1], tokens[:, 1:]), 1e-2)
+        train_step(job, batch_of(tokens[:, :-1], tokens[:, 1:]), StepRates(1e-2))
     return model, optimizer, guard.read()
 
 
@@ -97,7 +98,7 @@ def test_a_guard_does_not_change_a_run_without_skips():
     plain = small_model()
     job = job_of(plain)
     for tokens in batches:
-        train_step(job, batch_of(tokens[:, :-1], tokens[:, 1:]), 1e-2)
+        train_step(job, batch_of(tokens[:, :-1], tokens[:, 1:]), StepRates(1e-2))
     for ours, theirs in zip(guarded.parameters(), plain.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 

@@ -38,6 +38,8 @@ def test_each_row_is_a_document(packed, ending, sign):
 )
 def test_any_text_that_is_written_is_read(tmp_path_factory, cells, quoting, end):
     path = tmp_path_factory.getbasetemp() / "any.csv"
+    if quoting == csv.QUOTE_MINIMAL and end == "\n":  # csv.writer then leaves \r without quotes
+        cells = [cell for cell in cells if "\r" not in cell]
     rows = [["text", "n"], *([cell, "1"] for cell in cells)]
     path.write_bytes(written(rows, quoting=quoting, lineterminator=end))
     assert read(path)[0] == [cell for cell in cells if cell]

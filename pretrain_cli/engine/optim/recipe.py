@@ -66,16 +66,13 @@ def make_recipe(
     if decay == "auto":
         decay = suggested_weight_decay(model, rate, steps=steps, tokens_per_step=tokens_per_step)
     warmup = settings.warmup_steps
-    if model.tie_word_embeddings:
-        head = 1.0
+    head = 1.0 if model.tie_word_embeddings else _given(settings.head_rate_scale, head)
     return Recipe(
         settings=settings,
         name=name,
         learning_rate=rate,
         embedding_rate_scale=_given(settings.embedding_rate_scale, embedding),
-        head_rate_scale=1.0
-        if model.tie_word_embeddings
-        else _given(settings.head_rate_scale, head),
+        head_rate_scale=head,
         weight_decay=decay,
         warmup_steps=min(1000, max(1, steps // 20)) if warmup == "auto" else warmup,
     )
